@@ -1,0 +1,200 @@
+"""Text by SPEC (files, hub data sets, the embedded default) and its packing into tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lrcompress.protocols import InputError
+
+Use = Literal["calibration", "test"]
+
+EMBEDDED = "pydoc"
+# share of the embedded text, by characters, that is for calibration; the rest is for testing
+EMBEDDED_CALIBRATION_SHARE = 0.75
+# name -> hub path, config, field
+NAMED_DATASETS = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
+    "c4": ("allenai/c4", "en", "text"),
+}
+HUB_SPLITS: dict[Use, str] = {"calibration": "train", "test": "test"}
+DEFAULT_FIELD = "text"
+# tokens read for every token asked for, so that the seed has something to choose from
+OVERDRAW = 8
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents and where they came from. Iterating may read from disk or network."""
+
+    spec: str
+    documents: Iterable[str]
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Identifies the tokens that a stage used: equal hashes mean equal tokens in equal order."""
+
+    data: str
+    num_samples: int
+    seq_len: int
+    seed: int
+    tokens: int
+    sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_corpus(spec: str, use: Use) -> Corpus:
+    """The documents that SPEC names.
+
+    SPEC is FILE.txt, FILE.jsonl[:field], `pydoc` (the calibration or the test part of CPython's
+    own help texts, by `use`; `pydoc:calibration` and `pydoc:test` name the part), or a hub data
+    set name[:config[:split[:field]]]. Raises InputError where it cannot be read.
+    """
+    name, _, rest = spec.partition(":")
+    if name == EMBEDDED:
+        return Corpus(spec, _embedded(rest or use))
+    if name.endswith(".jsonl"):
+        return Corpus(spec, _read_jsonl(Path(name), rest or DEFAULT_FIELD))
+    if name.endswith(".txt") or Path(name).exists():
+        return Corpus(spec, [_read_text(Path(name))])
+    return Corpus(spec, _hub_documents(name, rest.split(":") if rest else [], HUB_SPLITS[use]))
+
+
+def _embedded(part: str) -> list[str]:
+    if part not in ("calibration", "test"):
+        raise InputError(f"data 'pydoc:{part}' is unknown: use pydoc:calibration or pydoc:test")
+    from pydoc_data.topics import topics  # type: ignore[import-not-found,unused-ignore]
+
+    documents = [topics[name] for name in sorted(topics)]
+    limit = EMBEDDED_CALIBRATION_SHARE * sum(map(len, documents))
+    ends = torch.tensor([len(d) for d in documents]).cumsum(0).tolist()
+    chosen = [d for d, end in zip(documents, ends, strict=True) if (end <= limit)]
+    return chosen if part == "calibration" else documents[len(chosen) :]
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise InputError(f"data file {str(path)!r} does not exist: give FILE.txt or FILE.jsonl")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise InputError(f"data file {str(path)!r} is not UTF-8 text: convert it, or name another")
+    if not text.strip():
+        raise InputError(f"data file {str(path)!r} is empty: name a file with text in it")
+    return text
+
+
+def _read_jsonl(path: Path, field: str) -> list[str]:
+    lines = [line for line in _read_text(path).split("\n") if line.strip()]
+    return [_field_of(path, number, line, field) for number, line in enumerate(lines, 1)]
+
+
+def _field_of(path: Path, number: int, line: str, field: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{str(path)!r} line {number} is not JSON: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        fields = ", ".join(row) if isinstance(row, dict) else "none"
+        raise InputError(
+            f"{str(path)!r} line {number} has no text field {field!r} (fields: {fields}): "
+            "name one as FILE.jsonl:FIELD"
+        )
+    return row[field]  # type: ignore[no-any-return]
+
+
+def _hub_documents(name: str, parts: list[str], split: str) -> Iterable[str]:
+    path, config, field = NAMED_DATASETS.get(name, (name, None, DEFAULT_FIELD))
+    given: list[str | None] = [*parts, None, None, None]
+    config, split, field = given[0] or config, given[1] or split, given[2] or field
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(path, config, split=split, streaming=True)
+        texts = _texts(rows, name, field)
+        if name == "wikitext2":  # its rows are lines of one text
+            return ["\n\n".join(texts)]
+        return texts
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unreachable(name, error) from error
+
+
+def _texts(rows: Any, name: str, field: str) -> Iterator[str]:
+    try:
+        for row in rows:
+            if field not in row:
+                raise InputError(
+                    f"data set {name!r} has no field {field!r} (fields: {', '.join(row)}): name "
+                    "one as name:config:split:field"
+                )
+            yield row[field]
+    except (OSError, RuntimeError) as error:
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> InputError:
+    reason = str(error).strip().split("\n")[0][:200]
+    return InputError(
+        f"no file {name!r} exists and the hub gave no data set of that name ({reason}): give "
+        "FILE.txt, FILE.jsonl[:field], pydoc, or name[:config[:split[:field]]]"
+    )
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of `text` alone: no BOS, EOS or chat template."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+
+
+def bos_token(tokenizer: Any) -> int | None:
+    """The id that `tokenizer` itself puts in front of a text, or None if it puts none."""
+    ids, bare = tokenizer("a")["input_ids"], encode(tokenizer, "a")
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and len(ids) > len(bare) and ids[0] == bos else None
+
+
+def token_blocks(
+    corpus: Corpus, tokenizer: Any, num_samples: int, seq_len: int, seed: int
+) -> tuple[Tensor, Fingerprint]:
+    """Packed token blocks, shape (num_samples, seq_len), chosen by `seed` without overlap.
+
+    Documents follow one another with the EOS token between them. Every block starts with BOS
+    where the tokenizer uses one. Raises InputError where there is too little text.
+    """
+    bos = bos_token(tokenizer)
+    length = seq_len if bos is None else seq_len - 1
+    stream = _token_stream(corpus, tokenizer, OVERDRAW * num_samples * length)
+    available = len(stream) // length
+    if available < num_samples:
+        raise InputError(
+            f"{corpus.spec!r} holds {len(stream)} tokens, {num_samples} samples of {seq_len} need "
+            f"{num_samples * length}: give more text, or at most --num-samples {available}"
+        )
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    blocks = stream[: available * length].view(available, length)[order[:num_samples]]
+    if bos is not None:
+        blocks = torch.cat([torch.full((num_samples, 1), bos), blocks], dim=1)
+    digest = hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()
+    return blocks, Fingerprint(corpus.spec, num_samples, seq_len, seed, blocks.numel(), digest)
+
+
+def _token_stream(corpus: Corpus, tokenizer: Any, enough: int) -> Tensor:
+    tokens: list[int] = []
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for index, document in enumerate(corpus.documents):
+        tokens += (separator if index else []) + encode(tokenizer, document)
+        if len(tokens) >= enough:
+            break
+    return torch.tensor(tokens, dtype=torch.long)

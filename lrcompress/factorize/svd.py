@@ -1,0 +1,103 @@
+"""Truncated SVD in three metrics of the input: none, diagonal, and the full second moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lrcompress.linalg import Decomposition, damped, decompose, to_float64
+from lrcompress.protocols import Factors, InputError, Statistic, Statistics
+
+
+@dataclass(frozen=True)
+class ScaledSVD:
+    """min over rank-r matrices of ‖(W - BA) X^1/2‖²; subclasses say what X is."""
+
+    requires: ClassVar[frozenset[Statistic]] = frozenset()
+
+    def metric(self, statistics: Statistics) -> Tensor | None:
+        """X as a matrix (in, in), as its diagonal (in,), or None for the identity."""
+        return None
+
+    def error_curve(self, weight: Tensor, statistics: Statistics) -> Tensor:
+        """Squared error in the metric X at every rank 0 .. min(out, in)."""
+        energies = self._decompose(weight, statistics).energies
+        tails = energies.flip(0).cumsum(0).flip(0)
+        return torch.cat([tails, tails.new_zeros(1)])
+
+    def factorize(self, weight: Tensor, statistics: Statistics, rank: int) -> Factors:
+        """The best rank-`rank` factors of W (out, in) in the metric X.
+
+        Raises InputError where rank is not in 1 .. min(out, in).
+        """
+        if not 1 <= rank <= min(weight.shape):
+            raise InputError(f"rank {rank} is not in 1..{min(weight.shape)}")
+        terms = self._decompose(weight, statistics, rank)
+        A, B = terms.truncated(rank)
+        return Factors(A, B, terms.error(rank), terms.total)
+
+    def _decompose(
+        self, weight: Tensor, statistics: Statistics, rank: int | None = None
+    ) -> Decomposition:
+        return decompose(weight, self.metric(statistics), rank)
+
+
+@dataclass(frozen=True)
+class PlainSVD(ScaledSVD):
+    """X = I: the nearest low-rank matrix, whatever the layer's input looks like."""
+
+
+@dataclass(frozen=True)
+class DiagonalSVD(ScaledSVD):
+    """X = diag(E x²)^alpha: input channels weighted by their size (ASVD, arXiv 2312.05821).
+
+    ASVD scales W by (mean |x|)^alpha; here the root mean square stands for the mean size.
+    """
+
+    requires: ClassVar[frozenset[Statistic]] = frozenset({"second_moment"})
+    alpha: float = 0.5
+    damping: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 2:
+            raise InputError(f"alpha {self.alpha} is not in 0..2")
+        _check_damping(self.damping)
+
+    def metric(self, statistics: Statistics) -> Tensor:
+        squares = _second_moment(statistics).diagonal()
+        mean = squares.mean()
+        if mean == 0:
+            return torch.ones_like(squares)
+        return (squares + self.damping * mean) ** self.alpha
+
+
+@dataclass(frozen=True)
+class WhitenedSVD(ScaledSVD):
+    """X = E x xᵀ: least squared error of the layer's output (SVD-LLM, arXiv 2403.07378).
+
+    Damping is added to the diagonal of X relative to its mean, which keeps the square root
+    defined for a rank-deficient X; no Cholesky factorization is involved.
+    """
+
+    requires: ClassVar[frozenset[Statistic]] = frozenset({"second_moment"})
+    damping: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _check_damping(self.damping)
+
+    def metric(self, statistics: Statistics) -> Tensor:
+        return damped(_second_moment(statistics), self.damping)
+
+
+def _second_moment(statistics: Statistics) -> Tensor:
+    if statistics.second_moment is None:
+        raise InputError("this method needs the second moment of the layer's input: calibrate first")
+    return to_float64(statistics.second_moment)
+
+
+def _check_damping(damping: float) -> None:
+    if not 0 < damping <= 1:
+        raise InputError(f"damping {damping} is not in (0, 1]")

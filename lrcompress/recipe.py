@@ -1,0 +1,294 @@
+"""YAML, flags or keyword arguments -> one checked, frozen Recipe.
+
+The sections below are the only definition of what a user can set: the command line makes its
+flags of them, recipe files their keys, and the Python functions their keyword arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from lrcompress.allocate import ALLOCATORS
+from lrcompress.factorize import FACTORIZERS
+from lrcompress.protocols import Allocator, Budget, Factorizer, InputError
+
+DEFAULT_KEEP_RATIO = 0.8
+
+
+def _split(value: object) -> object:
+    """'a,b' or ['a', 'b,c'] -> separate items, so that flags and YAML read alike."""
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        return value
+    parts = [i.split(",") if isinstance(i, str) else [i] for i in items]
+    return [p.strip() if isinstance(p, str) else p for part in parts for p in part if p != ""]
+
+
+def _pairs(value: object) -> object:
+    """['damping=0.01'] -> {'damping': 0.01}, for flags that set options of a method."""
+    if not isinstance(value, list | tuple):
+        return value
+    pairs = [str(item).partition("=") for item in value]
+    return {key.strip(): yaml.safe_load(text) for key, _, text in pairs}
+
+
+def _one_of(names: Iterable[str]) -> Callable[[str], str]:
+    allowed = list(names)
+
+    def check(name: str) -> str:
+        if name not in allowed:
+            raise ValueError(f"{name!r} is unknown, choose from {', '.join(allowed)}")
+        return name
+
+    return check
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Options = Annotated[dict[str, Any], BeforeValidator(_pairs)]
+FORMS = ("factored",)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSettings(Section):
+    """Which model, and how it is loaded."""
+
+    source: str = Field(description="Folder, .gguf file, hub id or package:NAME/FILE.")
+    gguf_file: str | None = Field(None, description="GGUF file inside the folder or hub id.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision to load and save in; auto is the file's own."
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto takes GPUs if any.")
+    trust_remote_code: bool = Field(False, description="Run Python code that the model ships.")
+
+
+class CalibrationSettings(Section):
+    """Text on which the inputs of the FFN layers are measured."""
+
+    data: str = Field(
+        "pydoc",
+        description="FILE.txt, FILE.jsonl[:field], pydoc, or hub name[:config[:split[:field]]].",
+        json_schema_extra={"flag": "calibration"},
+    )
+    num_samples: int = Field(32, ge=1, description="Blocks of text.")
+    seq_len: int | None = Field(
+        None, ge=2, description="Tokens in a block; default 1024, or the model's maximum if less."
+    )
+    seed: int = Field(0, ge=0, description="Chooses the blocks.")
+
+
+class FactorizeSettings(Section):
+    """How the FFN weights are factorized. Exactly one of rank and keep_ratio is set."""
+
+    rank: int | None = Field(None, ge=1, description="One rank for every linear.")
+    keep_ratio: float | None = Field(
+        None, gt=0, le=1, description="Share of the parameters kept in the selected linears."
+    )
+    method: Annotated[str, AfterValidator(_one_of(FACTORIZERS))] = Field(
+        "whitened", description=f"One of {', '.join(FACTORIZERS)}."
+    )
+    method_options: Options = Field({}, description="KEY=VALUE for the method, such as damping.")
+    ranks: Annotated[str, AfterValidator(_one_of(ALLOCATORS))] = Field(
+        "uniform", description=f"Policy that shares out ranks: {', '.join(ALLOCATORS)}."
+    )
+    ranks_options: Options = Field({}, description="KEY=VALUE for the policy.")
+    form: Annotated[str, AfterValidator(_one_of(FORMS))] = Field(
+        "factored", description=f"How a low-rank weight is stored: {', '.join(FORMS)}."
+    )
+    rank_multiple: int = Field(8, ge=1, description="Ranks from keep_ratio are multiples of this.")
+    include: Names = Field((), description="Only linears whose names match these patterns.")
+    exclude: Names = Field((), description="No linears whose names match these patterns.")
+    dense_first: int = Field(0, ge=0, description="Leave this many first blocks dense.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.rank is None) == (self.keep_ratio is None):
+            raise ValueError("set exactly one of rank and keep_ratio")
+        self.factorizer()
+        self.allocator()
+        return self
+
+    def factorizer(self) -> Factorizer:
+        return _build(FACTORIZERS, self.method, self.method_options, "method_options")  # type: ignore[no-any-return]
+
+    def allocator(self) -> Allocator:
+        return _build(ALLOCATORS, self.ranks, self.ranks_options, "ranks_options")  # type: ignore[no-any-return]
+
+    def budget(self) -> Budget:
+        return Budget(self.rank, self.keep_ratio, self.rank_multiple)
+
+
+class EvaluateSettings(Section):
+    """What is measured, for every model alike."""
+
+    perplexity: Names = Field(("pydoc",), description="Texts to measure token perplexity on.")
+    context_length: int | None = Field(
+        None, ge=2, description="Tokens in a window; default 1024, or the model's maximum if less."
+    )
+    stride: int | None = Field(
+        None, ge=1, description="Tokens between windows; default is the context length, no overlap."
+    )
+    tasks: Names = Field(
+        (),
+        description="lm-eval tasks: built-in names, FILE.yaml, FILE.jsonl (query, choices, gold), "
+        "or a text, which gives rolling word and byte perplexity.",
+    )
+    limit: int | None = Field(
+        None, ge=1, description="At most this many windows of each text and documents of each task."
+    )
+    num_fewshot: int | None = Field(None, ge=0, description="Examples before each task question.")
+    batch_size: int = Field(1, ge=1, description="Sequences per forward pass in tasks.")
+    speed: bool = Field(True, description="Measure prefill and decode tokens per second.")
+    prompt_length: int = Field(256, ge=1, description="Tokens of prompt in speed measurements.")
+    new_tokens: int = Field(16, ge=1, description="Tokens generated in speed measurements.")
+    repeats: int = Field(5, ge=2, description="Speed measurements of each model, in alternation.")
+    baseline: str | None = Field(
+        None, description="Dense model to compare with; a recipe's is its own model."
+    )
+
+
+class Recipe(Section):
+    """A whole run: `lrcompress run RECIPE OUT`."""
+
+    model: ModelSettings
+    calibration: CalibrationSettings = CalibrationSettings()
+    factorize: FactorizeSettings = Field(
+        default_factory=lambda: FactorizeSettings(keep_ratio=DEFAULT_KEEP_RATIO)
+    )
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+
+def _build(registry: Mapping[str, str], name: str, options: Mapping[str, Any], key: str) -> Any:
+    kind = pkgutil.resolve_name(registry[name])
+    fields = set(kind.__dataclass_fields__) - {"requires"}
+    for option in options:
+        if option not in fields:
+            raise ValueError(f"{key}: {name!r} has no option {option!r}{_allowed(option, fields)}")
+    return TypeAdapter(kind).validate_python(dict(options))
+
+
+def _allowed(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, names, 1)
+    hint = f", did you mean {close[0]!r}?" if close else ""
+    return f"{hint} (allowed: {', '.join(sorted(names)) or 'none'})"
+
+
+def flags(kind: type[Section]) -> dict[str, str]:
+    """Name as a flag or keyword argument -> field of the section."""
+    return {
+        str((info.json_schema_extra or {}).get("flag", name)): name  # type: ignore[union-attr]
+        for name, info in kind.model_fields.items()
+    }
+
+
+def from_flat(
+    kinds: Mapping[str, type[Section]],
+    values: Mapping[str, Any],
+    say: Callable[[str], str] = str,
+) -> dict[str, Any]:
+    """Flags or keyword arguments -> checked sections by their recipe keys.
+
+    Raises InputError for a name that no section has, and for values that a section refuses.
+    """
+    known = {flag for kind in kinds.values() for flag in flags(kind)}
+    for name in values:
+        if name not in known:
+            raise InputError(f"{say(name)}: unknown{_allowed(name, known)}")
+    return {section: _section(kind, values, say) for section, kind in kinds.items()}
+
+
+def _section(kind: type[Section], values: Mapping[str, Any], say: Callable[[str], str]) -> Section:
+    names = flags(kind)
+    words = {field: flag for flag, field in names.items()}
+    given = {field: values[flag] for flag, field in names.items() if flag in values}
+    return checked(kind, given, lambda path: say(words.get(path, path)))
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def checked(kind: type[S], values: Mapping[str, Any], say: Callable[[str], str] = str) -> S:
+    """`values` as a `kind`; raises one InputError that names every refused key and the remedy.
+
+    `say` turns a key's path into the words of its source, such as a flag.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        reasons = [_explain(kind, dict(e), say) for e in error.errors()]
+        raise InputError("; ".join(reasons)) from None
+
+
+def _explain(kind: type[BaseModel], error: dict[str, Any], say: Callable[[str], str]) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        fields = _fields_at(kind, error["loc"][:-1])
+        return f"{say(path)}: unknown key{_allowed(str(error['loc'][-1]), fields)}"
+    if error["type"] == "missing":
+        return f"{say(path)}: required"
+    if error["type"] == "value_error":
+        return f"{say(path)}: {message}" if path else message
+    return f"{say(path)}: {message[0].lower()}{message[1:]}, not {error['input']!r}"
+
+
+def _fields_at(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    for part in path:
+        annotation = kind.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        kind = annotation
+    return list(kind.model_fields)
+
+
+def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with KEY=VALUE overrides of dotted keys."""
+    if not path.is_file():
+        raise InputError(f"recipe {str(path)!r} does not exist: give a YAML file")
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"recipe {str(path)!r} holds no keys: start with 'model: {{source: ...}}'")
+    for override in overrides:
+        _override(values, override)
+    return checked(Recipe, values)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise InputError(f"--set {override!r} has no '=': write --set factorize.keep_ratio=0.6")
+    *path, last = key.strip().split(".")
+    for part in path:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise InputError(f"--set {override!r}: {part!r} is not a section")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[last] = text
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every key written out; reading it back gives an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
