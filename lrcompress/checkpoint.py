@@ -93,7 +93,9 @@ def saved_tensors(folder: Path) -> dict[str, int]:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:  # type: ignore[no-untyped-call,unused-ignore]
             shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
-    guards = {key.removesuffix("A.weight") + "weight" for key in shapes if key.endswith(".A.weight")}
+    guards = {
+        key.removesuffix("A.weight") + "weight" for key in shapes if key.endswith(".A.weight")
+    }
     numbers = sum(_product(shape) for key, shape in shapes.items() if key not in guards)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return {"parameters": numbers, "bytes": size}

@@ -24,10 +24,13 @@ from lrcompress.protocols import (
     silent,
 )
 from lrcompress.quantizer import record_layout
-from lrcompress.recipe import CalibrationSettings, FactorizeSettings, from_flat
+from lrcompress.recipe import CalibrationSettings, FactorizeSettings, Section, from_flat
+from lrcompress.sizes import parameter_count, sequence_length
 
-DEFAULT_LENGTH = 1024
-SECTIONS = {"calibration": CalibrationSettings, "factorize": FactorizeSettings}
+SECTIONS: dict[str, type[Section]] = {
+    "calibration": CalibrationSettings,
+    "factorize": FactorizeSettings,
+}
 
 
 @dataclass(frozen=True)
@@ -165,16 +168,6 @@ def calibration_tokens(
     return token_blocks(corpus, tokenizer, settings.num_samples, length, settings.seed)
 
 
-def sequence_length(model: Any, wanted: int | None) -> int:
-    """`wanted` tokens, or 1024 or the model's maximum. InputError where wanted exceeds that."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if wanted is None:
-        return min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
-    if limit is not None and wanted > limit:
-        raise InputError(f"a length of {wanted} tokens exceeds the model's maximum of {limit}")
-    return wanted
-
-
 def _check_weights(model: nn.Module, linears: Iterable[LinearSpec]) -> None:
     for spec in linears:
         weight = dense_weight(model.get_submodule(spec.name))
@@ -202,11 +195,6 @@ def _replace(
     install(model, spec.name, LowRankLinear.from_factors(dense, factors.A, factors.B))
     error = factors.error / factors.energy if factors.energy > 0 else 0.0
     return FactorizedLinear(spec, rank, plan.parameters(spec), error)
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Parameters of the model, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _notes(done: tuple[FactorizedLinear, ...], experts: tuple[str, ...]) -> Iterable[str]:

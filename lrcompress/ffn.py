@@ -129,9 +129,7 @@ def _spec(module: nn.Module, name: str, block: int, role: Role, group: str) -> L
     return LinearSpec(name, block, role, in_features, out_features, bias, group)
 
 
-def _included(
-    model: nn.Module, finding: Finding, include: Sequence[str]
-) -> tuple[LinearSpec, ...]:
+def _included(model: nn.Module, finding: Finding, include: Sequence[str]) -> tuple[LinearSpec, ...]:
     known = {spec.name: spec for spec in finding.linears}
     prefix, blocks = find_blocks(model)
     every: dict[str, LinearSpec] = {}
@@ -151,7 +149,9 @@ def _unknown(module: nn.Module, name: str, block: int) -> LinearSpec:
     return spec
 
 
-def _check_patterns(patterns: Sequence[str], what: str, names: Sequence[str] | dict[str, Any]) -> None:
+def _check_patterns(
+    patterns: Sequence[str], what: str, names: Sequence[str] | dict[str, Any]
+) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             example = next(iter(names), "none")

@@ -84,9 +84,9 @@ class LowRankLinear(nn.Module):
         """The stock layer with weight B A; the product is taken in float32 or better."""
         precision = torch.promote_types(self.A.weight.dtype, torch.float32)
         weight = (self.B.weight.to(precision) @ self.A.weight.to(precision)).detach()
-        return dense_layer(
-            self.dense_type, weight.to(self.A.weight.dtype), self.B.bias
-        ).train(self.training)
+        return dense_layer(self.dense_type, weight.to(self.A.weight.dtype), self.B.bias).train(
+            self.training
+        )
 
 
 def dense_layer(kind: type[nn.Module], weight: Tensor, bias: Tensor | None) -> nn.Module:

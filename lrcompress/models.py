@@ -42,7 +42,9 @@ def locate(source: str, gguf_file: str | None = None) -> Location:
     if path.is_dir():
         return _local_folder(path, source, gguf_file)
     if source.startswith((PACKAGE, "/", ".", "~")) or source.endswith(".gguf"):
-        raise InputError(f"model {source!r} does not exist: give a folder, a .gguf file or a hub id")
+        raise InputError(
+            f"model {source!r} does not exist: give a folder, a .gguf file or a hub id"
+        )
     return Location(source, gguf_file)
 
 

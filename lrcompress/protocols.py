@@ -65,7 +65,10 @@ class LinearSpec:
         """The rank at which two factors hold as many numbers as W: mn / (m + n)."""
         return self.in_features * self.out_features / (self.in_features + self.out_features)
 
-    def factored_parameters(self, rank: int) -> int:
+    def parameters(self, rank: int | None) -> int:
+        """Exact count at `rank`, or dense where that is None; bias included."""
+        if rank is None:
+            return self.dense_parameters
         return rank * (self.in_features + self.out_features) + self.bias_parameters
 
 
@@ -121,8 +124,7 @@ class RankPlan:
 
     def parameters(self, linear: LinearSpec) -> int:
         """Exact parameter count of `linear` under this plan, bias included."""
-        rank = self.ranks.get(linear.name)
-        return linear.dense_parameters if rank is None else linear.factored_parameters(rank)
+        return linear.parameters(self.ranks.get(linear.name))
 
 
 class Allocator(Protocol):

@@ -24,8 +24,8 @@ from pydantic import (
     model_validator,
 )
 
-from lrcompress.allocate import ALLOCATORS
-from lrcompress.factorize import FACTORIZERS
+from lrcompress.allocators import ALLOCATORS
+from lrcompress.factorizers import FACTORIZERS
 from lrcompress.protocols import Allocator, Budget, Factorizer, InputError
 
 DEFAULT_KEEP_RATIO = 0.8
@@ -88,7 +88,7 @@ class CalibrationSettings(Section):
         description="FILE.txt, FILE.jsonl[:field], pydoc, or hub name[:config[:split[:field]]].",
         json_schema_extra={"flag": "calibration"},
     )
-    num_samples: int = Field(32, ge=1, description="Blocks of text.")
+    num_samples: int = Field(24, ge=1, description="Blocks of text.")
     seq_len: int | None = Field(
         None, ge=2, description="Tokens in a block; default 1024, or the model's maximum if less."
     )
@@ -266,7 +266,9 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+        raise InputError(
+            f"recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(values, dict):
         raise InputError(f"recipe {str(path)!r} holds no keys: start with 'model: {{source: ...}}'")
     for override in overrides:

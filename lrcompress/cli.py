@@ -1,0 +1,260 @@
+"""The command line: parse, call one function, print. torch is imported only inside commands."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lrcompress import __version__
+from lrcompress.protocols import InputError, MachineError
+
+INTERRUPTED = 130
+
+
+class Group(click.Group):
+    """Turns the package's errors into one sentence and an exit code: 2 for the user's input,
+    1 for the machine's faults."""
+
+    def invoke(self, context: click.Context) -> Any:
+        _quiet_libraries()
+        try:
+            return super().invoke(context)
+        except InputError as error:
+            _fail(str(error), 2)
+        except (MachineError, OSError, MemoryError) as error:
+            _fail(_machine_fault(error), 1)
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing half-written was left", INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"Error: {message}", err=True)
+    raise SystemExit(code)
+
+
+def _machine_fault(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory: use a smaller --seq-len, or --dtype bfloat16"
+    return " ".join(str(error).split())
+
+
+def _quiet_libraries() -> None:
+    """Errors only, from libraries that would write over the progress."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)
+
+
+class SettingsCommand(click.Command):
+    """A command whose options are the fields of recipe sections, read when they are needed."""
+
+    def __init__(self, *args: Any, sections: tuple[str, ...], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sections = sections
+
+    def get_params(self, context: click.Context) -> list[click.Parameter]:
+        fixed = super().get_params(context)
+        return [*fixed[:-1], *_options(self.sections), fixed[-1]]
+
+
+def _options(sections: tuple[str, ...]) -> list[click.Parameter]:
+    from lrcompress import recipe
+
+    options: list[click.Parameter] = []
+    for kind in _kinds(sections).values():
+        for flag, name in recipe.flags(kind).items():
+            if name != "source":
+                options.append(_option(flag, kind.model_fields[name]))
+    return options
+
+
+def _kinds(sections: tuple[str, ...]) -> dict[str, Any]:
+    from lrcompress.recipe import Recipe
+
+    return {name: Recipe.model_fields[name].annotation for name in sections}
+
+
+def _option(flag: str, field: Any) -> click.Option:
+    """Values stay text: pydantic converts and checks them, as it does for recipes."""
+    name, kind = flag.replace("_", "-"), field.annotation
+    help_text = field.description + _default_words(field.default)
+    if kind is bool:
+        return click.Option([f"--{name}/--no-{name}"], default=None, help=help_text)
+    several = typing.get_origin(kind) in (tuple, dict)
+    return click.Option(
+        [f"--{name}"],
+        default=None,
+        multiple=several,
+        metavar=_metavar(kind),
+        help=help_text + (" May be repeated." if several else ""),
+    )
+
+
+def _default_words(default: object) -> str:
+    if default in (None, (), {}) or isinstance(default, bool):
+        return " [default: on]" if default is True else ""
+    shown = ",".join(default) if isinstance(default, tuple) else default
+    return f" [default: {shown}]"
+
+
+def _metavar(kind: Any) -> str:
+    if typing.get_origin(kind) is dict:
+        return "KEY=VALUE"
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(typing.get_args(kind))
+    if isinstance(kind, types.UnionType):
+        kind = typing.get_args(kind)[0]
+    return {int: "N", float: "X"}.get(kind, "TEXT")
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that the user set."""
+    return {name: value for name, value in values.items() if value not in (None, ())}
+
+
+def _say(flag: str) -> str:
+    return "MODEL" if flag == "source" else f"--{flag.replace('_', '-')}"
+
+
+def _recipe(sections: tuple[str, ...], source: str, options: Mapping[str, Any]) -> Any:
+    from lrcompress.recipe import Recipe, from_flat
+
+    flat = _given(options) | {"source": source}
+    return Recipe(**from_flat(_kinds(sections), flat, _say))
+
+
+def _out(required: bool) -> Callable[[Any], Any]:
+    return click.option(
+        "--out", type=click.Path(path_type=Path), required=required, help="New folder to write."
+    )
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lrcompress")
+def main() -> None:
+    """Low-rank compression of the feed-forward layers of causal language models."""
+
+
+FACTORIZE = ("factorize", "calibration", "model")
+
+
+@main.command("factorize", cls=SettingsCommand, sections=FACTORIZE)
+@click.argument("source", metavar="MODEL")
+@_out(required=True)
+def factorize_command(source: str, out: Path, **options: Any) -> None:
+    """Factorize the FFN weights of MODEL and write a low-rank checkpoint.
+
+    MODEL is a folder, a .gguf file or a hub id. Give --rank or --keep-ratio.
+    """
+    recipe = _recipe(FACTORIZE, source, options)
+    from lrcompress import console, pipeline
+
+    record = pipeline.factorize_to(recipe, out, console.progress)
+    console.show_factorization(record, out)
+
+
+EVALUATE = ("evaluate", "model")
+
+
+@main.command("eval", cls=SettingsCommand, sections=EVALUATE)
+@click.argument("source", metavar="MODEL")
+@_out(required=False)
+def eval_command(source: str, out: Path | None, **options: Any) -> None:
+    """Measure MODEL: perplexity, tasks, size and speed, beside --baseline if given."""
+    recipe = _recipe(EVALUATE, source, options)
+    from lrcompress import console, pipeline
+
+    console.show_metrics(pipeline.evaluate_to(recipe, out, console.progress))
+    if out is not None:
+        click.echo(f"Wrote {out}: metrics.json, report.md, report.html.")
+
+
+INSPECT = ("model",)
+
+
+@main.command("inspect", cls=SettingsCommand, sections=INSPECT)
+@click.argument("source", metavar="MODEL")
+@click.option("--energy", is_flag=True, help="Ranks that keep 90 % and 99 % of each weight.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) -> None:
+    """List the FFN linears of MODEL, their size and their break-even rank."""
+    settings = _recipe(INSPECT, source, options).model
+    from lrcompress import console, models, pipeline
+    from lrcompress.inspection import inspect
+
+    if energy:
+        model, _ = pipeline.load_settings(settings)
+    else:
+        trust = settings.trust_remote_code
+        config = models.load_config(settings.source, settings.gguf_file, trust)
+        model = models.skeleton(config, trust)
+    found = inspect(model, energy, console.progress)
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        console.show_inspection(found)
+
+
+@main.command("export")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@_out(required=True)
+@click.option("--dense", "kind", flag_value="dense", help="Merge back into stock layers.")
+@click.option(
+    "--standalone", "kind", flag_value="standalone", help="Ship the layers' code with the weights."
+)
+def export_command(folder: Path, out: Path, kind: str | None) -> None:
+    """Write the checkpoint DIR in a form that loads without lrcompress."""
+    if kind is None:
+        raise InputError("say which form to export: --dense or --standalone")
+    from lrcompress import pipeline
+
+    pipeline.export_to(folder, out, standalone=kind == "standalone")
+    click.echo(f"Wrote {out}.")
+
+
+_RECIPE = click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
+_SET = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key."
+)
+
+
+@main.command("run")
+@_RECIPE
+@click.argument("out", type=click.Path(path_type=Path))
+@_SET
+@click.option("--overwrite", is_flag=True, help="Redo changed stages of another recipe's run.")
+def run_command(recipe_file: Path, out: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
+    """Factorize, evaluate and report as RECIPE says, in the folder OUT; resumes if interrupted."""
+    from lrcompress.recipe import read_recipe
+
+    recipe = read_recipe(recipe_file, overrides)
+    from lrcompress import checkpoint, console, pipeline
+
+    metrics = pipeline.run(recipe, out, overwrite=overwrite, progress=console.progress)
+    model = out / pipeline.MODEL
+    console.show_factorization(checkpoint.read_record(model) or {}, model)
+    console.show_metrics(metrics)
+    click.echo(f"Wrote {out}: metrics.json, report.md, report.html.")
+
+
+@main.command("check")
+@_RECIPE
+@_SET
+def check_command(recipe_file: Path, overrides: tuple[str, ...]) -> None:
+    """Check RECIPE and print it with every default filled in."""
+    from lrcompress.recipe import read_recipe, to_yaml
+
+    click.echo(to_yaml(read_recipe(recipe_file, overrides)), nl=False)

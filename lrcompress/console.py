@@ -1,0 +1,116 @@
+"""What the command line shows: progress on stderr, tables and sentences on stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from lrcompress.inspection import Inspection
+from lrcompress.protocols import Metric
+from lrcompress.report import table as report_table
+
+T = TypeVar("T")
+
+# seconds between lines of progress where stderr is not a terminal
+PLAIN_INTERVAL = 10.0
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """A bar on a terminal; elsewhere a line now and then."""
+    return (_bar if sys.stderr.isatty() else _lines)(items, description, total)
+
+
+def _bar(items: Iterable[T], description: str, total: int | None) -> Iterable[T]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield from bar.track(items, total=total, description=description)
+
+
+def _lines(items: Iterable[T], description: str, total: int | None) -> Iterable[T]:
+    started = said = time.monotonic()
+    click.echo(f"{description} ...", err=True)
+    done = 0
+    for done, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - said >= PLAIN_INTERVAL:
+            said = time.monotonic()
+            click.echo(f"{description}: {done} of {total or '?'}", err=True)
+    click.echo(f"{description}: {done} done in {time.monotonic() - started:.0f} s", err=True)
+
+
+def show_factorization(record: Mapping[str, Any], out: object) -> None:
+    counts = record["counts"]
+    low_rank = [linear["rank"] for linear in record["linears"] if linear["rank"] is not None]
+    ranks = f"ranks {min(low_rank)} to {max(low_rank)}" if low_rank else "no ranks"
+    click.echo(f"Factorized {len(low_rank)} of {len(record['linears'])} linears, {ranks}.")
+    for name, title in (("ffn", "FFN"), ("model", "Model")):
+        count = counts[name]
+        click.echo(
+            f"{title} parameters: {count['dense']:,} -> {count['kept']:,} "
+            f"({100 * count['keep_ratio']:.2f} % kept)"
+        )
+    for note in record["notes"]:
+        click.echo(f"Note: {note}.")
+    click.echo(f"Wrote {out} ({record['saved']['bytes'] / 1e6:,.1f} MB of weights).")
+
+
+def show_metrics(metrics: Sequence[Metric]) -> None:
+    rows = report_table(metrics)
+    shown = Table(box=None, pad_edge=False)
+    shown.add_column("metric", overflow="fold")
+    for label in (*rows.labels, *(f"{label} / {rows.labels[0]}" for label in rows.labels[1:])):
+        shown.add_column(label, justify="right")
+    for row in rows.rows:
+        shown.add_row(row.title, *row.cells, *row.ratios)
+    _print(shown)
+
+
+def show_inspection(found: Inspection) -> None:
+    shown = Table(box=None, pad_edge=False)
+    energy = any(row.energy_ranks for row in found.rows)
+    names = ("module", "shape", "parameters", "share", "break-even", "rank")
+    for name in names + (("rank for 90 %", "rank for 99 %") if energy else ()):
+        shown.add_column(name, justify="left" if name == "module" else "right", no_wrap=True)
+    for row in found.rows:
+        shown.add_row(
+            row.name,
+            f"{row.shape[0]} x {row.shape[1]}",
+            f"{row.parameters:,}",
+            f"{100 * row.share:.2f} %",
+            f"{row.break_even_rank:.0f}",
+            str(row.rank or "dense"),
+            *(str(rank) for rank in row.energy_ranks or ()),
+        )
+    _print(shown)
+    share = 100 * found.ffn_parameters / found.parameters
+    click.echo(
+        f"{found.model_type}: {found.parameters:,} parameters, {found.ffn_parameters:,} of them "
+        f"({share:.1f} %) in {len(found.rows)} FFN linears."
+    )
+    if found.experts:
+        click.echo(f"Left dense: {len(found.experts)} expert tensors, such as {found.experts[0]}.")
+
+
+def _print(shown: Table) -> None:
+    """As wide as needed where stdout is no terminal, so that nothing is cut in a file."""
+    Console(width=None if sys.stdout.isatty() else 200, soft_wrap=False).print(shown)

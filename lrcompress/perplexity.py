@@ -1,0 +1,111 @@
+"""Token perplexity of a text in windows of a fixed context length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from lrcompress.data import Corpus, bos_token, encode
+from lrcompress.protocols import InputError, Metric, Progress, silent
+
+# logits rows turned into float32 at a time: a whole window times a large vocabulary is gigabytes
+LOSS_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Window:
+    """Token ids (length,) of one forward pass, of which the last `scored` are predicted."""
+
+    tokens: Tensor
+    scored: int
+
+
+def windows(tokens: list[int], length: int, stride: int, bos: int | None) -> Iterator[Window]:
+    """Windows that score every token of a document once.
+
+    Without BOS the very first token has nothing to be predicted from and is not scored; with
+    non-overlapping windows (stride = length) that holds for the first token of each window.
+    """
+    room = length if bos is None else length - 1
+    done = 0
+    for begin in range(0, len(tokens), min(stride, room)):
+        end = min(begin + room, len(tokens))
+        content = tokens[begin:end] if bos is None else [bos, *tokens[begin:end]]
+        scored = min(end - max(done, begin), len(content) - 1)
+        if scored > 0:
+            yield Window(torch.tensor(content), scored)
+        done = end
+        if end == len(tokens):
+            return
+
+
+def corpus_windows(
+    corpus: Corpus, tokenizer: Any, length: int, stride: int, limit: int | None
+) -> list[Window]:
+    """The first `limit` windows (all if None) of the documents; none reaches over two documents."""
+    bos = bos_token(tokenizer)
+    found = (
+        window
+        for document in corpus.documents
+        for window in windows(encode(tokenizer, document), length, stride, bos)
+    )
+    chosen = list(islice(found, limit))
+    if not chosen:
+        raise InputError(f"{corpus.spec!r} holds too little text to measure perplexity on")
+    return chosen
+
+
+@torch.no_grad()
+def token_losses(model: Any, window: Window) -> Tensor:
+    """Negative log-likelihood (nats) of the scored tokens, shape (scored,), float32."""
+    tokens = window.tokens.to(model.device)
+    logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+    targets, rows = tokens[-window.scored :], logits[-window.scored - 1 : -1]
+    losses = [
+        cross_entropy(rows[i : i + LOSS_ROWS].float(), targets[i : i + LOSS_ROWS], reduction="none")
+        for i in range(0, window.scored, LOSS_ROWS)
+    ]
+    return torch.cat(losses)
+
+
+def perplexity(
+    label: str,
+    model: Any,
+    tokenizer: Any,
+    corpus: Corpus,
+    length: int,
+    stride: int | None = None,
+    limit: int | None = None,
+    progress: Progress = silent,
+) -> Metric:
+    """exp(mean negative log-likelihood per token). Raises InputError where it is not finite."""
+    step = length if stride is None else stride
+    if step > length:
+        raise InputError(f"stride {step} exceeds the context length {length}: tokens would be lost")
+    chosen = corpus_windows(corpus, tokenizer, length, step, limit)
+    total, count = 0.0, 0
+    for index, window in enumerate(progress(chosen, f"Perplexity of {label}", len(chosen))):
+        loss = float(token_losses(model, window).double().sum())
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss of the {label} model on window {index} of {corpus.spec!r} is {loss}: "
+                "evaluate with --dtype float32"
+            )
+        total, count = total + loss, count + window.scored
+    conditions = {
+        "data": corpus.spec,
+        "context_length": length,
+        "stride": step,
+        "bos": "at each window" if bos_token(tokenizer) is not None else "none",
+        "windows": len(chosen),
+        "tokens": count,
+    }
+    value = math.exp(min(total / count, 700.0))  # exp overflows above 709
+    return Metric(label, "token perplexity", value, "", False, conditions)

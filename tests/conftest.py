@@ -1,0 +1,57 @@
+"""One torch thread, no network, and folders with models in them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from tests.tiny import saved_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense llama with its tokenizer; tests must not write to it."""
+    return saved_model(tmp_path_factory.mktemp("dense") / "model")
+
+
+@pytest.fixture(scope="session")
+def factorized(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny llama factorized at keep_ratio 0.6; tests must not write to it."""
+    out = tmp_path_factory.mktemp("factorized") / "model"
+    result = invoke("factorize", dense, "--out", out, "--keep-ratio", "0.6", *SMALL)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+SMALL = ("--num-samples", "4", "--seq-len", "64")
+
+Invoke = Callable[..., Result]
+
+
+def invoke(*arguments: object) -> Result:
+    """The command line in this process. An exception that is no exit is a traceback: raised."""
+    from lrcompress.cli import main
+
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "prose.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 200, "utf-8")
+    return file

@@ -1,0 +1,68 @@
+"""Second moments equal a direct computation; hooks do not outlive the pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lrcompress
+from lrcompress.calibrate import second_moments
+from lrcompress.ffn import select
+from lrcompress.protocols import InputError
+from tests.tiny import byte_tokenizer, tiny_model, tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_second_moment_of_every_linear(family: str) -> None:
+    model = tiny_model(family)
+    linears = select(model)
+    seen: dict[str, list[torch.Tensor]] = {spec.name: [] for spec in linears}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, x, rows=rows: rows.append(x[0].detach().flatten(0, -2).double())
+        )
+        for name, rows in seen.items()
+    ]
+    sample = tokens(3, 20)
+    moments = second_moments(model, linears, sample)
+    for handle in handles:
+        handle.remove()
+    for spec in linears:
+        x = torch.cat(seen[spec.name])
+        assert x.shape == (60, spec.in_features)
+        found = moments.statistics(spec).second_moment
+        assert found is not None
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, x.T @ x / 60, rtol=1e-5, atol=1e-6)
+
+
+def test_gate_and_up_share_one_moment() -> None:
+    linears = select(tiny_model())
+    moments = second_moments(tiny_model(), linears, tokens(1, 8))
+    assert len(moments.watched) == 4  # two blocks: gate with up, and down
+    assert moments.statistics(linears[0]).second_moment is not None
+
+
+def test_hooks_are_removed_even_after_an_error() -> None:
+    model = tiny_model()
+    linears = select(model)
+    with pytest.raises(IndexError):
+        second_moments(model, linears, torch.full((1, 4), 99_999))
+    for spec in linears:
+        assert not model.get_submodule(spec.name)._forward_pre_hooks
+
+
+def test_non_finite_activations_name_the_linear() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].post_attention_layernorm.weight.fill_(float("inf"))
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.gate_proj is not finite"):
+        lrcompress.factorize(model, byte_tokenizer(), keep_ratio=0.5, num_samples=2, seq_len=32)
+
+
+def test_non_finite_weight_names_the_linear() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("inf")
+    with pytest.raises(InputError, match=r"weight of model\.layers\.1\.mlp\.up_proj is not finite"):
+        lrcompress.factorize(model, keep_ratio=0.5, method="svd")

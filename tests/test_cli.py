@@ -1,0 +1,317 @@
+"""The commands as a user types them, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lrcompress
+from tests.conftest import SMALL, invoke
+from tests.tiny import logits, saved_model, tiny_model
+
+EVAL = ("--limit", "2", "--context-length", "64", "--no-speed")
+
+
+def test_help_is_fast_and_needs_no_torch() -> None:
+    script = (
+        "import sys; from lrcompress.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: assert 'torch' not in sys.modules"
+    )
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "factorize" in done.stdout
+    assert time.perf_counter() - started < 1.0  # 0.2 s here; room for a busy machine
+
+
+@pytest.mark.parametrize("command", ["factorize", "eval", "inspect", "export", "run", "check"])
+def test_every_command_has_help(command: str) -> None:
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert f"Usage: main {command}" in result.output
+
+
+def test_factorize_reports_what_it_wrote(factorized: Path) -> None:
+    record = json.loads((factorized / "lrcompress.json").read_text())
+    model, tokenizer = lrcompress.load(factorized)
+    assert tokenizer is not None
+    assert record["saved"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert record["counts"]["model"]["kept"] == record["saved"]["parameters"]
+    assert record["calibration"]["tokens"] == 4 * 64
+    assert record["recipe"]["factorize"]["keep_ratio"] == 0.6
+    assert set(record["versions"]) == {"lrcompress", "torch", "transformers"}
+    assert "import lrcompress" in (factorized / "README.md").read_text()
+
+
+def test_rank_above_break_even_stays_dense_and_says_so(dense: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = invoke("factorize", dense, "--out", out, "--rank", "30", "--method", "svd")
+    assert result.exit_code == 0
+    assert "Factorized 0 of 6 linears" in result.output
+    assert "breaks even at rank 23" in result.output
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(logits(loaded), logits(tiny_model()))
+
+
+def test_eval_beside_a_baseline_writes_reports(
+    dense: Path, factorized: Path, text: Path, tmp_path: Path
+) -> None:
+    task = tmp_path / "task.jsonl"
+    rows = [{"query": f"Q{i}", "choices": ["a", "b"], "gold": i % 2} for i in range(4)]
+    task.write_text("\n".join(json.dumps(row) for row in rows))
+    out = tmp_path / "report"
+    result = invoke(
+        "eval", factorized, "--baseline", dense, "--perplexity", text, "--out", out,
+        "--limit", "2", "--context-length", "64", "--tasks", f"{task},{text}",
+        "--prompt-length", "8", "--new-tokens", "2", "--repeats", "2",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((out / "metrics.json").read_text())["metrics"]
+    names = {metric["name"] for metric in metrics if metric["model"] == "factorized"}
+    assert names >= {"token perplexity", "task acc", "prefill", "decode", "parameters"}
+    assert any("word_perplexity" in name for name in names)
+    assert names == {metric["name"] for metric in metrics if metric["model"] == "dense"}
+    for name in ("report.md", "report.html"):
+        page = (out / name).read_text()
+        assert "token perplexity" in page
+        assert "factorized / dense" in page
+    assert "http" not in (out / "report.html").read_text()
+
+
+def test_reloaded_model_measures_the_same(dense: Path, tmp_path: Path, text: Path) -> None:
+    model, tokenizer = lrcompress.load(dense)
+    lrcompress.factorize(model, tokenizer, keep_ratio=0.6, num_samples=4, seq_len=64)
+    lrcompress.save(model, tmp_path / "out", tokenizer)
+    settings: dict[str, Any] = {"perplexity": [str(text)], "context_length": 64, "speed": False}
+    here = lrcompress.evaluate(model, tokenizer, **settings)
+    there = lrcompress.evaluate(*lrcompress.load(tmp_path / "out"), **settings)
+    assert here == there
+
+
+def test_inspect_lists_the_linears_as_text_and_json(dense: Path, factorized: Path) -> None:
+    result = invoke("inspect", dense)
+    assert "model.layers.1.mlp.down_proj" in result.output
+    assert "32 x 88" in result.output
+    found = json.loads(invoke("inspect", factorized, "--json", "--energy").stdout)
+    assert found["parameters"] == sum(
+        p.numel() for p in lrcompress.load(factorized)[0].parameters()
+    )
+    assert {row["role"] for row in found["rows"]} == {"gate", "up", "down"}
+    for row in found["rows"]:
+        assert row["rank"] >= row["energy_ranks"][1] >= row["energy_ranks"][0] >= 1
+
+
+def test_export_dense_loads_without_lrcompress(factorized: Path, tmp_path: Path) -> None:
+    assert invoke("export", factorized, "--out", tmp_path / "dense", "--dense").exit_code == 0
+    _check_in_a_process_without_lrcompress(factorized, tmp_path / "dense", "", 1e-4)
+
+
+def test_export_standalone_loads_without_lrcompress(factorized: Path, tmp_path: Path) -> None:
+    out = tmp_path / "standalone"
+    assert invoke("export", factorized, "--out", out, "--standalone").exit_code == 0
+    _check_in_a_process_without_lrcompress(factorized, out, "trust_remote_code=True", 0)
+    assert sum(1 for _ in out.glob("*.py")) == 1
+
+
+def _check_in_a_process_without_lrcompress(
+    source: Path, folder: Path, arguments: str, tolerance: float
+) -> None:
+    expected = folder.parent / "expected.pt"
+    torch.save(logits(lrcompress.load(source)[0]), expected)
+    script = f"""
+import sys
+sys.modules["lrcompress"] = None
+import torch
+torch.set_num_threads(1)
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, {arguments})
+tokens = torch.randint(1, 257, (2, 24), generator=torch.Generator().manual_seed(1))
+with torch.no_grad():
+    difference = (model(input_ids=tokens).logits - torch.load({str(expected)!r})).abs().max()
+assert difference <= {tolerance}, difference
+"""
+    environment = {"HF_MODULES_CACHE": str(folder.parent / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_lm_eval_command_line_loads_low_rank_models(factorized: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": "some words to score " * 3}) for _ in range(2)))
+    (tmp_path / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}\n"
+        "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\n"
+        "doc_to_target: '{{text}}'\nmetric_list: [{metric: byte_perplexity}]\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "lrcompress.lm_eval", "run", "--model", "hf", "--model_args",
+         f"pretrained={factorized}", "--tasks", tmp_path / "mine.yaml", "--device", "cpu"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ours = invoke("eval", factorized, "--perplexity", f"{rows}", "--tasks", tmp_path / "mine.yaml",
+                  "--no-speed", "--context-length", "256", "--out", tmp_path / "out")  # fmt: skip
+    assert ours.exit_code == 0, ours.output
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]
+    value = next(m["value"] for m in metrics if m["name"] == "mine byte_perplexity")
+    assert f"{value:.4f}" in done.stdout
+
+
+def _wrong(tmp_path: Path, dense: Path) -> dict[str, tuple[list[object], str]]:
+    """name -> arguments of a wrong command, and what its one sentence has to say."""
+    out = tmp_path / "out"
+    files = {name: tmp_path / name for name in ("empty.txt", "binary.txt", "short.txt", "a.jsonl")}
+    files["empty.txt"].write_text("\n")
+    files["binary.txt"].write_bytes(bytes(range(256)))
+    files["short.txt"].write_text("three short words")
+    files["a.jsonl"].write_text('{"body": "words"}\n')
+    (tmp_path / "hollow").mkdir()
+    broken = shutil.copytree(dense, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"\x00" * 100)
+    weightless = shutil.copytree(dense, tmp_path / "weightless")
+    (weightless / "model.safetensors").unlink()
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    t5 = tmp_path / "t5"
+    t5.mkdir()
+    (t5 / "config.json").write_text('{"model_type": "t5", "architectures": ["T5Model"]}')
+    alien = tmp_path / "alien"
+    alien.mkdir()
+    (alien / "config.json").write_text('{"model_type": "alien"}')
+
+    def factorize(*more: object, model: object = dense) -> list[object]:
+        return ["factorize", model, "--out", out, *SMALL, *more]
+
+    keep = ("--keep-ratio", "0.5")
+    return {
+        "missing folder": (factorize(*keep, model="./nowhere"), "'./nowhere' does not exist"),
+        "missing gguf": (factorize(*keep, model="no.gguf"), "'no.gguf' does not exist"),
+        "hub offline": (factorize(*keep, model="some/model"), "hub did not give it"),
+        "no config": (factorize(*keep, model=tmp_path / "hollow"), "has no config.json"),
+        "not causal": (factorize(*keep, model=t5), "cannot be loaded"),
+        "unknown type": (factorize(*keep, model=alien), "alien"),
+        "broken weights": (factorize(*keep, model=broken), "cannot be loaded"),
+        "no weights": (factorize(*keep, model=weightless), "cannot be loaded"),
+        "a file": (factorize(*keep, model=files["short.txt"]), "is a file"),
+        "no budget": (factorize(), "exactly one of rank and keep_ratio"),
+        "two budgets": (factorize(*keep, "--rank", "4"), "exactly one of rank and keep_ratio"),
+        "rank 0": (factorize("--rank", "0"), "--rank: input should be greater than or equal to 1"),
+        "rank too big": (factorize("--rank", "33"), "use 1..32"),
+        "rank a word": (factorize("--rank", "many"), "--rank: input should be a valid integer"),
+        "keep 1.7": (factorize("--keep-ratio", "1.7"), "less than or equal to 1, not '1.7'"),
+        "keep 0": (factorize("--keep-ratio", "0"), "greater than 0"),
+        "method": (factorize(*keep, "--method", "magic"), "choose from svd, asvd, whitened"),
+        "method option": (
+            factorize(*keep, "--method-options", "dampin=1"),
+            "did you mean 'damping'?",
+        ),
+        "option value": (factorize(*keep, "--method-options", "damping=7"), "not in (0, 1]"),
+        "policy": (factorize(*keep, "--ranks", "magic"), "choose from uniform"),
+        "form": (factorize(*keep, "--form", "magic"), "choose from factored"),
+        "exclude": (factorize(*keep, "--exclude", "*.nothing"), "matches no linear layer"),
+        "exclude all": (factorize(*keep, "--exclude", "*"), "nothing is left to factorize"),
+        "empty text": (factorize(*keep, "--calibration", files["empty.txt"]), "is empty"),
+        "binary text": (factorize(*keep, "--calibration", files["binary.txt"]), "not UTF-8 text"),
+        "no text": (factorize(*keep, "--calibration", "no.txt"), "'no.txt' does not exist"),
+        "too little": (factorize(*keep, "--calibration", files["short.txt"]), "holds 17 tokens"),
+        "field": (factorize(*keep, "--calibration", files["a.jsonl"]), "fields: body"),
+        "hub data": (factorize(*keep, "--calibration", "wikitext2"), "hub gave no data set"),
+        "too long": (factorize(*keep, "--seq-len", "999"), "exceeds the model's maximum of 256"),
+        "device": (factorize(*keep, "--device", "cuda:7"), "device 'cuda:7' is not available"),
+        "dtype": (factorize(*keep, "--dtype", "int3"), "--dtype: input should be 'auto'"),
+        "out exists": (["factorize", dense, "--out", taken, *keep], "exists: choose another"),
+        "task": (["eval", dense, "--tasks", "arc_eazy", *EVAL], "did you mean arc_easy"),
+        "task file": (["eval", dense, "--tasks", "no.yaml", *EVAL], "'no.yaml' does not exist"),
+        "eval out": (["eval", dense, "--out", taken, *EVAL], "exists: choose another"),
+        "stride": (["eval", dense, "--stride", "65", *EVAL], "exceeds the context length 64"),
+        "export form": (["export", dense, "--out", out], "--dense or --standalone"),
+        "export dense": (["export", dense, "--out", out, "--dense"], "no lrcompress checkpoint"),
+        "recipe": (["run", "no.yaml", out], "'no.yaml' does not exist"),
+    }
+
+
+WRONG = [
+    "missing folder", "missing gguf", "hub offline", "no config", "not causal", "unknown type",
+    "broken weights", "no weights", "a file", "no budget", "two budgets", "rank 0",
+    "rank too big", "rank a word", "keep 1.7", "keep 0", "method", "method option",
+    "option value", "policy", "form", "exclude", "exclude all", "empty text", "binary text",
+    "no text", "too little", "field", "hub data", "too long", "device", "dtype", "out exists",
+    "task", "task file", "eval out", "stride", "export form", "export dense", "recipe",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_gets_one_sentence(name: str, tmp_path: Path, dense: Path) -> None:
+    cases = _wrong(tmp_path, dense)
+    assert set(cases) == set(WRONG)
+    arguments, sentence = cases[name]
+    before = {path.name for path in tmp_path.iterdir()}
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+    error = result.stderr[result.stderr.index("Error: ") :]
+    assert error.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == before, "something was left behind"
+
+
+def test_already_low_rank_is_refused(factorized: Path, tmp_path: Path) -> None:
+    result = invoke("factorize", factorized, "--out", tmp_path / "o", "--rank", "4", *SMALL)
+    assert result.exit_code == 2
+    assert "already low-rank" in result.stderr
+
+
+def test_full_disk_is_one_sentence(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lrcompress import checkpoint
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_weights", full)
+    out = tmp_path / "out"
+    result = invoke("factorize", dense, "--out", out, "--rank", "4", "--method", "svd")
+    assert result.exit_code == 1
+    assert "the disk is full" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_permission_is_one_sentence(dense: Path) -> None:
+    result = invoke("factorize", dense, "--out", "/proc/lrcompress/out", "--rank", "4", *SMALL)
+    assert result.exit_code in (1, 2)
+    assert "/proc" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model", num_hidden_layers=24)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lrcompress", "factorize", model, "--out", tmp_path / "out",
+         "--keep-ratio", "0.5", "--num-samples", "1000", "--seq-len", "200"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert "Calibrating" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert error.strip().endswith("Error: interrupted; nothing half-written was left")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,0 +1,169 @@
+"""Contracts that every factorization method keeps, and what tells the methods apart."""
+
+from __future__ import annotations
+
+import pkgutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrcompress.factorizers import FACTORIZERS
+from lrcompress.factorizers.svd import DiagonalSVD, PlainSVD, WhitenedSVD
+from lrcompress.linalg import decompose, roots
+from lrcompress.protocols import InputError, Statistics
+
+SHAPES = [(24, 16), (16, 24), (20, 20)]
+METHODS = [pkgutil.resolve_name(home)() for home in FACTORIZERS.values()]
+each_method = pytest.mark.parametrize("method", METHODS, ids=list(FACTORIZERS))
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def problem(shape: tuple[int, int], samples: int = 400) -> tuple[Tensor, Statistics]:
+    """A random weight and inputs whose directions differ in size by a factor of 1000."""
+    generator = torch.Generator().manual_seed(shape[0])
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    x = torch.randn(samples, shape[1], generator=generator, dtype=torch.float64)
+    mix = torch.randn(shape[1], shape[1], generator=generator, dtype=torch.float64)
+    x = x * torch.logspace(0, -3, shape[1], dtype=torch.float64) @ mix
+    return weight, Statistics(second_moment=x.T @ x / samples)
+
+
+def metric(method: Any, statistics: Statistics, size: int) -> Tensor:
+    found = method.metric(statistics)
+    if found is None:
+        return torch.eye(size, dtype=torch.float64)
+    return torch.diag(found) if found.ndim == 1 else found
+
+
+@each_method
+@each_shape
+def test_full_rank_is_exact(method: Any, shape: tuple[int, int]) -> None:
+    weight, statistics = problem(shape)
+    factors = method.factorize(weight, statistics, min(shape))
+    torch.testing.assert_close(factors.B @ factors.A, weight, rtol=1e-6, atol=1e-6)
+    assert factors.error <= 1e-9 * factors.energy
+
+
+@each_method
+@each_shape
+def test_estimated_error_is_the_measured_error(method: Any, shape: tuple[int, int]) -> None:
+    weight, statistics = problem(shape)
+    X = metric(method, statistics, shape[1])
+    curve = method.error_curve(weight, statistics)
+    assert curve.shape == (min(shape) + 1,)
+    assert bool((curve.diff() <= 0).all())
+    assert curve[-1] == 0
+    for rank in (1, 5, min(shape) - 1):
+        factors = method.factorize(weight, statistics, rank)
+        assert factors.A.shape == (rank, shape[1])
+        assert factors.B.shape == (shape[0], rank)
+        difference = weight - factors.B @ factors.A
+        measured = float((difference @ X * difference).sum())
+        assert measured == pytest.approx(float(curve[rank]), rel=1e-6)
+        assert factors.error == pytest.approx(measured, rel=1e-6)
+    assert float(curve[0]) == pytest.approx(float((weight @ X * weight).sum()))
+
+
+@each_method
+@each_shape
+def test_no_other_factors_of_the_rank_are_better(method: Any, shape: tuple[int, int]) -> None:
+    weight, statistics = problem(shape)
+    X = metric(method, statistics, shape[1])
+    factors = method.factorize(weight, statistics, 4)
+    generator = torch.Generator().manual_seed(3)
+    for size in (1e-3, 1e-2, 1e-1):
+        A = factors.A + size * torch.randn(factors.A.shape, generator=generator)
+        B = factors.B + size * torch.randn(factors.B.shape, generator=generator)
+        difference = weight - B @ A
+        assert float((difference @ X * difference).sum()) > factors.error
+
+
+@each_method
+def test_same_input_same_factors(method: Any) -> None:
+    weight, statistics = problem((24, 16))
+    first, second = (method.factorize(weight, statistics, 5) for _ in range(2))
+    assert torch.equal(first.A, second.A)
+    assert torch.equal(first.B, second.B)
+
+
+@each_method
+@pytest.mark.parametrize("rank", [0, 17])
+def test_impossible_rank_is_refused(method: Any, rank: int) -> None:
+    weight, statistics = problem((24, 16))
+    with pytest.raises(InputError, match=rf"rank {rank} is not in 1\.\.16"):
+        method.factorize(weight, statistics, rank)
+
+
+@each_method
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24)], ids=str)
+def test_degenerate_moments_give_finite_factors(method: Any, shape: tuple[int, int]) -> None:
+    weight, statistics = problem(shape)
+    X = statistics.second_moment
+    assert X is not None
+    one = torch.zeros_like(X)
+    one[3, 3] = 2.0
+    for moment in (torch.zeros_like(X), one, X * 1e30, X * 1e-30, torch.ones_like(X)):
+        factors = method.factorize(weight, Statistics(second_moment=moment), 4)
+        assert bool(factors.A.isfinite().all())
+        assert bool(factors.B.isfinite().all())
+        full = method.factorize(weight, Statistics(second_moment=moment), 16)
+        y, expected = full.B @ full.A @ moment, weight @ moment
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4 * float(moment.abs().max()))
+
+
+@each_method
+def test_zero_weight(method: Any) -> None:
+    _, statistics = problem((24, 16))
+    factors = method.factorize(torch.zeros(24, 16), statistics, 4)
+    assert bool((factors.B @ factors.A == 0).all())
+
+
+def test_each_method_wins_in_its_own_metric() -> None:
+    weight, statistics = problem((24, 16))
+    methods = [PlainSVD(), DiagonalSVD(), WhitenedSVD()]
+    for judge in methods:
+        X = metric(judge, statistics, 16)
+        errors = []
+        for method in methods:
+            factors = method.factorize(weight, statistics, 5)
+            difference = weight - factors.B @ factors.A
+            errors.append(float((difference @ X * difference).sum()))
+        assert min(errors) == errors[methods.index(judge)]
+
+
+@pytest.mark.parametrize("options", [{"damping": 0.0}, {"damping": 2.0}])
+def test_bad_damping_is_refused(options: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="damping"):
+        WhitenedSVD(**options)
+
+
+def test_method_without_its_statistics_says_so() -> None:
+    with pytest.raises(InputError, match="calibrate first"):
+        WhitenedSVD().factorize(torch.ones(4, 4), Statistics(), 2)
+
+
+def test_roots_of_a_matrix_and_of_a_diagonal_agree() -> None:
+    values = torch.tensor([4.0, 1.0, 0.25], dtype=torch.float64)
+    for diagonal, matrix in zip(roots(values), roots(torch.diag(values)), strict=True):
+        torch.testing.assert_close(diagonal, matrix)
+    root, inverse = roots(problem((8, 8))[1].second_moment)  # type: ignore[arg-type]
+    torch.testing.assert_close(root @ inverse, torch.eye(8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("last", [-4, -0.2], ids=["decaying", "flat"])
+@pytest.mark.parametrize("shape", [(1100, 1400), (1400, 1100)], ids=str)
+def test_randomized_range_finder_is_as_good_as_the_exact_one(
+    last: float, shape: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    weight = weight * torch.logspace(0, last, shape[1], dtype=torch.float64)
+    exact, quick = decompose(weight), decompose(weight, rank=64)
+    assert exact.energies.shape == (1100,)
+    assert quick.energies.shape == (64,), "the randomized method was not used"
+    A, B = quick.truncated(64)
+    measured = float((weight - B @ A).norm() ** 2)
+    assert quick.error(64) == pytest.approx(measured, rel=1e-9)
+    assert exact.error(64) <= measured * (1 + 1e-9) <= 1.01 * exact.error(64)

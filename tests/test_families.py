@@ -1,0 +1,130 @@
+"""Every family: found, calibrated, factorized, saved, loaded bit for bit, trained, merged."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lrcompress
+from lrcompress.checkpoint import saved_tensors
+from lrcompress.ffn import find_ffns, select
+from lrcompress.lowrank import dense_weight, low_rank_layers, merge_dense
+from lrcompress.protocols import InputError
+from lrcompress.quantizer import record_layout
+from lrcompress.sizes import parameter_count
+from tests.tiny import BLOCKS, FAMILIES, byte_tokenizer, logits, tiny_model
+
+GATED = {
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3",
+    "olmo2", "olmo3", "stablelm", "cohere", "helium", "exaone4", "ernie4_5", "lfm2",
+}  # fmt: skip
+SETTINGS: dict[str, Any] = {"num_samples": 4, "seq_len": 48}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_finds_every_ffn_linear(family: str) -> None:
+    linears = find_ffns(tiny_model(family)).linears
+    roles = ["gate", "up", "down"] if family in GATED else ["up", "down"]
+    if family in {"phi3", "glm4"}:
+        roles = ["gate_up", "down"]
+    assert [spec.role for spec in linears] == roles * BLOCKS
+    assert [spec.block for spec in linears] == sorted(spec.block for spec in linears)
+    for spec in linears:
+        weight = dense_weight(tiny_model(family).get_submodule(spec.name))
+        assert weight.shape == (spec.out_features, spec.in_features)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_is_exact(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    dense_count = parameter_count(model)
+    done = lrcompress.factorize(model, byte_tokenizer(), keep_ratio=0.6, **SETTINGS)
+    assert done.model.kept == parameter_count(model) < dense_count == done.model.dense
+    assert done.ffn.keep_ratio == pytest.approx(0.6, abs=0.12)  # ranks are multiples of 8 of 32
+    lrcompress.save(model, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert len(list(low_rank_layers(loaded))) == len(done.linears)
+    assert torch.equal(logits(loaded), logits(model))
+    saved = saved_tensors(tmp_path / "out")["parameters"]
+    buffers = sum(b.numel() for n, b in model.named_buffers() if n in model.state_dict())
+    assert saved - parameter_count(model) in (0, buffers - len(done.linears))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loaded_model_is_ordinary(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    lrcompress.factorize(model, rank=8, method="svd")
+    lrcompress.save(model, tmp_path / "a")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.bfloat16)
+    assert all(layer.A.weight.dtype == torch.bfloat16 for _, layer in low_rank_layers(again))
+    assert torch.isfinite(again.float()(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
+    before = [layer.A.weight.clone() for _, layer in low_rank_layers(loaded)]
+    batch = torch.tensor([[5, 6, 7, 8]])
+    loaded.train()(input_ids=batch, labels=batch).loss.backward()
+    torch.optim.SGD(loaded.parameters(), lr=0.1).step()
+    after = [layer.A.weight for _, layer in low_rank_layers(loaded)]
+    assert all(not torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merging_gives_the_stock_architecture(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    lrcompress.factorize(model, rank=8, method="svd")
+    expected = logits(model)
+    merge_dense(model)
+    record_layout(model)
+    stock = tiny_model(family)
+    assert {n: p.shape for n, p in model.named_parameters()} == {
+        n: p.shape for n, p in stock.named_parameters()
+    }
+    for spec in find_ffns(stock).linears:
+        assert type(model.get_submodule(spec.name)) is type(stock.get_submodule(spec.name))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not hasattr(loaded.config, "quantization_config")
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_generates(family: str) -> None:
+    model = tiny_model(family)
+    lrcompress.factorize(model, rank=8, method="svd")
+    out = model.generate(torch.tensor([[1, 2]]), max_new_tokens=4, do_sample=False)
+    assert out.shape[0] == 1
+    assert 2 < out.shape[1] <= 6
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+def test_without_the_import_loading_raises(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    lrcompress.factorize(model, rank=8, method="svd")
+    lrcompress.save(model, tmp_path / "out")
+    script = (
+        "import sys; from transformers import AutoModelForCausalLM as M\n"
+        "assert not any(m.startswith('lrcompress') for m in sys.modules)\n"
+        f"M.from_pretrained({str(tmp_path / 'out')!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "mismatched" in done.stderr
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
+def test_experts_are_named_and_refused(family: str) -> None:
+    FAMILIES[family] = FAMILIES["llama"] | {"num_experts": 4, "num_local_experts": 4}
+    try:
+        model = tiny_model(family, moe_intermediate_size=16)
+    finally:
+        del FAMILIES[family]
+    with pytest.raises(InputError, match=r"mixture-of-experts tensors \(model\.layers\.0\."):
+        select(model)

@@ -1,0 +1,77 @@
+"""Windows score every token once, and perplexity equals a direct computation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lrcompress.data import Corpus, encode
+from lrcompress.perplexity import perplexity, windows
+from lrcompress.protocols import InputError
+from tests.tiny import byte_tokenizer, tiny_model
+
+TEXT = "It was the best of times, it was the worst of times. " * 6
+
+
+@pytest.mark.parametrize("bos", [None, 0])
+@pytest.mark.parametrize(("count", "length", "stride"), [(100, 16, 16), (97, 16, 5), (10, 16, 16)])
+def test_every_token_is_scored_once(count: int, length: int, stride: int, bos: int | None) -> None:
+    tokens = list(range(1, count + 1))
+    scored = [
+        t for w in windows(tokens, length, stride, bos) for t in w.tokens[-w.scored :].tolist()
+    ]
+    if bos is not None:
+        assert scored == tokens
+    elif stride < length:
+        assert scored == tokens[1:]
+    else:
+        assert scored == [t for i, t in enumerate(tokens) if i % length]
+    assert all(len(w.tokens) <= length for w in windows(tokens, length, stride, bos))
+
+
+def test_equals_a_direct_computation() -> None:
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    metric = perplexity("dense", model, tokenizer, Corpus("x", [TEXT]), 32)
+    ids = torch.tensor(encode(tokenizer, TEXT))
+    losses = []
+    with torch.no_grad():
+        for begin in range(0, len(ids), 32):
+            piece = ids[begin : begin + 32]
+            if len(piece) > 1:
+                logits = model(input_ids=piece[None]).logits[0].double().log_softmax(-1)
+                losses += [-logits[i, piece[i + 1]] for i in range(len(piece) - 1)]
+    assert metric.conditions["tokens"] == len(losses)
+    assert metric.value == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-6)
+    assert metric.conditions["bos"] == "none"
+
+
+def test_windows_stay_inside_documents() -> None:
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    both = perplexity("m", model, tokenizer, Corpus("x", [TEXT, "another document"]), 32)
+    parts = [
+        perplexity("m", model, tokenizer, Corpus("x", [d]), 32) for d in (TEXT, "another document")
+    ]
+    counts = [int(str(p.conditions["tokens"])) for p in parts]
+    mean = sum(math.log(p.value) * n for p, n in zip(parts, counts, strict=True)) / sum(counts)
+    assert both.value == pytest.approx(math.exp(mean))
+
+
+def test_limit_takes_the_first_windows() -> None:
+    metric = perplexity("m", tiny_model(), byte_tokenizer(), Corpus("x", [TEXT]), 32, limit=2)
+    assert metric.conditions["windows"] == 2
+    assert metric.conditions["tokens"] == 62
+
+
+def test_non_finite_loss_raises() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"window 0 of 'x' is nan: evaluate with --dtype float32"):
+        perplexity("dense", model, byte_tokenizer(), Corpus("x", [TEXT]), 32)
+
+
+def test_nothing_to_score_raises() -> None:
+    with pytest.raises(InputError, match="too little text"):
+        perplexity("dense", tiny_model(), byte_tokenizer(), Corpus("x", ["a"]), 32)

@@ -1,0 +1,136 @@
+"""Tiny random models of every family, and a byte tokenizer: seconds for the whole suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+WIDTH, INNER, BLOCKS, HEADS, LENGTH = 32, 88, 2, 4, 256
+
+STANDARD = {
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": LENGTH,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+GPT2 = {
+    "n_embd": WIDTH,
+    "n_layer": BLOCKS,
+    "n_head": HEADS,
+    "n_positions": LENGTH,
+    "n_inner": INNER,
+}
+
+# model type -> config keys; one row a family
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": STANDARD,
+    "mistral": STANDARD,
+    "qwen2": STANDARD,
+    "qwen3": STANDARD,
+    "gemma": STANDARD,
+    "gemma2": STANDARD,
+    "gemma3_text": STANDARD,
+    "granite": STANDARD,
+    "smollm3": STANDARD,
+    "olmo2": STANDARD,
+    "olmo3": STANDARD,
+    "stablelm": STANDARD,
+    "cohere": STANDARD,
+    "helium": STANDARD,
+    "exaone4": STANDARD,
+    "ernie4_5": STANDARD,
+    "phi3": STANDARD,
+    "glm4": STANDARD,
+    "nemotron": STANDARD,
+    "phi": STANDARD,
+    "gpt2": GPT2,
+    "gpt_neo": {
+        "hidden_size": WIDTH,
+        "num_layers": BLOCKS,
+        "num_heads": HEADS,
+        "intermediate_size": INNER,
+        "max_position_embeddings": LENGTH,
+        "attention_types": [[["global", "local"], 1]],
+    },
+    "starcoder2": STANDARD,
+    "gptj": GPT2 | {"rotary_dim": 8},
+    "codegen": GPT2 | {"rotary_dim": 8},
+    "gpt_neox": STANDARD,
+    "bloom": {"hidden_size": WIDTH, "n_layer": BLOCKS, "n_head": HEADS},
+    "falcon": {
+        "hidden_size": WIDTH,
+        "ffn_hidden_size": INNER,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": HEADS,
+    },
+    "persimmon": STANDARD,
+    "opt": STANDARD | {"ffn_dim": INNER, "word_embed_proj_dim": WIDTH},
+    "xglm": {
+        "d_model": WIDTH,
+        "ffn_dim": INNER,
+        "num_layers": BLOCKS,
+        "attention_heads": HEADS,
+        "max_position_embeddings": LENGTH,
+    },
+    "biogpt": STANDARD,
+    "mpt": {"d_model": WIDTH, "n_layers": BLOCKS, "n_heads": HEADS, "max_seq_len": LENGTH},
+    "lfm2": STANDARD
+    | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+}
+
+
+def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
+    """A random model with weights far from zero, so that an error in one layer shows."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **FAMILIES[family] | {"vocab_size": 257} | changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.3)
+            elif parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def byte_tokenizer(bos: bool = False) -> Any:
+    """256 bytes and one special token; with `bos` it puts that token in front of every text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0} | {character: i for i, character in enumerate(alphabet, 1)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", pad_token="<s>"
+    )
+
+
+def tokens(count: int = 2, length: int = 24, seed: int = 1) -> torch.Tensor:
+    return torch.randint(1, 257, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=tokens()).logits
+    return found
+
+
+def saved_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """A dense model folder with a tokenizer."""
+    tiny_model(family, **changes).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
