@@ -6,6 +6,7 @@ import errno
 import inspect
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -84,7 +85,9 @@ def _write_weights(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("lrcompress", "torch", "transformers")}
+    """Of the software that decides results; Python's, because `pydoc` texts are its own."""
+    packages = ("lrcompress", "lm-eval", "torch", "transformers")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def saved_tensors(folder: Path) -> dict[str, int]:

@@ -18,6 +18,7 @@ from lrcompress import __version__
 from lrcompress.protocols import InputError, MachineError
 
 INTERRUPTED = 130
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 class Group(click.Group):
@@ -32,6 +33,10 @@ class Group(click.Group):
             _fail(str(error), 2)
         except (MachineError, OSError, MemoryError) as error:
             _fail(_machine_fault(error), 1)
+        except RuntimeError as error:  # torch has no class of its own for a full CPU memory
+            if not any(words in str(error) for words in OUT_OF_MEMORY):
+                raise
+            _fail(_machine_fault(MemoryError()), 1)
         except KeyboardInterrupt:
             _fail("interrupted; nothing half-written was left", INTERRUPTED)
 
@@ -179,7 +184,7 @@ def eval_command(source: str, out: Path | None, **options: Any) -> None:
 
     console.show_metrics(pipeline.evaluate_to(recipe, out, console.progress))
     if out is not None:
-        click.echo(f"Wrote {out}: metrics.json, report.md, report.html.")
+        console.show_report(out)
 
 
 INSPECT = ("model",)
@@ -247,7 +252,7 @@ def run_command(recipe_file: Path, out: Path, overrides: tuple[str, ...], overwr
     model = out / pipeline.MODEL
     console.show_factorization(checkpoint.read_record(model) or {}, model)
     console.show_metrics(metrics)
-    click.echo(f"Wrote {out}: metrics.json, report.md, report.html.")
+    console.show_report(out)
 
 
 @main.command("check")

@@ -128,7 +128,8 @@ def apply(
     linears = select(model, settings.include, settings.exclude, settings.dense_first)
     _check_weights(model, linears)
     before = parameter_count(model)
-    ffns = find_ffns(model)
+    finding = find_ffns(model)
+    ffns = finding.linears or linears  # an unknown family's FFNs are what --include named
     plan = settings.allocator().allocate(linears, settings.budget())
     moments, fingerprint = None, None
     if settings.factorizer().requires and plan.ranks:
@@ -144,12 +145,12 @@ def apply(
         done,
         Counts(sum(s.dense_parameters for s in linears), sum(linear.kept for linear in done)),
         Counts(
-            sum(s.dense_parameters for s in ffns.linears),
-            sum(plan.parameters(s) for s in ffns.linears),
+            sum(s.dense_parameters for s in ffns),
+            sum(plan.parameters(s) for s in ffns),
         ),
         Counts(before, parameter_count(model)),
         fingerprint,
-        tuple(_notes(done, ffns.experts)),
+        tuple(_notes(done, finding.experts)),
         time.perf_counter() - started,
     )
 

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from lrcompress.inspection import Inspection
 from lrcompress.protocols import Metric
+from lrcompress.report import FORMATS
 from lrcompress.report import table as report_table
 
 T = TypeVar("T")
@@ -83,6 +84,10 @@ def show_metrics(metrics: Sequence[Metric]) -> None:
     for row in rows.rows:
         shown.add_row(row.title, *row.cells, *row.ratios)
     _print(shown)
+
+
+def show_report(out: object) -> None:
+    click.echo(f"Wrote {out}: {', '.join(FORMATS)}.")
 
 
 def show_inspection(found: Inspection) -> None:

@@ -19,12 +19,11 @@ Use = Literal["calibration", "test"]
 EMBEDDED = "pydoc"
 # share of the embedded text, by characters, that is for calibration; the rest is for testing
 EMBEDDED_CALIBRATION_SHARE = 0.75
-# name -> hub path, config, field
+# name -> hub path, config, test split
 NAMED_DATASETS = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
-    "c4": ("allenai/c4", "en", "text"),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    "c4": ("allenai/c4", "en", "validation"),
 }
-HUB_SPLITS: dict[Use, str] = {"calibration": "train", "test": "test"}
 DEFAULT_FIELD = "text"
 # tokens read for every token asked for, so that the seed has something to choose from
 OVERDRAW = 8
@@ -67,7 +66,7 @@ def read_corpus(spec: str, use: Use) -> Corpus:
         return Corpus(spec, _read_jsonl(Path(name), rest or DEFAULT_FIELD))
     if name.endswith(".txt") or Path(name).exists():
         return Corpus(spec, [_read_text(Path(name))])
-    return Corpus(spec, _hub_documents(name, rest.split(":") if rest else [], HUB_SPLITS[use]))
+    return Corpus(spec, _hub_documents(name, rest.split(":") if rest else [], use))
 
 
 def _embedded(part: str) -> list[str]:
@@ -116,10 +115,11 @@ def _field_of(path: Path, number: int, line: str, field: str) -> str:
     return row[field]  # type: ignore[no-any-return]
 
 
-def _hub_documents(name: str, parts: list[str], split: str) -> Iterable[str]:
-    path, config, field = NAMED_DATASETS.get(name, (name, None, DEFAULT_FIELD))
+def _hub_documents(name: str, parts: list[str], use: Use) -> Iterable[str]:
+    path, config, test = NAMED_DATASETS.get(name, (name, None, "test"))
     given: list[str | None] = [*parts, None, None, None]
-    config, split, field = given[0] or config, given[1] or split, given[2] or field
+    config, field = given[0] or config, given[2] or DEFAULT_FIELD
+    split = given[1] or ("train" if use == "calibration" else test)
     from datasets import load_dataset
 
     try:

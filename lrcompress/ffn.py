@@ -156,8 +156,7 @@ def _check_patterns(
         if not any(fnmatchcase(name, pattern) for name in names):
             example = next(iter(names), "none")
             raise InputError(
-                f"{what} pattern {pattern!r} matches no linear layer: "
-                f"`lrcompress inspect` lists the names (such as {example!r})"
+                f"{what} pattern {pattern!r} matches no linear layer: names look like {example!r}"
             )
 
 

@@ -89,6 +89,8 @@ def perplexity(
     step = length if stride is None else stride
     if step > length:
         raise InputError(f"stride {step} exceeds the context length {length}: tokens would be lost")
+    bos = bos_token(tokenizer)
+    step = min(step, length if bos is None else length - 1)  # BOS takes a place in the window
     chosen = corpus_windows(corpus, tokenizer, length, step, limit)
     total, count = 0.0, 0
     for index, window in enumerate(progress(chosen, f"Perplexity of {label}", len(chosen))):
@@ -103,7 +105,7 @@ def perplexity(
         "data": corpus.spec,
         "context_length": length,
         "stride": step,
-        "bos": "at each window" if bos_token(tokenizer) is not None else "none",
+        "bos": "none" if bos is None else "at each window",
         "windows": len(chosen),
         "tokens": count,
     }

@@ -6,13 +6,13 @@ import gc
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lrcompress import __version__, benchmark, checkpoint, compare, report
+from lrcompress import benchmark, checkpoint, compare, report
 from lrcompress.compress import apply
 from lrcompress.models import load, locate
 from lrcompress.protocols import InputError, Metric, Progress, silent
@@ -55,7 +55,7 @@ def evaluate_to(
     models = compare.label_models(model, baseline)
     metrics = compare.measure(models, tokenizer, settings, tasks, progress)
     if out is not None:
-        folder = Path(locate(recipe.model.source).path)
+        folder = Path(locate(recipe.model.source, recipe.model.gguf_file).path)
         record = checkpoint.read_record(folder)
         with checkpoint.writing(out) as partial:
             report.write(partial, f"{recipe.model.source}: evaluation", metrics, record)
@@ -152,13 +152,14 @@ class Run:
     def _inputs(self, stage: str) -> str:
         """Hash of all that a stage's result depends on: settings, versions, and source files."""
         recipe = self.recipe.model_dump(mode="json")
+        model, settings = self.recipe.model, self.recipe.evaluate
+        states = [_model_state(model), _data_state(self.recipe.calibration.data)]
         if stage == "factorize":
             recipe.pop("evaluate")
-        files = [_file_state(self.recipe.model.source), _file_state(self.recipe.calibration.data)]
-        if stage == "evaluate":
-            files += [_file_state(spec) for spec in self.recipe.evaluate.perplexity]
-            files += [_file_state(spec) for spec in self.recipe.evaluate.tasks]
-        content = json.dumps([__version__, recipe, files], sort_keys=True)
+        else:
+            states += [_data_state(spec) for spec in (*settings.perplexity, *settings.tasks)]
+            states += [_model_state(_source(model, settings.baseline))] if settings.baseline else []
+        content = json.dumps([checkpoint.versions(), recipe, states], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _load(self, label: str) -> tuple[Any, Any]:
@@ -193,12 +194,20 @@ def _title(recipe: Recipe) -> str:
     return f"{recipe.model.source}: {wanted.method}, {budget}"
 
 
-def _file_state(source: str) -> list[Any]:
-    """Name, size and time of the file, or files of the folder, that a model or SPEC names."""
-    path = Path(source.partition(":")[0] if not source.startswith("package:") else source)
-    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
-    stats = [(file.name, file.stat()) for file in files if file.is_file()]
-    return [source, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+def _model_state(settings: ModelSettings) -> list[list[Any]]:
+    location = locate(settings.source, settings.gguf_file)
+    folder = Path(location.path)
+    return _states([folder / location.gguf_file] if location.gguf_file else folder.glob("*"))
+
+
+def _data_state(spec: str) -> list[list[Any]]:
+    return _states([Path(spec.partition(":")[0])])
+
+
+def _states(files: Iterable[Path]) -> list[list[Any]]:
+    """Name, size and time of the files that exist; none for what the hub holds."""
+    found = sorted(file for file in files if file.is_file())
+    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in found]
 
 
 def _read(file: Path) -> dict[str, Any]:

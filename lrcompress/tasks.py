@@ -13,6 +13,8 @@ from typing import Any
 from lrcompress.data import EMBEDDED, read_corpus
 from lrcompress.protocols import InputError, Metric
 
+# resamples behind the standard errors that lm-eval has no formula for
+BOOTSTRAPS = 100
 CHOICE_FIELDS = {"query", "choices", "gold"}
 
 
@@ -28,8 +30,9 @@ def resolve(names: Sequence[str]) -> Tasks:
     """Finds every task before any model is loaded.
 
     A name that ends in .yaml is a task file, .jsonl with query, choices and gold a
-    multiple-choice task, any other text SPEC a rolling-perplexity task, and the rest lm-eval's
-    own tasks. Raises InputError where a name is unknown or a file cannot be read.
+    multiple-choice task, `pydoc` and any other .txt or .jsonl text a rolling-perplexity
+    task, and the rest lm-eval's own tasks. Raises InputError where a name is unknown or a file
+    cannot be read.
     """
     from lm_eval.tasks import TaskManager
 
@@ -145,7 +148,7 @@ def run_tasks(
             task_manager=tasks.manager,
             limit=limit,
             num_fewshot=num_fewshot,
-            bootstrap_iters=0,
+            bootstrap_iters=BOOTSTRAPS,
             log_samples=False,
         )
     except OSError as error:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pkgutil
+
 import pytest
 
+from lrcompress.allocators import ALLOCATORS
 from lrcompress.allocators.uniform import Uniform
 from lrcompress.protocols import Budget, InputError, LinearSpec
 
@@ -20,16 +23,21 @@ def linears(
     return found
 
 
+@pytest.mark.parametrize("policy", ALLOCATORS)
 @pytest.mark.parametrize("keep_ratio", [0.95, 0.8, 0.6, 0.32, 0.1])
 @pytest.mark.parametrize("bias", [False, True])
-def test_keep_ratio_is_met_exactly(keep_ratio: float, bias: bool) -> None:
+def test_keep_ratio_is_met_exactly(policy: str, keep_ratio: float, bias: bool) -> None:
     specs = linears(bias=bias)
-    plan = Uniform().allocate(specs, Budget(keep_ratio=keep_ratio))
+    plan = pkgutil.resolve_name(ALLOCATORS[policy])().allocate(specs, Budget(keep_ratio=keep_ratio))
     kept = sum(plan.parameters(spec) for spec in specs)
     total = sum(spec.dense_parameters for spec in specs)
     assert abs(kept / total - keep_ratio) < 0.0005
     assert all(rank % 8 == 0 for rank in plan.ranks.values())
-    assert max(plan.ranks.values()) - min(plan.ranks.values()) <= 8
+
+
+def test_uniform_ranks_differ_by_one_step_at_most() -> None:
+    ranks = Uniform().allocate(linears(), Budget(keep_ratio=0.8)).ranks.values()
+    assert max(ranks) - min(ranks) == 8
 
 
 def test_rank_multiple_is_kept() -> None:

@@ -53,7 +53,7 @@ def test_factorize_reports_what_it_wrote(factorized: Path) -> None:
     assert record["counts"]["model"]["kept"] == record["saved"]["parameters"]
     assert record["calibration"]["tokens"] == 4 * 64
     assert record["recipe"]["factorize"]["keep_ratio"] == 0.6
-    assert set(record["versions"]) == {"lrcompress", "torch", "transformers"}
+    assert set(record["versions"]) == {"python", "lrcompress", "lm-eval", "torch", "transformers"}
     assert "import lrcompress" in (factorized / "README.md").read_text()
 
 
@@ -82,6 +82,8 @@ def test_eval_beside_a_baseline_writes_reports(
     assert result.exit_code == 0, result.output
     metrics = json.loads((out / "metrics.json").read_text())["metrics"]
     names = {metric["name"] for metric in metrics if metric["model"] == "factorized"}
+    accuracy = next(m for m in metrics if m["name"] == "task acc")
+    assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
     assert names >= {"token perplexity", "task acc", "prefill", "decode", "parameters"}
     assert any("word_perplexity" in name for name in names)
     assert names == {metric["name"] for metric in metrics if metric["model"] == "dense"}
@@ -315,3 +317,15 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert error.strip().endswith("Error: interrupted; nothing half-written was left")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_out_of_memory_is_one_sentence(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lrcompress import pipeline
+
+    def full(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
+
+    monkeypatch.setattr(pipeline, "load_settings", full)
+    result = invoke("eval", dense)
+    assert result.exit_code == 1
+    assert result.stderr == "Error: out of memory: use a smaller --seq-len, or --dtype bfloat16\n"

@@ -65,10 +65,12 @@ def test_unknown_family_is_refused_with_the_remedy() -> None:
         del layer.mlp.up_proj, layer.mlp.gate_proj
     with pytest.raises(InputError, match="name them with --include"):
         select(model)
-    assert [s.name for s in select(model, include=["*.strange"])] == [
+    done = lrcompress.factorize(model, rank=8, method="svd", include=["*.strange"])
+    assert [linear.spec.name for linear in done.linears] == [
         "model.layers.0.mlp.strange",
         "model.layers.1.mlp.strange",
     ]
+    assert done.to_dict()["counts"]["ffn"]["kept"] == 2 * 8 * (32 + 88)
 
 
 def test_refused_settings_leave_the_model_as_it_was() -> None:

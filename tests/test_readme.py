@@ -1,0 +1,38 @@
+"""What the README shows works as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import invoke
+
+README = Path("README.md").read_text("utf-8")
+
+
+def test_python_example_runs(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    shown: list[object] = []
+    exec(code.replace('"MODEL"', repr(str(dense))), {"print": lambda *a: shown.append(a)})
+    assert (tmp_path / "small" / "lrcompress.json").is_file()
+    assert any("token perplexity" in str(line) for line in shown)
+
+
+def test_commands_run(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^lrcompress (\w+ .*?) +#", README, re.MULTILINE)
+    assert len(lines) == 6
+    for line in lines[:-1]:
+        arguments = line.replace("MODEL", str(dense)).split()
+        quick = ["--limit", "1", "--repeats", "2"] if arguments[0] == "eval" else []
+        result = invoke(*arguments, *quick)
+        assert result.exit_code == 0, result.output
+
+
+def test_tree_names_every_module() -> None:
+    tree = README[README.index("## What is where") :]
+    for file in Path("lrcompress").glob("[a-z]*.py"):
+        assert file.name in tree or file.name == "lm_eval.py", file

