@@ -1,74 +1,164 @@
-"""One pass over calibration tokens: second moments of the inputs of every input group."""
+"""One pass over calibration tokens: moments of the linears' inputs and output gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from lrcompress.ffn import find_blocks
 from lrcompress.linalg import to_float64
 from lrcompress.protocols import InputError, LinearSpec, Progress, Statistics, silent
 
 
-class SecondMoments:
-    """Running sums of x xᵀ per input group, float32 products accumulated in float64."""
+class Moments:
+    """Running sums of x xᵀ per input group and, with `gradients`, of g gᵀ per linear.
 
-    def __init__(self, linears: Sequence[LinearSpec]) -> None:
+    Products are taken in float32. Sums of x xᵀ are kept in float64; those of g gᵀ, which only
+    weigh errors, in float32, at half the memory.
+    """
+
+    def __init__(self, linears: Sequence[LinearSpec], gradients: bool) -> None:
         # linears of one group read the same input, so one of them is watched
         self.watched = {spec.input_group: spec.name for spec in reversed(linears)}
+        self.outputs = [spec.name for spec in linears] if gradients else []
         self.sums: dict[str, Tensor] = {}
-        self.counts = dict.fromkeys(self.watched, 0)
+        self.gradient_sums: dict[str, Tensor] = {}
+        self.tokens = 0
+        self.backward = False
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        handles = [
-            model.get_submodule(name).register_forward_pre_hook(self._hook(group))
-            for group, name in self.watched.items()
-        ]
-        try:
+        with ExitStack() as stack:
+            for group, name in self.watched.items():
+                hook = model.get_submodule(name).register_forward_pre_hook(self._input(group))
+                stack.callback(hook.remove)
+            for name in self.outputs:
+                hook = model.get_submodule(name).register_forward_hook(self._output(name))
+                stack.callback(hook.remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _hook(self, group: str) -> Any:
+    def _input(self, group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0].detach().flatten(0, -2).float()
-            product = to_float64(x.T @ x)
-            if group in self.sums:
-                self.sums[group] += product
-            else:
-                self.sums[group] = product
-            self.counts[group] += len(x)
+            if not self.backward:  # gradient checkpointing runs the forward pass once more
+                self._add(self.sums, group, to_float64(_gram(arguments[0])))
 
         return add
 
+    def _output(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def watch(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if not self.backward:
+                output.register_hook(lambda g: self._add(self.gradient_sums, name, _gram(g)))
+
+        return watch
+
+    def _add(self, sums: dict[str, Tensor], key: str, product: Tensor) -> None:
+        if key in sums:
+            sums[key] += product
+        else:
+            sums[key] = product
+
     def statistics(self, linear: LinearSpec) -> Statistics:
-        """The mean of x xᵀ for `linear`. Raises InputError where it is not finite."""
-        group = linear.input_group
-        if group not in self.sums:
+        """The moments of `linear`. Raises InputError where one is missing or not finite."""
+        if linear.input_group not in self.sums:
             raise InputError(f"calibration never reached {linear.name}: exclude it by name")
-        moment = self.sums[group] / self.counts[group]
-        if not bool(moment.isfinite().all()):
-            raise InputError(
-                f"the input of {linear.name} is not finite: calibrate with --dtype float32"
-            )
-        return Statistics(second_moment=moment)
+        moment = self.sums[linear.input_group] / self.tokens
+        gradient = self.gradient_sums.get(linear.name)
+        if gradient is not None:
+            gradient = gradient / self.tokens
+        for found, what in ((moment, "input"), (gradient, "output gradient")):
+            if found is not None and not bool(found.isfinite().all()):
+                raise InputError(
+                    f"the {what} of {linear.name} is not finite: calibrate with --dtype float32"
+                )
+        return Statistics(moment, gradient)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Sum of v vᵀ over the tokens of v (..., features), in float32."""
+    v = rows.detach().flatten(0, -2).float()
+    return v.T @ v
+
+
+def measure_moments(
+    model: Any,
+    linears: Sequence[LinearSpec],
+    tokens: Tensor,
+    gradients: bool = False,
+    progress: Progress = silent,
+) -> Moments:
+    """Runs `tokens` (samples, length) through the model, one sample at a time.
+
+    With `gradients` a backward pass of the language-model loss, summed over the sample, follows
+    each forward pass; blocks are checkpointed, parameters get no gradients and stay as they are.
+    """
+    moments = Moments(linears, gradients)
+    training = model.training
+    model.eval()
+    step = _with_gradients if gradients else _forward
+    try:
+        with moments.watching(model):
+            for sample in progress(tokens, "Calibrating", len(tokens)):
+                step(model, sample[None].to(model.device), moments)
+                moments.tokens += len(sample)
+    finally:
+        model.train(training)
+    return moments
 
 
 @torch.no_grad()
-def second_moments(
-    model: Any, linears: Sequence[LinearSpec], tokens: Tensor, progress: Progress = silent
-) -> SecondMoments:
-    """Runs `tokens` (samples, length) through the model without its head, one sample at a time."""
-    moments = SecondMoments(linears)
-    training = model.training
-    model.eval()
-    with moments.watching(model):
-        for sample in progress(tokens, "Calibrating", len(tokens)):
-            model.base_model(input_ids=sample[None].to(model.device), use_cache=False)
-    model.train(training)
-    return moments
+def _forward(model: Any, sample: Tensor, moments: Moments) -> None:
+    model.base_model(input_ids=sample, use_cache=False)  # without the head
+
+
+@torch.enable_grad()
+def _with_gradients(model: Any, sample: Tensor, moments: Moments) -> None:
+    with _frozen(model), _checkpointed(model):
+        logits = model(input_ids=sample, use_cache=False).logits[0, :-1]
+        loss = nn.functional.cross_entropy(logits.float(), sample[0, 1:], reduction="sum")
+        del logits
+        moments.backward = True
+        try:
+            loss.backward()
+        finally:
+            moments.backward = False
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """No parameter takes a gradient; the embedded input does, so that there is a graph."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda _, __, output: output.requires_grad_(True)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _checkpointed(model: Any) -> Iterator[None]:
+    """Keeps the activations of one block at a time; works in eval mode, unlike the model's own."""
+    blocks = find_blocks(model)[1]
+    for block in blocks:
+        block.forward = _checkpointing(block.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own shows again
+
+
+def _checkpointing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
+
+    return run

@@ -22,6 +22,8 @@ from lrcompress.protocols import InputError, MachineError
 from lrcompress.quantizer import record_layout
 
 RECORD = "lrcompress.json"
+# parts that only a low-rank layer has
+OWN = (".A.weight", ".Z.weight")
 STANDALONE_MODULE = "modeling_lowrank"
 
 
@@ -91,15 +93,17 @@ def versions() -> dict[str, str]:
 
 
 def saved_tensors(folder: Path) -> dict[str, int]:
-    """Numbers and bytes in the safetensors files of `folder`, format guards left out."""
+    """Numbers and bytes in the safetensors files of `folder`.
+
+    The numbers leave out format guards and the index vectors of the pivoted form.
+    """
     shapes: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:  # type: ignore[no-untyped-call,unused-ignore]
             shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
-    guards = {
-        key.removesuffix("A.weight") + "weight" for key in shapes if key.endswith(".A.weight")
-    }
-    numbers = sum(_product(shape) for key, shape in shapes.items() if key not in guards)
+    beside = {key.removesuffix(end) for key in shapes for end in OWN if key.endswith(end)}
+    passive = {f"{name}.{buffer}" for name in beside for buffer in ("weight", "order")}
+    numbers = sum(_product(shape) for key, shape in shapes.items() if key not in passive)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return {"parameters": numbers, "bytes": size}
 

@@ -8,7 +8,7 @@ from typing import Any
 from lrcompress import benchmark
 from lrcompress.data import read_corpus
 from lrcompress.ffn import find_ffns
-from lrcompress.lowrank import low_rank_layers
+from lrcompress.lowrank import compressed_layers
 from lrcompress.perplexity import perplexity
 from lrcompress.protocols import InputError, Metric, Progress, silent
 from lrcompress.recipe import EvaluateSettings, from_flat
@@ -37,7 +37,7 @@ def evaluate(
 
 def label_models(model: Any, baseline: Any = None) -> dict[str, Any]:
     """Names for the columns of a report; the baseline comes first."""
-    label = "factorized" if any(low_rank_layers(model)) else "dense"
+    label = "factorized" if any(compressed_layers(model)) else "dense"
     if baseline is None:
         return {label: model}
     return (
@@ -103,8 +103,8 @@ def quality(
 
 def size(label: str, model: Any) -> Iterator[Metric]:
     """Parameters of the FFNs and of the model, and the bytes of its weights in memory."""
-    ranks = {name: layer.rank for name, layer in low_rank_layers(model)}
-    ffn = sum(spec.parameters(ranks.get(spec.name)) for spec in find_ffns(model).linears)
+    linears = [model.get_submodule(spec.name) for spec in find_ffns(model).linears]
+    ffn = sum(parameter_count(linear) for linear in linears)
     bytes_ = sum(p.numel() * p.element_size() for p in model.parameters())
     yield Metric(label, "FFN parameters", ffn, "", False)
     yield Metric(label, "parameters", parameter_count(model), "", False)

@@ -1,30 +1,26 @@
-"""Calibrate, allocate ranks, factorize, swap: in memory, one call from Python."""
+"""Calibrate, plan, shrink, swap: in memory, one call from Python."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from lrcompress import checkpoint
-from lrcompress.calibrate import SecondMoments, second_moments
 from lrcompress.data import Fingerprint, read_corpus, token_blocks
 from lrcompress.ffn import find_ffns, select
-from lrcompress.lowrank import LowRankLinear, dense_weight, install
-from lrcompress.protocols import (
-    InputError,
-    LinearSpec,
-    Progress,
-    RankPlan,
-    Statistics,
-    silent,
-)
+from lrcompress.lowrank import dense_weight
+from lrcompress.prepare import prepare
+from lrcompress.protocols import InputError, LinearSpec, Plan, Progress, silent
 from lrcompress.quantizer import record_layout
 from lrcompress.recipe import CalibrationSettings, FactorizeSettings, Section, from_flat
+from lrcompress.search import smallest_within
+from lrcompress.shrink import ShrunkLinear, shrink
 from lrcompress.sizes import parameter_count, sequence_length
 
 SECTIONS: dict[str, type[Section]] = {
@@ -49,41 +45,18 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class FactorizedLinear:
-    """What became of one linear; `rank` is None where it stayed dense.
+class Factorization:
+    """What `factorize` did. Counts: the selected linears, all FFNs, and the whole model.
 
-    `error` is ‖W - BA‖² / ‖W‖² in the metric of the method.
+    `trials` lists what a search for a perplexity tried.
     """
 
-    spec: LinearSpec
-    rank: int | None
-    kept: int
-    error: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        spec = self.spec
-        return {
-            "name": spec.name,
-            "block": spec.block,
-            "role": spec.role,
-            "in_features": spec.in_features,
-            "out_features": spec.out_features,
-            "rank": self.rank,
-            "parameters_dense": spec.dense_parameters,
-            "parameters_kept": self.kept,
-            "relative_error": self.error,
-        }
-
-
-@dataclass(frozen=True)
-class Factorization:
-    """What `factorize` did. Counts: the selected linears, all FFNs, and the whole model."""
-
-    linears: tuple[FactorizedLinear, ...]
+    linears: tuple[ShrunkLinear, ...]
     selected: Counts
     ffn: Counts
     model: Counts
     calibration: Fingerprint | None
+    trials: tuple[dict[str, float], ...]
     notes: tuple[str, ...]
     seconds: float
 
@@ -95,6 +68,7 @@ class Factorization:
                 "model": self.model.to_dict(),
             },
             "calibration": self.calibration.to_dict() if self.calibration else None,
+            "trials": list(self.trials),
             "notes": list(self.notes),
             "seconds": round(self.seconds, 1),
             "linears": [linear.to_dict() for linear in self.linears],
@@ -127,32 +101,52 @@ def apply(
     started = time.perf_counter()
     linears = select(model, settings.include, settings.exclude, settings.dense_first)
     _check_weights(model, linears)
-    before = parameter_count(model)
-    finding = find_ffns(model)
-    ffns = finding.linears or linears  # an unknown family's FFNs are what --include named
-    plan = settings.allocator().allocate(linears, settings.budget())
-    moments, fingerprint = None, None
-    if settings.factorizer().requires and plan.ranks:
-        chosen = [spec for spec in linears if spec.name in plan.ranks]
-        tokens, fingerprint = calibration_tokens(model, tokenizer, calibration)
-        moments = second_moments(model, chosen, tokens, progress)
-    done = tuple(
-        _replace(model, spec, plan, settings, moments)
-        for spec in progress(linears, "Factorizing", len(linears))
-    )
+    before, finding = parameter_count(model), find_ffns(model)
+    ratio = _keep_ratio(model, linears, settings)
+    get_tokens = partial(calibration_tokens, model, tokenizer, calibration)
+    prepared = prepare(model, linears, settings, ratio, get_tokens, progress)
+    plan, trials = prepared.plan, ()
+    if plan is None:
+        plan, trials = smallest_within(model, tokenizer, prepared, settings, progress)
+    done = tuple(shrink(model, prepared, plan, settings.form, progress))
     record_layout(model)
     return Factorization(
         done,
-        Counts(sum(s.dense_parameters for s in linears), sum(linear.kept for linear in done)),
-        Counts(
-            sum(s.dense_parameters for s in ffns),
-            sum(plan.parameters(s) for s in ffns),
-        ),
+        _counts(linears, plan, settings),
+        # an unknown family's FFNs are what --include named
+        _counts(finding.linears or linears, plan, settings),
         Counts(before, parameter_count(model)),
-        fingerprint,
+        prepared.calibration,
+        trials,
         tuple(_notes(done, finding.experts)),
         time.perf_counter() - started,
     )
+
+
+def _counts(linears: Sequence[LinearSpec], plan: Plan, settings: FactorizeSettings) -> Counts:
+    return Counts(
+        sum(linear.dense_parameters for linear in linears),
+        sum(plan.parameters(linear, settings.form) for linear in linears),
+    )
+
+
+def _keep_ratio(
+    model: Any, linears: Sequence[LinearSpec], settings: FactorizeSettings
+) -> float | None:
+    """The budget as a share of the selected parameters; None for a rank or a search."""
+    total, target = parameter_count(model), settings.target_params
+    if settings.target_size is not None:
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        target = int(settings.target_size * total / size)
+    if target is None:
+        return settings.keep_ratio
+    selected = sum(linear.dense_parameters for linear in linears)
+    if target <= total - selected:
+        raise InputError(
+            f"a target of {target:,} parameters is out of reach: {total - selected:,} are "
+            "outside the selected linears; ask for more"
+        )
+    return min((target - total + selected) / selected, 1.0)
 
 
 def calibration_tokens(
@@ -180,31 +174,12 @@ def _check_weights(model: nn.Module, linears: Iterable[LinearSpec]) -> None:
             raise InputError(f"the weight of {spec.name} is not finite: get an intact copy")
 
 
-def _replace(
-    model: nn.Module,
-    spec: LinearSpec,
-    plan: RankPlan,
-    settings: FactorizeSettings,
-    moments: SecondMoments | None,
-) -> FactorizedLinear:
-    rank = plan.ranks.get(spec.name)
-    if rank is None:
-        return FactorizedLinear(spec, None, spec.dense_parameters, None)
-    dense = model.get_submodule(spec.name)
-    statistics = moments.statistics(spec) if moments else Statistics()
-    factors = settings.factorizer().factorize(dense_weight(dense), statistics, rank)
-    install(model, spec.name, LowRankLinear.from_factors(dense, factors.A, factors.B))
-    error = factors.error / factors.energy if factors.energy > 0 else 0.0
-    return FactorizedLinear(spec, rank, plan.parameters(spec), error)
-
-
-def _notes(done: tuple[FactorizedLinear, ...], experts: tuple[str, ...]) -> Iterable[str]:
-    dense = [linear.spec for linear in done if linear.rank is None]
-    if dense:
+def _notes(done: tuple[ShrunkLinear, ...], experts: tuple[str, ...]) -> Iterable[str]:
+    if all(linear.form is None for linear in done):
+        spec = done[0].spec
         yield (
-            f"{len(dense)} of {len(done)} linears stay dense, because at the rank asked for two "
-            f"factors would not be smaller: {dense[0].name} breaks even at rank "
-            f"{dense[0].break_even_rank:.0f}"
+            f"all {len(done)} linears stay dense, because at the budget asked for factors would "
+            f"not be smaller: {spec.name} breaks even at rank {spec.break_even_rank:.0f}"
         )
     if experts:
         yield (

@@ -17,8 +17,8 @@ from lrcompress.protocols import InputError
 Use = Literal["calibration", "test"]
 
 EMBEDDED = "pydoc"
-# share of the embedded text, by characters, that is for calibration; the rest is for testing
-EMBEDDED_CALIBRATION_SHARE = 0.75
+# where the parts of the embedded text end, as shares of its characters
+EMBEDDED_PARTS = {"calibration": 0.65, "validation": 0.75, "test": 1.0}
 # name -> hub path, config, test split
 NAMED_DATASETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
@@ -56,7 +56,7 @@ def read_corpus(spec: str, use: Use) -> Corpus:
     """The documents that SPEC names.
 
     SPEC is FILE.txt, FILE.jsonl[:field], `pydoc` (the calibration or the test part of CPython's
-    own help texts, by `use`; `pydoc:calibration` and `pydoc:test` name the part), or a hub data
+    texts, by `use`; pydoc:calibration, pydoc:validation and pydoc:test name one), or a hub data
     set name[:config[:split[:field]]]. Raises InputError where it cannot be read.
     """
     name, _, rest = spec.partition(":")
@@ -70,15 +70,19 @@ def read_corpus(spec: str, use: Use) -> Corpus:
 
 
 def _embedded(part: str) -> list[str]:
-    if part not in ("calibration", "test"):
-        raise InputError(f"data 'pydoc:{part}' is unknown: use pydoc:calibration or pydoc:test")
+    if part not in EMBEDDED_PARTS:
+        parts = ", ".join(f"pydoc:{name}" for name in EMBEDDED_PARTS)
+        raise InputError(f"data 'pydoc:{part}' is unknown: use one of {parts}")
     from pydoc_data.topics import topics  # type: ignore[import-not-found,unused-ignore]
 
     documents = [topics[name] for name in sorted(topics)]
-    limit = EMBEDDED_CALIBRATION_SHARE * sum(map(len, documents))
-    ends = torch.tensor([len(d) for d in documents]).cumsum(0).tolist()
-    chosen = [d for d, end in zip(documents, ends, strict=True) if (end <= limit)]
-    return chosen if part == "calibration" else documents[len(chosen) :]
+    total, end = sum(map(len, documents)), 0
+    parts: dict[str, list[str]] = {name: [] for name in EMBEDDED_PARTS}
+    for document in documents:
+        end += len(document)
+        inside = next(name for name, share in EMBEDDED_PARTS.items() if end <= share * total)
+        parts[inside].append(document)
+    return parts[part]
 
 
 def _read_text(path: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lrcompress.lowrank import LowRankLinear, is_linear, linear_shape
+from lrcompress.lowrank import LowRankLinear, NarrowedLinear, is_linear, linear_shape
 from lrcompress.protocols import InputError, LinearSpec, Role
 
 # Layouts: paths inside a block -> role. A family with new names is one more row.
@@ -79,10 +79,11 @@ def select(
     )
     if not chosen:
         raise InputError(_nothing_left(model, finding, bool(linears)))
-    low_rank = [s.name for s in chosen if isinstance(model.get_submodule(s.name), LowRankLinear)]
+    forms = (LowRankLinear, NarrowedLinear)
+    low_rank = [s.name for s in chosen if isinstance(model.get_submodule(s.name), forms)]
     if low_rank:
         raise InputError(
-            f"the model is already low-rank ({low_rank[0]} and {len(low_rank) - 1} more): start "
+            f"the model is already compressed ({low_rank[0]} and {len(low_rank) - 1} more): start "
             "from the dense model, or merge it first with `lrcompress export DIR --dense`"
         )
     return chosen
@@ -110,8 +111,11 @@ def _block_linears(block: nn.Module, prefix: str, index: int) -> Iterator[Linear
     for layout in LAYOUTS:
         if all(path in modules and _is_any_linear(modules[path]) for path in layout):
             for path, role in layout.items():
-                group = path if role == "down" else path.rpartition(".")[0] or "input"
-                yield _spec(modules[path], f"{prefix}.{path}", index, role, f"{prefix}.{group}")
+                parent = path.rpartition(".")[0]
+                group = path if role == "down" else parent or "input"
+                ffn = f"{prefix}.{parent}".rstrip(".")
+                group = f"{prefix}.{group}"
+                yield _spec(modules[path], f"{prefix}.{path}", index, role, group, ffn)
             return
 
 
@@ -119,14 +123,10 @@ def _is_any_linear(module: nn.Module) -> bool:
     return is_linear(module) or isinstance(module, LowRankLinear)
 
 
-def _spec(module: nn.Module, name: str, block: int, role: Role, group: str) -> LinearSpec:
-    if isinstance(module, LowRankLinear):
-        out_features, in_features = module.out_features, module.in_features
-        bias = module.B.bias is not None
-    else:
-        out_features, in_features = linear_shape(module)
-        bias = module.bias is not None
-    return LinearSpec(name, block, role, in_features, out_features, bias, group)
+def _spec(module: nn.Module, name: str, block: int, role: Role, group: str, ffn: str) -> LinearSpec:
+    out_features, in_features = linear_shape(module)
+    bias = module.bias is not None
+    return LinearSpec(name, block, role, in_features, out_features, bias, group, ffn)
 
 
 def _included(model: nn.Module, finding: Finding, include: Sequence[str]) -> tuple[LinearSpec, ...]:
@@ -143,10 +143,9 @@ def _included(model: nn.Module, finding: Finding, include: Sequence[str]) -> tup
 
 
 def _unknown(module: nn.Module, name: str, block: int) -> LinearSpec:
-    spec = _spec(module, name, block, "up", name)
-    if spec.out_features < spec.in_features:
-        return _spec(module, name, block, "down", name)
-    return spec
+    out_features, in_features = linear_shape(module)
+    role: Role = "down" if out_features < in_features else "up"
+    return _spec(module, name, block, role, group=name, ffn=name)
 
 
 def _check_patterns(

@@ -61,7 +61,7 @@ def inspect(model: Any, energy: bool = False, progress: Progress = silent) -> In
 def _row(model: Any, spec: LinearSpec, total: int, energy: bool) -> Row:
     module = model.get_submodule(spec.name)
     rank = module.rank if isinstance(module, LowRankLinear) else None
-    parameters = spec.parameters(rank)
+    parameters = parameter_count(module)
     return Row(
         spec.name,
         spec.block,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -79,38 +80,76 @@ class Decomposition:
 
 
 def decompose(
-    weight: Tensor, input_metric: Tensor | None = None, rank: int | None = None
+    weight: Tensor,
+    input_metric: Tensor | None = None,
+    output_metric: Tensor | None = None,
+    rank: int | None = None,
 ) -> Decomposition:
-    """Terms of W (out, in) ordered by ‖(W - BA) X^1/2‖², X = `input_metric`.
+    """Terms of W (out, in) ordered by ‖G^1/2 (W - BA) X^1/2‖², X the input, G the output metric.
 
-    X is a symmetric matrix (in, in), its diagonal (in,), or None for the identity. Only the
-    eigenproblem of the smaller side is solved. For out <= in that is W X Wᵀ = U S² Uᵀ, and the
-    best approximation is the projection U Uᵀ W: X needs no root at all. Otherwise it is
-    X^1/2 Wᵀ W X^1/2 = V S² Vᵀ, with W X^1/2 V Vᵀ X^-1/2. With `rank` far below the full rank
-    the leading terms come from a randomized range finder instead of a full eigh.
+    A metric is a symmetric matrix, its diagonal, or None for the identity. Only the
+    eigenproblem of the smaller side is solved, and only that side's metric needs a root. For
+    out <= in: G^1/2 W X Wᵀ G^1/2 = U S² Uᵀ, and the best approximation is G^-1/2 U Uᵀ G^1/2 W.
+    Otherwise: X^1/2 Wᵀ G W X^1/2 = V S² Vᵀ, with W X^1/2 V Vᵀ X^-1/2. With `rank` far below the
+    full rank the leading terms come from a randomized range finder instead of a full eigh.
     """
     W = to_float64(weight)
-    X = None if input_metric is None else to_float64(input_metric).to(W.device)
-    out_features, in_features = W.shape
-    if out_features <= in_features:
-        gram = _scaled(W, X) @ W.T
-        energies, U = leading_eigenpairs(gram, rank)
-        return Decomposition(U.T @ W, U, energies, float(gram.trace()))
-    if X is None:
-        gram = W.T @ W
-        energies, V = leading_eigenpairs(gram, rank)
-        return Decomposition(V.T, W @ V, energies, float(gram.trace()))
-    root, inverse = roots(X)
-    scaled = W @ root
-    gram = scaled.T @ scaled
-    energies, V = leading_eigenpairs(gram, rank)
-    return Decomposition(V.T @ inverse, scaled @ V, energies, float(gram.trace()))
+    metrics = (input_metric, output_metric)
+    X, G = (None if metric is None else to_float64(metric).to(W.device) for metric in metrics)
+    if W.shape[0] <= W.shape[1]:
+        B, A, energies, total = _leading_rows(W, X, G, rank)
+        return Decomposition(A, B, energies, total)
+    B, A, energies, total = _leading_rows(W.T, G, X, rank)
+    return Decomposition(B.T, A.T, energies, total)
+
+
+def _leading_rows(
+    W: Tensor, wide: Tensor | None, narrow: Tensor | None, rank: int | None
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """L, R with W ~ L R for W with no more rows than columns; `narrow` is the rows' metric."""
+    if narrow is None:
+        scaled, inverse = W, None
+    else:
+        root, inverse = roots(narrow)
+        scaled = root @ W
+    gram = _scaled(scaled, wide) @ scaled.T
+    energies, U = leading_eigenpairs(gram, rank)
+    left = U if inverse is None else inverse @ U
+    return left, U.T @ scaled, energies, float(gram.trace())
 
 
 def _scaled(W: Tensor, X: Tensor | None) -> Tensor:
     if X is None:
         return W
     return W * X if X.ndim == 1 else W @ X
+
+
+@dataclass(frozen=True)
+class Pivoted:
+    """B A = C [I Z] Pᵀ: `columns` C (out, r) are r columns of the product itself.
+
+    `coefficients` Z (r, in - r) give the other columns from them; `order` (in,) lists the pivot
+    columns first, then the rest.
+    """
+
+    columns: Tensor
+    coefficients: Tensor
+    order: Tensor
+
+
+def pivot(A: Tensor, B: Tensor) -> Pivoted:
+    """Factors (A (r, in), B (out, r)) -> the same product with r(out + in - r) numbers.
+
+    The pivots come from a rank-revealing QR with column pivoting of A, which keeps the
+    coefficients small (PIFA, arXiv 2505.02443, stores rows in the same way).
+    """
+    rank = A.shape[0]
+    factor = to_float64(A).cpu().numpy()
+    R, order = scipy.linalg.qr(factor, mode="r", pivoting=True)
+    coefficients = scipy.linalg.solve_triangular(R[:, :rank], R[:, rank:])
+    chosen = torch.from_numpy(order.astype("int64"))
+    product = to_float64(B).cpu() @ to_float64(A).cpu()[:, chosen[:rank]]
+    return Pivoted(product, torch.from_numpy(coefficients), chosen)
 
 
 def leading_eigenpairs(gram: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:

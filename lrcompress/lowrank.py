@@ -1,4 +1,4 @@
-"""Low-rank linear layers and the swap between them and the dense layers of a model.
+"""Low-rank and narrowed linear layers, and the swap between them and a model's dense layers.
 
 This file depends on torch and transformers alone: `lrcompress export --standalone` ships it,
 as it is, inside checkpoints that load without lrcompress.
@@ -7,7 +7,7 @@ as it is, inside checkpoints that load without lrcompress.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,53 @@ from transformers.pytorch_utils import Conv1D
 
 
 class LowRankLinear(nn.Module):
-    """y = B(A x) + bias, the factored form: A is (rank x in), B is (out x rank).
+    """y = W x + bias with W (out, in) of rank r; subclasses say how W is stored.
 
-    The factors are plain `nn.Linear` children, so quantizers and adapters find them. The
+    What is stored are plain `nn.Linear` children, so quantizers and adapters find them. The
     one-element buffer `weight` holds no information: it sits under the dense layer's own key,
     so that a loader which does not know this layer fails on its shape instead of filling the
     model with random weights.
     """
 
+    form: ClassVar[str]
     weight: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        dense_type: type[nn.Module],
+        **place: Any,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.dense_type = dense_type
+        self.register_buffer("weight", torch.zeros(1, **place))
+
+    @property
+    def bias(self) -> Tensor | None:
+        raise NotImplementedError
+
+    def product(self) -> Tensor:
+        """W (out, in), in float32 or better."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+    def to_dense(self) -> nn.Module:
+        """The stock layer with the same weight, in the dtype of this one."""
+        weight = self.product().detach().to(self.weight.dtype)
+        return dense_layer(self.dense_type, weight, self.bias).train(self.training)
+
+
+class FactoredLinear(LowRankLinear):
+    """W = B A: A is (rank x in), B is (out x rank); r(out + in) numbers."""
+
+    form = "factored"
 
     def __init__(
         self,
@@ -32,66 +70,90 @@ class LowRankLinear(nn.Module):
         rank: int,
         bias: bool,
         dense_type: type[nn.Module] = nn.Linear,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **place: Any,
     ) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.rank = rank
-        self.dense_type = dense_type
-        self.A = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.B = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
-        self.register_buffer("weight", torch.zeros(1, device=device, dtype=dtype))
+        super().__init__(in_features, out_features, rank, dense_type, **place)
+        self.A = nn.Linear(in_features, rank, bias=False, **place)
+        self.B = nn.Linear(rank, out_features, bias=bias, **place)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.B.bias
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.B(self.A(x))
         return y
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+    def product(self) -> Tensor:
+        precision = torch.promote_types(self.A.weight.dtype, torch.float32)
+        return self.B.weight.to(precision) @ self.A.weight.to(precision)
 
-    @classmethod
-    def shaped_like(cls, dense: nn.Module, rank: int) -> LowRankLinear:
-        """An uninitialized low-rank layer in the place, device and dtype of `dense`."""
-        out_features, in_features = linear_shape(dense)
-        weight, bias = dense.weight, dense.bias
-        assert isinstance(weight, Tensor)
-        return cls(
-            in_features,
-            out_features,
-            rank,
-            bias is not None,
-            type(dense),
-            device=weight.device,
-            dtype=weight.dtype,
-        )
 
-    @classmethod
-    def from_factors(cls, dense: nn.Module, A: Tensor, B: Tensor) -> LowRankLinear:
-        """Replaces `dense` by W ~ B A; A is (rank, in), B is (out, rank), any float dtype."""
-        layer = cls.shaped_like(dense, A.shape[0])
-        with torch.no_grad():
-            layer.A.weight.copy_(A)
-            layer.B.weight.copy_(B)
-            if layer.B.bias is not None:
-                layer.B.bias.copy_(dense.bias)  # type: ignore[arg-type]
-        for parameter in layer.parameters():
-            parameter.requires_grad_(dense.weight.requires_grad)  # type: ignore[arg-type]
-        return layer.train(dense.training)
+class PivotedLinear(LowRankLinear):
+    """W = C [I Z] Pᵀ: C (out x rank) are columns of W, Z (rank x (in - rank)) gives the others.
+
+    `order` (in,) lists the inputs of the pivot columns first, then the rest. r(out + in - r)
+    numbers and as many multiplications.
+    """
+
+    form = "pivoted"
+    order: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool,
+        dense_type: type[nn.Module] = nn.Linear,
+        **place: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, rank, dense_type, **place)
+        self.Z = nn.Linear(in_features - rank, rank, bias=False, **place)
+        self.C = nn.Linear(rank, out_features, bias=bias, **place)
+        order = torch.arange(in_features, dtype=torch.int32, device=place.get("device"))
+        self.register_buffer("order", order)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.C.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        pivots, rest = x.index_select(-1, self.order).tensor_split([self.rank], -1)
+        y: Tensor = self.C(pivots + self.Z(rest))
+        return y
+
+    def product(self) -> Tensor:
+        precision = torch.promote_types(self.C.weight.dtype, torch.float32)
+        C, Z = self.C.weight.to(precision), self.Z.weight.to(precision)
+        weight = torch.empty(self.out_features, self.in_features, dtype=C.dtype, device=C.device)
+        return weight.index_copy(1, self.order.long(), torch.cat([C, C @ Z], dim=1))
+
+
+class NarrowedLinear(nn.Linear):
+    """A linear layer of an FFN with fewer channels than the config says; otherwise a stock one."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, dense_type: type[nn.Module], **p: Any
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, **p)
+        self.dense_type = dense_type
 
     def to_dense(self) -> nn.Module:
-        """The stock layer with weight B A; the product is taken in float32 or better."""
-        precision = torch.promote_types(self.A.weight.dtype, torch.float32)
-        weight = (self.B.weight.to(precision) @ self.A.weight.to(precision)).detach()
-        return dense_layer(self.dense_type, weight.to(self.A.weight.dtype), self.B.bias).train(
-            self.training
-        )
+        return dense_layer(self.dense_type, self.weight, self.bias).train(self.training)
+
+
+FORMS: dict[str, type[FactoredLinear] | type[PivotedLinear]] = {
+    "factored": FactoredLinear,
+    "pivoted": PivotedLinear,
+}
+NARROWED = "narrowed"
 
 
 def dense_layer(kind: type[nn.Module], weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A stock layer of class `kind` (nn.Linear or one of its kind, or Conv1D) from W (out, in)."""
     out_features, in_features = weight.shape
+    weight = weight.detach()
     with torch.device("meta"):
         if issubclass(kind, Conv1D):
             layer: nn.Module = kind(out_features, in_features)
@@ -105,11 +167,14 @@ def dense_layer(kind: type[nn.Module], weight: Tensor, bias: Tensor | None) -> n
 
 
 def is_linear(module: nn.Module) -> bool:
+    """A dense linear: nn.Linear and its kind, or Conv1D."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a dense linear, whichever way its class stores the weight."""
+    """(out, in) of a linear in any form, whichever way its class stores the weight."""
+    if isinstance(module, LowRankLinear):
+        return module.out_features, module.in_features
     rows, columns = module.weight.shape  # type: ignore[misc]
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
@@ -121,9 +186,9 @@ def dense_weight(module: nn.Module) -> Tensor:
     return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
 
 
-def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
+def compressed_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear | NarrowedLinear]]:
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, LowRankLinear | NarrowedLinear):
             yield name, module
 
 
@@ -133,15 +198,34 @@ def install(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, layer)
 
 
+def empty_like(
+    dense: nn.Module, form: str, shape: tuple[int, int], rank: int | None
+) -> LowRankLinear | NarrowedLinear:
+    """An uninitialized layer of `form` and W (out, in) in the place and dtype of `dense`."""
+    out_features, in_features = shape
+    weight, bias = dense.weight, dense.bias is not None
+    assert isinstance(weight, Tensor)
+    place = {"device": weight.device, "dtype": weight.dtype}
+    if form == NARROWED:
+        return NarrowedLinear(in_features, out_features, bias, type(dense), **place)
+    assert rank is not None
+    return FORMS[form](in_features, out_features, rank, bias, type(dense), **place)
+
+
 def layout(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Module name -> {form, rank} of every low-rank layer: what a checkpoint has to remember."""
-    return {
-        name: {"form": "factored", "rank": layer.rank} for name, layer in low_rank_layers(model)
-    }
+    """Module name -> {form, shape, rank} of every compressed layer: what a checkpoint keeps."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, layer in compressed_layers(model):
+        shape = {"shape": list(linear_shape(layer))}
+        if isinstance(layer, LowRankLinear):
+            found[name] = {"form": layer.form, "rank": layer.rank} | shape
+        else:
+            found[name] = {"form": NARROWED} | shape
+    return found
 
 
 def rebuild(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
-    """Swaps empty low-rank layers into a dense skeleton as `layout` recorded them.
+    """Swaps empty layers into a dense skeleton as `layout` recorded them.
 
     Raises ValueError naming the module when a record does not fit the model.
     """
@@ -153,7 +237,7 @@ def rebuild(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
         if found is None:
             raise ValueError(f"low-rank record for {name!r}: the model has no such linear layer")
         dense = model.get_submodule(found)
-        install(model, found, LowRankLinear.shaped_like(dense, _rank(name, record, dense)))
+        install(model, found, empty_like(dense, *_checked(name, record, linear_shape(dense))))
 
 
 def _has_linear(model: nn.Module, name: str) -> bool:
@@ -163,18 +247,23 @@ def _has_linear(model: nn.Module, name: str) -> bool:
         return False
 
 
-def _rank(name: str, record: Mapping[str, Any], dense: nn.Module) -> int:
-    form, rank = record.get("form"), record.get("rank")
-    if form != "factored":
-        raise ValueError(f"low-rank record for {name!r}: unknown form {form!r}")
-    if type(rank) is not int or not 1 <= rank <= min(linear_shape(dense)):
-        raise ValueError(
-            f"low-rank record for {name!r}: rank {rank!r} is not in 1..{min(linear_shape(dense))}"
-        )
-    return rank
+def _checked(
+    name: str, record: Mapping[str, Any], limit: tuple[int, int]
+) -> tuple[str, tuple[int, int], int | None]:
+    form, shape, rank = record.get("form"), record.get("shape"), record.get("rank")
+    wrong = f"low-rank record for {name!r}: "
+    if form != NARROWED and form not in FORMS:
+        raise ValueError(f"{wrong}unknown form {form!r}")
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)):
+        raise ValueError(f"{wrong}shape {shape!r} is not [out, in]")
+    if not all(1 <= n <= most for n, most in zip(shape, limit, strict=True)):
+        raise ValueError(f"{wrong}shape {shape!r} does not fit into {list(limit)}")
+    if form != NARROWED and (type(rank) is not int or not 1 <= rank <= min(shape)):
+        raise ValueError(f"{wrong}rank {rank!r} is not in 1..{min(shape)}")
+    return form, (shape[0], shape[1]), rank
 
 
 def merge_dense(model: nn.Module) -> None:
-    """Turns every low-rank layer of `model` back into the stock layer it replaced."""
-    for name, layer in list(low_rank_layers(model)):
+    """Turns every compressed layer of `model` into a stock layer of the same shape."""
+    for name, layer in list(compressed_layers(model)):
         install(model, name, layer.to_dense())

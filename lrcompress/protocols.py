@@ -1,18 +1,20 @@
-"""The nouns that stages exchange, and the interfaces of factorizers and allocators."""
+"""The nouns that stages exchange, and the interfaces of methods and rank policies."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 T = TypeVar("T")
 
 Role = Literal["gate", "up", "gate_up", "down"]
-Statistic = Literal["second_moment"]
+Statistic = Literal["second_moment", "gradient_moment"]
+Form = Literal["factored", "pivoted"]
 
 
 class InputError(ValueError):
@@ -38,7 +40,10 @@ def silent(items: Iterable[T], description: str, total: int | None = None) -> It
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """One linear layer that may be factorized: y = W x (+ b), W of shape (out, in)."""
+    """One linear layer that may be factorized: y = W x (+ b), W of shape (out, in).
+
+    Linears of one `ffn` belong together; those of one `input_group` read the same input.
+    """
 
     name: str
     block: int
@@ -47,6 +52,7 @@ class LinearSpec:
     out_features: int
     bias: bool
     input_group: str
+    ffn: str
 
     @property
     def full_rank(self) -> int:
@@ -65,21 +71,59 @@ class LinearSpec:
         """The rank at which two factors hold as many numbers as W: mn / (m + n)."""
         return self.in_features * self.out_features / (self.in_features + self.out_features)
 
-    def parameters(self, rank: int | None) -> int:
-        """Exact count at `rank`, or dense where that is None; bias included."""
+    def parameters(self, rank: int | None, form: Form) -> int:
+        """Exact count at `rank`, or dense where that is None; bias included.
+
+        The factored form stores r(m + n) numbers, the pivoted form r(m + n - r).
+        """
         if rank is None:
             return self.dense_parameters
-        return rank * (self.in_features + self.out_features) + self.bias_parameters
+        saved = rank * rank if form == "pivoted" else 0
+        return rank * (self.in_features + self.out_features) - saved + self.bias_parameters
+
+    def saves(self, rank: int, form: Form) -> bool:
+        return self.parameters(rank, form) < self.dense_parameters
+
+    def narrowed(self, width: int) -> LinearSpec:
+        """The same linear in an FFN of `width` intermediate channels."""
+        if self.role == "down":
+            return replace(self, in_features=width)
+        return replace(self, out_features=2 * width if self.role == "gate_up" else width)
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration measured about one linear; matrices are float64.
+    """What calibration measured about one linear.
 
-    `second_moment` is the mean of x xᵀ over calibration tokens, shape (in, in).
+    `second_moment` is the mean of x xᵀ over calibration tokens, shape (in, in);
+    `gradient_moment` that of g gᵀ, g the gradient of the loss of a whole sample with respect to
+    the linear's output, shape (out, out).
     """
 
     second_moment: Tensor | None = None
+    gradient_moment: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FFN:
+    """The linears of one FFN with weights W (out, in), biases and statistics by linear name."""
+
+    name: str
+    linears: tuple[LinearSpec, ...]
+    weights: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor | None]
+    statistics: Mapping[str, Statistics]
+
+    @property
+    def down(self) -> LinearSpec | None:
+        """The linear that reads the intermediate channels, if all that make them are here."""
+        roles = [linear.role for linear in self.linears]
+        whole = sorted(roles) in (["down", "gate", "up"], ["down", "gate_up"], ["down", "up"])
+        return self.linears[roles.index("down")] if whole else None
+
+    @property
+    def dense_parameters(self) -> int:
+        return sum(linear.dense_parameters for linear in self.linears)
 
 
 @dataclass(frozen=True)
@@ -95,10 +139,28 @@ class Factors:
     energy: float
 
 
-class Factorizer(Protocol):
-    """A factorization method: a frozen dataclass whose fields are its recipe keys."""
+@dataclass(frozen=True)
+class ChannelOrder:
+    """Intermediate channels in the order in which they are kept.
+
+    `errors[k]` is the estimated loss with the first k kept and the others reconstructed from
+    them; it has one entry more than `channels`.
+    """
+
+    channels: Tensor
+    errors: Tensor
+
+
+class Method(Protocol):
+    """A compression method: a frozen dataclass whose fields are its recipe keys.
+
+    `narrows`: it chooses intermediate channels to keep, through `order` and `narrow`.
+    `truncates`: it replaces linears by low-rank factors, through `error_curve` and `factorize`.
+    """
 
     requires: ClassVar[frozenset[Statistic]]
+    narrows: ClassVar[bool]
+    truncates: ClassVar[bool]
 
     def error_curve(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """Squared error at every rank 0 .. min(out, in) in the method's metric; float64."""
@@ -106,31 +168,84 @@ class Factorizer(Protocol):
 
     def factorize(self, weight: Tensor, statistics: Statistics, rank: int) -> Factors: ...
 
+    def order(self, ffn: FFN) -> ChannelOrder: ...
+
+    def narrow(self, ffn: FFN, channels: Tensor) -> FFN: ...
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The options of one linear: exact parameter count and estimated loss at each rank.
+
+    Ranks ascend; the last option, rank 0 in the array, is to stay dense at no loss.
+    """
+
+    name: str
+    ranks: np.ndarray
+    parameters: np.ndarray
+    errors: np.ndarray
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One width of an FFN: what narrowing to it costs, and the options of its linears then.
+
+    `width` is None where all channels stay.
+    """
+
+    width: int | None
+    error: float
+    curves: tuple[Curve, ...]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Every way in which a method could shrink one FFN."""
+
+    ffn: str
+    linears: tuple[LinearSpec, ...]
+    shapes: tuple[Shape, ...]
+
+    @property
+    def dense_parameters(self) -> int:
+        return sum(linear.dense_parameters for linear in self.linears)
+
 
 @dataclass(frozen=True)
 class Budget:
-    """What the user asked for: one rank for every linear, or a share of the parameters."""
+    """What may be kept: one rank for every linear, or a share of the selected parameters."""
 
     rank: int | None = None
     keep_ratio: float | None = None
-    rank_multiple: int = 8
 
 
 @dataclass(frozen=True)
-class RankPlan:
-    """Linear name -> rank. A linear that is absent stays dense."""
+class Plan:
+    """Linear name -> rank, FFN name -> width. What is absent stays dense, or wide."""
 
-    ranks: Mapping[str, int]
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    widths: Mapping[str, int] = field(default_factory=dict)
 
-    def parameters(self, linear: LinearSpec) -> int:
+    def spec(self, linear: LinearSpec) -> LinearSpec:
+        """`linear` with the shape that it has under this plan."""
+        width = self.widths.get(linear.ffn)
+        return linear if width is None else linear.narrowed(width)
+
+    def parameters(self, linear: LinearSpec, form: Form) -> int:
         """Exact parameter count of `linear` under this plan, bias included."""
-        return linear.parameters(self.ranks.get(linear.name))
+        return self.spec(linear).parameters(self.ranks.get(linear.name), form)
 
 
 class Allocator(Protocol):
-    """A rank policy: a frozen dataclass whose fields are its recipe keys."""
+    """A rank policy: a frozen dataclass whose fields are its recipe keys.
 
-    def allocate(self, linears: Sequence[LinearSpec], budget: Budget) -> RankPlan: ...
+    It sees parameter counts and estimated losses only. Where `needs_errors` is false the
+    errors may be missing (NaN) for methods that would have to compute them.
+    """
+
+    needs_errors: ClassVar[bool]
+
+    def allocate(self, choices: Sequence[Choices], budget: Budget) -> Plan: ...
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ FORMAT_VERSION = 1
 
 @register_quantization_config(QUANT_METHOD)
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """`quantization_config` of a low-rank checkpoint: module name -> {form, rank}."""
+    """`quantization_config` of a low-rank checkpoint: module name -> {form, shape, rank}."""
 
     def __init__(
         self,

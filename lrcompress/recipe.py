@@ -6,8 +6,10 @@ flags of them, recipe files their keys, and the Python functions their keyword a
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -25,8 +27,8 @@ from pydantic import (
 )
 
 from lrcompress.allocators import ALLOCATORS
-from lrcompress.factorizers import FACTORIZERS
-from lrcompress.protocols import Allocator, Budget, Factorizer, InputError
+from lrcompress.factorizers import ESTIMATE_LOSS, FACTORIZERS
+from lrcompress.protocols import Allocator, Form, InputError, Method
 
 DEFAULT_KEEP_RATIO = 0.8
 
@@ -61,7 +63,29 @@ def _one_of(names: Iterable[str]) -> Callable[[str], str]:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Options = Annotated[dict[str, Any], BeforeValidator(_pairs)]
-FORMS = ("factored",)
+BUDGETS = ("rank", "keep_ratio", "target_params", "target_size", "max_perplexity_increase")
+UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _bytes(value: object) -> object:
+    """'1.5GB' -> 1500000000."""
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(value))
+    if found is None or found[2].upper() not in UNITS or found[1].count(".") > 1:
+        raise ValueError(f"{value!r} is no size, write it like 1.5GB, 900MB or 1200000000")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def _percent(value: object) -> object:
+    """'10%' -> 0.1; a bare number is the share itself."""
+    text = str(value).strip()
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise ValueError(f"{value!r} is no share, write it like 10% or 0.1") from None
+
+
+Size = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
+Percent = Annotated[float, BeforeValidator(_percent), Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -96,44 +120,69 @@ class CalibrationSettings(Section):
 
 
 class FactorizeSettings(Section):
-    """How the FFN weights are factorized. Exactly one of rank and keep_ratio is set."""
+    """How the FFN weights are shrunk, and by how much: exactly one budget is set."""
 
     rank: int | None = Field(None, ge=1, description="One rank for every linear.")
     keep_ratio: float | None = Field(
         None, gt=0, le=1, description="Share of the parameters kept in the selected linears."
     )
+    target_params: int | None = Field(
+        None, ge=1, description="Parameters of the whole model, such as 100000000."
+    )
+    target_size: Size | None = Field(
+        None, description="Bytes of the whole model's weights, such as 1.5GB."
+    )
+    max_perplexity_increase: Percent | None = Field(
+        None, description="Searches the smallest model that stays within it, such as 10%."
+    )
+    validation: str = Field(
+        "pydoc:validation",
+        description="Text on which max_perplexity_increase is held; never the test text.",
+    )
     method: Annotated[str, AfterValidator(_one_of(FACTORIZERS))] = Field(
-        "whitened", description=f"One of {', '.join(FACTORIZERS)}."
+        "auto", description=f"One of {', '.join(FACTORIZERS)}; with rank the default is whitened."
     )
     method_options: Options = Field({}, description="KEY=VALUE for the method, such as damping.")
     ranks: Annotated[str, AfterValidator(_one_of(ALLOCATORS))] = Field(
-        "uniform", description=f"Policy that shares out ranks: {', '.join(ALLOCATORS)}."
+        "loss_aware",
+        description=f"Policy that shares out the budget: {', '.join(ALLOCATORS)}; uniform is the "
+        "default of svd, asvd and whitened.",
     )
     ranks_options: Options = Field({}, description="KEY=VALUE for the policy.")
-    form: Annotated[str, AfterValidator(_one_of(FORMS))] = Field(
-        "factored", description=f"How a low-rank weight is stored: {', '.join(FORMS)}."
+    form: Form = Field(
+        "pivoted",
+        description="How a low-rank weight is stored; factored is the default of svd, asvd and "
+        "whitened.",
     )
-    rank_multiple: int = Field(8, ge=1, description="Ranks from keep_ratio are multiples of this.")
+    rank_multiple: int = Field(8, ge=1, description="Ranks and widths are multiples of this.")
     include: Names = Field((), description="Only linears whose names match these patterns.")
     exclude: Names = Field((), description="No linears whose names match these patterns.")
     dense_first: int = Field(0, ge=0, description="Leave this many first blocks dense.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        """A rank means plain truncation to it; published methods keep their published setting."""
+        if not isinstance(values, dict):
+            return values
+        method = values.get("method") or ("auto" if values.get("rank") is None else "whitened")
+        modern = method in ESTIMATE_LOSS and values.get("rank") is None
+        ranks, form = ("loss_aware", "pivoted") if modern else ("uniform", "factored")
+        return {"method": method, "ranks": ranks, "form": form} | values
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.rank is None) == (self.keep_ratio is None):
-            raise ValueError("set exactly one of rank and keep_ratio")
-        self.factorizer()
+        if sum(getattr(self, budget) is not None for budget in BUDGETS) != 1:
+            raise ValueError(f"set exactly one of {', '.join(BUDGETS)}")
+        self.compressor()
         self.allocator()
         return self
 
-    def factorizer(self) -> Factorizer:
+    def compressor(self) -> Method:
         return _build(FACTORIZERS, self.method, self.method_options, "method_options")  # type: ignore[no-any-return]
 
     def allocator(self) -> Allocator:
         return _build(ALLOCATORS, self.ranks, self.ranks_options, "ranks_options")  # type: ignore[no-any-return]
-
-    def budget(self) -> Budget:
-        return Budget(self.rank, self.keep_ratio, self.rank_multiple)
 
 
 class EvaluateSettings(Section):
@@ -178,7 +227,7 @@ class Recipe(Section):
 
 def _build(registry: Mapping[str, str], name: str, options: Mapping[str, Any], key: str) -> Any:
     kind = pkgutil.resolve_name(registry[name])
-    fields = set(kind.__dataclass_fields__) - {"requires"}
+    fields = {field.name for field in dataclasses.fields(kind)}
     for option in options:
         if option not in fields:
             raise ValueError(f"{key}: {name!r} has no option {option!r}{_allowed(option, fields)}")

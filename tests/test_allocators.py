@@ -1,73 +1,188 @@
-"""Rank policies: exact budgets, and linears that are better left dense."""
+"""Rank policies: exact budgets, losses where they hurt least, and linears better left dense."""
 
 from __future__ import annotations
 
 import pkgutil
+from typing import Any
 
+import numpy as np
 import pytest
 
 from lrcompress.allocators import ALLOCATORS
+from lrcompress.allocators.loss_aware import LossAware
 from lrcompress.allocators.uniform import Uniform
-from lrcompress.protocols import Budget, InputError, LinearSpec
+from lrcompress.choices import Grid
+from lrcompress.protocols import Budget, Choices, Curve, Form, InputError, LinearSpec, Plan, Shape
+
+FORMS: list[Form] = ["factored", "pivoted"]
+SIZE = (576, 1536)
 
 
-def linears(
-    count: int = 30, width: int = 576, inner: int = 1536, bias: bool = False
-) -> list[LinearSpec]:
+def linear(block: int, role: Any, bias: bool = False) -> LinearSpec:
+    width, inner = SIZE if role == "up" else SIZE[::-1]
+    return LinearSpec(
+        f"{block}.{role}", block, role, width, inner, bias, f"{block}.{role}", f"{block}"
+    )
+
+
+def curve(spec: LinearSpec, grid: Grid, weight: float) -> Curve:
+    """Errors that fall as the square of the share of ranks thrown away."""
+    ranks = grid.ranks(spec)
+    errors = [weight * (1 - rank / spec.full_rank) ** 2 for rank in ranks]
+    counts = [spec.parameters(rank, grid.form) for rank in ranks]
+    return Curve(
+        spec.name,
+        np.array([*ranks, 0]),
+        np.array([*counts, spec.dense_parameters]),
+        np.array([*errors, 0.0]),
+    )
+
+
+def model(
+    blocks: int = 30, form: Form = "pivoted", bias: bool = False, rank: int | None = None,
+    multiple: int = 8, growth: float = 1.3,
+) -> list[Choices]:  # fmt: skip
+    """Blocks whose weight in the loss grows by `growth` from one to the next."""
+    grid = Grid(form, multiple, rank)
     found = []
-    for block in range(count):
-        found += [
-            LinearSpec(f"{block}.up", block, "up", width, inner, bias, f"{block}.in"),
-            LinearSpec(f"{block}.down", block, "down", inner, width, bias, f"{block}.mid"),
-        ]
+    for block in range(blocks):
+        specs = (linear(block, "up", bias), linear(block, "down", bias))
+        curves = tuple(curve(spec, grid, growth**block) for spec in specs)
+        found.append(Choices(f"{block}", specs, (Shape(None, 0.0, curves),)))
     return found
 
 
+def narrowing(blocks: int = 30) -> list[Choices]:
+    """Widths alone, linears dense."""
+    found = []
+    for block in range(blocks):
+        specs = (linear(block, "up"), linear(block, "down"))
+        shapes = []
+        for width in (None, *range(1528, 0, -8)):
+            now = specs if width is None else tuple(spec.narrowed(width) for spec in specs)
+            dense = [
+                Curve(s.name, np.array([0]), np.array([s.dense_parameters]), np.zeros(1))
+                for s in now
+            ]
+            lost = 0.0 if width is None else 1.2**block * (1 - width / 1536) ** 2
+            shapes.append(Shape(width, lost, tuple(dense)))
+        found.append(Choices(f"{block}", specs, tuple(shapes)))
+    return found
+
+
+def kept(choices: list[Choices], plan: Plan, form: Form) -> float:
+    linears = [spec for ffn in choices for spec in ffn.linears]
+    spent = sum(plan.parameters(spec, form) for spec in linears)
+    return spent / sum(spec.dense_parameters for spec in linears)
+
+
 @pytest.mark.parametrize("policy", ALLOCATORS)
-@pytest.mark.parametrize("keep_ratio", [0.95, 0.8, 0.6, 0.32, 0.1])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("keep_ratio", [0.9, 0.8, 0.6, 0.32, 0.1])
 @pytest.mark.parametrize("bias", [False, True])
-def test_keep_ratio_is_met_exactly(policy: str, keep_ratio: float, bias: bool) -> None:
-    specs = linears(bias=bias)
-    plan = pkgutil.resolve_name(ALLOCATORS[policy])().allocate(specs, Budget(keep_ratio=keep_ratio))
-    kept = sum(plan.parameters(spec) for spec in specs)
-    total = sum(spec.dense_parameters for spec in specs)
-    assert abs(kept / total - keep_ratio) < 0.0005
+def test_keep_ratio_is_met(policy: str, form: Form, keep_ratio: float, bias: bool) -> None:
+    choices = model(form=form, bias=bias)
+    plan = pkgutil.resolve_name(ALLOCATORS[policy])().allocate(
+        choices, Budget(keep_ratio=keep_ratio)
+    )
+    assert kept(choices, plan, form) == pytest.approx(keep_ratio, rel=0.005)
     assert all(rank % 8 == 0 for rank in plan.ranks.values())
 
 
+@pytest.mark.parametrize("policy", ALLOCATORS)
+@pytest.mark.parametrize("keep_ratio", [0.9, 0.6, 0.4])
+def test_widths_meet_the_budget(policy: str, keep_ratio: float) -> None:
+    choices = narrowing()
+    plan = pkgutil.resolve_name(ALLOCATORS[policy])().allocate(
+        choices, Budget(keep_ratio=keep_ratio)
+    )
+    assert kept(choices, plan, "pivoted") == pytest.approx(keep_ratio, rel=0.005)
+    assert plan.ranks == {}
+    assert plan.widths
+
+
+@pytest.mark.parametrize("policy", ALLOCATORS)
+def test_keeping_everything_leaves_all_dense(policy: str) -> None:
+    allocator = pkgutil.resolve_name(ALLOCATORS[policy])()
+    assert allocator.allocate(model(), Budget(keep_ratio=1.0)) == Plan()
+    assert allocator.allocate(narrowing(), Budget(keep_ratio=1.0)) == Plan()
+
+
+@pytest.mark.parametrize("policy", ALLOCATORS)
+def test_same_choices_same_plan_and_more_budget_keeps_more(policy: str) -> None:
+    allocator = pkgutil.resolve_name(ALLOCATORS[policy])()
+    ratios = []
+    for keep_ratio in (0.2, 0.4, 0.6, 0.8):
+        plans = [allocator.allocate(model(), Budget(keep_ratio=keep_ratio)) for _ in range(2)]
+        assert plans[0] == plans[1]
+        ratios.append(kept(model(), plans[0], "pivoted"))
+    assert ratios == sorted(ratios)
+
+
+def test_loss_aware_spends_where_it_matters() -> None:
+    choices = model(4, growth=8.0)
+    plan = LossAware().allocate(choices, Budget(keep_ratio=0.5))
+    ranks = [plan.ranks.get(f"{block}.up", SIZE[0]) for block in range(4)]
+    assert ranks == sorted(ranks)
+    assert ranks[0] < ranks[-1]
+
+
+def test_loss_aware_is_no_worse_than_any_exchange() -> None:
+    """No transfer of budget between two linears lowers the loss: the optimum by brute force."""
+    choices = model(2, multiple=64, growth=3.0)
+    curves = [curve for ffn in choices for curve in ffn.shapes[0].curves]
+    budget = 0.5 * sum(ffn.dense_parameters for ffn in choices)
+    decisions = LossAware().decide(choices, budget)
+    found = sum(decision.error for decision in decisions)
+    spent = sum(decision.parameters for decision in decisions)
+    assert spent <= budget
+    best = min(
+        sum(c.errors[i] for c, i in zip(curves, index, strict=True))
+        for index in np.ndindex(*(len(c.ranks) for c in curves))
+        if sum(c.parameters[i] for c, i in zip(curves, index, strict=True)) <= spent
+    )
+    assert found == pytest.approx(best, rel=1e-9)
+
+
+def test_floor_keeps_a_share_of_every_ffn() -> None:
+    choices = model(4, growth=50.0)
+    bare = LossAware().allocate(choices, Budget(keep_ratio=0.5))
+    held = LossAware(floor=0.3).allocate(choices, Budget(keep_ratio=0.5))
+    assert kept(choices[:1], bare, "pivoted") < 0.2
+    assert kept(choices[:1], held, "pivoted") >= 0.3
+
+
+def test_loss_aware_refuses_a_rank() -> None:
+    with pytest.raises(InputError, match="needs a budget"):
+        LossAware().allocate(model(), Budget(rank=8))
+
+
 def test_uniform_ranks_differ_by_one_step_at_most() -> None:
-    ranks = Uniform().allocate(linears(), Budget(keep_ratio=0.8)).ranks.values()
+    ranks = Uniform().allocate(model(form="factored"), Budget(keep_ratio=0.8)).ranks.values()
     assert max(ranks) - min(ranks) == 8
 
 
-def test_rank_multiple_is_kept() -> None:
-    plan = Uniform().allocate(linears(), Budget(keep_ratio=0.5, rank_multiple=64))
-    assert {rank % 64 for rank in plan.ranks.values()} == {0}
-
-
 def test_one_rank_for_all() -> None:
-    plan = Uniform().allocate(linears(2), Budget(rank=100))
+    plan = Uniform().allocate(model(2, "factored", rank=100), Budget(rank=100))
     assert set(plan.ranks.values()) == {100}
     assert len(plan.ranks) == 4
 
 
 @pytest.mark.parametrize("rank", [419, 576])
 def test_rank_that_saves_nothing_stays_dense(rank: int) -> None:
-    specs = linears(2)  # break-even: 576 * 1536 / 2112 = 418.9
-    plan = Uniform().allocate(specs, Budget(rank=rank))
-    assert plan.ranks == {}
-    assert sum(plan.parameters(spec) for spec in specs) == sum(s.dense_parameters for s in specs)
+    choices = model(2, "factored", rank=rank)  # break-even: 576 * 1536 / 2112 = 418.9
+    assert Uniform().allocate(choices, Budget(rank=rank)) == Plan()
 
 
-def test_keeping_everything_leaves_all_dense() -> None:
-    assert Uniform().allocate(linears(), Budget(keep_ratio=1.0)).ranks == {}
+def test_pivoted_form_has_no_break_even_below_full_rank() -> None:
+    plan = Uniform().allocate(model(2, "pivoted", rank=575), Budget(rank=575))
+    assert set(plan.ranks.values()) == {575}
 
 
 def test_rank_over_the_size_is_refused() -> None:
     with pytest.raises(InputError, match=r"rank 577 does not fit 0\.up .* use 1\.\.576"):
-        Uniform().allocate(linears(1), Budget(rank=577))
+        Uniform().allocate(model(1, rank=577), Budget(rank=577))
 
 
 def test_tiny_share_still_gives_a_rank() -> None:
-    plan = Uniform().allocate(linears(1), Budget(keep_ratio=0.001))
-    assert set(plan.ranks.values()) == {8}
+    assert set(Uniform().allocate(model(1), Budget(keep_ratio=0.001)).ranks.values()) == {8}

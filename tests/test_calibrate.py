@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lrcompress
-from lrcompress.calibrate import second_moments
+from lrcompress.calibrate import measure_moments
 from lrcompress.ffn import select
 from lrcompress.protocols import InputError
 from tests.tiny import byte_tokenizer, tiny_model, tokens
@@ -24,7 +24,7 @@ def test_second_moment_of_every_linear(family: str) -> None:
         for name, rows in seen.items()
     ]
     sample = tokens(3, 20)
-    moments = second_moments(model, linears, sample)
+    moments = measure_moments(model, linears, sample)
     for handle in handles:
         handle.remove()
     for spec in linears:
@@ -38,7 +38,7 @@ def test_second_moment_of_every_linear(family: str) -> None:
 
 def test_gate_and_up_share_one_moment() -> None:
     linears = select(tiny_model())
-    moments = second_moments(tiny_model(), linears, tokens(1, 8))
+    moments = measure_moments(tiny_model(), linears, tokens(1, 8))
     assert len(moments.watched) == 4  # two blocks: gate with up, and down
     assert moments.statistics(linears[0]).second_moment is not None
 
@@ -47,7 +47,7 @@ def test_hooks_are_removed_even_after_an_error() -> None:
     model = tiny_model()
     linears = select(model)
     with pytest.raises(IndexError):
-        second_moments(model, linears, torch.full((1, 4), 99_999))
+        measure_moments(model, linears, torch.full((1, 4), 99_999))
     for spec in linears:
         assert not model.get_submodule(spec.name)._forward_pre_hooks
 
@@ -57,7 +57,9 @@ def test_non_finite_activations_name_the_linear() -> None:
     with torch.no_grad():
         model.model.layers[0].post_attention_layernorm.weight.fill_(float("inf"))
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.gate_proj is not finite"):
-        lrcompress.factorize(model, byte_tokenizer(), keep_ratio=0.5, num_samples=2, seq_len=32)
+        lrcompress.factorize(
+            model, byte_tokenizer(), keep_ratio=0.5, method="whitened", num_samples=2, seq_len=32
+        )
 
 
 def test_non_finite_weight_names_the_linear() -> None:
@@ -66,3 +68,52 @@ def test_non_finite_weight_names_the_linear() -> None:
         model.model.layers[1].mlp.up_proj.weight[3, 3] = float("inf")
     with pytest.raises(InputError, match=r"weight of model\.layers\.1\.mlp\.up_proj is not finite"):
         lrcompress.factorize(model, keep_ratio=0.5, method="svd")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_gradient_moment_of_every_linear(family: str, trained: bool) -> None:
+    model = tiny_model(family).train().requires_grad_(trained)
+    linears = select(model)
+    sample = tokens(2, 20)
+    moments = measure_moments(model, linears, sample, gradients=True)
+    assert model.training
+    assert all(p.requires_grad == trained and p.grad is None for p in model.parameters())
+    plain = measure_moments(model, linears, sample)
+    seen: dict[str, list[torch.Tensor]] = {spec.name: [] for spec in linears}
+    model.eval().requires_grad_(True)
+    handles = [
+        model.get_submodule(name).register_full_backward_hook(
+            lambda _, __, g, rows=rows: rows.append(g[0].flatten(0, -2).double())
+        )
+        for name, rows in seen.items()
+    ]
+    for row in sample:
+        logits = model(input_ids=row[None]).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").backward()
+    for handle in handles:
+        handle.remove()
+    for spec in linears:
+        g = torch.cat(seen[spec.name])
+        found = moments.statistics(spec)
+        assert found.gradient_moment is not None
+        torch.testing.assert_close(
+            found.gradient_moment.double(), g.T @ g / 40, rtol=1e-4, atol=1e-6
+        )
+        torch.testing.assert_close(found.second_moment, plain.statistics(spec).second_moment)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_survive_low_precision_and_the_models_own_checkpointing(
+    dtype: torch.dtype,
+) -> None:
+    linears, sample = select(tiny_model()), tokens(2, 20)
+    exact = measure_moments(tiny_model(), linears, sample, gradients=True)
+    model = tiny_model().to(dtype)
+    model.gradient_checkpointing_enable()
+    found = measure_moments(model.train(), linears, sample, gradients=True)
+    for spec in linears:
+        a, b = exact.statistics(spec).gradient_moment, found.statistics(spec).gradient_moment
+        assert a is not None
+        assert b is not None
+        assert float((a - b).norm() / a.norm()) < (0.1 if dtype == torch.bfloat16 else 1e-5)

@@ -10,7 +10,7 @@ import torch
 
 import lrcompress
 from lrcompress.ffn import find_ffns, select
-from lrcompress.lowrank import LowRankLinear, low_rank_layers
+from lrcompress.lowrank import LowRankLinear, compressed_layers
 from lrcompress.protocols import InputError
 from tests.tiny import byte_tokenizer, logits, tiny_model
 
@@ -37,7 +37,7 @@ def test_equal_seeds_give_equal_models() -> None:
 def test_patterns_choose_linears() -> None:
     model = tiny_model()
     done = lrcompress.factorize(model, rank=8, method="svd", exclude=["*.gate_proj"], dense_first=1)
-    names = [name for name, _ in low_rank_layers(model)]
+    names = [name for name, _ in compressed_layers(model)]
     assert names == ["model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"]
     assert done.selected.dense == 2 * 32 * 88
     assert done.ffn.dense == 6 * 32 * 88
@@ -111,6 +111,6 @@ def test_trained_flag_and_mode_are_inherited() -> None:
     model.requires_grad_(False)
     lrcompress.factorize(model, byte_tokenizer(), rank=8, **SETTINGS)
     assert model.training
-    for _, layer in low_rank_layers(model):
+    for _, layer in compressed_layers(model):
         assert layer.training
         assert not layer.A.weight.requires_grad

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import lrcompress
 from lrcompress.checkpoint import saved_tensors
 from lrcompress.ffn import find_ffns, select
-from lrcompress.lowrank import dense_weight, low_rank_layers, merge_dense
+from lrcompress.lowrank import compressed_layers, dense_weight, merge_dense
 from lrcompress.protocols import InputError
 from lrcompress.quantizer import record_layout
 from lrcompress.sizes import parameter_count
@@ -49,7 +49,7 @@ def test_round_trip_is_exact(family: str, tmp_path: Path) -> None:
     assert done.ffn.keep_ratio == pytest.approx(0.6, abs=0.12)  # ranks are multiples of 8 of 32
     lrcompress.save(model, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert len(list(low_rank_layers(loaded))) == len(done.linears)
+    assert len(list(compressed_layers(loaded))) == len(done.linears)
     assert torch.equal(logits(loaded), logits(model))
     saved = saved_tensors(tmp_path / "out")["parameters"]
     buffers = sum(b.numel() for n, b in model.named_buffers() if n in model.state_dict())
@@ -64,13 +64,13 @@ def test_loaded_model_is_ordinary(family: str, tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     loaded.save_pretrained(tmp_path / "b")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.bfloat16)
-    assert all(layer.A.weight.dtype == torch.bfloat16 for _, layer in low_rank_layers(again))
+    assert all(layer.A.weight.dtype == torch.bfloat16 for _, layer in compressed_layers(again))
     assert torch.isfinite(again.float()(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
-    before = [layer.A.weight.clone() for _, layer in low_rank_layers(loaded)]
+    before = [layer.A.weight.clone() for _, layer in compressed_layers(loaded)]
     batch = torch.tensor([[5, 6, 7, 8]])
     loaded.train()(input_ids=batch, labels=batch).loss.backward()
     torch.optim.SGD(loaded.parameters(), lr=0.1).step()
-    after = [layer.A.weight for _, layer in low_rank_layers(loaded)]
+    after = [layer.A.weight for _, layer in compressed_layers(loaded)]
     assert all(not torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 

@@ -1,49 +1,81 @@
-"""The same rank, or the same share of the parameters, for every linear."""
+"""The same rank, or the same share of the parameters, everywhere."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from lrcompress.protocols import Budget, InputError, LinearSpec, RankPlan
+import numpy as np
+
+from lrcompress.protocols import Budget, Choices, Curve, InputError, Plan, Shape
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """One rank for all, or per linear the rank whose factors keep `keep_ratio` of its parameters.
+    """One rank for all, or for each linear the rank that keeps `keep_ratio` of its parameters.
 
-    Ranks are multiples of `rank_multiple`, and what rounding one linear leaves over or takes
-    too much is carried to the next: the total stays within one rank step of the budget. A
-    linear whose rank would not save parameters stays dense.
+    A method that narrows gets one share of the channels for each FFN instead, and no ranks.
+    What rounding one of them leaves over or takes too much is carried to the next, so that the
+    total stays within one step of the budget. A linear whose rank would not save parameters
+    stays dense.
     """
 
-    def allocate(self, linears: Sequence[LinearSpec], budget: Budget) -> RankPlan:
+    needs_errors: ClassVar[bool] = False
+
+    def allocate(self, choices: Sequence[Choices], budget: Budget) -> Plan:
         if budget.rank is not None:
-            return _same_rank(linears, budget.rank)
+            return _same_rank(choices, budget.rank)
         assert budget.keep_ratio is not None
-        return _same_share(linears, budget.keep_ratio, budget.rank_multiple)
+        if any(len(ffn.shapes) > 1 for ffn in choices):
+            return _same_width(choices, budget.keep_ratio)
+        return _same_share(choices, budget.keep_ratio)
 
 
-def _same_rank(linears: Sequence[LinearSpec], rank: int) -> RankPlan:
+def _same_rank(choices: Sequence[Choices], rank: int) -> Plan:
+    linears = [linear for ffn in choices for linear in ffn.linears]
     for linear in linears:
         if not 1 <= rank <= linear.full_rank:
             raise InputError(
                 f"rank {rank} does not fit {linear.name} "
                 f"({linear.out_features} x {linear.in_features}): use 1..{linear.full_rank}"
             )
-    return RankPlan({spec.name: rank for spec in linears if rank < spec.break_even_rank})
+    curves = [curve for ffn in choices for curve in ffn.shapes[0].curves]
+    return Plan({curve.name: rank for curve in curves if rank in curve.ranks})
 
 
-def _same_share(linears: Sequence[LinearSpec], keep_ratio: float, multiple: int) -> RankPlan:
+def _same_share(choices: Sequence[Choices], keep_ratio: float) -> Plan:
     ranks: dict[str, int] = {}
     carry = 0.0
-    for linear in linears:
-        target = keep_ratio * linear.dense_parameters + carry
-        step = linear.in_features + linear.out_features
-        rank = multiple * round((target - linear.bias_parameters) / step / multiple)
-        rank = max(rank, min(multiple, linear.full_rank))
-        if keep_ratio < 1 and rank < linear.break_even_rank:
-            ranks[linear.name] = rank
-        spent = RankPlan(ranks).parameters(linear)
-        carry = target - spent
-    return RankPlan(ranks)
+    for ffn in choices:
+        for curve in ffn.shapes[0].curves:
+            target = keep_ratio * curve.parameters[-1] + carry
+            nearest = _nearest(curve, target, keep_ratio)
+            carry = target - float(curve.parameters[nearest])
+            if curve.ranks[nearest]:
+                ranks[curve.name] = int(curve.ranks[nearest])
+    return Plan(ranks)
+
+
+def _nearest(curve: Curve, target: float, keep_ratio: float) -> int:
+    if keep_ratio == 1 or len(curve.ranks) == 1:
+        return len(curve.ranks) - 1
+    # to stay dense is for ranks that save nothing; rounding up to it would leave a layer out
+    options = curve.parameters[:-1]
+    return int(np.abs(options - target).argmin())
+
+
+def _same_width(choices: Sequence[Choices], keep_ratio: float) -> Plan:
+    widths: dict[str, int] = {}
+    carry = 0.0
+    for ffn in choices:
+        target = keep_ratio * ffn.dense_parameters + carry
+        best = min(ffn.shapes, key=lambda shape: abs(_dense(shape) - target))
+        carry = target - _dense(best)
+        if best.width is not None:
+            widths[ffn.ffn] = best.width
+    return Plan({}, widths)
+
+
+def _dense(shape: Shape) -> int:
+    return sum(int(curve.parameters[-1]) for curve in shape.curves)

@@ -9,27 +9,39 @@ import torch
 from torch import Tensor
 
 from lrcompress.linalg import Decomposition, damped, decompose, to_float64
-from lrcompress.protocols import Factors, InputError, Statistic, Statistics
+from lrcompress.protocols import FFN, ChannelOrder, Factors, InputError, Statistic, Statistics
 
 
 @dataclass(frozen=True)
 class ScaledSVD:
-    """min over rank-r matrices of ‖(W - BA) X^1/2‖²; subclasses say what X is."""
+    """min over rank-r matrices of ‖G^1/2 (W - BA) X^1/2‖²; subclasses say what X and G are."""
 
     requires: ClassVar[frozenset[Statistic]] = frozenset()
+    narrows: ClassVar[bool] = False
+    truncates: ClassVar[bool] = True
 
     def metric(self, statistics: Statistics) -> Tensor | None:
         """X as a matrix (in, in), as its diagonal (in,), or None for the identity."""
         return None
 
+    def output_metric(self, statistics: Statistics) -> Tensor | None:
+        """G as a matrix (out, out), or None for the identity."""
+        return None
+
+    def order(self, ffn: FFN) -> ChannelOrder:
+        raise TypeError(f"{type(self).__name__} keeps all channels")
+
+    def narrow(self, ffn: FFN, channels: Tensor) -> FFN:
+        raise TypeError(f"{type(self).__name__} keeps all channels")
+
     def error_curve(self, weight: Tensor, statistics: Statistics) -> Tensor:
-        """Squared error in the metric X at every rank 0 .. min(out, in)."""
+        """Squared error in the metrics at every rank 0 .. min(out, in)."""
         energies = self._decompose(weight, statistics).energies
         tails = energies.flip(0).cumsum(0).flip(0)
         return torch.cat([tails, tails.new_zeros(1)])
 
     def factorize(self, weight: Tensor, statistics: Statistics, rank: int) -> Factors:
-        """The best rank-`rank` factors of W (out, in) in the metric X.
+        """The best rank-`rank` factors of W (out, in) in the metrics.
 
         Raises InputError where rank is not in 1 .. min(out, in).
         """
@@ -42,7 +54,7 @@ class ScaledSVD:
     def _decompose(
         self, weight: Tensor, statistics: Statistics, rank: int | None = None
     ) -> Decomposition:
-        return decompose(weight, self.metric(statistics), rank)
+        return decompose(weight, self.metric(statistics), self.output_metric(statistics), rank)
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,30 @@ class WhitenedSVD(ScaledSVD):
 
     def metric(self, statistics: Statistics) -> Tensor:
         return damped(_second_moment(statistics), self.damping)
+
+
+@dataclass(frozen=True)
+class FisherSVD(WhitenedSVD):
+    """X = E x xᵀ and G = E g gᵀ: least estimated rise of the loss itself.
+
+    g is the gradient of the language-model loss with respect to the layer's output, so G Kronecker
+    X is the layer's empirical Fisher matrix in K-FAC's factorization (arXiv 1503.05671), and the
+    squared error is twice the second-order estimate of the rise of the loss: comparable from
+    one linear to another. `whitened` is the one-sided case G = I.
+    """
+
+    requires: ClassVar[frozenset[Statistic]] = frozenset({"second_moment", "gradient_moment"})
+    damping: float = 1e-3
+    output_damping: float = 1e-2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_damping(self.output_damping)
+
+    def output_metric(self, statistics: Statistics) -> Tensor:
+        if statistics.gradient_moment is None:
+            raise InputError("this method needs the gradients of the output: calibrate first")
+        return damped(to_float64(statistics.gradient_moment), self.output_damping)
 
 
 def _second_moment(statistics: Statistics) -> Tensor:

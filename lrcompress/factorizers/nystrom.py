@@ -1,0 +1,125 @@
+"""Fewer intermediate channels, the others reconstructed from them in down_proj."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lrcompress.factorizers.svd import FisherSVD
+from lrcompress.linalg import to_float64
+from lrcompress.narrowing import order_channels, reconstruction
+from lrcompress.protocols import (
+    FFN,
+    ChannelOrder,
+    Factors,
+    InputError,
+    LinearSpec,
+    Statistic,
+    Statistics,
+)
+
+
+@dataclass(frozen=True)
+class Nystrom:
+    """MoDeGPT's FFN module (arXiv 2408.09632) with channels chosen in the metric of the loss.
+
+    With C the second moment of down_proj's input h, J the channels kept and h ~ C_J C_JJ⁻¹ h_J,
+    down_proj becomes W_down C_J C_JJ⁻¹ and gate and up lose the rows of the others. Channels go
+    by the loss that they save, M = W_downᵀ G W_down with G of down_proj's output (`two_sided`),
+    or by the error of the FFN's output, G = I.
+    """
+
+    requires: ClassVar[frozenset[Statistic]] = frozenset({"second_moment", "gradient_moment"})
+    narrows: ClassVar[bool] = True
+    truncates: ClassVar[bool] = False
+    two_sided: bool = True
+    ridge: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ridge <= 1:
+            raise InputError(f"ridge {self.ridge} is not in (0, 1]")
+
+    def error_curve(self, weight: Tensor, statistics: Statistics) -> Tensor:
+        raise TypeError("nystrom leaves linears at full rank")
+
+    def factorize(self, weight: Tensor, statistics: Statistics, rank: int) -> Factors:
+        raise TypeError("nystrom leaves linears at full rank")
+
+    def order(self, ffn: FFN) -> ChannelOrder:
+        """All channels of `ffn`, in the order in which they are kept."""
+        down, statistics = _down(ffn)
+        weight = to_float64(ffn.weights[down.name])
+        scaled, gradient = weight, statistics.gradient_moment
+        if self.two_sided:
+            assert gradient is not None
+            scaled = to_float64(gradient) @ weight
+        assert statistics.second_moment is not None
+        return order_channels(statistics.second_moment, weight.T @ scaled)
+
+    def narrow(self, ffn: FFN, channels: Tensor) -> FFN:
+        """`ffn` with `channels` (kept,) alone, and the statistics of what is left."""
+        down, statistics = _down(ffn)
+        assert statistics.second_moment is not None
+        fold = reconstruction(statistics.second_moment, channels, self.ridge)
+        weights, biases, moments = dict(ffn.weights), dict(ffn.biases), dict(ffn.statistics)
+        weights[down.name] = to_float64(weights[down.name]) @ fold
+        kept = statistics.second_moment[channels][:, channels]
+        moments[down.name] = replace(statistics, second_moment=kept)
+        for linear in ffn.linears:
+            if linear.role != "down":
+                rows = _rows(linear, channels)
+                weights[linear.name] = weights[linear.name][rows]
+                bias = biases[linear.name]
+                biases[linear.name] = None if bias is None else bias[rows]
+                moments[linear.name] = _of_rows(moments, linear, rows)
+        specs = tuple(linear.narrowed(len(channels)) for linear in ffn.linears)
+        return FFN(ffn.name, specs, weights, biases, moments)
+
+
+def _down(ffn: FFN) -> tuple[LinearSpec, Statistics]:
+    down = ffn.down
+    if down is None:
+        raise InputError(
+            f"{ffn.name} cannot be narrowed without all of its linears: do not exclude any of "
+            "them, or use a method that truncates, such as fisher"
+        )
+    return down, ffn.statistics[down.name]
+
+
+def _rows(linear: LinearSpec, channels: Tensor) -> Tensor:
+    """Output rows that make `channels`: a fused gate_up has two halves."""
+    if linear.role != "gate_up":
+        return channels
+    return torch.cat([channels, channels + linear.out_features // 2])
+
+
+def _of_rows(moments: Mapping[str, Statistics], linear: LinearSpec, rows: Tensor) -> Statistics:
+    gradient = moments[linear.name].gradient_moment
+    kept = None if gradient is None else gradient[rows][:, rows]
+    return replace(moments[linear.name], gradient_moment=kept)
+
+
+@dataclass(frozen=True)
+class Auto(FisherSVD):
+    """Narrowing and two-sided truncation of what is left: the policy chooses per FFN.
+
+    All of their errors estimate the rise of the loss, so that dense, narrowed, low rank, and
+    narrowed and low rank compare at one multiplier.
+    """
+
+    narrows: ClassVar[bool] = True
+    two_sided: bool = True
+    ridge: float = 1e-6
+
+    def _nystrom(self) -> Nystrom:
+        return Nystrom(self.two_sided, self.ridge)
+
+    def order(self, ffn: FFN) -> ChannelOrder:
+        return self._nystrom().order(ffn)
+
+    def narrow(self, ffn: FFN, channels: Tensor) -> FFN:
+        return self._nystrom().narrow(ffn, channels)

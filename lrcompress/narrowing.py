@@ -1,0 +1,104 @@
+"""Which intermediate channels of an FFN to keep, and how down_proj makes up for the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lrcompress.linalg import to_float64
+from lrcompress.protocols import ChannelOrder
+
+# channels taken between two updates of the full matrices, and the candidates they come from:
+# within the candidates every step is exact, so only a channel from outside can be missed
+STEP = 16
+POOL = 48
+# a channel whose residual is this small against its own second moment is reconstructed already
+EXHAUSTED = 1e-9
+# the matrices are cut to the channels that are left when these are fewer than this share
+SHRINK = 0.8
+
+
+def order_channels(second_moment: Tensor, metric: Tensor) -> ChannelOrder:
+    """Greedy column selection of C = E h hᵀ in the metric M = W_downᵀ G W_down.
+
+    With the channels J kept and the others reconstructed from them, the error is tr(M D), D the
+    residual C - C_J C_JJ⁻¹ C_Jᵀ. Keeping channel j next lowers it by exactly
+    (D M D)_jj / D_jj; the largest gain goes first (pivoted Cholesky in the metric M).
+    Both matrices have shape (width, width); D is updated in steps of several channels.
+    """
+    D, M = to_float64(second_moment).clone(), to_float64(metric)
+    floor = EXHAUSTED * D.diagonal().clamp_min(torch.finfo(D.dtype).tiny)
+    spread = ((D @ M) * D).sum(1)  # diag(D M D)
+    names = torch.arange(len(D), device=D.device)
+    left = torch.ones(len(D), dtype=torch.bool, device=D.device)
+    order: list[Tensor] = []
+    errors = [float((M * D).sum())]
+    while bool(left.any()):
+        picked, lowered = _pick(D, M, _candidates(D, spread, left, floor), floor)
+        if not len(picked):
+            break
+        order.append(names[picked])
+        for gain in lowered:
+            errors.append(max(errors[-1] - gain, 0.0))
+        left[picked] = False
+        spread = _take_out(D, M, spread, picked)
+        if int(left.sum()) < SHRINK * len(D):  # rows of kept channels are zero: drop them
+            D, M = D[left][:, left], M[left][:, left]
+            spread, floor, names = spread[left], floor[left], names[left]
+            left = left[left]
+    rest = names[left]  # reconstructed by the kept ones without error
+    tail = [errors[-1]] * (len(rest) - 1) + [0.0] if len(rest) else []
+    errors = [*errors, *tail] if tail else [*errors[:-1], 0.0]
+    return ChannelOrder(torch.cat([*order, rest]), torch.tensor(errors, dtype=torch.float64))
+
+
+def _candidates(D: Tensor, spread: Tensor, left: Tensor, floor: Tensor) -> Tensor:
+    gains = torch.where(D.diagonal() > floor, spread / D.diagonal().clamp_min(floor), 0.0)
+    return torch.where(left, gains, -1.0).topk(min(POOL, int(left.sum()))).indices
+
+
+def _pick(D: Tensor, M: Tensor, pool: Tensor, floor: Tensor) -> tuple[Tensor, list[float]]:
+    """Up to STEP channels of `pool`, greedy and exact within it; and the gain of each."""
+    rows = D[pool]
+    R, S, least = rows[:, pool].clone(), rows @ M @ rows.T, floor[pool]
+    picked: list[int] = []
+    lowered: list[float] = []
+    free = torch.ones(len(pool), dtype=torch.bool, device=D.device)
+    for _ in range(min(STEP, len(pool))):
+        diagonal = R.diagonal()
+        usable = free & (diagonal > least)
+        if not bool(usable.any()):
+            break
+        gains = torch.where(usable, S.diagonal() / diagonal.clamp_min(least), -1.0)
+        j = int(gains.argmax())
+        picked.append(int(pool[j]))
+        lowered.append(max(float(gains[j]), 0.0))
+        free[j] = False
+        d, s, pivot = R[:, j].clone(), S[:, j].clone(), float(R[j, j])
+        R -= torch.outer(d, d) / pivot
+        S += torch.outer(d, d) * (float(s[j]) / pivot**2)
+        S -= (torch.outer(d, s) + torch.outer(s, d)) / pivot
+    return torch.tensor(picked, device=D.device, dtype=torch.long), lowered
+
+
+def _take_out(D: Tensor, M: Tensor, spread: Tensor, picked: Tensor) -> Tensor:
+    """Removes what `picked` reconstructs from D, in place; returns the new diag(D M D).
+
+    With Q Qᵀ = D_J D_JJ⁻¹ D_Jᵀ the residual becomes D - Q Qᵀ, and its diag(D M D) follows from
+    V = D M Q without a product of two full matrices.
+    """
+    block = D[picked][:, picked]
+    Q = torch.linalg.solve_triangular(torch.linalg.cholesky(block), D[picked], upper=False).T
+    V = D @ (M @ Q)
+    inner = Q.T @ M @ Q
+    D -= Q @ Q.T
+    return (spread - 2 * (V * Q).sum(1) + ((Q @ inner) * Q).sum(1)).clamp_min(0)
+
+
+def reconstruction(second_moment: Tensor, channels: Tensor, damping: float) -> Tensor:
+    """R (width, kept) with h ~ R h_J in least squares: C_J (C_JJ + damping)⁻¹."""
+    C = to_float64(second_moment)
+    block = C[channels][:, channels]
+    ridge = damping * block.diagonal().mean().clamp_min(torch.finfo(C.dtype).tiny)
+    block = block + ridge * torch.eye(len(block), dtype=C.dtype, device=C.device)
+    return torch.linalg.solve(block, C[channels]).T

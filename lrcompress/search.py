@@ -1,0 +1,58 @@
+"""The smallest model whose perplexity on a validation text stays within a limit."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from lrcompress.data import read_corpus
+from lrcompress.perplexity import perplexity
+from lrcompress.prepare import Prepared
+from lrcompress.protocols import Budget, InputError, Plan, Progress, silent
+from lrcompress.recipe import FactorizeSettings
+from lrcompress.shrink import shrink
+from lrcompress.sizes import sequence_length
+
+# keep_ratios tried, and windows of validation text for each
+TRIALS = 6
+LOWEST = 0.1
+WINDOWS = 12
+
+
+def smallest_within(
+    model: Any, tokenizer: Any, prepared: Prepared, settings: FactorizeSettings, progress: Progress
+) -> tuple[Plan, tuple[dict[str, float], ...]]:
+    """Bisects keep_ratio for a perplexity of at most (1 + max_perplexity_increase) x dense.
+
+    Returns the plan of the smallest keep_ratio that held the limit, and all that was tried.
+    Perplexity falls as keep_ratio rises but for noise, so the answer is exact to the last
+    halving of the range. Raises InputError where not even the largest trial holds it.
+    """
+    assert settings.max_perplexity_increase is not None
+    limit = _measure(model, tokenizer, settings) * (1 + settings.max_perplexity_increase)
+    low, high = LOWEST, 1.0
+    best: Plan | None = None
+    trials = []
+    for _ in progress(range(TRIALS), "Searching", TRIALS):
+        ratio = (low + high) / 2
+        plan = prepared.allocator.allocate(prepared.choices, Budget(keep_ratio=ratio))
+        trial = copy.deepcopy(model)
+        list(shrink(trial, prepared, plan, settings.form, silent))
+        found = _measure(trial, tokenizer, settings)
+        trials.append({"keep_ratio": ratio, "perplexity": found, "limit": limit})
+        if found <= limit:
+            best, high = plan, ratio
+        else:
+            low = ratio
+    if best is None:
+        raise InputError(
+            f"no keep_ratio up to {low:.3f} holds the perplexity on {settings.validation!r} "
+            f"within {limit:.4g}: allow a larger --max-perplexity-increase"
+        )
+    return best, tuple(trials)
+
+
+def _measure(model: Any, tokenizer: Any, settings: FactorizeSettings) -> float:
+    corpus = read_corpus(settings.validation, "test")
+    length = sequence_length(model, None)
+    return perplexity("trial", model, tokenizer, corpus, length, limit=WINDOWS).value
