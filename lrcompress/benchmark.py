@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcompress.protocols import Metric, Progress, silent
+from lrcompress.protocols import InputError, Metric, Progress, silent
+from lrcompress.sizes import maximum_length
 
 
 def speed(
@@ -25,8 +26,13 @@ def speed(
 
     Prefill is one forward pass over a random prompt, decode the greedy generation of
     `new_tokens` from its cache. The models take turns within every repeat, the order turning
-    round each time, after one uncounted run of each.
+    round each time, after one uncounted run of each. A prompt that does not fit the models'
+    positions is shortened. Raises InputError where `new_tokens` alone do not fit.
     """
+    limits = [limit for model in models.values() if (limit := maximum_length(model))]
+    prompt_length = min([prompt_length, *(limit - new_tokens for limit in limits)])
+    if prompt_length < 1:
+        raise InputError(f"{new_tokens} new tokens do not fit the model's {min(limits)} positions")
     seconds: dict[str, list[tuple[float, float]]] = {label: [] for label in models}
     order = list(models)
     for repeat in progress(range(repeats + 1), "Measuring speed", repeats + 1):

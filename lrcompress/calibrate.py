@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lrcompress.ffn import find_blocks
 from lrcompress.linalg import to_float64
 from lrcompress.protocols import InputError, LinearSpec, Progress, Statistics, silent
+from lrcompress.sizes import evaluation_mode
 
 
 class Moments:
@@ -52,7 +53,9 @@ class Moments:
     def _output(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def watch(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             if not self.backward:
-                output.register_hook(lambda g: self._add(self.gradient_sums, name, _gram(g)))
+                output.register_hook(  # type: ignore[no-untyped-call]
+                    lambda g: self._add(self.gradient_sums, name, _gram(g))
+                )
 
         return watch
 
@@ -97,16 +100,11 @@ def measure_moments(
     each forward pass; blocks are checkpointed, parameters get no gradients and stay as they are.
     """
     moments = Moments(linears, gradients)
-    training = model.training
-    model.eval()
     step = _with_gradients if gradients else _forward
-    try:
-        with moments.watching(model):
-            for sample in progress(tokens, "Calibrating", len(tokens)):
-                step(model, sample[None].to(model.device), moments)
-                moments.tokens += len(sample)
-    finally:
-        model.train(training)
+    with evaluation_mode(model), moments.watching(model):
+        for sample in progress(tokens, "Calibrating", len(tokens)):
+            step(model, sample[None].to(model.device), moments)
+            moments.tokens += len(sample)
     return moments
 
 
@@ -123,7 +121,7 @@ def _with_gradients(model: Any, sample: Tensor, moments: Moments) -> None:
         del logits
         moments.backward = True
         try:
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         finally:
             moments.backward = False
 
@@ -149,7 +147,7 @@ def _checkpointed(model: Any) -> Iterator[None]:
     """Keeps the activations of one block at a time; works in eval mode, unlike the model's own."""
     blocks = find_blocks(model)[1]
     for block in blocks:
-        block.forward = _checkpointing(block.forward)  # type: ignore[method-assign]
+        block.forward = _checkpointing(block.forward)
     try:
         yield
     finally:

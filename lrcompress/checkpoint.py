@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import inspect
 import json
-import os
+import math
 import platform
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from lrcompress import lowrank
-from lrcompress.protocols import InputError, MachineError
+from lrcompress.files import render, replace_text, writing
+from lrcompress.protocols import InputError
 from lrcompress.quantizer import record_layout
+from lrcompress.stock import to_stock
 
 RECORD = "lrcompress.json"
 # parts that only a low-rank layer has
@@ -27,49 +25,16 @@ OWN = (".A.weight", ".Z.weight")
 STANDALONE_MODULE = "modeling_lowrank"
 
 
-def check_free(out: Path) -> None:
-    """Raises InputError if something stands at `out`, or its parent is no folder to write to."""
-    if out.exists() or out.is_symlink():
-        raise InputError(f"output {str(out)!r} exists: choose another folder, or remove it")
-    parent = next(p for p in out.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"output {str(out)!r}: {str(parent)!r} is not a folder to write to")
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its name when the block ends well.
-
-    Whatever goes wrong, `out` is either complete or does not exist, and the hidden folder is
-    gone. Raises MachineError where the disk is full or the folder cannot be written.
-    """
-    check_free(out)
-    partial = out.absolute().parent / f".{out.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise _failed(out, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _failed(out: Path, error: Exception) -> MachineError:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    reason = "the disk is full" if full else " ".join(str(error).split())
-    return MachineError(f"could not write {str(out)!r}: {reason}; nothing was left there")
-
-
-def save(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes model, tokenizer, provenance and model card to the new folder `out`.
+def save(
+    model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any], replace: bool = False
+) -> dict[str, Any]:
+    """Writes model, tokenizer, provenance and model card to the folder `out`.
 
     `record` is completed with versions and the counts of what was saved, and returned. Raises
-    InputError if `out` exists, MachineError if it cannot be written.
+    InputError if `out` exists and is not to be replaced, MachineError if it cannot be written.
     """
     record_layout(model)
-    with writing(out) as folder:
+    with writing(out, replace) as folder:
         _write_weights(model, tokenizer, folder)
         complete = dict(record) | {"versions": versions(), "saved": saved_tensors(folder)}
         write_record(folder, complete)
@@ -103,54 +68,41 @@ def saved_tensors(folder: Path) -> dict[str, int]:
             shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
     beside = {key.removesuffix(end) for key in shapes for end in OWN if key.endswith(end)}
     passive = {f"{name}.{buffer}" for name in beside for buffer in ("weight", "order")}
-    numbers = sum(_product(shape) for key, shape in shapes.items() if key not in passive)
+    numbers = sum(math.prod(shape) for key, shape in shapes.items() if key not in passive)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return {"parameters": numbers, "bytes": size}
 
 
-def _product(shape: list[int]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total
-
-
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """lrcompress.json of a checkpoint; None where the folder has none."""
+    """lrcompress.json of a checkpoint; None where the folder has none, InputError if damaged."""
     file = folder / RECORD
-    return json.loads(file.read_text("utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{str(file)!r} is damaged ({error}): restore it, or remove it") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{str(file)!r} is damaged (no object): restore it, or remove it")
+    return record
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes lrcompress.json and the model card that tells the same, each in one rename."""
-    _replace(folder / RECORD, json.dumps(record, indent=2) + "\n")
-    _replace(folder / "README.md", model_card(record))
-
-
-def _replace(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, "utf-8")
-    partial.replace(file)
-
-
-def model_card(record: Mapping[str, Any]) -> str:
-    environment = Environment(
-        loader=PackageLoader("lrcompress", "."),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,  # Markdown, not HTML
-    )
-    return environment.get_template("card.md.jinja").render(record=record)
+    replace_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
+    replace_text(folder / "README.md", render("card.md.jinja", escape=False, record=record))
 
 
 def export_dense(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:
-    """Writes `model` with every low-rank layer merged back into its stock layer.
+    """Writes `model` with every compressed layer turned back into a stock layer.
 
-    Anything that loads the original architecture loads the result, at the original size.
+    Narrowed FFNs get the width of the widest, with zeros for the channels that others lack,
+    where the family's config has one intermediate size; else their original width. Anything
+    that loads the original architecture loads the result.
     """
-    lowrank.merge_dense(model)
-    save(model, tokenizer, out, dict(record) | {"export": "dense"})
+    to_stock(model)
+    origin = {"source": record.get("source"), "export": "dense", "factorized_from": dict(record)}
+    save(model, tokenizer, out, origin)
 
 
 def export_standalone(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:

@@ -32,6 +32,8 @@ class Group(click.Group):
         except InputError as error:
             _fail(str(error), 2)
         except (MachineError, OSError, MemoryError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise  # the reader has gone: click ends quietly
             _fail(_machine_fault(error), 1)
         except RuntimeError as error:  # torch has no class of its own for a full CPU memory
             if not any(words in str(error) for words in OUT_OF_MEMORY):
@@ -48,7 +50,7 @@ def _fail(message: str, code: int) -> None:
 
 def _machine_fault(error: BaseException) -> str:
     if isinstance(error, MemoryError):
-        return "out of memory: use a smaller --seq-len, or --dtype bfloat16"
+        return "out of memory: try --dtype bfloat16, and a shorter --seq-len or --context-length"
     return " ".join(str(error).split())
 
 
@@ -203,9 +205,7 @@ def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) ->
     if energy:
         model, _ = pipeline.load_settings(settings)
     else:
-        trust = settings.trust_remote_code
-        config = models.load_config(settings.source, settings.gguf_file, trust)
-        model = models.skeleton(config, trust)
+        model = models.skeleton(settings.source, settings.gguf_file, settings.trust_remote_code)
     found = inspect(model, energy, console.progress)
     if as_json:
         click.echo(json.dumps(found.to_dict(), indent=2))
@@ -213,20 +213,24 @@ def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) ->
         console.show_inspection(found)
 
 
-@main.command("export")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+EXPORT = ("model",)
+
+
+@main.command("export", cls=SettingsCommand, sections=EXPORT)
+@click.argument("source", metavar="DIR")
 @_out(required=True)
 @click.option("--dense", "kind", flag_value="dense", help="Merge back into stock layers.")
 @click.option(
     "--standalone", "kind", flag_value="standalone", help="Ship the layers' code with the weights."
 )
-def export_command(folder: Path, out: Path, kind: str | None) -> None:
+def export_command(source: str, out: Path, kind: str | None, **options: Any) -> None:
     """Write the checkpoint DIR in a form that loads without lrcompress."""
     if kind is None:
         raise InputError("say which form to export: --dense or --standalone")
+    settings = _recipe(EXPORT, source, options).model
     from lrcompress import pipeline
 
-    pipeline.export_to(folder, out, standalone=kind == "standalone")
+    pipeline.export_to(settings, out, standalone=kind == "standalone")
     click.echo(f"Wrote {out}.")
 
 

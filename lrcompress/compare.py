@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from lrcompress import benchmark
 from lrcompress.data import read_corpus
 from lrcompress.ffn import find_ffns
-from lrcompress.lowrank import compressed_layers
+from lrcompress.lowrank import is_compressed
 from lrcompress.perplexity import perplexity
 from lrcompress.protocols import InputError, Metric, Progress, silent
 from lrcompress.recipe import EvaluateSettings, from_flat
-from lrcompress.sizes import parameter_count, sequence_length
+from lrcompress.sizes import evaluation_mode, parameter_count, sequence_length
 from lrcompress.tasks import Tasks, resolve, run_tasks
 
 
@@ -31,20 +32,22 @@ def evaluate(
     read, or a loss is not finite.
     """
     checked = from_flat({"evaluate": EvaluateSettings}, settings)["evaluate"]
-    models = label_models(model, baseline)
-    return measure(models, tokenizer, checked, resolve_tasks(checked), progress)
+    pairs = None if baseline is None else (baseline, tokenizer)
+    models = label_models((model, tokenizer), pairs)
+    return measure(models, checked, resolve_tasks(checked), progress)
 
 
-def label_models(model: Any, baseline: Any = None) -> dict[str, Any]:
+Loaded = tuple[Any, Any]  # a model and its tokenizer
+
+
+def label_models(model: Loaded, baseline: Loaded | None = None) -> dict[str, Loaded]:
     """Names for the columns of a report; the baseline comes first."""
-    label = "factorized" if any(compressed_layers(model)) else "dense"
+    label = "factorized" if is_compressed(model[0]) else "dense"
     if baseline is None:
         return {label: model}
-    return (
-        {"dense": baseline, label: model}
-        if label != "dense"
-        else {"baseline": baseline, "model": model}
-    )
+    if label == "dense" or is_compressed(baseline[0]):
+        return {"baseline": baseline, "model": model}
+    return {"dense": baseline, label: model}
 
 
 def resolve_tasks(settings: EvaluateSettings) -> Tasks | None:
@@ -53,59 +56,61 @@ def resolve_tasks(settings: EvaluateSettings) -> Tasks | None:
 
 
 def measure(
-    models: Mapping[str, Any],
-    tokenizer: Any,
+    models: Mapping[str, Loaded],
     settings: EvaluateSettings,
     tasks: Tasks | None,
     progress: Progress = silent,
 ) -> list[Metric]:
-    """Every metric of every model, models in the order given."""
+    """Every metric of every model, models in the order given, each with its own tokenizer."""
+    length = min(sequence_length(model, settings.context_length) for model, _ in models.values())
     found: list[Metric] = []
-    for label, model in models.items():
-        found += quality(label, model, tokenizer, settings, tasks, progress)
-    if settings.speed:
-        lengths = (settings.prompt_length, settings.new_tokens, settings.repeats)
-        found += benchmark.speed(models, *lengths, progress)
-    return found
+    for label, loaded in models.items():
+        found += quality(label, loaded, settings, tasks, length, progress)
+    return found + speed(models, settings, progress)
+
+
+def speed(
+    models: Mapping[str, Loaded], settings: EvaluateSettings, progress: Progress = silent
+) -> list[Metric]:
+    """Prefill and decode speed of all models in alternation, if the settings ask for it."""
+    if not settings.speed:
+        return []
+    lengths = (settings.prompt_length, settings.new_tokens, settings.repeats)
+    with ExitStack() as stack:
+        for model, _ in models.values():
+            stack.enter_context(evaluation_mode(model))
+        return benchmark.speed({k: model for k, (model, _) in models.items()}, *lengths, progress)
 
 
 def quality(
     label: str,
-    model: Any,
-    tokenizer: Any,
+    loaded: Loaded,
     settings: EvaluateSettings,
     tasks: Tasks | None,
+    length: int,
     progress: Progress = silent,
-) -> Iterator[Metric]:
-    """Size, perplexities and task metrics of one model."""
+) -> list[Metric]:
+    """Size, perplexities and task metrics of one model, in windows of `length` tokens."""
+    model, tokenizer = loaded
     if tokenizer is None and (settings.perplexity or tasks):
         raise InputError("the model has no tokenizer: add the tokenizer's files to its folder")
-    model.eval()
-    yield from size(label, model)
-    length = sequence_length(model, settings.context_length)
-    for spec in settings.perplexity:
-        corpus = read_corpus(spec, "test")
-        yield perplexity(
-            label, model, tokenizer, corpus, length, settings.stride, settings.limit, progress
-        )
-    if tasks:
-        yield from run_tasks(
-            label,
-            model,
-            tokenizer,
-            tasks,
-            length,
-            settings.limit,
-            settings.num_fewshot,
-            settings.batch_size,
-        )
+    corpora = [read_corpus(spec, "test") for spec in settings.perplexity]
+    found = list(size(label, model))
+    with evaluation_mode(model):
+        for corpus in corpora:
+            window = (length, settings.stride, settings.limit)
+            found.append(perplexity(label, model, tokenizer, corpus, *window, progress))
+        if tasks:
+            options = (settings.limit, settings.num_fewshot, settings.batch_size)
+            found += run_tasks(label, model, tokenizer, tasks, length, *options)
+    return found
 
 
 def size(label: str, model: Any) -> Iterator[Metric]:
-    """Parameters of the FFNs and of the model, and the bytes of its weights in memory."""
+    """Parameters of the FFNs, if they are known, and of the model, and its weights' bytes."""
     linears = [model.get_submodule(spec.name) for spec in find_ffns(model).linears]
-    ffn = sum(parameter_count(linear) for linear in linears)
-    bytes_ = sum(p.numel() * p.element_size() for p in model.parameters())
-    yield Metric(label, "FFN parameters", ffn, "", False)
+    if linears:
+        yield Metric(label, "FFN parameters", sum(map(parameter_count, linears)), "", False)
     yield Metric(label, "parameters", parameter_count(model), "", False)
+    bytes_ = sum(p.numel() * p.element_size() for p in model.parameters())
     yield Metric(label, "weight bytes", bytes_, "B", False, {"dtype": str(model.dtype)[6:]})

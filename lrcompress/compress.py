@@ -23,6 +23,8 @@ from lrcompress.search import smallest_within
 from lrcompress.shrink import ShrunkLinear, shrink
 from lrcompress.sizes import parameter_count, sequence_length
 
+# a budget that is missed by more is worth a word
+BUDGET_TOLERANCE = 0.005
 SECTIONS: dict[str, type[Section]] = {
     "calibration": CalibrationSettings,
     "factorize": FactorizeSettings,
@@ -38,7 +40,7 @@ class Counts:
 
     @property
     def keep_ratio(self) -> float:
-        return self.kept / self.dense
+        return self.kept / self.dense if self.dense else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         return {"dense": self.dense, "kept": self.kept, "keep_ratio": self.keep_ratio}
@@ -105,20 +107,21 @@ def apply(
     ratio = _keep_ratio(model, linears, settings)
     get_tokens = partial(calibration_tokens, model, tokenizer, calibration)
     prepared = prepare(model, linears, settings, ratio, get_tokens, progress)
-    plan, trials = prepared.plan, ()
+    plan = prepared.plan
+    trials: tuple[dict[str, float], ...] = ()
     if plan is None:
         plan, trials = smallest_within(model, tokenizer, prepared, settings, progress)
-    done = tuple(shrink(model, prepared, plan, settings.form, progress))
+    done = shrink(model, prepared, plan, settings.form, progress)
     record_layout(model)
+    selected = _counts(linears, plan, settings)
     return Factorization(
         done,
-        _counts(linears, plan, settings),
-        # an unknown family's FFNs are what --include named
-        _counts(finding.linears or linears, plan, settings),
+        selected,
+        _counts(finding.linears, plan, settings),
         Counts(before, parameter_count(model)),
         prepared.calibration,
         trials,
-        tuple(_notes(done, finding.experts)),
+        tuple(_notes(done, finding.experts, selected, ratio)),
         time.perf_counter() - started,
     )
 
@@ -174,12 +177,19 @@ def _check_weights(model: nn.Module, linears: Iterable[LinearSpec]) -> None:
             raise InputError(f"the weight of {spec.name} is not finite: get an intact copy")
 
 
-def _notes(done: tuple[ShrunkLinear, ...], experts: tuple[str, ...]) -> Iterable[str]:
+def _notes(
+    done: tuple[ShrunkLinear, ...], experts: tuple[str, ...], kept: Counts, wanted: float | None
+) -> Iterable[str]:
     if all(linear.form is None for linear in done):
         spec = done[0].spec
         yield (
             f"all {len(done)} linears stay dense, because at the budget asked for factors would "
             f"not be smaller: {spec.name} breaks even at rank {spec.break_even_rank:.0f}"
+        )
+    elif wanted is not None and abs(kept.keep_ratio - wanted) > BUDGET_TOLERANCE:
+        yield (
+            f"{kept.keep_ratio:.1%} of the selected parameters are kept, not the {wanted:.1%} "
+            "asked for: ranks come in steps of --rank-multiple"
         )
     if experts:
         yield (

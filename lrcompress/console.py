@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -61,11 +62,15 @@ def _lines(items: Iterable[T], description: str, total: int | None) -> Iterable[
 
 def show_factorization(record: Mapping[str, Any], out: object) -> None:
     counts = record["counts"]
-    low_rank = [linear["rank"] for linear in record["linears"] if linear["rank"] is not None]
-    ranks = f"ranks {min(low_rank)} to {max(low_rank)}" if low_rank else "no ranks"
-    click.echo(f"Factorized {len(low_rank)} of {len(record['linears'])} linears, {ranks}.")
+    forms = Counter(linear["form"] for linear in record["linears"])
+    ranks = [linear["rank"] for linear in record["linears"] if linear["rank"] is not None]
+    span = f", ranks {min(ranks)} to {max(ranks)}" if ranks else ""
+    kinds = ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
+    click.echo(f"{len(record['linears'])} linears: {kinds}{span}.")
     for name, title in (("ffn", "FFN"), ("model", "Model")):
         count = counts[name]
+        if not count["dense"]:
+            continue  # a family whose FFNs are not known
         click.echo(
             f"{title} parameters: {count['dense']:,} -> {count['kept']:,} "
             f"({100 * count['keep_ratio']:.2f} % kept)"

@@ -71,8 +71,8 @@ def read_corpus(spec: str, use: Use) -> Corpus:
 
 def _embedded(part: str) -> list[str]:
     if part not in EMBEDDED_PARTS:
-        parts = ", ".join(f"pydoc:{name}" for name in EMBEDDED_PARTS)
-        raise InputError(f"data 'pydoc:{part}' is unknown: use one of {parts}")
+        known = ", ".join(f"pydoc:{name}" for name in EMBEDDED_PARTS)
+        raise InputError(f"data 'pydoc:{part}' is unknown: use one of {known}")
     from pydoc_data.topics import topics  # type: ignore[import-not-found,unused-ignore]
 
     documents = [topics[name] for name in sorted(topics)]

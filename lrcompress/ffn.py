@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lrcompress.lowrank import LowRankLinear, NarrowedLinear, is_linear, linear_shape
+from lrcompress.lowrank import LowRankLinear, is_compressed, is_linear, linear_shape
 from lrcompress.protocols import InputError, LinearSpec, Role
 
 # Layouts: paths inside a block -> role. A family with new names is one more row.
@@ -69,6 +69,11 @@ def select(
     hand; the first `dense_first` blocks are left out. Raises InputError where a pattern matches
     nothing and where nothing is left.
     """
+    if is_compressed(model):
+        raise InputError(
+            "the model is already compressed: start from the dense model, or merge it first with "
+            "`lrcompress export DIR --dense`"
+        )
     finding = find_ffns(model)
     linears = _included(model, finding, include) if include else finding.linears
     _check_patterns(exclude, "exclude", [spec.name for spec in linears])
@@ -79,13 +84,6 @@ def select(
     )
     if not chosen:
         raise InputError(_nothing_left(model, finding, bool(linears)))
-    forms = (LowRankLinear, NarrowedLinear)
-    low_rank = [s.name for s in chosen if isinstance(model.get_submodule(s.name), forms)]
-    if low_rank:
-        raise InputError(
-            f"the model is already compressed ({low_rank[0]} and {len(low_rank) - 1} more): start "
-            "from the dense model, or merge it first with `lrcompress export DIR --dense`"
-        )
     return chosen
 
 

@@ -192,6 +192,11 @@ def compressed_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear | N
             yield name, module
 
 
+def is_compressed(model: Any) -> bool:
+    """Whether any layer is low-rank or narrowed, in a standalone export too."""
+    return any(compressed_layers(model)) or hasattr(model.config, "low_rank_modules")
+
+
 def install(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Puts `layer` in the place of the submodule called `name`."""
     parent, _, child = name.rpartition(".")
@@ -261,9 +266,3 @@ def _checked(
     if form != NARROWED and (type(rank) is not int or not 1 <= rank <= min(shape)):
         raise ValueError(f"{wrong}rank {rank!r} is not in 1..{min(shape)}")
     return form, (shape[0], shape[1]), rank
-
-
-def merge_dense(model: nn.Module) -> None:
-    """Turns every compressed layer of `model` into a stock layer of the same shape."""
-    for name, layer in list(compressed_layers(model)):
-        install(model, name, layer.to_dense())

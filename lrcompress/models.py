@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from lrcompress.lowrank import rebuild
 from lrcompress.protocols import InputError
+from lrcompress.quantizer import QUANT_METHOD, LowRankConfig
 
 PACKAGE = "package:"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,10 @@ def locate(source: str, gguf_file: str | None = None) -> Location:
 
 def _package_file(source: str) -> Path:
     name, _, file = source.removeprefix(PACKAGE).partition("/")
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    try:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    except ValueError:  # a module without a spec, such as __main__
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"model {source!r}: no Python package {name!r} is installed here")
     return Path(spec.submodule_search_locations[0]) / file
@@ -75,7 +91,7 @@ def _explained(source: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -97,7 +113,7 @@ def load(
     source: str | Path,
     *,
     gguf_file: str | None = None,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
@@ -108,7 +124,9 @@ def load(
     tokenizer is None where the folder has none. Only safetensors and GGUF weights are read.
     Raises InputError where the model is missing, unsupported, incomplete or damaged.
     """
-    source = str(source)
+    source, dtype = str(source), str(dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     location = locate(source, gguf_file)
     with _explained(source):
         model = _load_model(location, dtype, device, trust_remote_code)
@@ -123,20 +141,32 @@ def _load_model(location: Location, dtype: str, device: str, trust_remote_code: 
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     else:
         arguments["use_safetensors"] = True
+        _refuse_pickles(Path(location.path))
     model, report = AutoModelForCausalLM.from_pretrained(
         location.path,
         dtype=torch_dtype(dtype),
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are named and refused below
         **arguments,
         **_placement(device),
     )
     missing = sorted(report["missing_keys"])
-    if missing:
-        raise InputError(
-            f"model {location.path!r} lacks {len(missing)} of its weights ({missing[0]}, ...): "
-            "get a complete copy"
-        )
+    misshapen = sorted(key[0] for key in report["mismatched_keys"])
+    for keys, fault in ((missing, "lacks"), (misshapen, "has in another shape")):
+        if keys:
+            raise InputError(
+                f"model {location.path!r} {fault} {len(keys)} of the weights that its config.json "
+                f"asks for, such as {keys[0]}: get an intact copy"
+            )
     return model
+
+
+def _refuse_pickles(folder: Path) -> None:
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"model folder {str(folder)!r} has only pickled .bin weights, which are never loaded: "
+            "save it as safetensors with transformers' save_pretrained first"
+        )
 
 
 def torch_dtype(name: str) -> Any:
@@ -173,17 +203,14 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in names)
 
 
-def skeleton(config: Any, trust_remote_code: bool = False) -> Any:
-    """The model that `config` describes on the meta device: shapes, no weights, no memory."""
+def skeleton(source: str, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
+    """MODEL on the meta device: its shapes, from the config alone; no weights, no memory."""
     from transformers import AutoModelForCausalLM
 
-    from lrcompress.lowrank import rebuild
-
+    config = load_config(source, gguf_file, trust_remote_code)
     record = getattr(config, "quantization_config", None)
-    if record is not None and not isinstance(record, dict):
-        record = json.loads(json.dumps(record.to_dict()))
-    with torch.device("meta"), _explained(config.model_type):
+    with torch.device("meta"), _explained(source):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    if record and record.get("quant_method") == "lowrank":
-        rebuild(model, record["modules"])
+        if isinstance(record, dict) and record.get("quant_method") == QUANT_METHOD:
+            rebuild(model, LowRankConfig.from_dict(record).modules)
     return model

@@ -92,7 +92,8 @@ def _take_out(D: Tensor, M: Tensor, spread: Tensor, picked: Tensor) -> Tensor:
     V = D @ (M @ Q)
     inner = Q.T @ M @ Q
     D -= Q @ Q.T
-    return (spread - 2 * (V * Q).sum(1) + ((Q @ inner) * Q).sum(1)).clamp_min(0)
+    left: Tensor = spread - 2 * (V * Q).sum(1) + ((Q @ inner) * Q).sum(1)
+    return left.clamp_min(0)
 
 
 def reconstruction(second_moment: Tensor, channels: Tensor, damping: float) -> Tensor:
@@ -101,4 +102,5 @@ def reconstruction(second_moment: Tensor, channels: Tensor, damping: float) -> T
     block = C[channels][:, channels]
     ridge = damping * block.diagonal().mean().clamp_min(torch.finfo(C.dtype).tiny)
     block = block + ridge * torch.eye(len(block), dtype=C.dtype, device=C.device)
-    return torch.linalg.solve(block, C[channels]).T
+    solution: Tensor = torch.linalg.solve(block, C[channels])
+    return solution.T

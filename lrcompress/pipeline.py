@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from lrcompress import benchmark, checkpoint, compare, report
+from lrcompress import checkpoint, compare, report
 from lrcompress.compress import apply
+from lrcompress.files import check_free, replace_text, writing
+from lrcompress.lowrank import is_compressed
 from lrcompress.models import load, locate
 from lrcompress.protocols import InputError, Metric, Progress, silent
-from lrcompress.recipe import ModelSettings, Recipe, to_yaml
+from lrcompress.recipe import ModelSettings, Recipe, read_recipe, to_yaml
+from lrcompress.sizes import sequence_length
+from lrcompress.tasks import Tasks
 
 RECIPE, MODEL, STAGES = "recipe.yaml", "model", "stages"
 
 
-def load_settings(settings: ModelSettings) -> tuple[Any, Any]:
+def load_settings(settings: ModelSettings) -> compare.Loaded:
     """(model, tokenizer) as a recipe's model section describes them."""
     arguments = settings.model_dump()
     return load(arguments.pop("source"), **arguments)
 
 
-def factorize_to(recipe: Recipe, out: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Loads, factorizes and saves to the new folder `out`; returns what lrcompress.json holds."""
-    checkpoint.check_free(out)
+def factorize_to(
+    recipe: Recipe, out: Path, progress: Progress = silent, replace: bool = False
+) -> dict[str, Any]:
+    """Loads, factorizes and saves to `out`; returns what lrcompress.json holds.
+
+    Raises InputError if `out` exists, unless an older result there is to be replaced.
+    """
+    if not replace:
+        check_free(out)
     model, tokenizer = load_settings(recipe.model)
     done = apply(model, tokenizer, recipe.calibration, recipe.factorize, progress)
     record = {
@@ -37,27 +45,26 @@ def factorize_to(recipe: Recipe, out: Path, progress: Progress = silent) -> dict
         "recipe": recipe.model_dump(mode="json"),
         **done.to_dict(),
     }
-    return checkpoint.save(model, tokenizer, out, record)
+    return checkpoint.save(model, tokenizer, out, record, replace)
 
 
 def evaluate_to(
     recipe: Recipe, out: Path | None = None, progress: Progress = silent
 ) -> list[Metric]:
     """Measures a model, beside its baseline if it has one; writes a report to `out`, if given."""
-    if out is not None:
-        checkpoint.check_free(out)
     settings = recipe.evaluate
-    tasks = compare.resolve_tasks(settings)
-    model, tokenizer = load_settings(recipe.model)
-    baseline = None
-    if settings.baseline is not None:
-        baseline, _ = load_settings(_source(recipe.model, settings.baseline))
-    models = compare.label_models(model, baseline)
-    metrics = compare.measure(models, tokenizer, settings, tasks, progress)
+    record = None
     if out is not None:
-        folder = Path(locate(recipe.model.source, recipe.model.gguf_file).path)
-        record = checkpoint.read_record(folder)
-        with checkpoint.writing(out) as partial:
+        check_free(out)
+        folder = locate(recipe.model.source, recipe.model.gguf_file).path
+        record = checkpoint.read_record(Path(folder))
+    tasks = compare.resolve_tasks(settings)
+    model, baseline = load_settings(recipe.model), None
+    if settings.baseline is not None:
+        baseline = load_settings(_source(recipe.model, settings.baseline))
+    metrics = compare.measure(compare.label_models(model, baseline), settings, tasks, progress)
+    if out is not None:
+        with writing(out) as partial:
             report.write(partial, f"{recipe.model.source}: evaluation", metrics, record)
     return metrics
 
@@ -67,25 +74,32 @@ def _source(settings: ModelSettings, source: str) -> ModelSettings:
     return settings.model_copy(update={"source": source, "gguf_file": None})
 
 
-def export_to(source: Path, out: Path, standalone: bool) -> None:
-    """Writes a checkpoint as stock layers, or with the code that loads it."""
-    checkpoint.check_free(out)
-    model, tokenizer = load(source)
-    record = checkpoint.read_record(source)
-    if record is None:
-        raise InputError(f"{str(source)!r} is no lrcompress checkpoint: it has no lrcompress.json")
+def export_to(settings: ModelSettings, out: Path, standalone: bool) -> None:
+    """Writes a compressed model as stock layers, or with the code that loads it."""
+    check_free(out)
+    record = checkpoint.read_record(Path(locate(settings.source).path)) or {}
+    model, tokenizer = load_settings(settings)
+    if not is_compressed(model):
+        raise InputError(f"{settings.source!r} has no low-rank layers: there is nothing to export")
     write = checkpoint.export_standalone if standalone else checkpoint.export_dense
     write(model, tokenizer, out, record)
 
 
 def run(
-    recipe: Recipe, out: str | Path, *, overwrite: bool = False, progress: Progress = silent
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = silent,
 ) -> list[Metric]:
     """Factorizes, evaluates beside the dense model and reports, all in the folder `out`.
 
-    An interrupted run continues: a stage whose inputs did not change is not done again. Raises
-    InputError where `out` holds something else; `overwrite` allows another recipe's run there.
+    `recipe` is a Recipe or its file. An interrupted run continues: a stage whose inputs did
+    not change is not done again. Raises InputError where `out` holds something else;
+    `overwrite` allows another recipe's run there.
     """
+    if not isinstance(recipe, Recipe):
+        recipe = read_recipe(Path(recipe))
     return Run(recipe, Path(out), progress).all(overwrite)
 
 
@@ -96,28 +110,25 @@ class Run:
         self.recipe, self.out, self.progress = recipe, out, progress
 
     def all(self, overwrite: bool) -> list[Metric]:
-        self._claim(overwrite)
+        self._check_claim(overwrite)
         settings = self.recipe.evaluate
         tasks = compare.resolve_tasks(settings)
         self._factorize()
-        metrics = []
-        for label in ("dense", "factorized"):
-            metrics += self._stage(
-                f"quality-{label}",
-                lambda label=label: list(  # type: ignore[misc]
-                    compare.quality(label, *self._load(label), settings, tasks, self.progress)
-                ),
-            )
+        metrics: list[Metric] = []
+        for label in self._models:
+            metrics += self._stage(f"quality-{label}", partial(self._quality, label, tasks))
         if settings.speed:
             metrics += self._stage("speed", self._speed)
         self._report(metrics)
         return metrics
 
-    def _claim(self, overwrite: bool) -> None:
-        """Makes the folder this recipe's, or raises InputError where it is something else's."""
-        text, file = to_yaml(self.recipe), self.out / RECIPE
-        if file.is_file():
-            if file.read_text("utf-8") != text and not overwrite:
+    def _check_claim(self, overwrite: bool) -> None:
+        """Raises InputError where the folder holds a finished stage of another recipe, or
+        something that is no run at all."""
+        file = self.out / RECIPE
+        if _read(self.out / STAGES / "factorize.json"):
+            same = file.is_file() and file.read_bytes() == to_yaml(self.recipe).encode()
+            if not same and not overwrite:
                 raise InputError(
                     f"{str(self.out)!r} holds the run of another recipe: choose another folder, "
                     "or redo the stages that differ with --overwrite"
@@ -126,72 +137,82 @@ class Run:
             raise InputError(
                 f"output {str(self.out)!r} exists and is no run: choose another folder"
             )
-        (self.out / STAGES).mkdir(parents=True, exist_ok=True)
-        file.write_text(text, "utf-8")
 
     def _factorize(self) -> None:
-        done = self.out / STAGES / "factorize.json"
-        inputs = self._inputs("factorize")
-        if _read(done).get("inputs") == inputs and (self.out / MODEL).is_dir():
-            return
-        done.unlink(missing_ok=True)
-        shutil.rmtree(self.out / MODEL, ignore_errors=True)
-        factorize_to(self.recipe, self.out / MODEL, self.progress)
-        _write(done, {"inputs": inputs})
+        """Makes model/ and the claim on the folder; an older model stays until the new is whole."""
+        done, model = self.out / STAGES / "factorize.json", self.out / MODEL
+        known, inputs = _read(done), self._hash(self._factorize_inputs())
+        if known.get("inputs") != inputs or known.get("model") != _states(_weights(model)):
+            factorize_to(self.recipe, model, self.progress, replace=True)
+            done.parent.mkdir(exist_ok=True)
+            _write(done, {"inputs": inputs, "model": _states(_weights(model))})
+        if not (self.out / RECIPE).is_file() or self._is_other():
+            for name in report.FORMATS:  # of the recipe before
+                (self.out / name).unlink(missing_ok=True)
+            replace_text(self.out / RECIPE, to_yaml(self.recipe))
+
+    def _is_other(self) -> bool:
+        return (self.out / RECIPE).read_bytes() != to_yaml(self.recipe).encode()
 
     def _stage(self, name: str, action: Callable[[], list[Metric]]) -> list[Metric]:
         """The metrics of a stage, from its file if its inputs are those of the last time."""
-        file, inputs = self.out / STAGES / f"{name}.json", self._inputs("evaluate")
+        file, inputs = self.out / STAGES / f"{name}.json", self._hash(self._measuring_inputs())
         known = _read(file)
         if known.get("inputs") != inputs:
             known = {"inputs": inputs, "metrics": [asdict(metric) for metric in action()]}
             _write(file, known)
-            gc.collect()
         return [Metric(**metric) for metric in known["metrics"]]
 
-    def _inputs(self, stage: str) -> str:
-        """Hash of all that a stage's result depends on: settings, versions, and source files."""
-        recipe = self.recipe.model_dump(mode="json")
-        model, settings = self.recipe.model, self.recipe.evaluate
-        states = [_model_state(model), _data_state(self.recipe.calibration.data)]
-        if stage == "factorize":
-            recipe.pop("evaluate")
-        else:
-            states += [_data_state(spec) for spec in (*settings.perplexity, *settings.tasks)]
-            states += [_model_state(_source(model, settings.baseline))] if settings.baseline else []
-        content = json.dumps([checkpoint.versions(), recipe, states], sort_keys=True)
+    def _factorize_inputs(self) -> list[Any]:
+        settings = self.recipe.model_dump(mode="json", exclude={"evaluate"})
+        return [
+            settings,
+            _model_state(self.recipe.model),
+            _data_state(self.recipe.calibration.data),
+        ]
+
+    def _measuring_inputs(self) -> list[Any]:
+        settings, model = self.recipe.evaluate, self.recipe.model
+        texts = [_data_state(spec) for spec in (*settings.perplexity, *settings.tasks)]
+        other = _model_state(_source(model, settings.baseline)) if settings.baseline else None
+        weights = _states(_weights(self.out / MODEL))
+        return [self._factorize_inputs(), settings.model_dump(mode="json"), texts, other, weights]
+
+    def _hash(self, inputs: list[Any]) -> str:
+        content = json.dumps([checkpoint.versions(), inputs], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def _load(self, label: str) -> tuple[Any, Any]:
-        return self._dense if label == "dense" else self._factorized
+    @property
+    def _models(self) -> dict[str, Callable[[], compare.Loaded]]:
+        """What is compared, loaded when it is needed."""
+        first = "dense" if self.recipe.evaluate.baseline is None else "baseline"
+        return {first: lambda: self._dense, "factorized": lambda: self._factorized}
 
     @cached_property
-    def _dense(self) -> tuple[Any, Any]:
-        source = self.recipe.evaluate.baseline
-        model = self.recipe.model
+    def _dense(self) -> compare.Loaded:
+        source, model = self.recipe.evaluate.baseline, self.recipe.model
         return load_settings(model if source is None else _source(model, source))
 
     @cached_property
-    def _factorized(self) -> tuple[Any, Any]:
+    def _factorized(self) -> compare.Loaded:
         return load_settings(_source(self.recipe.model, str(self.out / MODEL)))
 
+    def _quality(self, label: str, tasks: Tasks | None) -> list[Metric]:
+        loaded, settings = self._models[label](), self.recipe.evaluate
+        length = sequence_length(loaded[0], settings.context_length)
+        return compare.quality(label, loaded, settings, tasks, length, self.progress)
+
     def _speed(self) -> list[Metric]:
-        settings = self.recipe.evaluate
-        models = {"dense": self._dense[0], "factorized": self._factorized[0]}
-        lengths = (settings.prompt_length, settings.new_tokens, settings.repeats)
-        return benchmark.speed(models, *lengths, self.progress)
+        models = {label: get() for label, get in self._models.items()}
+        return compare.speed(models, self.recipe.evaluate, self.progress)
 
     def _report(self, metrics: list[Metric]) -> None:
         record = checkpoint.read_record(self.out / MODEL) or {}
         record["metrics"] = [asdict(metric) for metric in metrics]
         checkpoint.write_record(self.out / MODEL, record)
-        report.write(self.out, _title(self.recipe), metrics, record)
-
-
-def _title(recipe: Recipe) -> str:
-    wanted = recipe.factorize
-    budget = f"rank {wanted.rank}" if wanted.rank else f"FFN keep_ratio {wanted.keep_ratio}"
-    return f"{recipe.model.source}: {wanted.method}, {budget}"
+        kept = record["counts"]["selected"]["keep_ratio"]
+        title = f"{self.recipe.model.source}: {self.recipe.factorize.method}, {kept:.1%} kept"
+        report.write(self.out, title, metrics, record)
 
 
 def _model_state(settings: ModelSettings) -> list[list[Any]]:
@@ -204,17 +225,24 @@ def _data_state(spec: str) -> list[list[Any]]:
     return _states([Path(spec.partition(":")[0])])
 
 
+def _weights(folder: Path) -> list[Path]:
+    return [*folder.glob("*.safetensors"), folder / "config.json"]
+
+
 def _states(files: Iterable[Path]) -> list[list[Any]]:
     """Name, size and time of the files that exist; none for what the hub holds."""
     found = sorted(file for file in files if file.is_file())
-    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in found]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in found]
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    """A stage's file; empty, so that the stage is done again, where it is missing or damaged."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n", "utf-8")
-    partial.replace(file)
+def _write(file: Path, content: dict[str, Any]) -> None:
+    replace_text(file, json.dumps(content, indent=2, default=str) + "\n")

@@ -62,7 +62,7 @@ def prepare(
     grid = Grid(settings.form, settings.rank_multiple, settings.rank)
     budget = Budget(settings.rank, keep_ratio)
     early = not (allocator.needs_errors or method.narrows)
-    plan, choices, channels = None, (), {}
+    plan = None
     if early:
         choices, channels = _choices(_ffns(model, linears, None), method, grid, False)
         plan = _allocate(allocator, choices, budget)

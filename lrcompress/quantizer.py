@@ -29,10 +29,18 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self,
-        modules: Mapping[str, Mapping[str, Any]],
+        modules: Mapping[str, Mapping[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
+        **unknown: object,
     ) -> None:
+        records = modules.values() if isinstance(modules, Mapping) else [None]
+        if unknown or not all(isinstance(record, Mapping) for record in records):
+            raise InputError(
+                "quantization_config of the checkpoint is damaged: it needs modules, each with "
+                f"form, shape and rank, and has no {', '.join(unknown) or 'such'}"
+            )
+        assert modules is not None
         if format_version != FORMAT_VERSION:
             raise InputError(
                 f"the checkpoint has low-rank format version {format_version}, this lrcompress "

@@ -47,7 +47,10 @@ def _pairs(value: object) -> object:
     if not isinstance(value, list | tuple):
         return value
     pairs = [str(item).partition("=") for item in value]
-    return {key.strip(): yaml.safe_load(text) for key, _, text in pairs}
+    try:
+        return {key.strip(): yaml.safe_load(text) for key, _, text in pairs}
+    except yaml.YAMLError:
+        raise ValueError(f"{value!r} cannot be read: write KEY=VALUE") from None
 
 
 def _one_of(names: Iterable[str]) -> Callable[[str], str]:
@@ -116,7 +119,7 @@ class CalibrationSettings(Section):
     seq_len: int | None = Field(
         None, ge=2, description="Tokens in a block; default 1024, or the model's maximum if less."
     )
-    seed: int = Field(0, ge=0, description="Chooses the blocks.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Chooses the blocks.")
 
 
 class FactorizeSettings(Section):
@@ -231,7 +234,13 @@ def _build(registry: Mapping[str, str], name: str, options: Mapping[str, Any], k
     for option in options:
         if option not in fields:
             raise ValueError(f"{key}: {name!r} has no option {option!r}{_allowed(option, fields)}")
-    return TypeAdapter(kind).validate_python(dict(options))
+    try:
+        return TypeAdapter(kind).validate_python(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or name
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{key} {where}: {message}") from None
 
 
 def _allowed(name: str, names: Iterable[str]) -> str:

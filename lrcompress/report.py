@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from lrcompress.files import render, replace_text
 from lrcompress.protocols import Metric
+
+# conditions that may differ between two models whose numbers are still worth a ratio
+COMPARABLE = {"dtype", "device"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,19 @@ def _row(labels: Sequence[str], by_model: Mapping[str, Metric]) -> Row:
         "higher is better" if first.higher_is_better else "lower is better",
         tuple(_cell(by_model.get(label)) for label in labels),
         tuple(_ratio(base, by_model.get(label)) for label in labels[1:]),
-        ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in first.conditions.items()),
+        _conditions(by_model),
     )
+
+
+def _conditions(by_model: Mapping[str, Metric]) -> str:
+    """The conditions of a row, once if all models share them, else model by model."""
+    words = {
+        label: ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in metric.conditions.items())
+        for label, metric in by_model.items()
+    }
+    if len(set(words.values())) == 1:
+        return next(iter(words.values()))
+    return "; ".join(f"{label}: {text}" for label, text in words.items())
 
 
 def _cell(metric: Metric | None) -> str:
@@ -73,28 +86,21 @@ def _number(value: float) -> str:
 def _ratio(base: Metric | None, metric: Metric | None) -> str:
     if base is None or metric is None or base.value == 0:
         return "–"
+    both = {*base.conditions.items()} ^ {*metric.conditions.items()}
+    if {name for name, _ in both} - COMPARABLE:
+        return "not comparable"
     return f"{metric.value / base.value:.3g}x"
 
 
-def _environment(escape: bool) -> Environment:
-    return Environment(
-        loader=PackageLoader("lrcompress", "."),
-        autoescape=escape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
 def markdown(title: str, metrics: Sequence[Metric], record: Mapping[str, Any] | None) -> str:
-    template = _environment(escape=False).get_template("report.md.jinja")
-    return template.render(title=title, table=table(metrics), record=record)
+    values = {"title": title, "table": table(metrics), "record": record}
+    return render("report.md.jinja", escape=False, **values)
 
 
 def html(title: str, metrics: Sequence[Metric], record: Mapping[str, Any] | None) -> str:
     """One self-contained page: no scripts, no network."""
-    template = _environment(escape=True).get_template("report.html.jinja")
-    return template.render(title=title, table=table(metrics), record=record)
+    values = {"title": title, "table": table(metrics), "record": record}
+    return render("report.html.jinja", escape=True, **values)
 
 
 def to_json(title: str, metrics: Sequence[Metric], record: Mapping[str, Any] | None) -> str:
@@ -118,7 +124,5 @@ def write(
 
     `record` is the factorization's lrcompress.json, whose ranks and errors are listed.
     """
-    for name, render in FORMATS.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(render(title, metrics, record), "utf-8")
-        partial.replace(folder / name)
+    for name, formatted in FORMATS.items():
+        replace_text(folder / name, formatted(title, metrics, record))

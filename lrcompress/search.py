@@ -37,7 +37,7 @@ def smallest_within(
         ratio = (low + high) / 2
         plan = prepared.allocator.allocate(prepared.choices, Budget(keep_ratio=ratio))
         trial = copy.deepcopy(model)
-        list(shrink(trial, prepared, plan, settings.form, silent))
+        shrink(trial, prepared, plan, settings.form, silent)
         found = _measure(trial, tokenizer, settings)
         trials.append({"keep_ratio": ratio, "perplexity": found, "limit": limit})
         if found <= limit:

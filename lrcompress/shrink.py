@@ -13,6 +13,7 @@ from lrcompress.linalg import pivot
 from lrcompress.lowrank import (
     NARROWED,
     FactoredLinear,
+    LowRankLinear,
     NarrowedLinear,
     PivotedLinear,
     empty_like,
@@ -20,6 +21,7 @@ from lrcompress.lowrank import (
 )
 from lrcompress.prepare import Prepared
 from lrcompress.protocols import FFN, Factors, Form, LinearSpec, Plan, Progress
+from lrcompress.sizes import parameter_count
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,27 @@ class ShrunkLinear:
 
 def shrink(
     model: nn.Module, prepared: Prepared, plan: Plan, form: Form, progress: Progress
+) -> tuple[ShrunkLinear, ...]:
+    """Replaces the linears of `model` as `plan` says, in place.
+
+    All layers are computed before the first is installed: whatever fails, the model is whole.
+    """
+    layers: dict[str, nn.Module] = {}
+    done = tuple(_layers(model, prepared, plan, form, layers, progress))
+    for name, layer in layers.items():
+        install(model, name, layer)
+    return done
+
+
+def _layers(
+    model: nn.Module,
+    prepared: Prepared,
+    plan: Plan,
+    form: Form,
+    layers: dict[str, nn.Module],
+    progress: Progress,
 ) -> Iterator[ShrunkLinear]:
-    """Replaces the linears of `model` as `plan` says, in place, FFN by FFN."""
+    """What becomes of each linear; its new layer, if it gets one, goes into `layers`."""
     for ffn in progress(prepared.ffns(model), "Factorizing", len(prepared.choices)):
         width = plan.widths.get(ffn.name)
         if width is None:
@@ -68,12 +89,17 @@ def shrink(
             left = prepared.method.narrow(ffn, prepared.channels[ffn.name][:width])
         for spec, now in zip(ffn.linears, left.linears, strict=True):
             rank = plan.ranks.get(spec.name)
-            if rank is not None:
-                yield _truncate(model, prepared, left, spec, now, rank, form)
-            elif width is not None:
-                yield _narrow(model, left, spec, now)
-            else:
+            if rank is None and width is None:
                 yield ShrunkLinear(spec, None, _shape(spec), None, spec.dense_parameters, None)
+                continue
+            kind = form if rank is not None else NARROWED
+            dense = model.get_submodule(spec.name)
+            layer = empty_like(dense, kind, _shape(now), rank)
+            if rank is None:
+                yield _narrow(layer, left, spec, now)
+            else:
+                yield _truncate(layer, prepared, left, spec, now, rank)
+            layers[spec.name] = _finished(layer, dense, left.biases[spec.name])
 
 
 def _shape(spec: LinearSpec) -> tuple[int, int]:
@@ -81,21 +107,19 @@ def _shape(spec: LinearSpec) -> tuple[int, int]:
 
 
 def _truncate(
-    model: nn.Module,
+    layer: LowRankLinear | NarrowedLinear,
     prepared: Prepared,
     ffn: FFN,
     spec: LinearSpec,
     now: LinearSpec,
     rank: int,
-    form: Form,
 ) -> ShrunkLinear:
+    assert isinstance(layer, LowRankLinear)
     factors = prepared.method.factorize(ffn.weights[spec.name], ffn.statistics[spec.name], rank)
-    layer = empty_like(model.get_submodule(spec.name), form, _shape(now), rank)
     largest = _fill(layer, factors)
-    _install(model, spec.name, layer, ffn.biases[spec.name])
     error = factors.error / factors.energy if factors.energy > 0 else 0.0
-    kept = now.parameters(rank, form)
-    return ShrunkLinear(spec, form, _shape(now), rank, kept, error, largest)
+    kept = parameter_count(layer)
+    return ShrunkLinear(spec, layer.form, _shape(now), rank, kept, error, largest)
 
 
 @torch.no_grad()
@@ -114,18 +138,20 @@ def _fill(layer: nn.Module, factors: Factors) -> float | None:
 
 
 @torch.no_grad()
-def _narrow(model: nn.Module, ffn: FFN, spec: LinearSpec, now: LinearSpec) -> ShrunkLinear:
-    layer = empty_like(model.get_submodule(spec.name), NARROWED, _shape(now), None)
+def _narrow(
+    layer: LowRankLinear | NarrowedLinear, ffn: FFN, spec: LinearSpec, now: LinearSpec
+) -> ShrunkLinear:
     assert isinstance(layer, NarrowedLinear)
     layer.weight.copy_(ffn.weights[spec.name])
-    _install(model, spec.name, layer, ffn.biases[spec.name])
     return ShrunkLinear(spec, NARROWED, _shape(now), None, now.dense_parameters, None)
 
 
 @torch.no_grad()
-def _install(model: nn.Module, name: str, layer: nn.Module, bias: Tensor | None) -> None:
-    dense = model.get_submodule(name)
-    if bias is not None:
-        layer.bias.copy_(bias)  # type: ignore[operator,union-attr]
-    layer.requires_grad_(dense.weight.requires_grad)  # type: ignore[arg-type]
-    install(model, name, layer.train(dense.training))
+def _finished(
+    layer: LowRankLinear | NarrowedLinear, dense: nn.Module, bias: Tensor | None
+) -> nn.Module:
+    if bias is not None and layer.bias is not None:
+        layer.bias.copy_(bias)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(dense.weight.requires_grad)  # type: ignore[arg-type]
+    return layer.train(dense.training)

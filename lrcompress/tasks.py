@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -48,7 +49,25 @@ def resolve(names: Sequence[str]) -> Tasks:
                 f"task {name!r} is unknown{hint} (give an lm-eval task, FILE.yaml, FILE.jsonl or "
                 "a text)"
             )
-    return Tasks([spec or name for name, spec in zip(names, specs, strict=True)], manager)
+    tasks = Tasks([spec or name for name, spec in zip(names, specs, strict=True)], manager)
+    with _explained():
+        manager.load(tasks.specs)
+    local = [str(spec["task"]) for spec in specs if isinstance(spec, dict)]
+    if len(set(local)) < len(local):
+        raise InputError(f"tasks {', '.join(local)}: two of the same name, rename one of the files")
+    return tasks
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """lm-eval's many ways to say that a task cannot be read or run -> one InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, LookupError, TypeError, ValueError, AssertionError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"a task cannot be run: {reason}") from error
 
 
 def _local(name: str) -> str | dict[str, Any] | None:
@@ -81,12 +100,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _multiple_choice(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     for number, row in enumerate(rows, 1):
-        gold, choices = row.get("gold"), row.get("choices")
-        if not (
-            isinstance(choices, list) and isinstance(gold, int) and gold in range(len(choices))
-        ):
+        if not _is_question(row):
             raise InputError(
-                f"task {name!r} line {number}: needs query, choices (a list) and gold (an index)"
+                f"task {name!r} line {number}: needs query (text), choices (texts) and gold (index)"
             )
     return {
         "task": name,
@@ -101,8 +117,17 @@ def _multiple_choice(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _is_question(row: Mapping[str, Any]) -> bool:
+    query, choices, gold = (row.get(key) for key in ("query", "choices", "gold"))
+    if not (isinstance(query, str) and isinstance(choices, list) and type(gold) is int):
+        return False
+    return all(isinstance(c, str) and c for c in choices) and 0 <= gold < len(choices)
+
+
 def _rolling(spec: str) -> dict[str, Any]:
     documents = [{"text": text} for text in read_corpus(spec, "test").documents if text.strip()]
+    if not documents:
+        raise InputError(f"task text {spec!r} is empty")
     metrics = ("word_perplexity", "byte_perplexity", "bits_per_byte")
     return {
         "task": f"rolling {spec}",
@@ -141,7 +166,7 @@ def run_tasks(
     harness = _harness()(
         pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size
     )
-    try:
+    with _explained():
         results = simple_evaluate(
             model=harness,
             tasks=tasks.specs,
@@ -151,9 +176,6 @@ def run_tasks(
             bootstrap_iters=BOOTSTRAPS,
             log_samples=False,
         )
-    except OSError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the data of a task cannot be had: {reason}") from error
     return _metrics(label, results, max_length)
 
 
@@ -203,4 +225,5 @@ def _metric(
     spread = values.get(f"{name}_stderr,{filtered}")
     value = float(values[key])
     low, high = (value - spread, value + spread) if isinstance(spread, float) else (None, None)
-    return Metric(label, f"{task} {metric}", value, "", better, conditions, low, high)
+    title = f"{task} {metric}" + ("" if filtered == "none" else f" ({filtered})")
+    return Metric(label, title, value, "", better, conditions, low, high)

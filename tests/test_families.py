@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 import lrcompress
 from lrcompress.checkpoint import saved_tensors
 from lrcompress.ffn import find_ffns, select
-from lrcompress.lowrank import compressed_layers, dense_weight, merge_dense
+from lrcompress.lowrank import compressed_layers, dense_weight
 from lrcompress.protocols import InputError
-from lrcompress.quantizer import record_layout
 from lrcompress.sizes import parameter_count
+from lrcompress.stock import to_stock
 from tests.tiny import BLOCKS, FAMILIES, byte_tokenizer, logits, tiny_model
 
 GATED = {
@@ -25,6 +25,15 @@ GATED = {
     "olmo2", "olmo3", "stablelm", "cohere", "helium", "exaone4", "ernie4_5", "lfm2",
 }  # fmt: skip
 SETTINGS: dict[str, Any] = {"num_samples": 4, "seq_len": 48}
+
+
+def low_rank_parameters(model: Any) -> list[torch.nn.Parameter]:
+    return [
+        p
+        for _, layer in compressed_layers(model)
+        for n, p in layer.named_parameters()
+        if "bias" not in n
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -41,19 +50,25 @@ def test_finds_every_ffn_linear(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_round_trip_is_exact(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["whitened", "fisher", "nystrom", "auto"])
+def test_round_trip_is_exact(family: str, method: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     dense_count = parameter_count(model)
-    done = lrcompress.factorize(model, byte_tokenizer(), keep_ratio=0.6, **SETTINGS)
+    done = lrcompress.factorize(
+        model, byte_tokenizer(), keep_ratio=0.6, method=method, rank_multiple=2, **SETTINGS
+    )
     assert done.model.kept == parameter_count(model) < dense_count == done.model.dense
-    assert done.ffn.keep_ratio == pytest.approx(0.6, abs=0.12)  # ranks are multiples of 8 of 32
+    assert done.ffn.keep_ratio == pytest.approx(0.6, abs=0.05)  # ranks are multiples of 2 of 32
     lrcompress.save(model, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert len(list(compressed_layers(loaded))) == len(done.linears)
+    changed = [linear for linear in done.linears if linear.form is not None]
+    assert len(list(compressed_layers(loaded))) == len(changed) > 0
     assert torch.equal(logits(loaded), logits(model))
     saved = saved_tensors(tmp_path / "out")["parameters"]
-    buffers = sum(b.numel() for n, b in model.named_buffers() if n in model.state_dict())
-    assert saved - parameter_count(model) in (0, buffers - len(done.linears))
+    own = {f"{name}.{b}" for name, _ in compressed_layers(model) for b in ("weight", "order")}
+    buffers = {n: b for n, b in model.named_buffers() if n in model.state_dict() and n not in own}
+    extra = sum(b.numel() for b in buffers.values())
+    assert saved == parameter_count(model) + extra
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -64,13 +79,13 @@ def test_loaded_model_is_ordinary(family: str, tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     loaded.save_pretrained(tmp_path / "b")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.bfloat16)
-    assert all(layer.A.weight.dtype == torch.bfloat16 for _, layer in compressed_layers(again))
+    assert {parameter.dtype for parameter in low_rank_parameters(again)} == {torch.bfloat16}
     assert torch.isfinite(again.float()(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
-    before = [layer.A.weight.clone() for _, layer in compressed_layers(loaded)]
+    before = [parameter.clone() for parameter in low_rank_parameters(loaded)]
     batch = torch.tensor([[5, 6, 7, 8]])
     loaded.train()(input_ids=batch, labels=batch).loss.backward()
     torch.optim.SGD(loaded.parameters(), lr=0.1).step()
-    after = [layer.A.weight for _, layer in compressed_layers(loaded)]
+    after = low_rank_parameters(loaded)
     assert all(not torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
@@ -79,8 +94,7 @@ def test_merging_gives_the_stock_architecture(family: str, tmp_path: Path) -> No
     model = tiny_model(family)
     lrcompress.factorize(model, rank=8, method="svd")
     expected = logits(model)
-    merge_dense(model)
-    record_layout(model)
+    to_stock(model)
     stock = tiny_model(family)
     assert {n: p.shape for n, p in model.named_parameters()} == {
         n: p.shape for n, p in stock.named_parameters()
@@ -91,6 +105,24 @@ def test_merging_gives_the_stock_architecture(family: str, tmp_path: Path) -> No
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not hasattr(loaded.config, "quantization_config")
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_narrowed_model_becomes_stock(family: str, tmp_path: Path) -> None:
+    """One width everywhere becomes a smaller intermediate_size, where the config has one."""
+    model = tiny_model(family)
+    lrcompress.factorize(
+        model, byte_tokenizer(), keep_ratio=0.6, method="nystrom", rank_multiple=2, **SETTINGS
+    )
+    expected, narrow = logits(model), parameter_count(model)
+    to_stock(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not any(compressed_layers(loaded))
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-3, atol=1e-3)
+    assert narrow <= parameter_count(loaded) <= parameter_count(tiny_model(family))
+    if family in {"llama", "gpt2", "opt", "phi3", "falcon"}:
+        assert parameter_count(loaded) < parameter_count(tiny_model(family))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])

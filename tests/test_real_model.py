@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lrcompress
-from lrcompress.models import load_config, skeleton
+from lrcompress.models import skeleton
 from lrcompress.sizes import parameter_count
 from tests.conftest import invoke
 from tests.tiny import tokens
@@ -27,7 +27,7 @@ PEAK = (
 
 
 def test_gguf_is_understood_without_reading_its_weights() -> None:
-    model = skeleton(load_config(SMOLLM2))
+    model = skeleton(SMOLLM2)
     assert parameter_count(model) == 134_515_008
     assert all(parameter.is_meta for parameter in model.parameters())
 

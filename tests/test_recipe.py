@@ -60,7 +60,7 @@ def test_every_recipe_key_is_a_flag_and_the_other_way_round() -> None:
         ("model: {source: x}\nfactorise: {}", "factorise: unknown key, did you mean 'factorize'?"),
         ("model: {source: x}\nfactorize: {keep_ratio: 7}", "factorize.keep_ratio: input should be"),
         ("model: {source: x}\nfactorize: {method: a, rank: 1}", "factorize.method: 'a' is unknown"),
-        ("model: {source: x}\nfactorize: {}", "factorize: set exactly one of rank and keep_ratio"),
+        ("model: {source: x}\nfactorize: {}", "factorize: set exactly one of rank, keep_ratio"),
         ("model: {source: x}\ncalibration: {num_samples: no}", "calibration.num_samples"),
         ("factorize: {rank: 1}", "model: required"),
         ("model: {source: x}\nevaluate: 3", "evaluate: "),

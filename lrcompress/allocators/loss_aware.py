@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ import numpy as np
 from lrcompress.protocols import Budget, Choices, Curve, InputError, Plan, Shape
 
 # halvings of the multiplier's bracket, in log space
-BISECTIONS = 100
+BISECTIONS = 44
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class LossAware:
     """Every FFN takes the option with the least (estimated loss + multiplier x parameters).
 
     The multiplier is bisected to the budget: at equal multipliers no parameter could save more
-    loss anywhere else (Everett 1963). What the last step leaves of the budget is filled by the
-    single decisions of the next looser multiplier, best first. `floor` is the least share of
-    its parameters that any FFN keeps.
+    loss anywhere else (Everett 1963). What the last step leaves of the budget goes to single
+    FFNs, as long as one of their options fits. `floor` is the least share of its parameters
+    that any linear keeps.
     """
 
     needs_errors: ClassVar[bool] = True
@@ -73,30 +73,68 @@ class LossAware:
                 low, loose = middle, found
             else:
                 high, tight = middle, found
-        return _fill(tight, loose, parameters)
+        return self._fill(choices, tight, parameters, np.exp(high))
 
     def _at(self, choices: Sequence[Choices], multiplier: float) -> list[Decision]:
         return [self._best(ffn, multiplier) for ffn in choices]
 
     def _best(self, ffn: Choices, multiplier: float) -> Decision:
-        found = [_decide(shape, multiplier) for shape in ffn.shapes]
-        least = self.floor * ffn.dense_parameters
-        allowed = [d for d in found if d.parameters >= least] or [_largest(found)]
-        return min(allowed, key=lambda d: d.error + multiplier * d.parameters)
+        found = [self._decide(ffn, shape, multiplier) for shape in ffn.shapes]
+        return min(found, key=lambda decision: decision.error + multiplier * decision.parameters)
+
+    def _decide(self, ffn: Choices, shape: Shape, multiplier: float) -> Decision:
+        error, parameters, ranks = shape.error, 0, []
+        for linear, curve in zip(ffn.linears, shape.curves, strict=True):
+            allowed = curve.parameters >= self.floor * linear.dense_parameters
+            errors = np.where(allowed, curve.errors, np.inf)
+            best = int(np.argmin(errors + multiplier * curve.parameters))
+            error += float(errors[best])
+            parameters += int(curve.parameters[best])
+            ranks.append(int(curve.ranks[best]))
+        return Decision(shape.width, tuple(ranks), parameters, error)
+
+    def _fill(
+        self, choices: Sequence[Choices], tight: list[Decision], budget: float, multiplier: float
+    ) -> list[Decision]:
+        """`tight` with single FFNs moved to larger options while one fits, best first."""
+        filled = list(tight)
+        # looser multipliers give each FFN its larger options
+        loosened = [
+            [self._best(ffn, multiplier * 2.0**-step / 8) for step in range(-12, 24)]
+            for ffn in choices
+        ]
+        while True:
+            left = budget - _spent(filled)
+            moves = [
+                ((now.error - option.error) / (option.parameters - now.parameters), i, option)
+                for i, (now, options) in enumerate(zip(filled, loosened, strict=True))
+                for option in (*options, *_one_step(choices[i], now))
+                if 0 < option.parameters - now.parameters <= left and option.error <= now.error
+            ]
+            if not moves:
+                return filled
+            _, i, option = max(moves, key=lambda move: move[:2])
+            filled[i] = option
 
 
-def _largest(decisions: Sequence[Decision]) -> Decision:
-    return max(decisions, key=lambda decision: decision.parameters)
-
-
-def _decide(shape: Shape, multiplier: float) -> Decision:
-    error, parameters, ranks = shape.error, 0, []
-    for curve in shape.curves:
-        best = int(np.argmin(curve.errors + multiplier * curve.parameters))
-        error += float(curve.errors[best])
-        parameters += int(curve.parameters[best])
-        ranks.append(int(curve.ranks[best]))
-    return Decision(shape.width, tuple(ranks), parameters, error)
+def _one_step(ffn: Choices, now: Decision) -> Iterator[Decision]:
+    """`now` with one linear at its next larger option, or all channels at the next width."""
+    shapes = {shape.width: shape for shape in ffn.shapes}
+    shape = shapes[now.width]
+    for i, (curve, rank) in enumerate(zip(shape.curves, now.ranks, strict=True)):
+        at = int(np.flatnonzero(curve.ranks == rank)[0])
+        if at + 1 < len(curve.ranks):
+            yield Decision(
+                now.width,
+                (*now.ranks[:i], int(curve.ranks[at + 1]), *now.ranks[i + 1 :]),
+                now.parameters + int(curve.parameters[at + 1] - curve.parameters[at]),
+                now.error + float(curve.errors[at + 1] - curve.errors[at]),
+            )
+    wider = [w for w in shapes if w is not None and now.width is not None and w > now.width]
+    if wider and not any(now.ranks):
+        after = shapes[min(wider)]
+        counts = sum(int(curve.parameters[-1]) for curve in after.curves)
+        yield Decision(after.width, now.ranks, counts, after.error)
 
 
 def _curves(ffn: Choices, decision: Decision) -> tuple[Curve, ...]:
@@ -105,20 +143,3 @@ def _curves(ffn: Choices, decision: Decision) -> tuple[Curve, ...]:
 
 def _spent(decisions: Sequence[Decision]) -> int:
     return sum(decision.parameters for decision in decisions)
-
-
-def _fill(tight: list[Decision], loose: list[Decision], parameters: float) -> list[Decision]:
-    """`tight` with as many decisions of `loose` as fit, in the order of loss saved a parameter."""
-    left = parameters - _spent(tight)
-    steps = [
-        ((a.error - b.error) / (b.parameters - a.parameters), i)
-        for i, (a, b) in enumerate(zip(tight, loose, strict=True))
-        if b.parameters > a.parameters
-    ]
-    filled = list(tight)
-    for _, i in sorted(steps, reverse=True):
-        cost = loose[i].parameters - tight[i].parameters
-        if cost <= left:
-            filled[i] = loose[i]
-            left -= cost
-    return filled

@@ -1,0 +1,116 @@
+"""Writing that leaves either the old or the new state, and the templates of what is written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from lrcompress.protocols import InputError, MachineError
+
+
+def check_free(out: Path) -> None:
+    """Raises InputError if something stands at `out`, or its parent is no folder to write to."""
+    if out.exists() or out.is_symlink():
+        raise InputError(f"output {str(out)!r} exists: choose another folder, or remove it")
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"output {str(out)!r}: {str(parent)!r} is not a folder to write to")
+
+
+@contextmanager
+def writing(out: Path, replace: bool = False) -> Iterator[Path]:
+    """A hidden folder beside `out` that takes its name when the block ends well.
+
+    Whatever goes wrong, `out` is as it was: complete or absent; with `replace` an older folder
+    gives way only then. Raises MachineError where the disk is full or cannot be written.
+    """
+    if not replace:
+        check_free(out)
+    parent = out.absolute().parent
+    created = [p for p in (parent, *parent.parents) if not p.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _clear_abandoned(out)
+        prefix = f".{out.name}.{os.getpid()}."
+        partial = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=parent))
+        try:
+            yield partial
+            partial.chmod(0o755)
+            _take_place(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        for folder in created:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        if _is_write_failure(error):
+            raise _failed(out, error) from error
+        raise
+
+
+def _take_place(partial: Path, out: Path) -> None:
+    if not out.exists():
+        partial.rename(out)
+        return
+    old = partial.with_suffix(".old")
+    out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old)
+
+
+def _clear_abandoned(out: Path) -> None:
+    """Removes hidden folders of processes that were killed while they wrote `out`."""
+    for folder in out.absolute().parent.glob(f".{out.name}.*.partial"):
+        pid = folder.name.removeprefix(f".{out.name}.").partition(".")[0]
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _is_write_failure(error: BaseException) -> bool:
+    # safetensors and tokenizers report a full disk in exception classes of their own
+    return isinstance(error, OSError) or any(
+        words in str(error) for words in ("No space left", "I/O error")
+    )
+
+
+def _failed(out: Path, error: BaseException) -> MachineError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    reason = "the disk is full" if full else " ".join(str(error).split())
+    return MachineError(f"could not write {str(out)!r}: {reason}; nothing was left there")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Writes `file` in one rename."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(file)
+
+
+def render(template: str, escape: bool, **values: Any) -> str:
+    """A template of this package, with HTML escaping where `escape` says so."""
+    environment = Environment(
+        loader=PackageLoader("lrcompress", "."),
+        autoescape=escape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
