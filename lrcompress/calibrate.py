@@ -132,7 +132,8 @@ def _frozen(model: Any) -> Iterator[None]:
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     hook = model.get_input_embeddings().register_forward_hook(
-        lambda _, __, output: output.requires_grad_(True)
+        # a clone is no leaf, so that a family may scale its embedding in place
+        lambda _, __, output: output.detach().requires_grad_(True).clone()
     )
     try:
         yield
@@ -146,13 +147,16 @@ def _frozen(model: Any) -> Iterator[None]:
 def _checkpointed(model: Any) -> Iterator[None]:
     """Keeps the activations of one block at a time; works in eval mode, unlike the model's own."""
     blocks = find_blocks(model)[1]
+    before = [vars(block).get("forward") for block in blocks]  # accelerate sets one of its own
     for block in blocks:
         block.forward = _checkpointing(block.forward)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward  # the class's own shows again
+        for block, forward in zip(blocks, before, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 def _checkpointing(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from lrcompress.protocols import FFN, Choices, Curve, Form, LinearSpec, Method, Plan, Shape
+from lrcompress.protocols import FFN, Choices, Curve, Form, InputError, LinearSpec, Method, Shape
 
 # widths, as shares of all channels, at which narrowing and low rank are combined
 COMBINED_WIDTHS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
@@ -43,6 +43,11 @@ def ffn_choices(
 
     Without `errors` those that take a decomposition are left out as NaN.
     """
+    if not method.truncates and ffn.down is None:
+        raise InputError(
+            f"{ffn.name} cannot be narrowed without all of its linears: do not exclude any of "
+            "them, or use a method that truncates, such as fisher"
+        )
     if method.narrows and ffn.down is not None:
         shapes, channels = _narrowed_shapes(ffn, method, grid, errors)
     else:
@@ -94,15 +99,3 @@ def _curves(ffn: FFN, method: Method, grid: Grid, errors: bool) -> Iterator[Curv
 
 def _dense_curve(linear: LinearSpec) -> Curve:
     return Curve(linear.name, np.array([0]), np.array([linear.dense_parameters]), np.array([0.0]))
-
-
-def planned_error(choices: Sequence[Choices], plan: Plan) -> float:
-    """The estimated loss of a plan, summed over all FFNs; NaN where errors were left out."""
-    total = 0.0
-    for ffn in choices:
-        shape = next(s for s in ffn.shapes if s.width == plan.widths.get(ffn.ffn))
-        total += shape.error
-        for curve in shape.curves:
-            chosen = int(np.flatnonzero(curve.ranks == plan.ranks.get(curve.name, 0))[0])
-            total += float(curve.errors[chosen])
-    return total

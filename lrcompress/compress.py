@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrcompress import checkpoint
+from lrcompress.anchor import shrink_anchored
 from lrcompress.data import Fingerprint, read_corpus, token_blocks
 from lrcompress.ffn import find_ffns, select
 from lrcompress.lowrank import dense_weight
@@ -111,7 +112,12 @@ def apply(
     trials: tuple[dict[str, float], ...] = ()
     if plan is None:
         plan, trials = smallest_within(model, tokenizer, prepared, settings, progress)
-    done = shrink(model, prepared, plan, settings.form, progress)
+    if settings.sequential == "anchored":
+        tokens, _ = get_tokens()
+        damping = settings.anchor_damping
+        done = shrink_anchored(model, prepared, plan, settings.form, tokens, damping, progress)
+    else:
+        done = shrink(model, prepared, plan, settings.form, progress)
     record_layout(model)
     selected = _counts(linears, plan, settings)
     return Factorization(

@@ -62,15 +62,23 @@ def _take_place(partial: Path, out: Path) -> None:
         return
     old = partial.with_suffix(".old")
     out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old)
+    try:
+        partial.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _clear_abandoned(out: Path) -> None:
     """Removes hidden folders of processes that were killed while they wrote `out`."""
-    for folder in out.absolute().parent.glob(f".{out.name}.*.partial"):
+    for folder in out.absolute().parent.glob(f".{out.name}.*"):
         pid = folder.name.removeprefix(f".{out.name}.").partition(".")[0]
-        if pid.isdigit() and not _is_running(int(pid)):
+        if not pid.isdigit() or _is_running(int(pid)):
+            continue
+        if folder.suffix == ".old" and not out.exists():
+            folder.rename(out)  # killed between the two renames
+        elif folder.suffix in (".old", ".partial"):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 RANDOMIZED_SHARE = 0.125
 RANDOMIZED_MINIMUM = 1024
 OVERSAMPLING = 32
+# diagonal entries of a pivoted QR below this share of the first count as zero
+RANK_TOLERANCE = 1e-13
 POWER_STEPS = 6
 
 
@@ -146,7 +149,10 @@ def pivot(A: Tensor, B: Tensor) -> Pivoted:
     rank = A.shape[0]
     factor = to_float64(A).cpu().numpy()
     R, order = scipy.linalg.qr(factor, mode="r", pivoting=True)
-    coefficients = scipy.linalg.solve_triangular(R[:, :rank], R[:, rank:])
+    diagonal = abs(R.diagonal())
+    full = int((diagonal > RANK_TOLERANCE * diagonal[0]).sum())  # of a weight of lower rank
+    coefficients = np.zeros((rank, A.shape[1] - rank))
+    coefficients[:full] = scipy.linalg.solve_triangular(R[:full, :full], R[:full, rank:])
     chosen = torch.from_numpy(order.astype("int64"))
     product = to_float64(B).cpu() @ to_float64(A).cpu()[:, chosen[:rank]]
     return Pivoted(product, torch.from_numpy(coefficients), chosen)

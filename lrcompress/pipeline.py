@@ -13,7 +13,7 @@ from typing import Any
 from lrcompress import checkpoint, compare, report
 from lrcompress.compress import apply
 from lrcompress.files import check_free, replace_text, writing
-from lrcompress.lowrank import is_compressed
+from lrcompress.lowrank import compressed_layers
 from lrcompress.models import load, locate
 from lrcompress.protocols import InputError, Metric, Progress, silent
 from lrcompress.recipe import ModelSettings, Recipe, read_recipe, to_yaml
@@ -79,7 +79,7 @@ def export_to(settings: ModelSettings, out: Path, standalone: bool) -> None:
     check_free(out)
     record = checkpoint.read_record(Path(locate(settings.source).path)) or {}
     model, tokenizer = load_settings(settings)
-    if not is_compressed(model):
+    if not any(compressed_layers(model)):
         raise InputError(f"{settings.source!r} has no low-rank layers: there is nothing to export")
     write = checkpoint.export_standalone if standalone else checkpoint.export_dense
     write(model, tokenizer, out, record)
@@ -110,7 +110,7 @@ class Run:
         self.recipe, self.out, self.progress = recipe, out, progress
 
     def all(self, overwrite: bool) -> list[Metric]:
-        self._check_claim(overwrite)
+        self._claim(overwrite)
         settings = self.recipe.evaluate
         tasks = compare.resolve_tasks(settings)
         self._factorize()
@@ -122,37 +122,44 @@ class Run:
         self._report(metrics)
         return metrics
 
-    def _check_claim(self, overwrite: bool) -> None:
-        """Raises InputError where the folder holds a finished stage of another recipe, or
-        something that is no run at all."""
-        file = self.out / RECIPE
-        if _read(self.out / STAGES / "factorize.json"):
-            same = file.is_file() and file.read_bytes() == to_yaml(self.recipe).encode()
-            if not same and not overwrite:
-                raise InputError(
-                    f"{str(self.out)!r} holds the run of another recipe: choose another folder, "
-                    "or redo the stages that differ with --overwrite"
-                )
-        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+    def _claim(self, overwrite: bool) -> None:
+        """Makes the folder this recipe's. Raises InputError where it holds a finished model of
+        another recipe, or something that is no run at all."""
+        finished = bool(_read(self.out / STAGES / "factorize.json"))
+        if finished and self._is_other() and not overwrite:
             raise InputError(
-                f"output {str(self.out)!r} exists and is no run: choose another folder"
+                f"{str(self.out)!r} holds the run of another recipe: choose another folder, "
+                "or redo the stages that differ with --overwrite"
             )
+        if self.out.exists() and not self._is_run():
+            raise InputError(f"output {str(self.out)!r} exists and is no run: choose another name")
+        if not finished:
+            self.out.mkdir(parents=True, exist_ok=True)
+            replace_text(self.out / RECIPE, to_yaml(self.recipe))
+
+    def _is_run(self) -> bool:
+        if not self.out.is_dir():
+            return False
+        own = {RECIPE, MODEL, STAGES, *report.FORMATS}
+        names = {path.name for path in self.out.iterdir()}
+        return all(name in own or name.startswith(f".{MODEL}.") for name in names)
 
     def _factorize(self) -> None:
-        """Makes model/ and the claim on the folder; an older model stays until the new is whole."""
+        """Makes model/; an older one, and its recipe and reports, stay until the new is whole."""
         done, model = self.out / STAGES / "factorize.json", self.out / MODEL
         known, inputs = _read(done), self._hash(self._factorize_inputs())
         if known.get("inputs") != inputs or known.get("model") != _states(_weights(model)):
             factorize_to(self.recipe, model, self.progress, replace=True)
             done.parent.mkdir(exist_ok=True)
             _write(done, {"inputs": inputs, "model": _states(_weights(model))})
-        if not (self.out / RECIPE).is_file() or self._is_other():
-            for name in report.FORMATS:  # of the recipe before
+        if self._is_other():
+            for name in report.FORMATS:
                 (self.out / name).unlink(missing_ok=True)
             replace_text(self.out / RECIPE, to_yaml(self.recipe))
 
     def _is_other(self) -> bool:
-        return (self.out / RECIPE).read_bytes() != to_yaml(self.recipe).encode()
+        file = self.out / RECIPE
+        return not file.is_file() or file.read_bytes() != to_yaml(self.recipe).encode()
 
     def _stage(self, name: str, action: Callable[[], list[Metric]]) -> list[Metric]:
         """The metrics of a stage, from its file if its inputs are those of the last time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,6 +13,7 @@ from torch import Tensor
 from lrcompress.calibrate import Moments, measure_moments
 from lrcompress.choices import Grid, ffn_choices
 from lrcompress.data import Fingerprint
+from lrcompress.ffn import find_ffns
 from lrcompress.lowrank import dense_weight
 from lrcompress.protocols import (
     FFN,
@@ -98,6 +100,7 @@ def _choices(
 
 
 def _ffns(model: Any, linears: Sequence[LinearSpec], moments: Moments | None) -> Iterator[FFN]:
+    sizes = Counter(linear.ffn for linear in find_ffns(model).linears)
     for name, group in groupby(linears, key=lambda linear: linear.ffn):
         specs = tuple(group)
         modules = {spec.name: model.get_submodule(spec.name) for spec in specs}
@@ -107,4 +110,5 @@ def _ffns(model: Any, linears: Sequence[LinearSpec], moments: Moments | None) ->
             {n: dense_weight(module) for n, module in modules.items()},
             {n: None if m.bias is None else m.bias.detach() for n, m in modules.items()},
             {s.name: moments.statistics(s) if moments else Statistics() for s in specs},
+            len(specs) == sizes[name],
         )

@@ -106,20 +106,23 @@ class Statistics:
 
 @dataclass(frozen=True)
 class FFN:
-    """The linears of one FFN with weights W (out, in), biases and statistics by linear name."""
+    """The linears of one FFN with weights W (out, in), biases and statistics by linear name.
+
+    `whole` says that none of the FFN's linears was left out of the selection.
+    """
 
     name: str
     linears: tuple[LinearSpec, ...]
     weights: Mapping[str, Tensor]
     biases: Mapping[str, Tensor | None]
     statistics: Mapping[str, Statistics]
+    whole: bool
 
     @property
     def down(self) -> LinearSpec | None:
         """The linear that reads the intermediate channels, if all that make them are here."""
-        roles = [linear.role for linear in self.linears]
-        whole = sorted(roles) in (["down", "gate", "up"], ["down", "gate_up"], ["down", "up"])
-        return self.linears[roles.index("down")] if whole else None
+        found = [linear for linear in self.linears if linear.role == "down"]
+        return found[0] if found and self.whole else None
 
     @property
     def dense_parameters(self) -> int:

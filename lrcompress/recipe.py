@@ -157,6 +157,14 @@ class FactorizeSettings(Section):
         description="How a low-rank weight is stored; factored is the default of svd, asvd and "
         "whitened.",
     )
+    sequential: Literal["independent", "anchored"] = Field(
+        "independent",
+        description="anchored fits each linear to the dense outputs, given what the blocks before "
+        "it have become.",
+    )
+    anchor_damping: float = Field(
+        1e-3, gt=0, le=1, description="Pull of anchored fits towards the original weights."
+    )
     rank_multiple: int = Field(8, ge=1, description="Ranks and widths are multiples of this.")
     include: Names = Field((), description="Only linears whose names match these patterns.")
     exclude: Names = Field((), description="No linears whose names match these patterns.")
@@ -177,8 +185,11 @@ class FactorizeSettings(Section):
     def _check(self) -> Self:
         if sum(getattr(self, budget) is not None for budget in BUDGETS) != 1:
             raise ValueError(f"set exactly one of {', '.join(BUDGETS)}")
-        self.compressor()
-        self.allocator()
+        method, policy = self.compressor(), self.allocator()
+        if self.rank is not None and (policy.needs_errors or not method.truncates):
+            raise ValueError(
+                f"rank does not go with {self.method} and {self.ranks}: use keep_ratio"
+            )
         return self
 
     def compressor(self) -> Method:

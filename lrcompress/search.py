@@ -11,7 +11,7 @@ from lrcompress.prepare import Prepared
 from lrcompress.protocols import Budget, InputError, Plan, Progress, silent
 from lrcompress.recipe import FactorizeSettings
 from lrcompress.shrink import shrink
-from lrcompress.sizes import sequence_length
+from lrcompress.sizes import evaluation_mode, sequence_length
 
 # keep_ratios tried, and windows of validation text for each
 TRIALS = 6
@@ -29,6 +29,8 @@ def smallest_within(
     halving of the range. Raises InputError where not even the largest trial holds it.
     """
     assert settings.max_perplexity_increase is not None
+    if tokenizer is None:
+        raise InputError("max_perplexity_increase measures perplexity, which takes a tokenizer")
     limit = _measure(model, tokenizer, settings) * (1 + settings.max_perplexity_increase)
     low, high = LOWEST, 1.0
     best: Plan | None = None
@@ -55,4 +57,5 @@ def smallest_within(
 def _measure(model: Any, tokenizer: Any, settings: FactorizeSettings) -> float:
     corpus = read_corpus(settings.validation, "test")
     length = sequence_length(model, None)
-    return perplexity("trial", model, tokenizer, corpus, length, limit=WINDOWS).value
+    with evaluation_mode(model):
+        return perplexity("trial", model, tokenizer, corpus, length, limit=WINDOWS).value

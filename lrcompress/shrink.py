@@ -20,7 +20,7 @@ from lrcompress.lowrank import (
     install,
 )
 from lrcompress.prepare import Prepared
-from lrcompress.protocols import FFN, Factors, Form, LinearSpec, Plan, Progress
+from lrcompress.protocols import FFN, Factors, Form, LinearSpec, Method, Plan, Progress
 from lrcompress.sizes import parameter_count
 
 
@@ -37,7 +37,7 @@ class ShrunkLinear:
     shape: tuple[int, int]
     rank: int | None
     kept: int
-    error: float | None
+    error: float | None = None
     largest_coefficient: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,6 +58,9 @@ class ShrunkLinear:
         }
 
 
+Shrunk = tuple[ShrunkLinear, nn.Module | None]  # what was done, and the new layer if there is one
+
+
 def shrink(
     model: nn.Module, prepared: Prepared, plan: Plan, form: Form, progress: Progress
 ) -> tuple[ShrunkLinear, ...]:
@@ -65,65 +68,58 @@ def shrink(
 
     All layers are computed before the first is installed: whatever fails, the model is whole.
     """
-    layers: dict[str, nn.Module] = {}
-    done = tuple(_layers(model, prepared, plan, form, layers, progress))
-    for name, layer in layers.items():
-        install(model, name, layer)
-    return done
-
-
-def _layers(
-    model: nn.Module,
-    prepared: Prepared,
-    plan: Plan,
-    form: Form,
-    layers: dict[str, nn.Module],
-    progress: Progress,
-) -> Iterator[ShrunkLinear]:
-    """What becomes of each linear; its new layer, if it gets one, goes into `layers`."""
+    done: list[Shrunk] = []
     for ffn in progress(prepared.ffns(model), "Factorizing", len(prepared.choices)):
-        width = plan.widths.get(ffn.name)
-        if width is None:
-            left = ffn
-        else:
-            left = prepared.method.narrow(ffn, prepared.channels[ffn.name][:width])
-        for spec, now in zip(ffn.linears, left.linears, strict=True):
-            rank = plan.ranks.get(spec.name)
-            if rank is None and width is None:
-                yield ShrunkLinear(spec, None, _shape(spec), None, spec.dense_parameters, None)
-                continue
-            kind = form if rank is not None else NARROWED
-            dense = model.get_submodule(spec.name)
-            layer = empty_like(dense, kind, _shape(now), rank)
-            if rank is None:
-                yield _narrow(layer, left, spec, now)
-            else:
-                yield _truncate(layer, prepared, left, spec, now, rank)
-            layers[spec.name] = _finished(layer, dense, left.biases[spec.name])
+        done += shrunk_ffn(model, ffn, prepared, plan, form)
+    for what, layer in done:
+        if layer is not None:
+            install(model, what.spec.name, layer)
+    return tuple(what for what, _ in done)
 
 
-def _shape(spec: LinearSpec) -> tuple[int, int]:
-    return spec.out_features, spec.in_features
+def shrunk_ffn(
+    model: nn.Module, ffn: FFN, prepared: Prepared, plan: Plan, form: Form
+) -> Iterator[Shrunk]:
+    """What becomes of each linear of `ffn`; nothing is installed."""
+    width = plan.widths.get(ffn.name)
+    left = ffn
+    if width is not None:
+        left = prepared.method.narrow(ffn, prepared.channels[ffn.name][:width])
+    for spec in ffn.linears:
+        yield shrunk_linear(model, left, spec, prepared.method, plan, form)
 
 
-def _truncate(
-    layer: LowRankLinear | NarrowedLinear,
-    prepared: Prepared,
-    ffn: FFN,
-    spec: LinearSpec,
-    now: LinearSpec,
-    rank: int,
-) -> ShrunkLinear:
-    assert isinstance(layer, LowRankLinear)
-    factors = prepared.method.factorize(ffn.weights[spec.name], ffn.statistics[spec.name], rank)
-    largest = _fill(layer, factors)
-    error = factors.error / factors.energy if factors.energy > 0 else 0.0
+def shrunk_linear(
+    model: nn.Module, left: FFN, spec: LinearSpec, method: Method, plan: Plan, form: Form
+) -> Shrunk:
+    """The new layer of one linear from its weight in `left`, the FFN after narrowing."""
+    rank, now = plan.ranks.get(spec.name), plan.spec(spec)
+    shape = (now.out_features, now.in_features)
+    if rank is None and spec.ffn not in plan.widths:
+        return ShrunkLinear(spec, None, shape, None, spec.dense_parameters), None
+    dense = model.get_submodule(spec.name)
+    layer = empty_like(dense, NARROWED if rank is None else form, shape, rank)
+    error = largest = None
+    if isinstance(layer, NarrowedLinear):
+        _fill_narrowed(layer, left.weights[spec.name])
+    else:
+        assert rank is not None
+        factors = method.factorize(left.weights[spec.name], left.statistics[spec.name], rank)
+        largest = _fill(layer, factors)
+        error = factors.error / factors.energy if factors.energy > 0 else 0.0
+    finished = _finished(layer, dense, left.biases[spec.name])
+    kind = NARROWED if rank is None else form
     kept = parameter_count(layer)
-    return ShrunkLinear(spec, layer.form, _shape(now), rank, kept, error, largest)
+    return ShrunkLinear(spec, kind, shape, rank, kept, error, largest), finished
 
 
 @torch.no_grad()
-def _fill(layer: nn.Module, factors: Factors) -> float | None:
+def _fill_narrowed(layer: NarrowedLinear, weight: Tensor) -> None:
+    layer.weight.copy_(weight)
+
+
+@torch.no_grad()
+def _fill(layer: LowRankLinear, factors: Factors) -> float | None:
     """Writes W ~ B A into a low-rank layer; returns the largest pivot coefficient."""
     if isinstance(layer, FactoredLinear):
         layer.A.weight.copy_(factors.A)
@@ -135,15 +131,6 @@ def _fill(layer: nn.Module, factors: Factors) -> float | None:
     layer.Z.weight.copy_(pivoted.coefficients)
     layer.order.copy_(pivoted.order)
     return float(pivoted.coefficients.abs().max())
-
-
-@torch.no_grad()
-def _narrow(
-    layer: LowRankLinear | NarrowedLinear, ffn: FFN, spec: LinearSpec, now: LinearSpec
-) -> ShrunkLinear:
-    assert isinstance(layer, NarrowedLinear)
-    layer.weight.copy_(ffn.weights[spec.name])
-    return ShrunkLinear(spec, NARROWED, _shape(now), None, now.dense_parameters, None)
 
 
 @torch.no_grad()

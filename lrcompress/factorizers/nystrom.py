@@ -77,16 +77,12 @@ class Nystrom:
                 biases[linear.name] = None if bias is None else bias[rows]
                 moments[linear.name] = _of_rows(moments, linear, rows)
         specs = tuple(linear.narrowed(len(channels)) for linear in ffn.linears)
-        return FFN(ffn.name, specs, weights, biases, moments)
+        return FFN(ffn.name, specs, weights, biases, moments, ffn.whole)
 
 
 def _down(ffn: FFN) -> tuple[LinearSpec, Statistics]:
     down = ffn.down
-    if down is None:
-        raise InputError(
-            f"{ffn.name} cannot be narrowed without all of its linears: do not exclude any of "
-            "them, or use a method that truncates, such as fisher"
-        )
+    assert down is not None, "only a whole FFN is narrowed"
     return down, ffn.statistics[down.name]
 
 
@@ -112,11 +108,14 @@ class Auto(FisherSVD):
     """
 
     narrows: ClassVar[bool] = True
-    two_sided: bool = True
     ridge: float = 1e-6
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._nystrom()
+
     def _nystrom(self) -> Nystrom:
-        return Nystrom(self.two_sided, self.ridge)
+        return Nystrom(ridge=self.ridge)
 
     def order(self, ffn: FFN) -> ChannelOrder:
         return self._nystrom().order(ffn)
