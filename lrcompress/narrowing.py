@@ -34,7 +34,8 @@ def order_channels(second_moment: Tensor, metric: Tensor) -> ChannelOrder:
     order: list[Tensor] = []
     errors = [float((M * D).sum())]
     while bool(left.any()):
-        picked, lowered = _pick(D, M, _candidates(D, spread, left, floor), floor)
+        pool, outside = _candidates(D, spread, left, floor)
+        picked, lowered = _pick(D, M, pool, floor, outside)
         if not len(picked):
             break
         order.append(names[picked])
@@ -52,13 +53,21 @@ def order_channels(second_moment: Tensor, metric: Tensor) -> ChannelOrder:
     return ChannelOrder(torch.cat([*order, rest]), torch.tensor(errors, dtype=torch.float64))
 
 
-def _candidates(D: Tensor, spread: Tensor, left: Tensor, floor: Tensor) -> Tensor:
+def _candidates(D: Tensor, spread: Tensor, left: Tensor, floor: Tensor) -> tuple[Tensor, float]:
+    """The channels with the largest gains, and the largest gain that is not among them."""
     gains = torch.where(D.diagonal() > floor, spread / D.diagonal().clamp_min(floor), 0.0)
-    return torch.where(left, gains, -1.0).topk(min(POOL, int(left.sum()))).indices
+    top = torch.where(left, gains, -1.0).topk(min(POOL + 1, len(gains)))
+    pool = top.indices[:POOL]
+    return pool[left[pool]], float(top.values[-1])
 
 
-def _pick(D: Tensor, M: Tensor, pool: Tensor, floor: Tensor) -> tuple[Tensor, list[float]]:
-    """Up to STEP channels of `pool`, greedy and exact within it; and the gain of each."""
+def _pick(
+    D: Tensor, M: Tensor, pool: Tensor, floor: Tensor, outside: float
+) -> tuple[Tensor, list[float]]:
+    """Up to STEP channels of `pool`, greedy and exact within it; and the gain of each.
+
+    Ends early where a channel outside the pool may gain more than the best inside.
+    """
     rows = D[pool]
     R, S, least = rows[:, pool].clone(), rows @ M @ rows.T, floor[pool]
     picked: list[int] = []
@@ -71,6 +80,8 @@ def _pick(D: Tensor, M: Tensor, pool: Tensor, floor: Tensor) -> tuple[Tensor, li
             break
         gains = torch.where(usable, S.diagonal() / diagonal.clamp_min(least), -1.0)
         j = int(gains.argmax())
+        if picked and float(gains[j]) < outside:
+            break
         picked.append(int(pool[j]))
         lowered.append(max(float(gains[j]), 0.0))
         free[j] = False

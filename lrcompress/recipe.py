@@ -143,19 +143,19 @@ class FactorizeSettings(Section):
         description="Text on which max_perplexity_increase is held; never the test text.",
     )
     method: Annotated[str, AfterValidator(_one_of(FACTORIZERS))] = Field(
-        "auto", description=f"One of {', '.join(FACTORIZERS)}; with rank the default is whitened."
+        "whitened", description=f"One of {', '.join(FACTORIZERS)}."
     )
     method_options: Options = Field({}, description="KEY=VALUE for the method, such as damping.")
     ranks: Annotated[str, AfterValidator(_one_of(ALLOCATORS))] = Field(
-        "loss_aware",
-        description=f"Policy that shares out the budget: {', '.join(ALLOCATORS)}; uniform is the "
-        "default of svd, asvd and whitened.",
+        "uniform",
+        description=f"Policy that shares out the budget: {', '.join(ALLOCATORS)}; loss_aware is "
+        f"the default of {', '.join(ESTIMATE_LOSS)}.",
     )
     ranks_options: Options = Field({}, description="KEY=VALUE for the policy.")
     form: Form = Field(
-        "pivoted",
-        description="How a low-rank weight is stored; factored is the default of svd, asvd and "
-        "whitened.",
+        "factored",
+        description="How a low-rank weight is stored; pivoted is the default of "
+        f"{', '.join(ESTIMATE_LOSS)}.",
     )
     sequential: Literal["independent", "anchored"] = Field(
         "independent",
@@ -173,10 +173,10 @@ class FactorizeSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Any) -> Any:
-        """A rank means plain truncation to it; published methods keep their published setting."""
+        """Methods whose errors compare across linears share out the budget by them."""
         if not isinstance(values, dict):
             return values
-        method = values.get("method") or ("auto" if values.get("rank") is None else "whitened")
+        method = values.get("method") or "whitened"
         modern = method in ESTIMATE_LOSS and values.get("rank") is None
         ranks, form = ("loss_aware", "pivoted") if modern else ("uniform", "factored")
         return {"method": method, "ranks": ranks, "form": form} | values

@@ -115,3 +115,93 @@ def test_trained_flag_and_mode_are_inherited() -> None:
     for _, layer in compressed_layers(model):
         assert layer.training
         assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_target_params_and_size_are_budgets_of_the_whole_model() -> None:
+    for budget in ({"target_params": 30_000}, {"target_size": "120KB"}):
+        model = tiny_model()
+        done = lrcompress.factorize(model, byte_tokenizer(), **budget, **SETTINGS, rank_multiple=2)
+        assert done.model.kept == sum(p.numel() for p in model.parameters())
+        assert done.model.kept == pytest.approx(30_000, rel=0.01)
+    with pytest.raises(InputError, match=r"target of 100 parameters is out of reach"):
+        lrcompress.factorize(tiny_model(), byte_tokenizer(), target_params=100, **SETTINGS)
+    with pytest.raises(InputError, match="no size, write it like"):
+        lrcompress.factorize(tiny_model(), byte_tokenizer(), target_size="big")
+
+
+def test_search_finds_the_smallest_model_within_a_perplexity(tmp_path: Any) -> None:
+    text = tmp_path / "validation.txt"
+    text.write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 20)
+    kept = {}
+    for limit in ("2%", "50%"):
+        model = tiny_model()
+        done = lrcompress.factorize(
+            model,
+            byte_tokenizer(),
+            max_perplexity_increase=limit,
+            validation=str(text),
+            **SETTINGS,
+            rank_multiple=2,
+        )
+        held = [t for t in done.trials if t["perplexity"] <= t["limit"]]
+        assert held
+        assert done.selected.keep_ratio == pytest.approx(held[-1]["keep_ratio"], abs=0.02)
+        kept[limit] = done.selected.keep_ratio
+    assert kept["50%"] < kept["2%"]
+
+
+def test_partly_selected_ffns_are_not_narrowed() -> None:
+    model = tiny_model()
+    done = lrcompress.factorize(
+        model,
+        byte_tokenizer(),
+        keep_ratio=0.6,
+        method="auto",
+        exclude=["*.gate_proj"],
+        **SETTINGS,
+    )
+    assert {linear.form for linear in done.linears} <= {"pivoted", None}
+    assert bool(logits(model).isfinite().all())
+    with pytest.raises(InputError, match="cannot be narrowed without all of its linears"):
+        lrcompress.factorize(
+            tiny_model(),
+            byte_tokenizer(),
+            keep_ratio=0.6,
+            method="nystrom",
+            exclude=["*.gate_proj"],
+            **SETTINGS,
+        )
+
+
+def test_rank_is_refused_where_it_means_nothing() -> None:
+    with pytest.raises(InputError, match="rank does not go with nystrom"):
+        lrcompress.factorize(tiny_model(), byte_tokenizer(), rank=8, method="nystrom")
+
+
+@pytest.mark.parametrize("form", ["factored", "pivoted"])
+def test_merge_is_exact_and_training_moves_every_part(form: str) -> None:
+    model = tiny_model()
+    done = lrcompress.factorize(
+        model, byte_tokenizer(), keep_ratio=0.6, method="fisher", form=form, **SETTINGS
+    )
+    for linear in done.linears:
+        layer = model.get_submodule(linear.spec.name)
+        if isinstance(layer, LowRankLinear):
+            x = torch.randn(5, linear.spec.in_features)
+            torch.testing.assert_close(layer.to_dense()(x), layer(x), rtol=1e-4, atol=1e-4)
+            layer(x).sum().backward()
+            assert all(p.grad is not None for p in layer.parameters())
+            if form == "pivoted":
+                assert linear.largest_coefficient is not None
+                assert linear.largest_coefficient < 10
+
+
+def test_zero_weight_survives_every_form() -> None:
+    for method in ("svd", "fisher", "auto"):
+        model = tiny_model()
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.zero_()
+        lrcompress.factorize(
+            model, byte_tokenizer(), keep_ratio=0.6, method=method, form="pivoted", **SETTINGS
+        )
+        assert bool(logits(model).isfinite().all())

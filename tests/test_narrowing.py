@@ -1,0 +1,81 @@
+"""The choice of channels: exact errors, and as good as the plain greedy loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrcompress.narrowing import order_channels, reconstruction
+
+
+def moments(width: int, out: int, samples: int = 2000) -> tuple[Tensor, Tensor]:
+    """A second moment of correlated channels, and a metric of rank `out`."""
+    generator = torch.Generator().manual_seed(width)
+    mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    h = torch.randn(samples, width, generator=generator, dtype=torch.float64)
+    h = h * torch.logspace(0, -2, width, dtype=torch.float64) @ mix
+    weight = torch.randn(out, width, generator=generator, dtype=torch.float64)
+    return h.T @ h / samples, weight.T @ weight
+
+
+def measured(C: Tensor, M: Tensor, channels: Tensor) -> float:
+    """tr(M D) with D the residual after reconstruction from `channels`, computed directly."""
+    fold = torch.zeros_like(C)
+    fold[:, channels] = reconstruction(C, channels, 1e-14)
+    rest = torch.eye(len(C), dtype=C.dtype) - fold
+    return float((M * (rest @ C @ rest.T)).sum())
+
+
+@pytest.mark.parametrize("width", [20, 150, 300])
+def test_errors_are_those_of_the_channels(width: int) -> None:
+    C, M = moments(width, 16)
+    found = order_channels(C, M)
+    assert sorted(found.channels.tolist()) == list(range(width))
+    assert found.errors.shape == (width + 1,)
+    assert bool((found.errors.diff() <= 0).all())
+    assert float(found.errors[0]) == pytest.approx(float((M * C).sum()))
+    assert found.errors[-1] == 0
+    for kept in (1, width // 3, width - 2):
+        expected = measured(C, M, found.channels[:kept])
+        assert float(found.errors[kept]) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def test_as_good_as_the_plain_greedy_loop() -> None:
+    C, M = moments(150, 16)
+    chosen: list[int] = []
+    D = C.clone()
+    for _ in range(60):
+        gains = ((D @ M) * D).sum(1) / D.diagonal().clamp_min(1e-30)
+        gains[chosen] = -1
+        j = int(gains.argmax())
+        chosen.append(j)
+        D = D - torch.outer(D[:, j], D[j]) / D[j, j]
+    plain = float((M * D).sum())
+    assert float(order_channels(C, M).errors[60]) <= 1.02 * plain
+
+
+def test_channels_that_copy_others_come_last_and_cost_nothing() -> None:
+    C, M = moments(30, 8)
+    twice = torch.cat([torch.cat([C, C], 1), torch.cat([C, C], 1)])
+    metric = torch.cat([torch.cat([M, M], 1), torch.cat([M, M], 1)])
+    found = order_channels(twice, metric)
+    assert len({int(c) % 30 for c in found.channels[:30]}) == 30
+    assert float(found.errors[30]) <= 1e-6 * float(found.errors[0])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+def test_degenerate_moments_are_ordered(scale: float) -> None:
+    C, M = moments(20, 8)
+    found = order_channels(C * scale, M)
+    assert sorted(found.channels.tolist()) == list(range(20))
+    assert bool(found.errors.isfinite().all())
+
+
+def test_constant_and_silent_channels() -> None:
+    C, M = moments(20, 8)
+    C[3], C[:, 3] = 0, 0
+    found = order_channels(C, M)
+    assert int(found.channels[-1]) == 3
+    fold = reconstruction(C, found.channels[:10], 1e-6)
+    assert bool(fold.isfinite().all())
