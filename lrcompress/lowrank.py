@@ -6,6 +6,7 @@ as it is, inside checkpoints that load without lrcompress.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(nn.Module, ABC):
     """y = W x + bias with W (out, in) of rank r; subclasses say how W is stored.
 
     What is stored are plain `nn.Linear` children, so quantizers and adapters find them. The
@@ -42,12 +43,12 @@ class LowRankLinear(nn.Module):
         self.register_buffer("weight", torch.zeros(1, **place))
 
     @property
-    def bias(self) -> Tensor | None:
-        raise NotImplementedError
+    @abstractmethod
+    def bias(self) -> Tensor | None: ...
 
+    @abstractmethod
     def product(self) -> Tensor:
         """W (out, in), in float32 or better."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
