@@ -12,7 +12,8 @@ from lrcompress.ffn import find_ffns
 from lrcompress.lowrank import is_compressed
 from lrcompress.perplexity import perplexity
 from lrcompress.protocols import InputError, Metric, Progress, silent
-from lrcompress.recipe import EvaluateSettings, from_flat
+from lrcompress.recipe import from_flat
+from lrcompress.settings import EvaluateSettings
 from lrcompress.sizes import evaluation_mode, parameter_count, sequence_length
 from lrcompress.tasks import Tasks, resolve, run_tasks
 

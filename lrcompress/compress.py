@@ -19,8 +19,9 @@ from lrcompress.lowrank import dense_weight
 from lrcompress.prepare import prepare
 from lrcompress.protocols import InputError, LinearSpec, Plan, Progress, silent
 from lrcompress.quantizer import record_layout
-from lrcompress.recipe import CalibrationSettings, FactorizeSettings, Section, from_flat
+from lrcompress.recipe import from_flat
 from lrcompress.search import smallest_within
+from lrcompress.settings import CalibrationSettings, FactorizeSettings, Section
 from lrcompress.shrink import ShrunkLinear, shrink
 from lrcompress.sizes import parameter_count, sequence_length
 

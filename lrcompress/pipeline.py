@@ -16,7 +16,8 @@ from lrcompress.files import check_free, replace_text, writing
 from lrcompress.lowrank import compressed_layers
 from lrcompress.models import load, locate
 from lrcompress.protocols import InputError, Metric, Progress, silent
-from lrcompress.recipe import ModelSettings, Recipe, read_recipe, to_yaml
+from lrcompress.recipe import Recipe, read_recipe, to_yaml
+from lrcompress.settings import ModelSettings
 from lrcompress.sizes import sequence_length
 from lrcompress.tasks import Tasks
 

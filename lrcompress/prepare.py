@@ -26,7 +26,7 @@ from lrcompress.protocols import (
     Progress,
     Statistics,
 )
-from lrcompress.recipe import FactorizeSettings
+from lrcompress.settings import FactorizeSettings
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from lrcompress.data import read_corpus
 from lrcompress.perplexity import perplexity
 from lrcompress.prepare import Prepared
 from lrcompress.protocols import Budget, InputError, Plan, Progress, silent
-from lrcompress.recipe import FactorizeSettings
+from lrcompress.settings import FactorizeSettings
 from lrcompress.shrink import shrink
 from lrcompress.sizes import evaluation_mode, sequence_length
 
