@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +107,15 @@ def apply(
     _check_weights(model, linears)
     before, finding = parameter_count(model), find_ffns(model)
     ratio = _keep_ratio(model, linears, settings)
-    get_tokens = partial(calibration_tokens, model, tokenizer, calibration)
+    get_tokens = cache(partial(calibration_tokens, model, tokenizer, calibration))
     prepared = prepare(model, linears, settings, ratio, get_tokens, progress)
     plan = prepared.plan
     trials: tuple[dict[str, float], ...] = ()
     if plan is None:
         plan, trials = smallest_within(model, tokenizer, prepared, settings, progress)
+    fingerprint = prepared.calibration
     if settings.sequential == "anchored":
-        tokens, _ = get_tokens()
+        tokens, fingerprint = get_tokens()
         damping = settings.anchor_damping
         done = shrink_anchored(model, prepared, plan, settings.form, tokens, damping, progress)
     else:
@@ -126,7 +127,7 @@ def apply(
         selected,
         _counts(finding.linears, plan, settings),
         Counts(before, parameter_count(model)),
-        prepared.calibration,
+        fingerprint,
         trials,
         tuple(_notes(done, finding.experts, selected, ratio)),
         time.perf_counter() - started,

@@ -74,3 +74,10 @@ def test_failure_puts_the_dense_layers_back(monkeypatch: pytest.MonkeyPatch) -> 
         lrcompress.factorize(model, byte_tokenizer(), keep_ratio=0.5, method="nystrom", **SETTINGS)
     assert not any(compressed_layers(model))
     assert torch.equal(logits(model), before)
+
+
+def test_anchoring_text_is_on_record_even_where_the_method_reads_none() -> None:
+    model = tiny_model()
+    done = lrcompress.factorize(model, byte_tokenizer(), keep_ratio=0.6, method="svd", **SETTINGS)
+    assert done.calibration is not None
+    assert done.calibration.tokens == 16 * 64
