@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lrcompress.ffn import find_blocks
-from lrcompress.linalg import to_float64
 from lrcompress.protocols import InputError, LinearSpec, Progress, Statistics, silent
 from lrcompress.sizes import evaluation_mode
+
+# columns that a product of moments takes at a time
+COLUMNS = 384
 
 
 class Moments:
     """Running sums of x xᵀ per input group and, with `gradients`, of g gᵀ per linear.
 
-    Products are taken in float32. Sums of x xᵀ are kept in float64; those of g gᵀ, which only
-    weigh errors, in float32, at half the memory.
+    Products are taken in float32, of the upper triangle alone. Sums of x xᵀ are kept in float64;
+    those of g gᵀ, which only weigh errors, in float32, at half the memory.
     """
 
     def __init__(self, linears: Sequence[LinearSpec], gradients: bool) -> None:
@@ -29,7 +31,7 @@ class Moments:
         self.outputs = [spec.name for spec in linears] if gradients else []
         self.sums: dict[str, Tensor] = {}
         self.gradient_sums: dict[str, Tensor] = {}
-        self.tokens = 0
+        self.tokens = self.gradient_tokens = 0
         self.backward = False
 
     @contextmanager
@@ -46,33 +48,27 @@ class Moments:
     def _input(self, group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             if not self.backward:  # gradient checkpointing runs the forward pass once more
-                self._add(self.sums, group, to_float64(_gram(arguments[0])))
+                _add(self.sums, group, arguments[0], torch.float64)
 
         return add
 
     def _output(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def watch(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            if not self.backward:
+            if output.requires_grad and not self.backward:
                 output.register_hook(  # type: ignore[no-untyped-call]
-                    lambda g: self._add(self.gradient_sums, name, _gram(g))
+                    lambda g: _add(self.gradient_sums, name, g, torch.float32)
                 )
 
         return watch
-
-    def _add(self, sums: dict[str, Tensor], key: str, product: Tensor) -> None:
-        if key in sums:
-            sums[key] += product
-        else:
-            sums[key] = product
 
     def statistics(self, linear: LinearSpec) -> Statistics:
         """The moments of `linear`. Raises InputError where one is missing or not finite."""
         if linear.input_group not in self.sums:
             raise InputError(f"calibration never reached {linear.name}: exclude it by name")
-        moment = self.sums[linear.input_group] / self.tokens
+        moment = _symmetric(self.sums[linear.input_group]) / self.tokens
         gradient = self.gradient_sums.get(linear.name)
         if gradient is not None:
-            gradient = gradient / self.tokens
+            gradient = _symmetric(gradient) / self.gradient_tokens
         for found, what in ((moment, "input"), (gradient, "output gradient")):
             if found is not None and not bool(found.isfinite().all()):
                 raise InputError(
@@ -81,35 +77,51 @@ class Moments:
         return Statistics(moment, gradient)
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """Sum of v vᵀ over the tokens of v (..., features), in float32."""
+def _add(sums: dict[str, Tensor], key: str, rows: Tensor, dtype: torch.dtype) -> None:
+    """Adds v vᵀ over the tokens of v (..., features): the blocks on and above the diagonal."""
     v = rows.detach().flatten(0, -2).float()
-    return v.T @ v
+    size = v.shape[1]
+    if key not in sums:
+        device = "cpu" if v.device.type == "mps" and dtype == torch.float64 else v.device
+        sums[key] = torch.zeros(size, size, dtype=dtype, device=device)
+    total = sums[key]
+    for begin in range(0, size, COLUMNS):
+        product = v[:, begin : begin + COLUMNS].T @ v[:, begin:]
+        total[begin : begin + COLUMNS, begin:] += product.to(total.device)
+
+
+def _symmetric(upper: Tensor) -> Tensor:
+    return upper.triu() + upper.triu(1).T
 
 
 def measure_moments(
     model: Any,
     linears: Sequence[LinearSpec],
     tokens: Tensor,
-    gradients: bool = False,
+    gradient_samples: int = 0,
     progress: Progress = silent,
 ) -> Moments:
     """Runs `tokens` (samples, length) through the model, one sample at a time.
 
-    With `gradients` a backward pass of the language-model loss, summed over the sample, follows
-    each forward pass; blocks are checkpointed, parameters get no gradients and stay as they are.
+    In the first `gradient_samples` of them a backward pass of the language-model loss, summed
+    over the sample, follows the forward pass; blocks are checkpointed, parameters get no gradients
+    and stay as they are.
     """
-    moments = Moments(linears, gradients)
-    step = _with_gradients if gradients else _forward
+    moments = Moments(linears, gradient_samples > 0)
     with evaluation_mode(model), moments.watching(model):
-        for sample in progress(tokens, "Calibrating", len(tokens)):
-            step(model, sample[None].to(model.device), moments)
+        for index, sample in enumerate(progress(tokens, "Calibrating", len(tokens))):
+            batch = sample[None].to(model.device)
+            if index < gradient_samples:
+                _with_gradients(model, batch, moments)
+                moments.gradient_tokens += len(sample)
+            else:
+                _forward(model, batch)
             moments.tokens += len(sample)
     return moments
 
 
 @torch.no_grad()
-def _forward(model: Any, sample: Tensor, moments: Moments) -> None:
+def _forward(model: Any, sample: Tensor) -> None:
     model.base_model(input_ids=sample, use_cache=False)  # without the head
 
 

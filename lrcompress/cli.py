@@ -155,7 +155,7 @@ def main() -> None:
     """Low-rank compression of the feed-forward layers of causal language models."""
 
 
-FACTORIZE = ("factorize", "calibration", "model")
+FACTORIZE = ("factorize", "calibration", "refine", "model")
 
 
 @main.command("factorize", cls=SettingsCommand, sections=FACTORIZE)

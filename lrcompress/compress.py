@@ -2,81 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from lrcompress import checkpoint
 from lrcompress.anchor import shrink_anchored
-from lrcompress.data import Fingerprint, read_corpus, token_blocks
+from lrcompress.calibration import Calibration
+from lrcompress.factorization import Counts, Factorization, counts, notes
 from lrcompress.ffn import find_ffns, select
-from lrcompress.lowrank import dense_weight
-from lrcompress.prepare import prepare
+from lrcompress.lowrank import dense_weight, install
+from lrcompress.prepare import Prepared, prepare
 from lrcompress.protocols import InputError, LinearSpec, Plan, Progress, silent
 from lrcompress.quantizer import record_layout
 from lrcompress.recipe import from_flat
+from lrcompress.refine import refine
+from lrcompress.refined import RefinedBlock
 from lrcompress.search import smallest_within
-from lrcompress.settings import CalibrationSettings, FactorizeSettings, Section
+from lrcompress.settings import CalibrationSettings, FactorizeSettings, RefineSettings, Section
 from lrcompress.shrink import ShrunkLinear, shrink
-from lrcompress.sizes import parameter_count, sequence_length
+from lrcompress.sizes import parameter_count
 
-# a budget that is missed by more is worth a word
-BUDGET_TOLERANCE = 0.005
 SECTIONS: dict[str, type[Section]] = {
     "calibration": CalibrationSettings,
     "factorize": FactorizeSettings,
+    "refine": RefineSettings,
 }
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Exact numbers of parameters before and after."""
-
-    dense: int
-    kept: int
-
-    @property
-    def keep_ratio(self) -> float:
-        return self.kept / self.dense if self.dense else 1.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"dense": self.dense, "kept": self.kept, "keep_ratio": self.keep_ratio}
-
-
-@dataclass(frozen=True)
-class Factorization:
-    """What `factorize` did. Counts: the selected linears, all FFNs, and the whole model.
-
-    `trials` lists what a search for a perplexity tried.
-    """
-
-    linears: tuple[ShrunkLinear, ...]
-    selected: Counts
-    ffn: Counts
-    model: Counts
-    calibration: Fingerprint | None
-    trials: tuple[dict[str, float], ...]
-    notes: tuple[str, ...]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "counts": {
-                "selected": self.selected.to_dict(),
-                "ffn": self.ffn.to_dict(),
-                "model": self.model.to_dict(),
-            },
-            "calibration": self.calibration.to_dict() if self.calibration else None,
-            "trials": list(self.trials),
-            "notes": list(self.notes),
-            "seconds": round(self.seconds, 1),
-            "linears": [linear.to_dict() for linear in self.linears],
-        }
 
 
 def factorize(
@@ -84,61 +42,123 @@ def factorize(
 ) -> Factorization:
     """Replaces the FFN linears of `model` by low-rank factors, in place.
 
-    `settings` are the keys of the recipe's `calibration` and `factorize` sections, by the names
-    of the flags: rank or keep_ratio, method, ranks, form, calibration, num_samples, seq_len,
-    seed, include, exclude, ... `tokenizer` is needed by every method that calibrates.
+    `settings` are the keys of the recipe's `calibration`, `factorize` and `refine` sections, by
+    the names of the flags: rank or keep_ratio, method, ranks, form, calibration, num_samples,
+    seq_len, seed, include, exclude, refine, ... `tokenizer` is needed by every method that
+    calibrates.
     Raises InputError where a setting is refused or does not fit the model; the model is then
     as it was.
     """
     sections = from_flat(SECTIONS, settings)
-    return apply(model, tokenizer, sections["calibration"], sections["factorize"], progress)
+    return apply(model, tokenizer, **sections, progress=progress)
 
 
 def apply(
     model: Any,
     tokenizer: Any,
     calibration: CalibrationSettings,
-    settings: FactorizeSettings,
+    factorize: FactorizeSettings,
+    refine: RefineSettings,
     progress: Progress = silent,
+    work: Path | None = None,
 ) -> Factorization:
-    """`factorize` with checked settings."""
-    started = time.perf_counter()
-    linears = select(model, settings.include, settings.exclude, settings.dense_first)
-    _check_weights(model, linears)
-    before, finding = parameter_count(model), find_ffns(model)
-    ratio = _keep_ratio(model, linears, settings)
-    get_tokens = cache(partial(calibration_tokens, model, tokenizer, calibration))
-    prepared = prepare(model, linears, settings, ratio, get_tokens, progress)
-    plan = prepared.plan
-    trials: tuple[dict[str, float], ...] = ()
-    if plan is None:
-        plan, trials = smallest_within(model, tokenizer, prepared, settings, progress)
-    fingerprint = prepared.calibration
-    if settings.sequential == "anchored":
-        tokens, fingerprint = get_tokens()
-        damping = settings.anchor_damping
-        done = shrink_anchored(model, prepared, plan, settings.form, tokens, damping, progress)
-    else:
-        done = shrink(model, prepared, plan, settings.form, progress)
-    record_layout(model)
-    selected = _counts(linears, plan, settings)
-    return Factorization(
-        done,
-        selected,
-        _counts(finding.linears, plan, settings),
-        Counts(before, parameter_count(model)),
-        fingerprint,
-        trials,
-        tuple(_notes(done, finding.experts, selected, ratio)),
-        time.perf_counter() - started,
-    )
+    """`factorize` with checked settings; what an interrupted run finished is kept in `work`."""
+    return Compression(model, tokenizer, calibration, factorize, refine, progress, work).run()
 
 
-def _counts(linears: Sequence[LinearSpec], plan: Plan, settings: FactorizeSettings) -> Counts:
-    return Counts(
-        sum(linear.dense_parameters for linear in linears),
-        sum(plan.parameters(linear, settings.form) for linear in linears),
-    )
+@dataclass(frozen=True)
+class Compression:
+    """One model on its way through the stages."""
+
+    model: Any
+    tokenizer: Any
+    calibration: CalibrationSettings
+    settings: FactorizeSettings
+    refinement: RefineSettings
+    progress: Progress
+    work: Path | None
+    started: float = field(default_factory=time.perf_counter)
+
+    def run(self) -> Factorization:
+        text = self.text()
+        return self.carry_out(self.prepared(text), text)
+
+    def text(self) -> Calibration:
+        """What may be measured; nothing is before it is needed."""
+        settings = self.settings
+        linears = select(self.model, settings.include, settings.exclude, settings.dense_first)
+        _check_weights(self.model, linears)
+        return Calibration(self.model, self.tokenizer, linears, self.calibration, self.progress)
+
+    def prepared(self, text: Calibration) -> Prepared:
+        ratio = _keep_ratio(self.model, text.linears, self.settings)
+        return prepare(self.model, text.linears, self.settings, ratio, text.moments, self.progress)
+
+    def carry_out(self, prepared: Prepared, text: Calibration) -> Factorization:
+        """Shrinks the model as planned, in place; whatever fails, it is as it was."""
+        model, settings, linears = self.model, self.settings, prepared.linears
+        before, finding = parameter_count(model), find_ffns(model)
+        ratio, plan = _keep_ratio(model, linears, settings), prepared.plan
+        trials: tuple[dict[str, float], ...] = ()
+        if plan is None:
+            plan, trials = smallest_within(model, self.tokenizer, prepared, settings, self.progress)
+        originals = {spec.name: model.get_submodule(spec.name) for spec in linears}
+        try:
+            done = self._shrink(prepared, plan, text)
+            refined = self._refine(originals, prepared, plan, text)
+        except BaseException:
+            for name, layer in originals.items():
+                install(model, name, layer)
+            raise
+        record_layout(model)
+        selected, ratio = (
+            counts(linears, plan, settings.form),
+            _keep_ratio(model, linears, settings),
+        )
+        return Factorization(
+            done,
+            selected,
+            counts(finding.linears, plan, settings.form),
+            Counts(before, parameter_count(model)),
+            text.fingerprint,
+            trials,
+            refined,
+            tuple(notes(done, finding.experts, selected, ratio)),
+            time.perf_counter() - self.started,
+        )
+
+    def _shrink(
+        self, prepared: Prepared, plan: Plan, text: Calibration
+    ) -> tuple[ShrunkLinear, ...]:
+        form, settings = self.settings.form, self.settings
+        if settings.sequential == "independent":
+            return shrink(self.model, prepared, plan, form, self.progress)
+        tokens, damping = text.tokens, settings.anchor_damping
+        return shrink_anchored(self.model, prepared, plan, form, tokens, damping, self.progress)
+
+    def _refine(
+        self, originals: Mapping[str, nn.Module], prepared: Prepared, plan: Plan, text: Calibration
+    ) -> tuple[RefinedBlock, ...]:
+        if not self.refinement.enabled:
+            return ()
+        work = None
+        if self.work is not None:
+            work = self.work / self._identity(originals, text, plan)
+        settings, progress = self.refinement, self.progress
+        return refine(self.model, originals, prepared, text.tokens, settings, work, progress)
+
+    def _identity(self, originals: Mapping[str, nn.Module], text: Calibration, plan: Plan) -> str:
+        """Names what refined blocks depend on; work of another model or setting is not used."""
+        sections = (self.calibration, self.settings, self.refinement)
+        settings = [section.model_dump(mode="json") for section in sections]
+        what = [settings, dict(plan.ranks), dict(plan.widths)]
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
+        digest.update(text.tokens.numpy().tobytes())
+        for layer in originals.values():
+            digest.update(
+                dense_weight(layer).detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            )
+        return digest.hexdigest()[:16]
 
 
 def _keep_ratio(
@@ -160,20 +180,6 @@ def _keep_ratio(
     return min((target - total + selected) / selected, 1.0)
 
 
-def calibration_tokens(
-    model: Any, tokenizer: Any, settings: CalibrationSettings
-) -> tuple[Tensor, Fingerprint]:
-    """Calibration tokens for `model`, shape (num_samples, seq_len), and their fingerprint."""
-    if tokenizer is None:
-        raise InputError(
-            "the method calibrates on text and the model has no tokenizer: add the tokenizer's "
-            "files to its folder (in Python: pass tokenizer=), or use --method svd"
-        )
-    length = sequence_length(model, settings.seq_len)
-    corpus = read_corpus(settings.data, "calibration")
-    return token_blocks(corpus, tokenizer, settings.num_samples, length, settings.seed)
-
-
 def _check_weights(model: nn.Module, linears: Iterable[LinearSpec]) -> None:
     for spec in linears:
         weight = dense_weight(model.get_submodule(spec.name))
@@ -183,27 +189,6 @@ def _check_weights(model: nn.Module, linears: Iterable[LinearSpec]) -> None:
             )
         if not bool(weight.isfinite().all()):
             raise InputError(f"the weight of {spec.name} is not finite: get an intact copy")
-
-
-def _notes(
-    done: tuple[ShrunkLinear, ...], experts: tuple[str, ...], kept: Counts, wanted: float | None
-) -> Iterable[str]:
-    if all(linear.form is None for linear in done):
-        spec = done[0].spec
-        yield (
-            f"all {len(done)} linears stay dense, because at the budget asked for factors would "
-            f"not be smaller: {spec.name} breaks even at rank {spec.break_even_rank:.0f}"
-        )
-    elif wanted is not None and abs(kept.keep_ratio - wanted) > BUDGET_TOLERANCE:
-        yield (
-            f"{kept.keep_ratio:.1%} of the selected parameters are kept, not the {wanted:.1%} "
-            "asked for: ranks come in steps of --rank-multiple"
-        )
-    if experts:
-        yield (
-            f"{len(experts)} mixture-of-experts tensors stay dense, such as {experts[0]}: "
-            "only linear layers are factorized"
-        )
 
 
 def save(model: Any, out: str | Path, tokenizer: Any = None, **record: Any) -> dict[str, Any]:

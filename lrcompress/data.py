@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -171,7 +170,7 @@ def bos_token(tokenizer: Any) -> int | None:
 
 def token_blocks(
     corpus: Corpus, tokenizer: Any, num_samples: int, seq_len: int, seed: int
-) -> tuple[Tensor, Fingerprint]:
+) -> Tensor:
     """Packed token blocks, shape (num_samples, seq_len), chosen by `seed` without overlap.
 
     Documents follow one another with the EOS token between them. Every block starts with BOS
@@ -190,8 +189,7 @@ def token_blocks(
     blocks = stream[: available * length].view(available, length)[order[:num_samples]]
     if bos is not None:
         blocks = torch.cat([torch.full((num_samples, 1), bos), blocks], dim=1)
-    digest = hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()
-    return blocks, Fingerprint(corpus.spec, num_samples, seq_len, seed, blocks.numel(), digest)
+    return blocks
 
 
 def _token_stream(corpus: Corpus, tokenizer: Any, enough: int) -> Tensor:

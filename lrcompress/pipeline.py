@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -40,13 +41,18 @@ def factorize_to(
     if not replace:
         check_free(out)
     model, tokenizer = load_settings(recipe.model)
-    done = apply(model, tokenizer, recipe.calibration, recipe.factorize, progress)
+    work = out.with_name(f".{out.name}.refine")  # refined blocks, until the whole is saved
+    done = apply(
+        model, tokenizer, recipe.calibration, recipe.factorize, recipe.refine, progress, work
+    )
     record = {
         "source": recipe.model.source,
         "recipe": recipe.model_dump(mode="json"),
         **done.to_dict(),
     }
-    return checkpoint.save(model, tokenizer, out, record, replace)
+    saved = checkpoint.save(model, tokenizer, out, record, replace)
+    shutil.rmtree(work, ignore_errors=True)
+    return saved
 
 
 def evaluate_to(
@@ -176,7 +182,7 @@ class Run:
         return [
             settings,
             _model_state(self.recipe.model),
-            _data_state(self.recipe.calibration.data),
+            [_data_state(spec) for spec in self.recipe.calibration.data],
         ]
 
     def _measuring_inputs(self) -> list[Any]:

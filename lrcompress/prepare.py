@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lrcompress.calibrate import Moments, measure_moments
+from lrcompress.calibrate import Moments
 from lrcompress.choices import Grid, ffn_choices
-from lrcompress.data import Fingerprint
 from lrcompress.ffn import find_ffns
 from lrcompress.lowrank import dense_weight
 from lrcompress.protocols import (
@@ -37,7 +36,6 @@ class Prepared:
     method: Method
     allocator: Allocator
     moments: Moments | None
-    calibration: Fingerprint | None
     choices: tuple[Choices, ...]
     channels: dict[str, Tensor]
     plan: Plan | None
@@ -52,7 +50,7 @@ def prepare(
     linears: tuple[LinearSpec, ...],
     settings: FactorizeSettings,
     keep_ratio: float | None,
-    get_tokens: Callable[[], tuple[Tensor, Fingerprint]],
+    get_moments: Callable[[bool], Moments],
     progress: Progress,
 ) -> Prepared:
     """Calibrates if the method needs it, and plans if the budget is known.
@@ -68,17 +66,15 @@ def prepare(
     if early:
         choices, channels = _choices(_ffns(model, linears, None), method, grid, False)
         plan = _allocate(allocator, choices, budget)
-    moments, fingerprint = None, None
+    moments = None
     if method.requires and not (plan is not None and not plan.ranks):
-        tokens, fingerprint = get_tokens()
-        gradients = "gradient_moment" in method.requires
-        moments = measure_moments(model, linears, tokens, gradients, progress)
+        moments = get_moments("gradient_moment" in method.requires)
     if not early:
         count = len({linear.ffn for linear in linears})
         ffns = progress(_ffns(model, linears, moments), "Measuring choices", count)
         choices, channels = _choices(ffns, method, grid, allocator.needs_errors)
         plan = _allocate(allocator, choices, budget)
-    return Prepared(linears, method, allocator, moments, fingerprint, choices, channels, plan)
+    return Prepared(linears, method, allocator, moments, choices, channels, plan)
 
 
 def _allocate(allocator: Allocator, choices: Sequence[Choices], budget: Budget) -> Plan | None:

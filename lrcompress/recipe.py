@@ -15,6 +15,7 @@ from lrcompress.settings import (
     EvaluateSettings,
     FactorizeSettings,
     ModelSettings,
+    RefineSettings,
     Section,
     allowed_words,
 )
@@ -30,6 +31,7 @@ class Recipe(Section):
     factorize: FactorizeSettings = Field(
         default_factory=lambda: FactorizeSettings(keep_ratio=DEFAULT_KEEP_RATIO)
     )
+    refine: RefineSettings = RefineSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
 

@@ -107,12 +107,19 @@ class ModelSettings(Section):
 class CalibrationSettings(Section):
     """Text on which the inputs of the FFN layers are measured."""
 
-    data: str = Field(
-        "pydoc",
-        description="FILE.txt, FILE.jsonl[:field], pydoc, or hub name[:config[:split[:field]]].",
+    data: Names = Field(
+        ("pydoc",),
+        min_length=1,
+        description="FILE.txt, FILE.jsonl[:field], pydoc, self (the model writes it), or hub "
+        "name[:config[:split[:field]]]; several give equal shares.",
         json_schema_extra={"flag": "calibration"},
     )
     num_samples: int = Field(24, ge=1, description="Blocks of text.")
+    gradient_samples: int = Field(
+        16,
+        ge=1,
+        description="Of these, blocks with a backward pass, for methods that weigh by the loss.",
+    )
     seq_len: int | None = Field(
         None, ge=2, description="Tokens in a block; default 1024, or the model's maximum if less."
     )
@@ -194,6 +201,29 @@ class FactorizeSettings(Section):
 
     def allocator(self) -> Allocator:
         return _build(ALLOCATORS, self.ranks, self.ranks_options, "ranks_options")  # type: ignore[no-any-return]
+
+
+class RefineSettings(Section):
+    """Gradient steps on one block at a time, towards the dense block's output."""
+
+    enabled: bool = Field(
+        False,
+        description="Train each block's compressed layers towards the dense block's output.",
+        json_schema_extra={"flag": "refine"},
+    )
+    epochs: int = Field(
+        4,
+        ge=1,
+        description="Passes over the calibration text.",
+        json_schema_extra={"flag": "refine_epochs"},
+    )
+    learning_rate: float = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="Step of Adam, relative to the root mean square of each weight.",
+        json_schema_extra={"flag": "refine_learning_rate"},
+    )
 
 
 class EvaluateSettings(Section):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import lrcompress
-from lrcompress import anchor
-from lrcompress.anchor import Fit, Streams
+from lrcompress.anchor import Anchoring, Fit
 from lrcompress.lowrank import compressed_layers
+from lrcompress.streams import Streams
 from tests.tiny import byte_tokenizer, logits, tiny_model, tokens
 
 SETTINGS: dict[str, Any] = {"num_samples": 16, "seq_len": 64, "sequential": "anchored"}
@@ -37,7 +37,7 @@ def test_streams_reproduce_the_model(family: str) -> None:
         streams = Streams(model, sample)
         hidden = streams.dense[1]
         for index in range(len(streams.blocks)):
-            hidden = streams.run(index, hidden, ()).output
+            hidden = streams.run(index, hidden).output
         found: list[Any] = []
         streams.blocks[-1].register_forward_hook(lambda _, __, output: found.append(output))
         model(input_ids=sample[1:])
@@ -68,8 +68,8 @@ def test_failure_puts_the_dense_layers_back(monkeypatch: pytest.MonkeyPatch) -> 
             raise KeyboardInterrupt
         return original(*arguments)
 
-    original = anchor._fit_down
-    monkeypatch.setattr(anchor, "_fit_down", breaks)
+    original = Anchoring._fit_down
+    monkeypatch.setattr(Anchoring, "_fit_down", breaks)
     with pytest.raises(KeyboardInterrupt):
         lrcompress.factorize(model, byte_tokenizer(), keep_ratio=0.5, method="nystrom", **SETTINGS)
     assert not any(compressed_layers(model))

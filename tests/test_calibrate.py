@@ -76,7 +76,7 @@ def test_gradient_moment_of_every_linear(family: str, trained: bool) -> None:
     model = tiny_model(family).train().requires_grad_(trained)
     linears = select(model)
     sample = tokens(2, 20)
-    moments = measure_moments(model, linears, sample, gradients=True)
+    moments = measure_moments(model, linears, sample, gradient_samples=len(sample))
     assert model.training
     assert all(p.requires_grad == trained and p.grad is None for p in model.parameters())
     plain = measure_moments(model, linears, sample)
@@ -109,10 +109,10 @@ def test_gradients_survive_low_precision_and_the_models_own_checkpointing(
     dtype: torch.dtype,
 ) -> None:
     linears, sample = select(tiny_model()), tokens(2, 20)
-    exact = measure_moments(tiny_model(), linears, sample, gradients=True)
+    exact = measure_moments(tiny_model(), linears, sample, gradient_samples=len(sample))
     model = tiny_model().to(dtype)
     model.gradient_checkpointing_enable()
-    found = measure_moments(model.train(), linears, sample, gradients=True)
+    found = measure_moments(model.train(), linears, sample, gradient_samples=len(sample))
     for spec in linears:
         a, b = exact.statistics(spec).gradient_moment, found.statistics(spec).gradient_moment
         assert a is not None

@@ -34,28 +34,23 @@ def test_blocks_are_exact_disjoint_pieces_of_the_text() -> None:
     text = "".join(chr(ord("a") + i % 26) + str(i) for i in range(400))
     tokenizer = byte_tokenizer()
     stream = encode(tokenizer, text)
-    blocks, mark = token_blocks(Corpus("x", [text]), tokenizer, 8, 32, seed=0)
+    blocks = token_blocks(Corpus("x", [text]), tokenizer, 8, 32, seed=0)
     pieces = [stream[i : i + 32] for i in range(0, len(stream) - 31, 32)]
     assert blocks.shape == (8, 32)
-    assert mark.tokens == 256
     found = [block.tolist() for block in blocks]
     assert all(piece in pieces for piece in found)
     assert len({tuple(piece) for piece in found}) == 8
 
 
-def test_seed_decides_and_the_fingerprint_tells() -> None:
+def test_seed_decides() -> None:
     corpus, tokenizer = Corpus("x", ["some words of text " * 50]), byte_tokenizer()
-    first, one = token_blocks(corpus, tokenizer, 4, 31, seed=0)
-    again, two = token_blocks(corpus, tokenizer, 4, 31, seed=0)
-    other, three = token_blocks(corpus, tokenizer, 4, 31, seed=1)
-    assert torch.equal(first, again)
-    assert one == two
-    assert not torch.equal(first, other)
-    assert one.sha256 != three.sha256
+    first = token_blocks(corpus, tokenizer, 4, 31, seed=0)
+    assert torch.equal(first, token_blocks(corpus, tokenizer, 4, 31, seed=0))
+    assert not torch.equal(first, token_blocks(corpus, tokenizer, 4, 31, seed=1))
 
 
 def test_documents_are_separated_by_eos() -> None:
-    blocks, _ = token_blocks(Corpus("x", ["abc", "def"]), byte_tokenizer(), 1, 7, seed=0)
+    blocks = token_blocks(Corpus("x", ["abc", "def"]), byte_tokenizer(), 1, 7, seed=0)
     assert blocks[0].tolist().index(0) == 3
 
 
@@ -63,7 +58,7 @@ def test_bos_starts_every_block_where_the_tokenizer_uses_it() -> None:
     tokenizer = byte_tokenizer(bos=True)
     assert bos_token(tokenizer) == 0
     assert bos_token(byte_tokenizer()) is None
-    blocks, _ = token_blocks(Corpus("x", ["word " * 40]), tokenizer, 3, 16, seed=0)
+    blocks = token_blocks(Corpus("x", ["word " * 40]), tokenizer, 3, 16, seed=0)
     assert blocks[:, 0].tolist() == [0, 0, 0]
     assert bool((blocks[:, 1:] != 0).all())
 

@@ -1,0 +1,91 @@
+"""The text on which a run calibrates, and the moments measured on it: each once, when needed."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompress.calibrate import Moments, measure_moments
+from lrcompress.data import Fingerprint, bos_token, read_corpus, token_blocks
+from lrcompress.protocols import InputError, LinearSpec, Progress, silent
+from lrcompress.sampling import sampled_blocks
+from lrcompress.settings import CalibrationSettings
+from lrcompress.sizes import sequence_length
+
+# the SPEC that stands for text of the model's own
+SELF = "self"
+
+
+class Calibration:
+    """Tokens and moments of one model; whatever stage asks first has them made."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        linears: tuple[LinearSpec, ...],
+        settings: CalibrationSettings,
+        progress: Progress = silent,
+    ) -> None:
+        self.model, self.tokenizer, self.linears = model, tokenizer, linears
+        self.settings, self.progress = settings, progress
+        self.read = False
+        self._moments: Moments | None = None
+
+    @cached_property
+    def _text(self) -> tuple[Tensor, Fingerprint]:
+        found = calibration_tokens(self.model, self.tokenizer, self.settings, self.progress)
+        self.read = True
+        return found
+
+    @property
+    def tokens(self) -> Tensor:
+        """Shape (num_samples, seq_len)."""
+        return self._text[0]
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """Of the text, if any stage has read it."""
+        return self._text[1] if self.read else None
+
+    def moments(self, gradients: bool) -> Moments:
+        """With gradients, or with or without them."""
+        known = self._moments
+        if known is None or (gradients and not known.gradient_tokens):
+            samples = self.settings.gradient_samples if gradients else 0
+            known = measure_moments(self.model, self.linears, self.tokens, samples, self.progress)
+            self._moments = known
+        return known
+
+
+def calibration_tokens(
+    model: Any, tokenizer: Any, settings: CalibrationSettings, progress: Progress = silent
+) -> tuple[Tensor, Fingerprint]:
+    """Calibration tokens for `model`, shape (num_samples, seq_len), and their fingerprint.
+
+    Several texts give equal shares, one sample after the other in turn.
+    """
+    if tokenizer is None:
+        raise InputError(
+            "the method calibrates on text and the model has no tokenizer: add the tokenizer's "
+            "files to its folder (in Python: pass tokenizer=), or use --method svd"
+        )
+    length, count = sequence_length(model, settings.seq_len), settings.num_samples
+    texts = settings.data[:count]
+    parts = []
+    for index, spec in enumerate(texts):
+        share = len(range(index, count, len(texts)))
+        if spec == SELF:
+            bos = bos_token(tokenizer)
+            parts.append(sampled_blocks(model, bos, share, length, settings.seed, progress))
+        else:
+            corpus = read_corpus(spec, "calibration")
+            parts.append(token_blocks(corpus, tokenizer, share, length, settings.seed))
+    blocks = torch.stack([parts[i % len(texts)][i // len(texts)] for i in range(count)])
+    digest = hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()
+    name = ",".join(texts)
+    return blocks, Fingerprint(name, count, length, settings.seed, blocks.numel(), digest)

@@ -1,0 +1,235 @@
+"""Block refinement: a few gradient steps that pull one compressed block towards the dense one.
+
+Two streams of hidden states go through the model, one dense, one compressed. The compressed
+layers of a block are trained to give, from the compressed stream, the output that the dense
+block gives from the dense stream; then both streams move on. Nothing flows back through more
+than one block, so memory stays that of one block and its text.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.linalg import damped, roots, to_float64
+from lrcompress.lowrank import install
+from lrcompress.prepare import Prepared
+from lrcompress.protocols import InputError, LinearSpec, Progress
+from lrcompress.refined import RefinedBlock, read_block, write_block
+from lrcompress.settings import RefineSettings
+from lrcompress.sizes import evaluation_mode
+from lrcompress.streams import Streams, in_float32
+
+# of the samples, those that are held out, and the damping of the metric of the block's output
+HELD_OUT = 0.125
+METRIC_DAMPING = 1e-2
+BETAS = (0.9, 0.95)
+WARM_UP = 10
+
+
+@torch.no_grad()
+def refine(
+    model: Any,
+    originals: Mapping[str, nn.Module],
+    prepared: Prepared,
+    tokens: Tensor,
+    settings: RefineSettings,
+    work: Path | None,
+    progress: Progress,
+) -> tuple[RefinedBlock, ...]:
+    """Trains the compressed layers of `model` in place, block by block.
+
+    `originals` are the dense layers that they replaced; tokens (samples, length). With `work`,
+    a folder, finished blocks are kept there and found again. Raises InputError for fewer than
+    two samples, or where the loss is not finite.
+    """
+    if len(tokens) < 2:
+        raise InputError("refine holds samples out: give at least --num-samples 2")
+    with evaluation_mode(model):
+        refinement = Refinement(model, originals, prepared, tokens, settings)
+        return tuple(refinement.blocks(work, progress))
+
+
+class Refinement:
+    """The walk through the blocks, in float32 whatever the precision of the model."""
+
+    def __init__(
+        self,
+        model: Any,
+        originals: Mapping[str, nn.Module],
+        prepared: Prepared,
+        tokens: Tensor,
+        settings: RefineSettings,
+    ) -> None:
+        self.model, self.originals, self.prepared = model, originals, prepared
+        self.settings = settings
+        self.held = max(1, round(HELD_OUT * len(tokens)))
+        self.streams = Streams(model, tokens, torch.float32)
+
+    def blocks(self, work: Path | None, progress: Progress) -> Iterator[RefinedBlock]:
+        count = len(self.streams.blocks)
+        for index in progress(range(count), "Refining", count):
+            specs = [spec for spec in self.prepared.linears if spec.block == index]
+            with in_float32(self.streams.blocks[index]):
+                targets = self._dense_outputs(index, specs)
+                layers = self._compressed(specs)
+                if layers:
+                    yield self._refined(index, specs, layers, targets, work)
+                self.streams.compressed = [
+                    self.streams.run(index, hidden).output for hidden in self.streams.compressed
+                ]
+                self.streams.dense = targets
+
+    def _compressed(self, specs: Sequence[LinearSpec]) -> dict[str, nn.Module]:
+        found = {spec.name: self.model.get_submodule(spec.name) for spec in specs}
+        return {name: m for name, m in found.items() if m is not self.originals[name]}
+
+    def _dense_outputs(self, index: int, specs: Sequence[LinearSpec]) -> list[Tensor]:
+        layers = self._compressed(specs)
+        try:
+            for name in layers:
+                install(self.model, name, self.originals[name])
+            with in_float32(self.streams.blocks[index]):
+                return [self.streams.run(index, h).output for h in self.streams.dense]
+        finally:
+            for name, layer in layers.items():
+                install(self.model, name, layer)
+
+    def _refined(
+        self,
+        index: int,
+        specs: Sequence[LinearSpec],
+        layers: Mapping[str, nn.Module],
+        targets: list[Tensor],
+        work: Path | None,
+    ) -> RefinedBlock:
+        parameters = {
+            f"{name}.{key}": parameter
+            for name, layer in layers.items()
+            for key, parameter in layer.named_parameters()
+        }
+        file = None if work is None else work / f"block-{index:04}.safetensors"
+        done = None if file is None else read_block(file, parameters)
+        if done is None:
+            error = BlockError(self.streams, index, targets, self._metric(index, specs))
+            done = self._train(error, list(parameters.values()))
+            if file is not None:
+                write_block(file, parameters, done)
+        return done
+
+    def _metric(self, index: int, specs: Sequence[LinearSpec]) -> Tensor | None:
+        """G^1/2 of the block's output: what an error there costs, where that was measured.
+
+        A linear whose output is added to the residual stream has the block's own gradient.
+        """
+        down = [spec for spec in specs if spec.role == "down"]
+        moments = self.prepared.moments
+        if moments is None or not down or not self.streams.adds_to_residual(index, down[-1].name):
+            return None
+        gradient = moments.statistics(down[-1]).gradient_moment
+        if gradient is None:
+            return None
+        return roots(damped(to_float64(gradient), METRIC_DAMPING))[0].float()
+
+    def _train(self, error: BlockError, parameters: list[nn.Parameter]) -> RefinedBlock:
+        """Adam with a cosine schedule; the parameters of the best epoch stay, or the first ones."""
+        started, samples = time.perf_counter(), range(self.held, len(self.streams.compressed))
+        optimizer, schedule = self._optimizer(parameters, len(samples))
+        order = torch.Generator().manual_seed(error.index)
+        before = best = error.mean(range(self.held))
+        state, steps = [p.clone() for p in parameters], 0
+        for _ in range(self.settings.epochs):
+            for i in torch.randperm(len(samples), generator=order).tolist():
+                self._step(error, samples[i], parameters, optimizer)
+                schedule.step()
+                steps += 1
+            now = error.mean(range(self.held))
+            if now < best:
+                best, state = now, [p.clone() for p in parameters]
+        for parameter, value in zip(parameters, state, strict=True):
+            parameter.copy_(value)
+        return RefinedBlock(error.index, before, best, steps, time.perf_counter() - started)
+
+    def _optimizer(
+        self, parameters: list[nn.Parameter], samples: int
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """The rate of every parameter is relative to its root mean square."""
+        scales = [float(p.square().mean().sqrt()) for p in parameters]
+        groups = [
+            {"params": [p], "lr": self.settings.learning_rate * scale}
+            for p, scale in zip(parameters, scales, strict=True)
+        ]
+        total = self.settings.epochs * samples
+
+        def factor(step: int) -> float:
+            return min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / total)) / 2
+
+        optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+    def _step(
+        self,
+        error: BlockError,
+        sample: int,
+        parameters: list[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        with torch.enable_grad(), _training(parameters):
+            gradients = torch.autograd.grad(error(sample), parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """Squared error of a block's output in the metric, averaged over the tokens of a sample.
+
+    Tokens whose hidden state is larger than the median's count less, in proportion: the norm
+    in front of the next layer divides their error by their size.
+    """
+
+    streams: Streams
+    index: int
+    targets: Sequence[Tensor]
+    metric: Tensor | None
+
+    def __call__(self, sample: int) -> Tensor:
+        target = self.targets[sample]
+        output = self.streams.run(self.index, self.streams.compressed[sample]).output
+        difference = output - target
+        if self.metric is not None:
+            difference = difference @ self.metric.to(difference.device)
+        size = target.square().sum(-1)
+        weight = (size.median() / size.clamp_min(torch.finfo(size.dtype).tiny)).clamp_max(1.0)
+        return (difference.square().sum(-1) * weight).mean()
+
+    def mean(self, samples: Sequence[int]) -> float:
+        """Over `samples`. Raises InputError where it is not finite."""
+        found = sum(float(self(sample)) for sample in samples) / len(samples)
+        if not math.isfinite(found):
+            raise InputError(
+                f"refinement of block {self.index} diverged: use a smaller --refine-learning-rate"
+            )
+        return found
+
+
+@contextmanager
+def _training(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    wanted = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, was in zip(parameters, wanted, strict=True):
+            parameter.requires_grad_(was)

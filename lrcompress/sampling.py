@@ -1,0 +1,62 @@
+"""Text that the model itself writes: calibration data for a model whose own data is not at hand.
+
+Sampled from the model at temperature 1, it has the model's domains in the model's proportions
+(Williams et al. 2024, arXiv 2410.17170, compare it with web text), and on it the gradients of
+the loss are those of the true Fisher matrix, not of the empirical one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrcompress.protocols import Progress
+from lrcompress.sizes import evaluation_mode
+
+# documents written at a time, and their length: a step costs more the longer a document has become
+BATCH = 64
+DOCUMENT = 256
+
+
+@torch.no_grad()
+def sampled_blocks(
+    model: Any, bos: int | None, num_samples: int, seq_len: int, seed: int, progress: Progress
+) -> Tensor:
+    """Token blocks (num_samples, seq_len) of packed documents, each begun with a random token.
+
+    With `bos` every document starts with it. Equal seeds give equal text on one machine.
+    """
+    length = min(DOCUMENT, seq_len)
+    documents = -(-num_samples * seq_len // length)
+    generator = torch.Generator().manual_seed(seed)
+    batches = -(-documents // BATCH)
+    with evaluation_mode(model), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        written = [
+            _write(model, min(BATCH, documents - index * BATCH), length, bos, generator)
+            for index in progress(range(batches), "Writing calibration text", batches)
+        ]
+    return torch.cat(written).flatten()[: num_samples * seq_len].view(num_samples, seq_len)
+
+
+def _write(
+    model: Any, count: int, length: int, bos: int | None, generator: torch.Generator
+) -> Tensor:
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    start = torch.randint(vocabulary, (count, 1), generator=generator)
+    if bos is not None:
+        start = torch.cat([torch.full((count, 1), bos), start], dim=1)
+    found: Tensor = model.generate(
+        input_ids=start.to(model.device),
+        attention_mask=torch.ones_like(start).to(model.device),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_length=length,
+        min_length=length,  # keeps EOS out: documents are packed
+        pad_token_id=0,
+    )
+    return found.cpu()

@@ -1,0 +1,136 @@
+"""Hidden states of a text in front of one block at a time, dense and compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from lrcompress.ffn import find_blocks
+
+
+class _Reached(Exception):  # noqa: N818
+    """Ends a forward pass at the point of interest."""
+
+
+@dataclass
+class Pass:
+    """One pass of one sample through a block: its output, and what some linears read and gave."""
+
+    output: Tensor
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+class Streams:
+    """The hidden states of every sample in front of one block, dense and compressed.
+
+    Both start at the embedding of `tokens` (samples, length); whoever walks through the blocks
+    moves them on. States are kept in `dtype`, by default the model's own.
+    """
+
+    def __init__(self, model: Any, tokens: Tensor, dtype: torch.dtype | None = None) -> None:
+        self.model = model
+        self.blocks = find_blocks(model)[1]
+        self.dtype = dtype
+        self.extras: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.dense = [self._embedded(sample[None].to(model.device)) for sample in tokens]
+        self.compressed = list(self.dense)
+        self._record_extras(tokens[:1].to(model.device))
+
+    def _cast(self, found: Any) -> Any:
+        if self.dtype is None:
+            return found
+        return tree_map_only(
+            Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t, found
+        )
+
+    def _embedded(self, sample: Tensor) -> Tensor:
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            found.append(arguments[0] if arguments else keywords["hidden_states"])
+            raise _Reached
+
+        hook = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.model.base_model(input_ids=sample, use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+        return self._cast(found[0])  # type: ignore[no-any-return]
+
+    def _record_extras(self, sample: Tensor) -> None:
+        """What each block is given beside hidden states: masks and positions, equal for all."""
+
+        def record(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            others = {key: value for key, value in keywords.items() if key != "hidden_states"}
+            self.extras.append(self._cast((arguments[1:], others)))
+
+        with ExitStack() as stack:
+            for block in self.blocks:
+                stack.callback(block.register_forward_pre_hook(record, with_kwargs=True).remove)
+            self.model.base_model(input_ids=sample, use_cache=False)
+
+    def run(
+        self, block: int, hidden: Tensor, reads: Sequence[str] = (), gives: Sequence[str] = ()
+    ) -> Pass:
+        """Block number `block` on one sample's hidden states (1, length, width).
+
+        The inputs of the linears that `reads` names are kept, and the outputs of those in `gives`.
+        """
+        seen = Pass(hidden, {}, {})
+        with ExitStack() as stack:
+            for name in {*reads, *gives}:
+                hook = _keep(seen, name, name in reads, name in gives)
+                stack.callback(self.model.get_submodule(name).register_forward_hook(hook).remove)
+            arguments, keywords = self.extras[block]
+            output = self.blocks[block](hidden, *arguments, **keywords)
+        seen.output = output[0] if isinstance(output, tuple) else output
+        return seen
+
+    def adds_to_residual(self, block: int, name: str) -> bool:
+        """Whether the linear's output reaches the block's output unchanged; shown by a shift."""
+        module = self.model.get_submodule(name)
+        plain = self.run(block, self.compressed[0], gives=(name,))
+        shift = plain.outputs[name].abs().mean()
+        hook = module.register_forward_hook(lambda _, __, output: output + shift)
+        try:
+            moved = self.run(block, self.compressed[0]).output
+        finally:
+            hook.remove()
+        difference = (moved - plain.output) / shift - 1
+        return float(difference.abs().mean()) < 1e-2
+
+
+def _keep(seen: Pass, name: str, reads: bool, gives: bool) -> Callable[..., None]:
+    def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        if reads:
+            seen.inputs[name] = arguments[0]
+        if gives:
+            seen.outputs[name] = output.clone()  # some families add to it in place
+
+    return hook
+
+
+@contextmanager
+def in_float32(block: nn.Module) -> Iterator[None]:
+    """The block's weights in float32; those that did not change come back bit for bit."""
+    before = [
+        (tensor, tensor.dtype)
+        for tensor in (*block.parameters(), *block.buffers())
+        if tensor.is_floating_point()
+    ]
+    try:
+        for tensor, _ in before:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in before:
+            tensor.data = tensor.data.to(dtype)

@@ -1,0 +1,128 @@
+"""Refinement: closer to the dense blocks on text it did not train on, resumable, safe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lrcompress
+from lrcompress import compress, refine
+from lrcompress.factorization import Factorization
+from lrcompress.lowrank import compressed_layers
+from lrcompress.protocols import InputError
+from lrcompress.settings import CalibrationSettings, FactorizeSettings, RefineSettings
+from tests.tiny import byte_tokenizer, logits, tiny_model
+
+TEXT: dict[str, Any] = {"num_samples": 16, "seq_len": 64}
+FAMILIES = ["llama", "phi3", "gpt2", "opt", "gemma2", "falcon", "gpt_neox", "mpt"]
+
+
+def refined(model: Any, work: Path | None = None, **settings: Any) -> Factorization:
+    return compress.apply(
+        model,
+        byte_tokenizer(),
+        CalibrationSettings(**TEXT),
+        FactorizeSettings(keep_ratio=0.6, rank_multiple=2, **settings),
+        RefineSettings(enabled=True, epochs=3),
+        work=work,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["auto", "whitened"])
+def test_no_block_gets_worse_on_held_out_samples(family: str, method: str) -> None:
+    model = tiny_model(family)
+    done = refined(model, method=method)
+    assert done.refined
+    assert all(block.after <= block.before for block in done.refined)
+    assert done.calibration is not None
+    assert done.to_dict()["refined"][0]["steps"] == 3 * 14
+
+
+@pytest.mark.parametrize("method", ["auto", "whitened", "nystrom"])
+def test_blocks_get_better_on_held_out_samples(method: str) -> None:
+    model = tiny_model()
+    settings: dict[str, Any] = {"num_samples": 32, "seq_len": 128, "refine_epochs": 8}
+    done = lrcompress.factorize(
+        model,
+        byte_tokenizer(),
+        keep_ratio=0.6,
+        rank_multiple=2,
+        method=method,
+        refine=True,
+        **settings,
+    )
+    assert sum(b.after for b in done.refined) < 0.95 * sum(b.before for b in done.refined)
+
+
+def test_closer_to_the_dense_model() -> None:
+    errors = {}
+    expected = logits(tiny_model())
+    for wanted in (False, True):
+        model = tiny_model()
+        lrcompress.factorize(
+            model, byte_tokenizer(), keep_ratio=0.6, rank_multiple=2, refine=wanted, **TEXT
+        )
+        errors[wanted] = float((logits(model) - expected).norm())
+    assert errors[True] < errors[False]
+
+
+def test_bfloat16_trains_in_float32_and_leaves_the_rest_bit_for_bit() -> None:
+    model, untouched = tiny_model().bfloat16(), tiny_model().bfloat16()
+    done = refined(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert sum(b.after for b in done.refined) < sum(b.before for b in done.refined)
+    parameters = dict(model.named_parameters())
+    for name, parameter in untouched.named_parameters():
+        if name in parameters:
+            assert torch.equal(parameters[name], parameter), name
+
+
+def test_training_flags_stay_as_they_were() -> None:
+    model = tiny_model().requires_grad_(False)
+    refined(model)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_interrupted_run_ends_like_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, model = tiny_model(), tiny_model()
+    before = logits(model)
+    refined(undisturbed)
+    original, trained = refine.Refinement._train, []
+
+    def breaks(self: Any, error: Any, parameters: Any) -> Any:
+        trained.append(error.index)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return original(self, error, parameters)
+
+    monkeypatch.setattr(refine.Refinement, "_train", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        refined(model, tmp_path)
+    assert not any(compressed_layers(model))
+    assert torch.equal(logits(model), before)
+    refined(model, tmp_path)
+    assert len(trained) == len(set(trained)) + 1  # the first block was not trained again
+    assert torch.equal(logits(model), logits(undisturbed))
+
+
+def test_work_of_other_settings_is_not_used(tmp_path: Path) -> None:
+    refined(tiny_model(), tmp_path)
+    other = tiny_model()
+    refined(other, tmp_path, method="svd")
+    alone = tiny_model()
+    refined(alone, method="svd")
+    assert torch.equal(logits(other), logits(alone))
+
+
+def test_one_sample_is_refused() -> None:
+    with pytest.raises(InputError, match="num-samples 2"):
+        lrcompress.factorize(
+            tiny_model(), byte_tokenizer(), keep_ratio=0.6, refine=True, num_samples=1, seq_len=64
+        )
