@@ -259,6 +259,32 @@ def run_command(recipe_file: Path, out: Path, overrides: tuple[str, ...], overwr
     console.show_report(out)
 
 
+@main.command("sweep")
+@_RECIPE
+@click.argument("out", type=click.Path(path_type=Path))
+@_SET
+@click.option("--keep-ratio", metavar="X,...", help="Shares of the FFN parameters kept.")
+@click.option("--method", metavar="NAME,...", help="Methods, each a variant of the recipe.")
+def sweep_command(
+    recipe_file: Path,
+    out: Path,
+    overrides: tuple[str, ...],
+    keep_ratio: str | None,
+    method: str | None,
+) -> None:
+    """Measure RECIPE at several keep ratios and by several methods, in the folder OUT; resumes."""
+    from lrcompress.recipe import read_recipe
+
+    given = {"keep_ratios": keep_ratio, "methods": method}
+    more = [f"sweep.{key}={value}" for key, value in given.items() if value is not None]
+    recipe = read_recipe(recipe_file, (*overrides, *more))
+    from lrcompress import console, sweep
+
+    points = sweep.sweep(recipe, out, console.progress)
+    click.echo((out / sweep.FORMATS[0]).read_text("utf-8"))
+    click.echo(f"Wrote {out}: {', '.join(sweep.FORMATS)}; {len(points)} points.")
+
+
 @main.command("check")
 @_RECIPE
 @_SET

@@ -111,10 +111,7 @@ class Compression:
                 install(model, name, layer)
             raise
         record_layout(model)
-        selected, ratio = (
-            counts(linears, plan, settings.form),
-            _keep_ratio(model, linears, settings),
-        )
+        selected = counts(linears, plan, settings.form)
         return Factorization(
             done,
             selected,

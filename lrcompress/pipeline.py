@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from lrcompress import checkpoint, compare, report
+from lrcompress import checkpoint, compare, report, stages
 from lrcompress.compress import apply
 from lrcompress.files import check_free, replace_text, writing
 from lrcompress.lowrank import compressed_layers
@@ -68,7 +66,7 @@ def evaluate_to(
     tasks = compare.resolve_tasks(settings)
     model, baseline = load_settings(recipe.model), None
     if settings.baseline is not None:
-        baseline = load_settings(_source(recipe.model, settings.baseline))
+        baseline = load_settings(other_source(recipe.model, settings.baseline))
     metrics = compare.measure(compare.label_models(model, baseline), settings, tasks, progress)
     if out is not None:
         with writing(out) as partial:
@@ -76,7 +74,7 @@ def evaluate_to(
     return metrics
 
 
-def _source(settings: ModelSettings, source: str) -> ModelSettings:
+def other_source(settings: ModelSettings, source: str) -> ModelSettings:
     """The same loading settings for another model; a GGUF file belongs to its own model."""
     return settings.model_copy(update={"source": source, "gguf_file": None})
 
@@ -132,7 +130,7 @@ class Run:
     def _claim(self, overwrite: bool) -> None:
         """Makes the folder this recipe's. Raises InputError where it holds a finished model of
         another recipe, or something that is no run at all."""
-        finished = bool(_read(self.out / STAGES / "factorize.json"))
+        finished = bool(stages.read(self.out / STAGES / "factorize.json"))
         if finished and self._is_other() and not overwrite:
             raise InputError(
                 f"{str(self.out)!r} holds the run of another recipe: choose another folder, "
@@ -154,11 +152,11 @@ class Run:
     def _factorize(self) -> None:
         """Makes model/; an older one, and its recipe and reports, stay until the new is whole."""
         done, model = self.out / STAGES / "factorize.json", self.out / MODEL
-        known, inputs = _read(done), self._hash(self._factorize_inputs())
-        if known.get("inputs") != inputs or known.get("model") != _states(_weights(model)):
+        known, inputs = stages.read(done), stages.digest(self._factorize_inputs())
+        if known.get("inputs") != inputs or known.get("model") != stages.states(_weights(model)):
             factorize_to(self.recipe, model, self.progress, replace=True)
             done.parent.mkdir(exist_ok=True)
-            _write(done, {"inputs": inputs, "model": _states(_weights(model))})
+            stages.write(done, {"inputs": inputs, "model": stages.states(_weights(model))})
         if self._is_other():
             for name in report.FORMATS:
                 (self.out / name).unlink(missing_ok=True)
@@ -170,31 +168,31 @@ class Run:
 
     def _stage(self, name: str, action: Callable[[], list[Metric]]) -> list[Metric]:
         """The metrics of a stage, from its file if its inputs are those of the last time."""
-        file, inputs = self.out / STAGES / f"{name}.json", self._hash(self._measuring_inputs())
-        known = _read(file)
+        file, inputs = self.out / STAGES / f"{name}.json", stages.digest(self._measuring_inputs())
+        known = stages.read(file)
         if known.get("inputs") != inputs:
             known = {"inputs": inputs, "metrics": [asdict(metric) for metric in action()]}
-            _write(file, known)
+            stages.write(file, known)
         return [Metric(**metric) for metric in known["metrics"]]
 
     def _factorize_inputs(self) -> list[Any]:
-        settings = self.recipe.model_dump(mode="json", exclude={"evaluate"})
+        settings = self.recipe.model_dump(mode="json", exclude={"evaluate", "sweep"})
         return [
             settings,
-            _model_state(self.recipe.model),
-            [_data_state(spec) for spec in self.recipe.calibration.data],
+            stages.model_state(self.recipe.model),
+            [stages.data_state(spec) for spec in self.recipe.calibration.data],
         ]
 
     def _measuring_inputs(self) -> list[Any]:
         settings, model = self.recipe.evaluate, self.recipe.model
-        texts = [_data_state(spec) for spec in (*settings.perplexity, *settings.tasks)]
-        other = _model_state(_source(model, settings.baseline)) if settings.baseline else None
-        weights = _states(_weights(self.out / MODEL))
+        texts = [stages.data_state(spec) for spec in (*settings.perplexity, *settings.tasks)]
+        other = (
+            stages.model_state(other_source(model, settings.baseline))
+            if settings.baseline
+            else None
+        )
+        weights = stages.states(_weights(self.out / MODEL))
         return [self._factorize_inputs(), settings.model_dump(mode="json"), texts, other, weights]
-
-    def _hash(self, inputs: list[Any]) -> str:
-        content = json.dumps([checkpoint.versions(), inputs], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
 
     @property
     def _models(self) -> dict[str, Callable[[], compare.Loaded]]:
@@ -205,11 +203,11 @@ class Run:
     @cached_property
     def _dense(self) -> compare.Loaded:
         source, model = self.recipe.evaluate.baseline, self.recipe.model
-        return load_settings(model if source is None else _source(model, source))
+        return load_settings(model if source is None else other_source(model, source))
 
     @cached_property
     def _factorized(self) -> compare.Loaded:
-        return load_settings(_source(self.recipe.model, str(self.out / MODEL)))
+        return load_settings(other_source(self.recipe.model, str(self.out / MODEL)))
 
     def _quality(self, label: str, tasks: Tasks | None) -> list[Metric]:
         loaded, settings = self._models[label](), self.recipe.evaluate
@@ -229,34 +227,5 @@ class Run:
         report.write(self.out, title, metrics, record)
 
 
-def _model_state(settings: ModelSettings) -> list[list[Any]]:
-    location = locate(settings.source, settings.gguf_file)
-    folder = Path(location.path)
-    return _states([folder / location.gguf_file] if location.gguf_file else folder.glob("*"))
-
-
-def _data_state(spec: str) -> list[list[Any]]:
-    return _states([Path(spec.partition(":")[0])])
-
-
 def _weights(folder: Path) -> list[Path]:
     return [*folder.glob("*.safetensors"), folder / "config.json"]
-
-
-def _states(files: Iterable[Path]) -> list[list[Any]]:
-    """Name, size and time of the files that exist; none for what the hub holds."""
-    found = sorted(file for file in files if file.is_file())
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in found]
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A stage's file; empty, so that the stage is done again, where it is missing or damaged."""
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    replace_text(file, json.dumps(content, indent=2, default=str) + "\n")

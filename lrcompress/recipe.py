@@ -17,6 +17,7 @@ from lrcompress.settings import (
     ModelSettings,
     RefineSettings,
     Section,
+    SweepSettings,
     allowed_words,
 )
 
@@ -33,6 +34,7 @@ class Recipe(Section):
     )
     refine: RefineSettings = RefineSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    sweep: SweepSettings = SweepSettings()
 
 
 def flags(kind: type[Section]) -> dict[str, str]:

@@ -32,7 +32,7 @@ from lrcompress.protocols import Allocator, Form, Method
 
 def _split(value: object) -> object:
     """'a,b' or ['a', 'b,c'] -> separate items, so that flags and YAML read alike."""
-    items = [value] if isinstance(value, str) else value
+    items = [value] if isinstance(value, str | int | float) else value
     if not isinstance(items, list | tuple):
         return value
     parts = [i.split(",") if isinstance(i, str) else [i] for i in items]
@@ -61,7 +61,17 @@ def _one_of(names: Iterable[str]) -> Callable[[str], str]:
     return check
 
 
+def _all_of(names: Iterable[str]) -> Callable[[tuple[str, ...]], tuple[str, ...]]:
+    check = _one_of(names)
+
+    def check_all(given: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check(name) for name in given)
+
+    return check_all
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Ratios = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(_split)]
 Options = Annotated[dict[str, Any], BeforeValidator(_pairs)]
 BUDGETS = ("rank", "keep_ratio", "target_params", "target_size", "max_perplexity_increase")
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -252,6 +262,24 @@ class EvaluateSettings(Section):
     repeats: int = Field(5, ge=2, description="Speed measurements of each model, in alternation.")
     baseline: str | None = Field(
         None, description="Dense model to compare with; a recipe's is its own model."
+    )
+
+
+class SweepSettings(Section):
+    """The points of a sweep: every variant at every keep_ratio."""
+
+    keep_ratios: Ratios = Field(
+        (0.9, 0.8, 0.6, 0.4),
+        description="Shares of the parameters kept.",
+        json_schema_extra={"flag": "keep_ratio"},
+    )
+    methods: Annotated[Names, AfterValidator(_all_of(FACTORIZERS))] = Field(
+        (),
+        description="Methods, each a variant of the recipe's factorize section.",
+        json_schema_extra={"flag": "method"},
+    )
+    variants: dict[str, dict[str, Any]] = Field(
+        {}, description="Name -> keys of factorize and refine that differ from the recipe's."
     )
 
 

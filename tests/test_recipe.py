@@ -45,7 +45,7 @@ def test_every_recipe_key_is_a_flag_and_the_other_way_round() -> None:
             }
     fixed = {"source", "out"}
     for command_name, sections in (
-        ("factorize", ("model", "calibration", "factorize")),
+        ("factorize", ("model", "calibration", "factorize", "refine")),
         ("eval", ("model", "evaluate")),
     ):
         kinds = [Recipe.model_fields[section].annotation for section in sections]

@@ -1,0 +1,52 @@
+"""What a stage depended on and what it gave, in a file, so that nothing is done twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lrcompress import checkpoint
+from lrcompress.files import replace_text
+from lrcompress.models import locate
+from lrcompress.settings import ModelSettings
+
+
+def model_state(settings: ModelSettings) -> list[list[Any]]:
+    """Of the files that hold the model."""
+    location = locate(settings.source, settings.gguf_file)
+    folder = Path(location.path)
+    return states([folder / location.gguf_file] if location.gguf_file else folder.glob("*"))
+
+
+def data_state(spec: str) -> list[list[Any]]:
+    """Of the file that a text's SPEC names, if it names one."""
+    return states([Path(spec.partition(":")[0])])
+
+
+def states(files: Iterable[Path]) -> list[list[Any]]:
+    """Name, size and time of the files that exist; none for what the hub holds."""
+    found = sorted(file for file in files if file.is_file())
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in found]
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A stage's file; empty, so that the stage is done again, where it is missing or damaged."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write(file: Path, content: dict[str, Any]) -> None:
+    """Writes a stage's file in one rename."""
+    replace_text(file, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def digest(inputs: Any) -> str:
+    """Of what a stage depends on, the versions of the software included."""
+    content = json.dumps([checkpoint.versions(), inputs], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()

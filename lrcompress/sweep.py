@@ -1,0 +1,235 @@
+"""Many points of one trade-off: every variant at every keep_ratio, in memory, resumable.
+
+Calibration, each variant's choices and the dense model's numbers are measured once and shared.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from lrcompress import compare, stages
+from lrcompress.calibration import Calibration
+from lrcompress.compress import Compression
+from lrcompress.files import render, replace_text
+from lrcompress.memory import peak_memory
+from lrcompress.pipeline import load_settings
+from lrcompress.protocols import Budget, InputError, Metric, Progress, silent
+from lrcompress.recipe import Recipe, from_flat, to_yaml
+from lrcompress.settings import BUDGETS, FactorizeSettings, RefineSettings, Section
+from lrcompress.sizes import sequence_length
+
+RECIPE, POINTS = "recipe.yaml", "points"
+FORMATS = ("sweep.md", "sweep.json")
+DENSE = "dense"
+KINDS: dict[str, type[Section]] = {"factorize": FactorizeSettings, "refine": RefineSettings}
+# what a variant decides as a whole: the recipe's own choice would hide a method's defaults
+METHOD_KEYS = ("method", "method_options", "ranks", "ranks_options", "form")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One variant at one keep_ratio; `seconds` as if it had been made alone, `memory` in bytes."""
+
+    variant: str
+    keep_ratio: float
+    kept: float
+    seconds: float
+    memory: int | None
+    metrics: tuple[Metric, ...]
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Point:
+        metrics = tuple(Metric(**metric) for metric in found["metrics"])
+        return cls(**{**found, "metrics": metrics})
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    factorize: FactorizeSettings
+    refine: RefineSettings
+
+
+def sweep(recipe: Recipe, out: Path, progress: Progress = silent) -> list[Point]:
+    """Measures every point of `recipe.sweep` and writes sweep.json and sweep.md to `out`.
+
+    Points that `out` already holds, made of the same inputs, are not made again. The first point
+    is the dense model. Raises InputError where `out` is something else.
+    """
+    return Sweep(recipe, out, progress).all()
+
+
+def variants(recipe: Recipe) -> Iterator[Variant]:
+    """The recipe's own section if it names neither methods nor variants."""
+    kept = recipe.factorize.model_dump(exclude={*BUDGETS, *METHOD_KEYS})
+    refine = recipe.refine
+    settings = recipe.sweep
+    named = {method: {"method": method} for method in settings.methods} | settings.variants
+    if not named:
+        yield Variant(recipe.factorize.method, recipe.factorize, refine)
+    for name, values in named.items():
+        flat = kept | _flat(refine) | {"keep_ratio": settings.keep_ratios[0]} | values
+        sections = from_flat(KINDS, flat, partial(_say, name))
+        yield Variant(name, sections["factorize"], sections["refine"])
+
+
+def _say(variant: str, key: str) -> str:
+    return f"sweep.variants.{variant}.{key}"
+
+
+def _flat(refine: RefineSettings) -> dict[str, Any]:
+    return {
+        "refine": refine.enabled,
+        "refine_epochs": refine.epochs,
+        "refine_learning_rate": refine.learning_rate,
+    }
+
+
+class Sweep:
+    """One recipe's points over one folder."""
+
+    def __init__(self, recipe: Recipe, out: Path, progress: Progress) -> None:
+        self.recipe, self.out, self.progress = recipe, out, progress
+        self.variants = list(variants(recipe))
+
+    def all(self) -> list[Point]:
+        self._claim()
+        points = [self._point(DENSE, 1.0, lambda: self._measured(DENSE, 1.0, self._model))]
+        for variant in self.variants:
+            points += self._of(variant)
+            self._write(points)
+        return points
+
+    def _claim(self) -> None:
+        own = {RECIPE, POINTS, *FORMATS}
+        if self.out.exists() and not (
+            self.out.is_dir() and {path.name for path in self.out.iterdir()} <= own
+        ):
+            raise InputError(
+                f"output {str(self.out)!r} exists and is no sweep: choose another name"
+            )
+        (self.out / POINTS).mkdir(parents=True, exist_ok=True)
+        replace_text(self.out / RECIPE, to_yaml(self.recipe))
+
+    def _of(self, variant: Variant) -> Iterator[Point]:
+        shared: dict[str, Any] = {}
+        for ratio in self.recipe.sweep.keep_ratios:
+            yield self._point(
+                variant.name, ratio, lambda ratio=ratio: self._made(variant, ratio, shared)
+            )
+
+    def _point(self, name: str, ratio: float, make: Any) -> Point:
+        file = self.out / POINTS / (DENSE if name == DENSE else f"{name}-{ratio:g}")
+        file = file.with_name(f"{file.name}.json")
+        inputs = stages.digest([self._inputs(name), ratio])
+        known = stages.read(file)
+        if known.get("inputs") != inputs:
+            known = {"inputs": inputs, "point": asdict(make())}
+            stages.write(file, known)
+        return Point.from_dict(known["point"])
+
+    def _inputs(self, name: str) -> list[Any]:
+        recipe = self.recipe
+        texts = [stages.data_state(spec) for spec in recipe.evaluate.perplexity]
+        common = [recipe.model.model_dump(), stages.model_state(recipe.model)]
+        common += [recipe.evaluate.model_dump(mode="json"), texts]
+        for variant in self.variants:
+            if variant.name == name:
+                common += [variant.factorize.model_dump(mode="json"), variant.refine.model_dump()]
+                common += [recipe.calibration.model_dump(mode="json")]
+                common += [stages.data_state(spec) for spec in recipe.calibration.data]
+        return common
+
+    @cached_property
+    def _loaded(self) -> compare.Loaded:
+        return load_settings(self.recipe.model)
+
+    @property
+    def _model(self) -> Any:
+        return self._loaded[0]
+
+    def _compression(self, variant: Variant, model: Any) -> Compression:
+        calibration, tokenizer = self.recipe.calibration, self._loaded[1]
+        settings, refine = variant.factorize, variant.refine
+        return Compression(model, tokenizer, calibration, settings, refine, self.progress, None)
+
+    @cached_property
+    def _text(self) -> tuple[Calibration, float]:
+        """Of the widest needs of all variants, and the seconds that measuring took."""
+        started = time.perf_counter()
+        text = self._compression(self.variants[0], self._model).text()
+        needs = [variant.factorize.compressor().requires for variant in self.variants]
+        if any(needs):
+            text.moments(any("gradient_moment" in need for need in needs))
+        return text, time.perf_counter() - started
+
+    def _made(self, variant: Variant, ratio: float, shared: dict[str, Any]) -> Point:
+        text, calibrating = self._text
+        with peak_memory() as memory:
+            if "prepared" not in shared:
+                started = time.perf_counter()
+                prepared = self._compression(variant, self._model).prepared(text)
+                shared["prepared"] = replace(prepared, plan=None)
+                shared["seconds"] = time.perf_counter() - started
+            prepared = shared["prepared"]
+            started = time.perf_counter()
+            plan = prepared.allocator.allocate(prepared.choices, Budget(keep_ratio=ratio))
+            model = copy.deepcopy(self._model)
+            done = self._compression(variant, model).carry_out(replace(prepared, plan=plan), text)
+            seconds = time.perf_counter() - started + shared["seconds"]
+            if prepared.moments is not None:
+                seconds += calibrating
+        point = self._measured(variant.name, ratio, model)
+        kept = done.selected.keep_ratio
+        return replace(point, kept=kept, seconds=seconds, memory=memory.peak)
+
+    def _measured(self, name: str, ratio: float, model: Any) -> Point:
+        settings = self.recipe.evaluate
+        length = sequence_length(model, settings.context_length)
+        tasks = compare.resolve_tasks(settings)
+        label = name if name == DENSE else f"{name} {ratio:g}"
+        loaded = (model, self._loaded[1])
+        metrics = compare.quality(label, loaded, settings, tasks, length, self.progress)
+        return Point(name, ratio, 1.0, 0.0, None, tuple(metrics))
+
+    def _write(self, points: list[Point]) -> None:
+        content = json.dumps([asdict(point) for point in points], indent=2, default=str)
+        replace_text(self.out / "sweep.md", markdown(self.recipe, points))
+        replace_text(self.out / "sweep.json", content + "\n")
+
+
+def markdown(recipe: Recipe, points: list[Point]) -> str:
+    """One row a point; quality beside its ratio to the dense model's."""
+    dense = {_key(metric): metric for metric in points[0].metrics}
+    texts = [key for key in dense if "perplexity" in key]
+    rows = [
+        {
+            "name": point.variant,
+            "kept": f"{point.kept:.4f}",
+            "cells": [_cell(point, dense, key) for key in texts],
+            "seconds": f"{point.seconds:.0f}" if point.seconds else "",
+            "memory": f"{point.memory / 2**30:.2f} GiB" if point.memory else "",
+        }
+        for point in points
+    ]
+    return render("sweep.md.jinja", escape=False, recipe=recipe, texts=texts, rows=rows)
+
+
+def _key(metric: Metric) -> str:
+    data = metric.conditions.get("data")
+    return metric.name + (f", {data}" if data else "")
+
+
+def _cell(point: Point, dense: Mapping[str, Metric], key: str) -> str:
+    found = next((metric for metric in point.metrics if _key(metric) == key), None)
+    if found is None:
+        return ""
+    ratio = "" if point.variant == DENSE else f" ({found.value / dense[key].value:.3f})"
+    return f"{found.value:,.2f}{ratio}"
