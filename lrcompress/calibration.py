@@ -18,6 +18,8 @@ from lrcompress.sizes import sequence_length
 
 # the SPEC that stands for text of the model's own
 SELF = "self"
+# samples where the user names no number: writing them costs more than reading them
+READ_SAMPLES, WRITTEN_SAMPLES = 60, 20
 
 
 class Calibration:
@@ -67,14 +69,17 @@ def calibration_tokens(
 ) -> tuple[Tensor, Fingerprint]:
     """Calibration tokens for `model`, shape (num_samples, seq_len), and their fingerprint.
 
-    Several texts give equal shares, one sample after the other in turn.
+    Several texts give equal shares, one sample after the other in turn. Where the settings name
+    no number of samples, a text that holds fewer than the default gives all that it has.
     """
     if tokenizer is None:
         raise InputError(
             "the method calibrates on text and the model has no tokenizer: add the tokenizer's "
             "files to its folder (in Python: pass tokenizer=), or use --method svd"
         )
-    length, count = sequence_length(model, settings.seq_len), settings.num_samples
+    length = sequence_length(model, settings.seq_len)
+    wanted = settings.num_samples
+    count = wanted or (WRITTEN_SAMPLES if set(settings.data) == {SELF} else READ_SAMPLES)
     texts = settings.data[:count]
     parts = []
     for index, spec in enumerate(texts):
@@ -83,9 +88,11 @@ def calibration_tokens(
             bos = bos_token(tokenizer)
             parts.append(sampled_blocks(model, bos, share, length, settings.seed, progress))
         else:
-            corpus = read_corpus(spec, "calibration")
-            parts.append(token_blocks(corpus, tokenizer, share, length, settings.seed))
-    blocks = torch.stack([parts[i % len(texts)][i // len(texts)] for i in range(count)])
+            corpus, fewer = read_corpus(spec, "calibration"), wanted is None
+            parts.append(token_blocks(corpus, tokenizer, share, length, settings.seed, fewer))
+    turns = range(max(map(len, parts)))
+    blocks = torch.stack([part[turn] for turn in turns for part in parts if turn < len(part)])
+    count = len(blocks)
     digest = hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()
     name = ",".join(texts)
     return blocks, Fingerprint(name, count, length, settings.seed, blocks.numel(), digest)

@@ -169,22 +169,30 @@ def bos_token(tokenizer: Any) -> int | None:
 
 
 def token_blocks(
-    corpus: Corpus, tokenizer: Any, num_samples: int, seq_len: int, seed: int
+    corpus: Corpus,
+    tokenizer: Any,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    fewer: bool = False,
 ) -> Tensor:
     """Packed token blocks, shape (num_samples, seq_len), chosen by `seed` without overlap.
 
     Documents follow one another with the EOS token between them. Every block starts with BOS
-    where the tokenizer uses one. Raises InputError where there is too little text.
+    where the tokenizer uses one. Raises InputError where there is too little text; where `fewer`
+    will do, one block is enough.
     """
     bos = bos_token(tokenizer)
     length = seq_len if bos is None else seq_len - 1
     stream = _token_stream(corpus, tokenizer, OVERDRAW * num_samples * length)
     available = len(stream) // length
-    if available < num_samples:
+    if available < (1 if fewer else num_samples):
+        remedy = f"at most --num-samples {available}" if available else "a shorter --seq-len"
         raise InputError(
             f"{corpus.spec!r} holds {len(stream)} tokens, {num_samples} samples of {seq_len} need "
-            f"{num_samples * length}: give more text, or at most --num-samples {available}"
+            f"{num_samples * length}: give more text, or {remedy}"
         )
+    num_samples = min(num_samples, available)
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
     blocks = stream[: available * length].view(available, length)[order[:num_samples]]
     if bos is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -105,6 +105,18 @@ def _ffns(model: Any, linears: Sequence[LinearSpec], moments: Moments | None) ->
             specs,
             {n: dense_weight(module) for n, module in modules.items()},
             {n: None if m.bias is None else m.bias.detach() for n, m in modules.items()},
-            {s.name: moments.statistics(s) if moments else Statistics() for s in specs},
+            _statistics(specs, moments),
             len(specs) == sizes[name],
         )
+
+
+def _statistics(specs: Sequence[LinearSpec], moments: Moments | None) -> dict[str, Statistics]:
+    """Linears of one input group share one tensor, so that its roots are taken once."""
+    if moments is None:
+        return {spec.name: Statistics() for spec in specs}
+    found = {spec.name: moments.statistics(spec) for spec in specs}
+    shared = {spec.input_group: found[spec.name].second_moment for spec in specs}
+    return {
+        spec.name: replace(found[spec.name], second_moment=shared[spec.input_group])
+        for spec in specs
+    }

@@ -18,8 +18,8 @@ from lrcompress.settings import (
     RefineSettings,
     Section,
     SweepSettings,
-    allowed_words,
 )
+from lrcompress.values import allowed_words
 
 DEFAULT_KEEP_RATIO = 0.8
 

@@ -7,17 +7,13 @@ their keyword arguments.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import pkgutil
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
@@ -28,74 +24,9 @@ from pydantic import (
 from lrcompress.allocators import ALLOCATORS
 from lrcompress.factorizers import ESTIMATE_LOSS, FACTORIZERS
 from lrcompress.protocols import Allocator, Form, Method
+from lrcompress.values import Names, Options, Percent, Ratios, Size, all_of, allowed_words, one_of
 
-
-def _split(value: object) -> object:
-    """'a,b' or ['a', 'b,c'] -> separate items, so that flags and YAML read alike."""
-    items = [value] if isinstance(value, str | int | float) else value
-    if not isinstance(items, list | tuple):
-        return value
-    parts = [i.split(",") if isinstance(i, str) else [i] for i in items]
-    return [p.strip() if isinstance(p, str) else p for part in parts for p in part if p != ""]
-
-
-def _pairs(value: object) -> object:
-    """['damping=0.01'] -> {'damping': 0.01}, for flags that set options of a method."""
-    if not isinstance(value, list | tuple):
-        return value
-    pairs = [str(item).partition("=") for item in value]
-    try:
-        return {key.strip(): yaml.safe_load(text) for key, _, text in pairs}
-    except yaml.YAMLError:
-        raise ValueError(f"{value!r} cannot be read: write KEY=VALUE") from None
-
-
-def _one_of(names: Iterable[str]) -> Callable[[str], str]:
-    allowed = list(names)
-
-    def check(name: str) -> str:
-        if name not in allowed:
-            raise ValueError(f"{name!r} is unknown, choose from {', '.join(allowed)}")
-        return name
-
-    return check
-
-
-def _all_of(names: Iterable[str]) -> Callable[[tuple[str, ...]], tuple[str, ...]]:
-    check = _one_of(names)
-
-    def check_all(given: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(check(name) for name in given)
-
-    return check_all
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
-Ratios = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(_split)]
-Options = Annotated[dict[str, Any], BeforeValidator(_pairs)]
 BUDGETS = ("rank", "keep_ratio", "target_params", "target_size", "max_perplexity_increase")
-UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def _bytes(value: object) -> object:
-    """'1.5GB' -> 1500000000."""
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(value))
-    if found is None or found[2].upper() not in UNITS or found[1].count(".") > 1:
-        raise ValueError(f"{value!r} is no size, write it like 1.5GB, 900MB or 1200000000")
-    return int(float(found[1]) * UNITS[found[2].upper()])
-
-
-def _percent(value: object) -> object:
-    """'10%' -> 0.1; a bare number is the share itself."""
-    text = str(value).strip()
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise ValueError(f"{value!r} is no share, write it like 10% or 0.1") from None
-
-
-Size = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
-Percent = Annotated[float, BeforeValidator(_percent), Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -118,15 +49,19 @@ class CalibrationSettings(Section):
     """Text on which the inputs of the FFN layers are measured."""
 
     data: Names = Field(
-        ("pydoc",),
+        ("self",),
         min_length=1,
         description="FILE.txt, FILE.jsonl[:field], pydoc, self (the model writes it), or hub "
         "name[:config[:split[:field]]]; several give equal shares.",
         json_schema_extra={"flag": "calibration"},
     )
-    num_samples: int = Field(24, ge=1, description="Blocks of text.")
+    num_samples: int | None = Field(
+        None,
+        ge=1,
+        description="Blocks of text; default 60 or what the text holds, 20 of the model's own.",
+    )
     gradient_samples: int = Field(
-        16,
+        12,
         ge=1,
         description="Of these, blocks with a backward pass, for methods that weigh by the loss.",
     )
@@ -156,20 +91,20 @@ class FactorizeSettings(Section):
         "pydoc:validation",
         description="Text on which max_perplexity_increase is held; never the test text.",
     )
-    method: Annotated[str, AfterValidator(_one_of(FACTORIZERS))] = Field(
-        "whitened", description=f"One of {', '.join(FACTORIZERS)}."
+    method: Annotated[str, AfterValidator(one_of(FACTORIZERS))] = Field(
+        "auto", description=f"One of {', '.join(FACTORIZERS)}; with rank the default is whitened."
     )
     method_options: Options = Field({}, description="KEY=VALUE for the method, such as damping.")
-    ranks: Annotated[str, AfterValidator(_one_of(ALLOCATORS))] = Field(
-        "uniform",
-        description=f"Policy that shares out the budget: {', '.join(ALLOCATORS)}; loss_aware is "
-        f"the default of {', '.join(ESTIMATE_LOSS)}.",
+    ranks: Annotated[str, AfterValidator(one_of(ALLOCATORS))] = Field(
+        "loss_aware",
+        description=f"Policy that shares out the budget: {', '.join(ALLOCATORS)}; uniform is the "
+        f"default of methods other than {', '.join(ESTIMATE_LOSS)}.",
     )
     ranks_options: Options = Field({}, description="KEY=VALUE for the policy.")
     form: Form = Field(
-        "factored",
-        description="How a low-rank weight is stored; pivoted is the default of "
-        f"{', '.join(ESTIMATE_LOSS)}.",
+        "pivoted",
+        description="How a low-rank weight is stored; factored is the default of methods other "
+        f"than {', '.join(ESTIMATE_LOSS)}.",
     )
     sequential: Literal["independent", "anchored"] = Field(
         "independent",
@@ -187,11 +122,15 @@ class FactorizeSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Any) -> Any:
-        """Methods whose errors compare across linears share out the budget by them."""
+        """Methods whose errors compare across linears share out the budget by them.
+
+        One rank for every linear is what it says: truncated SVD, whitened.
+        """
         if not isinstance(values, dict):
             return values
-        method = values.get("method") or "whitened"
-        modern = method in ESTIMATE_LOSS and values.get("rank") is None
+        ranked = values.get("rank") is not None
+        method = values.get("method") or ("whitened" if ranked else "auto")
+        modern = method in ESTIMATE_LOSS and not ranked
         ranks, form = ("loss_aware", "pivoted") if modern else ("uniform", "factored")
         return {"method": method, "ranks": ranks, "form": form} | values
 
@@ -273,7 +212,7 @@ class SweepSettings(Section):
         description="Shares of the parameters kept.",
         json_schema_extra={"flag": "keep_ratio"},
     )
-    methods: Annotated[Names, AfterValidator(_all_of(FACTORIZERS))] = Field(
+    methods: Annotated[Names, AfterValidator(all_of(FACTORIZERS))] = Field(
         (),
         description="Methods, each a variant of the recipe's factorize section.",
         json_schema_extra={"flag": "method"},
@@ -298,10 +237,3 @@ def _build(registry: Mapping[str, str], name: str, options: Mapping[str, Any], k
         where = ".".join(str(part) for part in first["loc"]) or name
         message = first["msg"].removeprefix("Value error, ")
         raise ValueError(f"{key} {where}: {message}") from None
-
-
-def allowed_words(name: str, names: Iterable[str]) -> str:
-    """The words after "unknown": the nearest name and all that are allowed."""
-    close = difflib.get_close_matches(name, names, 1)
-    hint = f", did you mean {close[0]!r}?" if close else ""
-    return f"{hint} (allowed: {', '.join(sorted(names)) or 'none'})"

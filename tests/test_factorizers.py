@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrcompress.factorizers import FACTORIZERS
 from lrcompress.factorizers.svd import DiagonalSVD, FisherSVD, PlainSVD, WhitenedSVD
-from lrcompress.linalg import decompose, pivot, roots
+from lrcompress.linalg import decompose, pivot, roots, spectrum
 from lrcompress.protocols import InputError, Statistics
 
 SHAPES = [(24, 16), (16, 24), (20, 20)]
@@ -36,8 +36,8 @@ def problem(shape: tuple[int, int], samples: int = 400) -> tuple[Tensor, Statist
 def measured_error(method: Any, statistics: Statistics, difference: Tensor) -> float:
     """‖G^1/2 D X^1/2‖² in the method's metrics, computed directly."""
     X, G = method.metric(statistics), method.output_metric(statistics)
-    right = difference if X is None else difference @ (torch.diag(X) if X.ndim == 1 else X)
-    left = difference if G is None else G @ difference
+    right = difference if X is None else X.after(difference)
+    left = difference if G is None else G.matrix @ difference
     return float((left * right).sum())
 
 
@@ -133,6 +133,14 @@ def test_each_method_wins_in_its_own_metric() -> None:
             factors = method.factorize(weight, statistics, 5)
             errors.append(measured_error(judge, statistics, weight - factors.B @ factors.A))
         assert min(errors) == errors[methods.index(judge)]
+
+
+@each_shape
+def test_spectrum_is_that_of_the_decomposition(shape: tuple[int, int]) -> None:
+    weight, statistics = problem(shape)
+    metrics = FisherSVD().metric(statistics), FisherSVD().output_metric(statistics)
+    expected = decompose(weight, *metrics).energies
+    torch.testing.assert_close(spectrum(weight, *metrics), expected)
 
 
 @pytest.mark.parametrize("options", [{"damping": 0.0}, {"damping": 2.0}])

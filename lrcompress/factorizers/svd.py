@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from lrcompress.linalg import Decomposition, damped, decompose, to_float64
+from lrcompress.linalg import Decomposition, Metric, damped, decompose, spectrum, to_float64
 from lrcompress.protocols import FFN, ChannelOrder, Factors, InputError, Statistic, Statistics
 
 
@@ -20,12 +22,12 @@ class ScaledSVD:
     narrows: ClassVar[bool] = False
     truncates: ClassVar[bool] = True
 
-    def metric(self, statistics: Statistics) -> Tensor | None:
-        """X as a matrix (in, in), as its diagonal (in,), or None for the identity."""
+    def metric(self, statistics: Statistics) -> Metric | None:
+        """X of shape (in, in), or its diagonal (in,); None for the identity."""
         return None
 
-    def output_metric(self, statistics: Statistics) -> Tensor | None:
-        """G as a matrix (out, out), or None for the identity."""
+    def output_metric(self, statistics: Statistics) -> Metric | None:
+        """G of shape (out, out); None for the identity."""
         return None
 
     def order(self, ffn: FFN) -> ChannelOrder:
@@ -36,7 +38,7 @@ class ScaledSVD:
 
     def error_curve(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """Squared error in the metrics at every rank 0 .. min(out, in)."""
-        energies = self._decompose(weight, statistics).energies
+        energies = spectrum(weight, self.metric(statistics), self.output_metric(statistics))
         tails = energies.flip(0).cumsum(0).flip(0)
         return torch.cat([tails, tails.new_zeros(1)])
 
@@ -78,12 +80,12 @@ class DiagonalSVD(ScaledSVD):
             raise InputError(f"alpha {self.alpha} is not in 0..2")
         _check_damping(self.damping)
 
-    def metric(self, statistics: Statistics) -> Tensor:
-        squares = _second_moment(statistics).diagonal()
+    def metric(self, statistics: Statistics) -> Metric:
+        squares = to_float64(_second_moment(statistics)).diagonal()
         mean = squares.mean()
         if mean == 0:
-            return torch.ones_like(squares)
-        return (squares + self.damping * mean) ** self.alpha
+            return Metric(torch.ones_like(squares))
+        return Metric((squares + self.damping * mean) ** self.alpha)
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,19 @@ class WhitenedSVD(ScaledSVD):
     def __post_init__(self) -> None:
         _check_damping(self.damping)
 
-    def metric(self, statistics: Statistics) -> Tensor:
-        return damped(_second_moment(statistics), self.damping)
+    @cached_property
+    def _metrics(self) -> WeakIdKeyDictionary:
+        """By moment: the same one comes again for gate, up and every width."""
+        return WeakIdKeyDictionary()
+
+    def _damped(self, moment: Tensor, damping: float) -> Metric:
+        if moment not in self._metrics:
+            self._metrics[moment] = Metric(damped(to_float64(moment), damping))
+        found: Metric = self._metrics[moment]
+        return found
+
+    def metric(self, statistics: Statistics) -> Metric:
+        return self._damped(_second_moment(statistics), self.damping)
 
 
 @dataclass(frozen=True)
@@ -122,10 +135,10 @@ class FisherSVD(WhitenedSVD):
         super().__post_init__()
         _check_damping(self.output_damping)
 
-    def output_metric(self, statistics: Statistics) -> Tensor:
+    def output_metric(self, statistics: Statistics) -> Metric:
         if statistics.gradient_moment is None:
             raise InputError("this method needs the gradients of the output: calibrate first")
-        return damped(to_float64(statistics.gradient_moment), self.output_damping)
+        return self._damped(statistics.gradient_moment, self.output_damping)
 
 
 def _second_moment(statistics: Statistics) -> Tensor:
@@ -133,7 +146,7 @@ def _second_moment(statistics: Statistics) -> Tensor:
         raise InputError(
             "this method needs the second moment of the layer's input: calibrate first"
         )
-    return to_float64(statistics.second_moment)
+    return statistics.second_moment
 
 
 def _check_damping(damping: float) -> None:
