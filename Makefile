@@ -8,7 +8,7 @@ DEMO := runs/quickstart
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test test-real clean
+.PHONY: setup demo test test-real results clean
 
 setup: $(READY)
 
@@ -33,6 +33,13 @@ test: setup
 # minutes: the real model
 test-real: setup
 	$(BIN)/pytest -m real_model
+
+# an hour and more: the tables of docs/results.md
+TRAIN ?= wikitext2,c4
+TEST ?= wikitext2,c4
+results: setup
+	HF_HUB_OFFLINE=0 $(BIN)/lrcompress sweep recipes/results.yaml runs/results \
+		--set calibration.data=[$(TRAIN)] --set evaluate.perplexity=[$(TEST)]
 
 clean:
 	rm -rf $(VENV) runs

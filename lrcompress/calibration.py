@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from lrcompress.calibrate import Moments, measure_moments
-from lrcompress.data import Fingerprint, bos_token, read_corpus, token_blocks
+from lrcompress.data import SELF, Fingerprint, bos_token, read_corpus, token_blocks
 from lrcompress.protocols import InputError, LinearSpec, Progress, silent
 from lrcompress.sampling import sampled_blocks
 from lrcompress.settings import CalibrationSettings
 from lrcompress.sizes import sequence_length
 
-# the SPEC that stands for text of the model's own
-SELF = "self"
 # samples where the user names no number: writing them costs more than reading them
 READ_SAMPLES, WRITTEN_SAMPLES = 60, 20
 
@@ -74,8 +72,8 @@ def calibration_tokens(
     """
     if tokenizer is None:
         raise InputError(
-            "the method calibrates on text and the model has no tokenizer: add the tokenizer's "
-            "files to its folder (in Python: pass tokenizer=), or use --method svd"
+            "calibration reads text and the model has no tokenizer: add the tokenizer's files to "
+            "its folder (in Python: pass tokenizer=), or use --method svd, which reads none"
         )
     length = sequence_length(model, settings.seq_len)
     wanted = settings.num_samples

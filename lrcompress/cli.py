@@ -40,7 +40,11 @@ class Group(click.Group):
                 raise
             _fail(_machine_fault(MemoryError()), 1)
         except KeyboardInterrupt:
-            _fail("interrupted; nothing half-written was left", INTERRUPTED)
+            _fail(
+                "interrupted; nothing half-written was left, and the same command goes on from "
+                "what was finished",
+                INTERRUPTED,
+            )
 
 
 def _fail(message: str, code: int) -> None:

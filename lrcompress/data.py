@@ -16,6 +16,8 @@ from lrcompress.protocols import InputError
 Use = Literal["calibration", "test"]
 
 EMBEDDED = "pydoc"
+# text that the model writes: for calibration alone
+SELF = "self"
 # where the parts of the embedded text end, as shares of its characters
 EMBEDDED_PARTS = {"calibration": 0.65, "validation": 0.75, "test": 1.0}
 # name -> hub path, config, test split
@@ -59,6 +61,8 @@ def read_corpus(spec: str, use: Use) -> Corpus:
     set name[:config[:split[:field]]]. Raises InputError where it cannot be read.
     """
     name, _, rest = spec.partition(":")
+    if spec == SELF:
+        raise InputError("data 'self' is for calibration alone: name a text to measure on")
     if name == EMBEDDED:
         return Corpus(spec, _embedded(rest or use))
     if name.endswith(".jsonl"):

@@ -131,8 +131,13 @@ class Refinement:
         A linear whose output is added to the residual stream has the block's own gradient.
         """
         down = [spec for spec in specs if spec.role == "down"]
-        moments = self.prepared.moments
-        if moments is None or not down or not self.streams.adds_to_residual(index, down[-1].name):
+        moments, needs = self.prepared.moments, self.prepared.method.requires
+        if (
+            moments is None
+            or "gradient_moment" not in needs
+            or not down
+            or not self.streams.adds_to_residual(index, down[-1].name)
+        ):
             return None
         gradient = moments.statistics(down[-1]).gradient_moment
         if gradient is None:

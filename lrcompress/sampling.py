@@ -7,10 +7,13 @@ the loss are those of the true Fisher matrix, not of the empirical one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from lrcompress.protocols import Progress
 from lrcompress.sizes import evaluation_mode
@@ -32,7 +35,7 @@ def sampled_blocks(
     documents = -(-num_samples * seq_len // length)
     generator = torch.Generator().manual_seed(seed)
     batches = -(-documents // BATCH)
-    with evaluation_mode(model), torch.random.fork_rng():
+    with evaluation_mode(model), _plain_sampling(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         written = [
             _write(model, min(BATCH, documents - index * BATCH), length, bos, generator)
@@ -51,12 +54,19 @@ def _write(
     found: Tensor = model.generate(
         input_ids=start.to(model.device),
         attention_mask=torch.ones_like(start).to(model.device),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
         max_length=length,
-        min_length=length,  # keeps EOS out: documents are packed
-        pad_token_id=0,
     )
     return found.cpu()
+
+
+@contextmanager
+def _plain_sampling(model: Any) -> Iterator[None]:
+    """The model's distribution as it is: no penalty, no cut, no end before the length."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own

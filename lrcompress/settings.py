@@ -24,7 +24,17 @@ from pydantic import (
 from lrcompress.allocators import ALLOCATORS
 from lrcompress.factorizers import ESTIMATE_LOSS, FACTORIZERS
 from lrcompress.protocols import Allocator, Form, Method
-from lrcompress.values import Names, Options, Percent, Ratios, Size, all_of, allowed_words, one_of
+from lrcompress.values import (
+    Names,
+    Options,
+    Percent,
+    Ratios,
+    Size,
+    all_of,
+    allowed_words,
+    one_of,
+    variant_name,
+)
 
 BUDGETS = ("rank", "keep_ratio", "target_params", "target_size", "max_perplexity_increase")
 
@@ -209,6 +219,7 @@ class SweepSettings(Section):
 
     keep_ratios: Ratios = Field(
         (0.9, 0.8, 0.6, 0.4),
+        min_length=1,
         description="Shares of the parameters kept.",
         json_schema_extra={"flag": "keep_ratio"},
     )
@@ -217,7 +228,7 @@ class SweepSettings(Section):
         description="Methods, each a variant of the recipe's factorize section.",
         json_schema_extra={"flag": "method"},
     )
-    variants: dict[str, dict[str, Any]] = Field(
+    variants: dict[Annotated[str, AfterValidator(variant_name)], dict[str, Any]] = Field(
         {}, description="Name -> keys of factorize and refine that differ from the recipe's."
     )
 

@@ -20,8 +20,9 @@ from lrcompress.compress import Compression
 from lrcompress.files import render, replace_text
 from lrcompress.memory import peak_memory
 from lrcompress.pipeline import load_settings
+from lrcompress.prepare import prepare
 from lrcompress.protocols import Budget, InputError, Metric, Progress, silent
-from lrcompress.recipe import Recipe, from_flat, to_yaml
+from lrcompress.recipe import Recipe, flags, from_flat, to_yaml
 from lrcompress.settings import BUDGETS, FactorizeSettings, RefineSettings, Section
 from lrcompress.sizes import sequence_length
 
@@ -30,18 +31,25 @@ FORMATS = ("sweep.md", "sweep.json")
 DENSE = "dense"
 KINDS: dict[str, type[Section]] = {"factorize": FactorizeSettings, "refine": RefineSettings}
 # what a variant decides as a whole: the recipe's own choice would hide a method's defaults
+SELECTION = ("include", "exclude", "dense_first")
 METHOD_KEYS = ("method", "method_options", "ranks", "ranks_options", "form")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One variant at one keep_ratio; `seconds` as if it had been made alone, `memory` in bytes."""
+    """One variant at one keep_ratio.
+
+    `seconds` of calibration, choices and factorization, as if it had been made alone but for the
+    gradients that another variant may have needed; `memory` in bytes; `text` says what it was
+    calibrated on.
+    """
 
     variant: str
     keep_ratio: float
     kept: float
     seconds: float
     memory: int | None
+    text: str
     metrics: tuple[Metric, ...]
 
     @classmethod
@@ -67,29 +75,29 @@ def sweep(recipe: Recipe, out: Path, progress: Progress = silent) -> list[Point]
 
 
 def variants(recipe: Recipe) -> Iterator[Variant]:
-    """The recipe's own section if it names neither methods nor variants."""
-    kept = recipe.factorize.model_dump(exclude={*BUDGETS, *METHOD_KEYS})
-    refine = recipe.refine
+    """The recipe's own section if it names neither methods nor variants.
+
+    A variant that names a method has that method's defaults; others are the recipe's otherwise.
+    """
+    shared = recipe.factorize.model_dump(exclude={*BUDGETS, *METHOD_KEYS})
+    shared |= {flag: getattr(recipe.refine, key) for flag, key in flags(RefineSettings).items()}
+    own = recipe.factorize.model_dump(include={*METHOD_KEYS})
     settings = recipe.sweep
     named = {method: {"method": method} for method in settings.methods} | settings.variants
-    if not named:
-        yield Variant(recipe.factorize.method, recipe.factorize, refine)
-    for name, values in named.items():
-        flat = kept | _flat(refine) | {"keep_ratio": settings.keep_ratios[0]} | values
-        sections = from_flat(KINDS, flat, partial(_say, name))
+    for name, values in (named or {recipe.factorize.method: {}}).items():
+        say = partial(_say, name)
+        for key in (*BUDGETS, *SELECTION):
+            if key in values:
+                raise InputError(f"{say(key)}: it holds for all variants; set it outside of them")
+        flat = (
+            shared | {"keep_ratio": settings.keep_ratios[0]} | ({} if "method" in values else own)
+        )
+        sections = from_flat(KINDS, flat | values, say)
         yield Variant(name, sections["factorize"], sections["refine"])
 
 
 def _say(variant: str, key: str) -> str:
     return f"sweep.variants.{variant}.{key}"
-
-
-def _flat(refine: RefineSettings) -> dict[str, Any]:
-    return {
-        "refine": refine.enabled,
-        "refine_epochs": refine.epochs,
-        "refine_learning_rate": refine.learning_rate,
-    }
 
 
 class Sweep:
@@ -137,12 +145,14 @@ class Sweep:
 
     def _inputs(self, name: str) -> list[Any]:
         recipe = self.recipe
-        texts = [stages.data_state(spec) for spec in recipe.evaluate.perplexity]
+        evaluate = recipe.evaluate
+        texts = [stages.data_state(spec) for spec in (*evaluate.perplexity, *evaluate.tasks)]
         common = [recipe.model.model_dump(), stages.model_state(recipe.model)]
-        common += [recipe.evaluate.model_dump(mode="json"), texts]
+        common += [evaluate.model_dump(mode="json"), texts]
         for variant in self.variants:
             if variant.name == name:
-                common += [variant.factorize.model_dump(mode="json"), variant.refine.model_dump()]
+                factorize = variant.factorize.model_dump(mode="json", exclude={*BUDGETS})
+                common += [factorize, variant.refine.model_dump()]
                 common += [recipe.calibration.model_dump(mode="json")]
                 common += [stages.data_state(spec) for spec in recipe.calibration.data]
         return common
@@ -175,8 +185,9 @@ class Sweep:
         with peak_memory() as memory:
             if "prepared" not in shared:
                 started = time.perf_counter()
-                prepared = self._compression(variant, self._model).prepared(text)
-                shared["prepared"] = replace(prepared, plan=None)
+                shared["prepared"] = prepare(
+                    self._model, text.linears, variant.factorize, None, text.moments, self.progress
+                )
                 shared["seconds"] = time.perf_counter() - started
             prepared = shared["prepared"]
             started = time.perf_counter()
@@ -188,7 +199,9 @@ class Sweep:
                 seconds += calibrating
         point = self._measured(variant.name, ratio, model)
         kept = done.selected.keep_ratio
-        return replace(point, kept=kept, seconds=seconds, memory=memory.peak)
+        read = text.fingerprint
+        words = "" if read is None else f"{read.num_samples} x {read.seq_len} tokens of {read.data}"
+        return replace(point, kept=kept, seconds=seconds, memory=memory.peak, text=words)
 
     def _measured(self, name: str, ratio: float, model: Any) -> Point:
         settings = self.recipe.evaluate
@@ -197,7 +210,7 @@ class Sweep:
         label = name if name == DENSE else f"{name} {ratio:g}"
         loaded = (model, self._loaded[1])
         metrics = compare.quality(label, loaded, settings, tasks, length, self.progress)
-        return Point(name, ratio, 1.0, 0.0, None, tuple(metrics))
+        return Point(name, ratio, 1.0, 0.0, None, "", tuple(metrics))
 
     def _write(self, points: list[Point]) -> None:
         content = json.dumps([asdict(point) for point in points], indent=2, default=str)
@@ -219,7 +232,9 @@ def markdown(recipe: Recipe, points: list[Point]) -> str:
         }
         for point in points
     ]
-    return render("sweep.md.jinja", escape=False, recipe=recipe, texts=texts, rows=rows)
+    values = {"source": recipe.model.source, "texts": texts, "rows": rows}
+    values["calibration"] = next((point.text for point in points if point.text), "no text")
+    return render("sweep.md.jinja", escape=False, **values)
 
 
 def _key(metric: Metric) -> str:

@@ -51,6 +51,13 @@ def all_of(names: Iterable[str]) -> Callable[[tuple[str, ...]], tuple[str, ...]]
     return check_all
 
 
+def variant_name(name: str) -> str:
+    """A name that a file can have, and that is not the dense model's."""
+    if name == "dense" or not re.fullmatch(r"[\w+=., -]+", name):
+        raise ValueError(f"{name!r} is no name: use letters, digits, spaces, + and -, not 'dense'")
+    return name
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Ratios = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(_split)]
 Options = Annotated[dict[str, Any], BeforeValidator(_pairs)]

@@ -104,7 +104,16 @@ def test_nothing_is_measured_twice(
 
 def test_without_variants_the_recipe_itself_is_swept(source: Path) -> None:
     found = list(variants(recipe(source)))
-    assert [(v.name, v.factorize.method) for v in found] == [("whitened", "whitened")]
+    assert [(v.name, v.factorize.method) for v in found] == [("auto", "auto")]
+
+
+def test_variants_without_a_method_are_the_recipes_otherwise(source: Path) -> None:
+    wanted = recipe(source, variants={"anchored": {"sequential": "anchored"}})
+    wanted = wanted.model_copy(
+        update={"factorize": wanted.factorize.model_copy(update={"method": "nystrom"})}
+    )
+    found = next(variants(wanted))
+    assert (found.factorize.method, found.factorize.sequential) == ("nystrom", "anchored")
 
 
 def test_variants_have_their_own_defaults(source: Path) -> None:
@@ -116,6 +125,11 @@ def test_variants_have_their_own_defaults(source: Path) -> None:
 def test_what_is_wrong_is_named(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"x\.metod: unknown, did you mean 'method'"):
         list(variants(recipe(source, variants={"x": {"metod": "svd"}})))
+    with pytest.raises(InputError, match="x.include: it holds for all variants"):
+        list(variants(recipe(source, variants={"x": {"include": ["a"]}})))
+    for name in ("dense", "a/b"):
+        with pytest.raises(InputError, match="is no name"):
+            recipe(source, variants={name: {"method": "svd"}})
     with pytest.raises(InputError, match="unknown, choose from svd"):
         recipe(source, methods=["none"])
     (tmp_path / "notes.txt").write_text("mine")
