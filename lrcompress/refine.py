@@ -132,15 +132,10 @@ class Refinement:
         """
         down = [spec for spec in specs if spec.role == "down"]
         moments, needs = self.prepared.moments, self.prepared.method.requires
-        if (
-            moments is None
-            or "gradient_moment" not in needs
-            or not down
-            or not self.streams.adds_to_residual(index, down[-1].name)
-        ):
+        if moments is None or "gradient_moment" not in needs or not down:
             return None
         gradient = moments.statistics(down[-1]).gradient_moment
-        if gradient is None:
+        if gradient is None or not self.streams.adds_to_residual(index, down[-1].name):
             return None
         return roots(damped(to_float64(gradient), METRIC_DAMPING))[0].float()
 

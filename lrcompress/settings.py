@@ -171,7 +171,7 @@ class RefineSettings(Section):
         json_schema_extra={"flag": "refine"},
     )
     epochs: int = Field(
-        4,
+        2,
         ge=1,
         description="Passes over the calibration text.",
         json_schema_extra={"flag": "refine_epochs"},

@@ -125,7 +125,7 @@ def test_variants_have_their_own_defaults(source: Path) -> None:
 def test_what_is_wrong_is_named(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"x\.metod: unknown, did you mean 'method'"):
         list(variants(recipe(source, variants={"x": {"metod": "svd"}})))
-    with pytest.raises(InputError, match="x.include: it holds for all variants"):
+    with pytest.raises(InputError, match=r"x\.include: it holds for all variants"):
         list(variants(recipe(source, variants={"x": {"include": ["a"]}})))
     for name in ("dense", "a/b"):
         with pytest.raises(InputError, match="is no name"):
