@@ -142,9 +142,10 @@ class Refinement:
     def _train(self, error: BlockError, parameters: list[nn.Parameter]) -> RefinedBlock:
         """Adam with a cosine schedule; the parameters of the best epoch stay, or the first ones."""
         started, samples = time.perf_counter(), range(self.held, len(self.streams.compressed))
-        optimizer, schedule = self._optimizer(parameters, len(samples))
         order = torch.Generator().manual_seed(error.index)
         before = best = error.mean(range(self.held))
+        relative = math.sqrt(before / max(error.energy(range(self.held)), before, 1e-30))
+        optimizer, schedule = self._optimizer(parameters, len(samples), relative)
         state, steps = [p.clone() for p in parameters], 0
         for _ in range(self.settings.epochs):
             for i in torch.randperm(len(samples), generator=order).tolist():
@@ -159,12 +160,16 @@ class Refinement:
         return RefinedBlock(error.index, before, best, steps, time.perf_counter() - started)
 
     def _optimizer(
-        self, parameters: list[nn.Parameter], samples: int
+        self, parameters: list[nn.Parameter], samples: int, relative: float
     ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """The rate of every parameter is relative to its root mean square."""
+        """The rate of every parameter is relative to its root mean square and the block's error.
+
+        A block that lost little is near its optimum: the steps of one that lost much would throw
+        it farther off than it was.
+        """
         scales = [float(p.square().mean().sqrt()) for p in parameters]
         groups = [
-            {"params": [p], "lr": self.settings.learning_rate * scale}
+            {"params": [p], "lr": self.settings.learning_rate * relative * scale}
             for p, scale in zip(parameters, scales, strict=True)
         ]
         total = self.settings.epochs * samples
@@ -204,8 +209,15 @@ class BlockError:
     metric: Tensor | None
 
     def __call__(self, sample: int) -> Tensor:
-        target = self.targets[sample]
-        output = self.streams.run(self.index, self.streams.compressed[sample]).output
+        hidden = self.streams.compressed[sample]
+        return self._of(self.streams.run(self.index, hidden).output, self.targets[sample])
+
+    def energy(self, samples: Sequence[int]) -> float:
+        """The error of doing nothing: what the block adds to the residual stream."""
+        dense = self.streams.dense
+        return sum(float(self._of(dense[i], self.targets[i])) for i in samples) / len(samples)
+
+    def _of(self, output: Tensor, target: Tensor) -> Tensor:
         difference = output - target
         if self.metric is not None:
             difference = difference @ self.metric.to(difference.device)

@@ -177,10 +177,11 @@ class RefineSettings(Section):
         json_schema_extra={"flag": "refine_epochs"},
     )
     learning_rate: float = Field(
-        0.01,
+        0.02,
         gt=0,
         le=1,
-        description="Step of Adam, relative to the root mean square of each weight.",
+        description="Step of Adam, relative to the root mean square of each weight and to the "
+        "block's error.",
         json_schema_extra={"flag": "refine_learning_rate"},
     )
 

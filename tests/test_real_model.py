@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,20 @@ def test_size_is_what_was_asked_for_and_memory_is_bounded(
     assert record["saved"]["parameters"] == record["counts"]["model"]["kept"]
     assert int((folders / f"{method}.peak").read_text()) < gib * 2**30
     assert record["seconds"] < seconds
+
+
+@pytest.mark.real_model
+def test_bfloat16_costs_the_pivoted_form_nothing(folders: Path) -> None:
+    record = json.loads((folders / "auto" / "lrcompress.json").read_text())
+    largest = [linear["largest_coefficient"] for linear in record["linears"]]
+    assert 0 < max(value for value in largest if value is not None) < 10
+    values = {}
+    for dtype in ("float32", "bfloat16"):
+        model, tokenizer = lrcompress.load(folders / "auto", dtype=dtype)
+        settings: dict[str, Any] = {"perplexity": ["pydoc:test"], "limit": 8, "speed": False}
+        found = lrcompress.evaluate(model, tokenizer, **settings)
+        values[dtype] = next(m.value for m in found if m.name == "token perplexity")
+    assert values["bfloat16"] == pytest.approx(values["float32"], rel=0.005)
 
 
 @pytest.mark.real_model
