@@ -66,15 +66,22 @@ class Moments:
         if linear.input_group not in self.sums:
             raise InputError(f"calibration never reached {linear.name}: exclude it by name")
         moment = _symmetric(self.sums[linear.input_group]) / self.tokens
-        gradient = self.gradient_sums.get(linear.name)
-        if gradient is not None:
-            gradient = _symmetric(gradient) / self.gradient_tokens
-        for found, what in ((moment, "input"), (gradient, "output gradient")):
-            if found is not None and not bool(found.isfinite().all()):
-                raise InputError(
-                    f"the {what} of {linear.name} is not finite: calibrate with --dtype float32"
-                )
-        return Statistics(moment, gradient)
+        return Statistics(_finite(moment, "input", linear), self.gradient(linear))
+
+    def gradient(self, linear: LinearSpec) -> Tensor | None:
+        """The gradient moment of `linear` if it was measured."""
+        found = self.gradient_sums.get(linear.name)
+        if found is None:
+            return None
+        return _finite(_symmetric(found) / self.gradient_tokens, "output gradient", linear)
+
+
+def _finite(moment: Tensor, what: str, linear: LinearSpec) -> Tensor:
+    if not bool(moment.isfinite().all()):
+        raise InputError(
+            f"the {what} of {linear.name} is not finite: calibrate with --dtype float32"
+        )
+    return moment
 
 
 def _add(sums: dict[str, Tensor], key: str, rows: Tensor, dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +22,10 @@ READ_SAMPLES, WRITTEN_SAMPLES = 60, 20
 
 
 class Calibration:
-    """Tokens and moments of one model; whatever stage asks first has them made."""
+    """Tokens and moments of one model; whatever stage asks first has them made.
+
+    `reading` and `measuring` are the seconds that text and moments took.
+    """
 
     def __init__(
         self,
@@ -33,13 +37,14 @@ class Calibration:
     ) -> None:
         self.model, self.tokenizer, self.linears = model, tokenizer, linears
         self.settings, self.progress = settings, progress
-        self.read = False
+        self.reading = self.measuring = 0.0
         self._moments: Moments | None = None
 
     @cached_property
     def _text(self) -> tuple[Tensor, Fingerprint]:
+        started = time.perf_counter()
         found = calibration_tokens(self.model, self.tokenizer, self.settings, self.progress)
-        self.read = True
+        self.reading = time.perf_counter() - started
         return found
 
     @property
@@ -50,15 +55,16 @@ class Calibration:
     @property
     def fingerprint(self) -> Fingerprint | None:
         """Of the text, if any stage has read it."""
-        return self._text[1] if self.read else None
+        return self._text[1] if "_text" in vars(self) else None
 
     def moments(self, gradients: bool) -> Moments:
-        """With gradients, or with or without them."""
+        """Measured with gradients if they are wanted; those serve who wants none, too."""
         known = self._moments
         if known is None or (gradients and not known.gradient_tokens):
             samples = self.settings.gradient_samples if gradients else 0
-            known = measure_moments(self.model, self.linears, self.tokens, samples, self.progress)
-            self._moments = known
+            tokens, started = self.tokens, time.perf_counter()
+            known = measure_moments(self.model, self.linears, tokens, samples, self.progress)
+            self._moments, self.measuring = known, time.perf_counter() - started
         return known
 
 
@@ -75,22 +81,33 @@ def calibration_tokens(
             "calibration reads text and the model has no tokenizer: add the tokenizer's files to "
             "its folder (in Python: pass tokenizer=), or use --method svd, which reads none"
         )
-    length = sequence_length(model, settings.seq_len)
-    wanted = settings.num_samples
-    count = wanted or (WRITTEN_SAMPLES if set(settings.data) == {SELF} else READ_SAMPLES)
-    texts = settings.data[:count]
-    parts = []
-    for index, spec in enumerate(texts):
-        share = len(range(index, count, len(texts)))
-        if spec == SELF:
-            bos = bos_token(tokenizer)
-            parts.append(sampled_blocks(model, bos, share, length, settings.seed, progress))
-        else:
-            corpus, fewer = read_corpus(spec, "calibration"), wanted is None
-            parts.append(token_blocks(corpus, tokenizer, share, length, settings.seed, fewer))
+    length, texts = sequence_length(model, settings.seq_len), settings.data
+    count = settings.num_samples
+    count = count or (WRITTEN_SAMPLES if set(texts) == {SELF} else READ_SAMPLES)
+    if count < len(texts):
+        raise InputError(f"{len(texts)} texts cannot share {count} samples: raise --num-samples")
+    shares = [len(range(index, count, len(texts))) for index in range(len(texts))]
+    parts = [
+        _blocks(spec, model, tokenizer, share, length, settings, progress)
+        for spec, share in zip(texts, shares, strict=True)
+    ]
     turns = range(max(map(len, parts)))
     blocks = torch.stack([part[turn] for turn in turns for part in parts if turn < len(part)])
-    count = len(blocks)
     digest = hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()
-    name = ",".join(texts)
-    return blocks, Fingerprint(name, count, length, settings.seed, blocks.numel(), digest)
+    name, size = ",".join(texts), blocks.numel()
+    return blocks, Fingerprint(name, len(blocks), length, settings.seed, size, digest)
+
+
+def _blocks(
+    spec: str,
+    model: Any,
+    tokenizer: Any,
+    count: int,
+    length: int,
+    settings: CalibrationSettings,
+    progress: Progress,
+) -> Tensor:
+    if spec == SELF:
+        return sampled_blocks(model, bos_token(tokenizer), count, length, settings.seed, progress)
+    corpus, fewer = read_corpus(spec, "calibration"), settings.num_samples is None
+    return token_blocks(corpus, tokenizer, count, length, settings.seed, fewer)

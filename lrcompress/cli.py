@@ -40,11 +40,12 @@ class Group(click.Group):
                 raise
             _fail(_machine_fault(MemoryError()), 1)
         except KeyboardInterrupt:
-            _fail(
-                "interrupted; nothing half-written was left, and the same command goes on from "
-                "what was finished",
-                INTERRUPTED,
-            )
+            _fail(f"interrupted; nothing half-written was left{_goes_on(context)}", INTERRUPTED)
+
+
+def _goes_on(context: click.Context) -> str:
+    resumes = context.invoked_subcommand in ("run", "sweep") or "--refine" in sys.argv
+    return ", and the same command goes on from what was finished" if resumes else ""
 
 
 def _fail(message: str, code: int) -> None:
@@ -268,7 +269,7 @@ def run_command(recipe_file: Path, out: Path, overrides: tuple[str, ...], overwr
 @click.argument("out", type=click.Path(path_type=Path))
 @_SET
 @click.option("--keep-ratio", metavar="X,...", help="Shares of the FFN parameters kept.")
-@click.option("--method", metavar="NAME,...", help="Methods, each a variant of the recipe.")
+@click.option("--method", metavar="NAME,...", help="Methods, instead of the recipe's variants.")
 def sweep_command(
     recipe_file: Path,
     out: Path,
@@ -281,6 +282,8 @@ def sweep_command(
 
     given = {"keep_ratios": keep_ratio, "methods": method}
     more = [f"sweep.{key}={value}" for key, value in given.items() if value is not None]
+    if method is not None:
+        more.append("sweep.variants={}")
     recipe = read_recipe(recipe_file, (*overrides, *more))
     from lrcompress import console, sweep
 

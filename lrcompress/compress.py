@@ -148,13 +148,14 @@ class Compression:
         """Names what refined blocks depend on; work of another model or setting is not used."""
         sections = (self.calibration, self.settings, self.refinement)
         settings = [section.model_dump(mode="json") for section in sections]
-        what = [settings, dict(plan.ranks), dict(plan.widths)]
+        what = [checkpoint.versions(), settings, dict(plan.ranks), dict(plan.widths)]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
         digest.update(text.tokens.numpy().tobytes())
-        for layer in originals.values():
-            digest.update(
-                dense_weight(layer).detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            )
+        kept = [(name, layer.state_dict()) for name, layer in originals.items()]
+        for owner, tensors in (("", self.model.state_dict()), *kept):
+            for name, tensor in tensors.items():
+                digest.update(f"{owner} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
 

@@ -190,11 +190,12 @@ def token_blocks(
     length = seq_len if bos is None else seq_len - 1
     stream = _token_stream(corpus, tokenizer, OVERDRAW * num_samples * length)
     available = len(stream) // length
-    if available < (1 if fewer else num_samples):
+    least = 1 if fewer else num_samples
+    if available < least:
         remedy = f"at most --num-samples {available}" if available else "a shorter --seq-len"
         raise InputError(
-            f"{corpus.spec!r} holds {len(stream)} tokens, {num_samples} samples of {seq_len} need "
-            f"{num_samples * length}: give more text, or {remedy}"
+            f"{corpus.spec!r} holds {len(stream)} tokens, {least} of the samples of "
+            f"{seq_len} need {least * length}: give more text, or {remedy}"
         )
     num_samples = min(num_samples, available)
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))

@@ -108,8 +108,12 @@ def _failed(out: Path, error: BaseException) -> MachineError:
 def replace_text(file: Path, text: str) -> None:
     """Writes `file` in one rename."""
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, "utf-8")
-    partial.replace(file)
+    try:
+        partial.write_text(text, "utf-8")
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def render(template: str, escape: bool, **values: Any) -> str:

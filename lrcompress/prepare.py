@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -114,9 +114,8 @@ def _statistics(specs: Sequence[LinearSpec], moments: Moments | None) -> dict[st
     """Linears of one input group share one tensor, so that its roots are taken once."""
     if moments is None:
         return {spec.name: Statistics() for spec in specs}
-    found = {spec.name: moments.statistics(spec) for spec in specs}
-    shared = {spec.input_group: found[spec.name].second_moment for spec in specs}
+    first = {spec.input_group: spec for spec in reversed(specs)}
+    shared = {group: moments.statistics(spec).second_moment for group, spec in first.items()}
     return {
-        spec.name: replace(found[spec.name], second_moment=shared[spec.input_group])
-        for spec in specs
+        spec.name: Statistics(shared[spec.input_group], moments.gradient(spec)) for spec in specs
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,17 +49,20 @@ def refine(
 
     `originals` are the dense layers that they replaced; tokens (samples, length). With `work`,
     a folder, finished blocks are kept there and found again. Raises InputError for fewer than
-    two samples, or where the loss is not finite.
+    two samples, where the loss is not finite, or where a layer is never reached.
     """
     if len(tokens) < 2:
-        raise InputError("refine holds samples out: give at least --num-samples 2")
+        raise InputError(
+            "refine holds samples out and there is one: give more text and --num-samples, or a "
+            "shorter --seq-len"
+        )
     with evaluation_mode(model):
         refinement = Refinement(model, originals, prepared, tokens, settings)
         return tuple(refinement.blocks(work, progress))
 
 
 class Refinement:
-    """The walk through the blocks, in float32 whatever the precision of the model."""
+    """The walk through the blocks, in float32 or better whatever the precision of the model."""
 
     def __init__(
         self,
@@ -72,7 +75,8 @@ class Refinement:
         self.model, self.originals, self.prepared = model, originals, prepared
         self.settings = settings
         self.held = max(1, round(HELD_OUT * len(tokens)))
-        self.streams = Streams(model, tokens, torch.float32)
+        self.stored = model.dtype
+        self.streams = Streams(model, tokens, torch.promote_types(model.dtype, torch.float32))
 
     def blocks(self, work: Path | None, progress: Progress) -> Iterator[RefinedBlock]:
         count = len(self.streams.blocks)
@@ -120,7 +124,8 @@ class Refinement:
         done = None if file is None else read_block(file, parameters)
         if done is None:
             error = BlockError(self.streams, index, targets, self._metric(index, specs))
-            done = self._train(error, list(parameters.values()))
+            with _training(self.streams.blocks[index], parameters.values()):
+                done = self._train(error, parameters)
             if file is not None:
                 write_block(file, parameters, done)
         return done
@@ -134,30 +139,48 @@ class Refinement:
         moments, needs = self.prepared.moments, self.prepared.method.requires
         if moments is None or "gradient_moment" not in needs or not down:
             return None
-        gradient = moments.statistics(down[-1]).gradient_moment
+        gradient = moments.gradient(down[-1])
         if gradient is None or not self.streams.adds_to_residual(index, down[-1].name):
             return None
-        return roots(damped(to_float64(gradient), METRIC_DAMPING))[0].float()
+        root = roots(damped(to_float64(gradient), METRIC_DAMPING))[0]
+        return root.to(self.streams.dtype)
 
-    def _train(self, error: BlockError, parameters: list[nn.Parameter]) -> RefinedBlock:
-        """Adam with a cosine schedule; the parameters of the best epoch stay, or the first ones."""
+    def _train(self, error: BlockError, named: Mapping[str, nn.Parameter]) -> RefinedBlock:
+        """Adam with a cosine schedule; the parameters of the best epoch stay, or the first ones.
+
+        An epoch is judged by what would be saved: parameters rounded to the model's precision.
+        """
+        parameters = list(named.values())
         started, samples = time.perf_counter(), range(self.held, len(self.streams.compressed))
         order = torch.Generator().manual_seed(error.index)
         before = best = error.mean(range(self.held))
+        if not math.isfinite(before):
+            raise InputError(
+                f"the output of block {error.index} is not finite: load with --dtype float32"
+            )
         relative = math.sqrt(before / max(error.energy(range(self.held)), before, 1e-30))
         optimizer, schedule = self._optimizer(parameters, len(samples), relative)
         state, steps = [p.clone() for p in parameters], 0
         for _ in range(self.settings.epochs):
             for i in torch.randperm(len(samples), generator=order).tolist():
-                self._step(error, samples[i], parameters, optimizer)
+                _step(error, samples[i], named, optimizer)
                 schedule.step()
                 steps += 1
+            exact = [p.clone() for p in parameters]
+            rounded = [p.to(self.stored).to(p.dtype) for p in parameters]
+            _copy(rounded, parameters)
             now = error.mean(range(self.held))
+            if not math.isfinite(now):
+                raise InputError(
+                    f"refinement of block {error.index} diverged: use a smaller "
+                    "--refine-learning-rate"
+                )
             if now < best:
-                best, state = now, [p.clone() for p in parameters]
-        for parameter, value in zip(parameters, state, strict=True):
-            parameter.copy_(value)
-        return RefinedBlock(error.index, before, best, steps, time.perf_counter() - started)
+                best, state = now, rounded
+            _copy(exact, parameters)
+        _copy(state, parameters)
+        seconds = time.perf_counter() - started
+        return RefinedBlock(error.index, before, best, error.metric is not None, steps, seconds)
 
     def _optimizer(
         self, parameters: list[nn.Parameter], samples: int, relative: float
@@ -180,19 +203,26 @@ class Refinement:
         optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12)
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-    def _step(
-        self,
-        error: BlockError,
-        sample: int,
-        parameters: list[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        with torch.enable_grad(), _training(parameters):
-            gradients = torch.autograd.grad(error(sample), parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        optimizer.zero_grad()
+
+def _step(
+    error: BlockError,
+    sample: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    with torch.enable_grad():
+        found = torch.autograd.grad(error(sample), list(parameters.values()), allow_unused=True)
+    for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
+        if gradient is None:
+            raise InputError(f"the text never reaches {name}: exclude its linear by name")
+        parameter.grad = gradient
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _copy(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 @dataclass(frozen=True)
@@ -218,7 +248,7 @@ class BlockError:
         return sum(float(self._of(dense[i], self.targets[i])) for i in samples) / len(samples)
 
     def _of(self, output: Tensor, target: Tensor) -> Tensor:
-        difference = output - target
+        difference = output.to(target.device) - target
         if self.metric is not None:
             difference = difference @ self.metric.to(difference.device)
         size = target.square().sum(-1)
@@ -226,22 +256,18 @@ class BlockError:
         return (difference.square().sum(-1) * weight).mean()
 
     def mean(self, samples: Sequence[int]) -> float:
-        """Over `samples`. Raises InputError where it is not finite."""
-        found = sum(float(self(sample)) for sample in samples) / len(samples)
-        if not math.isfinite(found):
-            raise InputError(
-                f"refinement of block {self.index} diverged: use a smaller --refine-learning-rate"
-            )
-        return found
+        return sum(float(self(sample)) for sample in samples) / len(samples)
 
 
 @contextmanager
-def _training(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    wanted = [parameter.requires_grad for parameter in parameters]
+def _training(block: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """`parameters` take gradients and nothing else in the block does."""
+    wanted = [(parameter, parameter.requires_grad) for parameter in block.parameters()]
     try:
+        block.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
         yield
     finally:
-        for parameter, was in zip(parameters, wanted, strict=True):
+        for parameter, was in wanted:
             parameter.requires_grad_(was)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,35 +19,34 @@ from lrcompress.protocols import MachineError
 class RefinedBlock:
     """What refinement did to one block: the loss on held-out samples before and after.
 
-    Where gradients were measured the loss is twice the estimated rise of the model's loss, in
-    nats per token; otherwise a squared error of the block's output.
+    With `estimates_loss` that loss is twice the estimated rise of the model's loss, in nats per
+    token; otherwise it is a squared error of the block's output.
     """
 
     block: int
     before: float
     after: float
+    estimates_loss: bool
     steps: int
     seconds: float
 
 
 @torch.no_grad()
 def read_block(file: Path, parameters: Mapping[str, nn.Parameter]) -> RefinedBlock | None:
-    """Fills `parameters` from the file of a finished block, if there is one."""
+    """Fills `parameters` from the file of a finished block; None if there is no whole one."""
     if not file.is_file():
         return None
-    with safe_open(file, "pt") as stored:
-        if set(stored.keys()) != set(parameters):
-            return None
-        for name, parameter in parameters.items():
-            parameter.copy_(stored.get_tensor(name))
-        found = stored.metadata()
-    return RefinedBlock(
-        int(found["block"]),
-        float(found["before"]),
-        float(found["after"]),
-        int(found["steps"]),
-        float(found["seconds"]),
-    )
+    try:
+        with safe_open(file, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in parameters}
+            done = RefinedBlock(**json.loads(stored.metadata()["block"]))
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return None
+    if any(tensors[name].shape != parameter.shape for name, parameter in parameters.items()):
+        return None
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+    return done
 
 
 def write_block(file: Path, parameters: Mapping[str, nn.Parameter], done: RefinedBlock) -> None:
@@ -55,7 +55,7 @@ def write_block(file: Path, parameters: Mapping[str, nn.Parameter], done: Refine
     tensors = {name: p.detach().contiguous() for name, p in parameters.items()}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {key: repr(value) for key, value in asdict(done).items()})
+        save_file(tensors, partial, {"block": json.dumps(asdict(done))})
         partial.replace(file)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())

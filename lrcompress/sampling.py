@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lrcompress.protocols import Progress
+from lrcompress.protocols import InputError, Progress
 from lrcompress.sizes import evaluation_mode
 
 # documents written at a time, and their length: a step costs more the longer a document has become
 BATCH = 64
 DOCUMENT = 256
+MINIMUM = 8
 
 
 @torch.no_grad()
@@ -29,10 +30,15 @@ def sampled_blocks(
 ) -> Tensor:
     """Token blocks (num_samples, seq_len) of packed documents, each begun with a random token.
 
-    With `bos` every document starts with it. Equal seeds give equal text on one machine.
+    With `bos` every document, and so every block, starts with it. Equal seeds give equal text
+    on one machine. Raises InputError where blocks are too short or the model's output is no
+    number.
     """
     length = min(DOCUMENT, seq_len)
-    documents = -(-num_samples * seq_len // length)
+    if length < MINIMUM:
+        raise InputError(f"blocks of {seq_len} tokens are too short to write: use --seq-len 8")
+    each = -(-seq_len // length)
+    documents = each * num_samples
     generator = torch.Generator().manual_seed(seed)
     batches = -(-documents // BATCH)
     with evaluation_mode(model), _plain_sampling(model), torch.random.fork_rng():
@@ -41,7 +47,7 @@ def sampled_blocks(
             _write(model, min(BATCH, documents - index * BATCH), length, bos, generator)
             for index in progress(range(batches), "Writing calibration text", batches)
         ]
-    return torch.cat(written).flatten()[: num_samples * seq_len].view(num_samples, seq_len)
+    return torch.cat(written).view(num_samples, each * length)[:, :seq_len].contiguous()
 
 
 def _write(
@@ -51,11 +57,11 @@ def _write(
     start = torch.randint(vocabulary, (count, 1), generator=generator)
     if bos is not None:
         start = torch.cat([torch.full((count, 1), bos), start], dim=1)
-    found: Tensor = model.generate(
-        input_ids=start.to(model.device),
-        attention_mask=torch.ones_like(start).to(model.device),
-        max_length=length,
-    )
+    start = start.to(model.device)
+    if not bool(model(input_ids=start, use_cache=False).logits.isfinite().all()):
+        raise InputError("the model's logits are not finite: calibrate with --dtype float32")
+    mask = torch.ones_like(start)
+    found: Tensor = model.generate(input_ids=start, attention_mask=mask, max_length=length)
     return found.cpu()
 
 

@@ -9,9 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lrcompress.ffn import find_blocks
+from lrcompress.protocols import InputError
+
+Extras = tuple[tuple[Any, ...], dict[str, Any]]
+# what blocks may be given that is no tensor: anything else could carry state from block to block
+PLAIN = (type(None), bool, int, float, str)
 
 
 class _Reached(Exception):  # noqa: N818
@@ -38,10 +43,11 @@ class Streams:
         self.model = model
         self.blocks = find_blocks(model)[1]
         self.dtype = dtype
-        self.extras: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.dense = [self._embedded(sample[None].to(model.device)) for sample in tokens]
         self.compressed = list(self.dense)
-        self._record_extras(tokens[:1].to(model.device))
+        self.extras = self._extras(tokens[0])
+        if len(tokens) > 1:
+            self._check(self._extras(tokens[1]))
 
     def _cast(self, found: Any) -> Any:
         if self.dtype is None:
@@ -66,17 +72,31 @@ class Streams:
             hook.remove()
         return self._cast(found[0])  # type: ignore[no-any-return]
 
-    def _record_extras(self, sample: Tensor) -> None:
-        """What each block is given beside hidden states: masks and positions, equal for all."""
-
-        def record(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            others = {key: value for key, value in keywords.items() if key != "hidden_states"}
-            self.extras.append(self._cast((arguments[1:], others)))
-
+    def _extras(self, sample: Tensor) -> dict[int, Extras]:
+        """What each block is given beside hidden states: masks and positions."""
+        found: dict[int, Extras] = {}
         with ExitStack() as stack:
-            for block in self.blocks:
-                stack.callback(block.register_forward_pre_hook(record, with_kwargs=True).remove)
-            self.model.base_model(input_ids=sample, use_cache=False)
+            for index, block in enumerate(self.blocks):
+                hook = self._recorder(index, found)
+                stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            self.model.base_model(input_ids=sample[None].to(self.model.device), use_cache=False)
+        return found
+
+    def _recorder(self, index: int, found: dict[int, Extras]) -> Callable[..., None]:
+        def record(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            others = {key: value for key, value in keywords.items() if key != "hidden_states"}
+            found[index] = self._cast((arguments[1:], others))
+
+        return record
+
+    def _check(self, other: dict[int, Extras]) -> None:
+        """Raises InputError unless every block is given the same for another sample."""
+        for index in range(len(self.blocks)):
+            if index not in self.extras or not _equal(self.extras[index], other[index]):
+                raise InputError(
+                    f"block {index} is given more than its hidden states, or is passed over: "
+                    "leave out --refine and --sequential anchored for this family"
+                )
 
     def run(
         self, block: int, hidden: Tensor, reads: Sequence[str] = (), gives: Sequence[str] = ()
@@ -109,6 +129,17 @@ class Streams:
         return float(difference.abs().mean()) < 1e-2
 
 
+def _equal(first: Extras, second: Extras) -> bool:
+    ones, others = tree_leaves(first), tree_leaves(second)
+    return len(ones) == len(others) and all(map(_same, ones, others))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and bool((one == other).all())
+    return isinstance(one, PLAIN) and one == other
+
+
 def _keep(seen: Pass, name: str, reads: bool, gives: bool) -> Callable[..., None]:
     def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         if reads:
@@ -121,11 +152,11 @@ def _keep(seen: Pass, name: str, reads: bool, gives: bool) -> Callable[..., None
 
 @contextmanager
 def in_float32(block: nn.Module) -> Iterator[None]:
-    """The block's weights in float32; those that did not change come back bit for bit."""
+    """Weights of lower precision in float32; those that did not change come back bit for bit."""
     before = [
         (tensor, tensor.dtype)
         for tensor in (*block.parameters(), *block.buffers())
-        if tensor.is_floating_point()
+        if tensor.dtype in (torch.float16, torch.bfloat16)
     ]
     try:
         for tensor, _ in before:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,14 +17,16 @@ from typing import Any
 from lrcompress import compare, stages
 from lrcompress.calibration import Calibration
 from lrcompress.compress import Compression
+from lrcompress.data import read_corpus
 from lrcompress.files import render, replace_text
 from lrcompress.memory import peak_memory
 from lrcompress.pipeline import load_settings
-from lrcompress.prepare import prepare
+from lrcompress.prepare import Prepared, prepare
 from lrcompress.protocols import Budget, InputError, Metric, Progress, silent
 from lrcompress.recipe import Recipe, flags, from_flat, to_yaml
 from lrcompress.settings import BUDGETS, FactorizeSettings, RefineSettings, Section
 from lrcompress.sizes import sequence_length
+from lrcompress.tasks import Tasks
 
 RECIPE, POINTS = "recipe.yaml", "points"
 FORMATS = ("sweep.md", "sweep.json")
@@ -32,6 +34,7 @@ DENSE = "dense"
 KINDS: dict[str, type[Section]] = {"factorize": FactorizeSettings, "refine": RefineSettings}
 # what a variant decides as a whole: the recipe's own choice would hide a method's defaults
 SELECTION = ("include", "exclude", "dense_first")
+MEASURED = ("perplexity", "context_length", "stride", "tasks", "limit", "num_fewshot", "batch_size")
 METHOD_KEYS = ("method", "method_options", "ranks", "ranks_options", "form")
 
 
@@ -39,9 +42,9 @@ METHOD_KEYS = ("method", "method_options", "ranks", "ranks_options", "form")
 class Point:
     """One variant at one keep_ratio.
 
-    `seconds` of calibration, choices and factorization, as if it had been made alone but for the
-    gradients that another variant may have needed; `memory` in bytes; `text` says what it was
-    calibrated on.
+    `seconds` of calibration, choices and factorization, as if it had been made alone but for
+    gradients that another variant needed; `memory`, the peak in bytes of resident memory; `text`
+    says what it was calibrated on, if anything.
     """
 
     variant: str
@@ -109,53 +112,67 @@ class Sweep:
 
     def all(self) -> list[Point]:
         self._claim()
-        points = [self._point(DENSE, 1.0, lambda: self._measured(DENSE, 1.0, self._model))]
+        for spec in self.recipe.evaluate.perplexity:
+            read_corpus(spec, "test")
+        points = [self._point(None, 1.0, lambda: self._measured(DENSE, 1.0, self._model))]
         for variant in self.variants:
             points += self._of(variant)
             self._write(points)
         return points
 
     def _claim(self) -> None:
-        own = {RECIPE, POINTS, *FORMATS}
-        if self.out.exists() and not (
-            self.out.is_dir() and {path.name for path in self.out.iterdir()} <= own
-        ):
+        """Makes the folder a sweep's. Raises InputError where it holds something else."""
+        if self.out.exists() and not self._is_sweep():
             raise InputError(
                 f"output {str(self.out)!r} exists and is no sweep: choose another name"
             )
+        recipe, text = self.out / RECIPE, to_yaml(self.recipe)
+        if recipe.exists() and recipe.read_text("utf-8") != text:
+            for name in FORMATS:  # they are of other settings
+                (self.out / name).unlink(missing_ok=True)
         (self.out / POINTS).mkdir(parents=True, exist_ok=True)
-        replace_text(self.out / RECIPE, to_yaml(self.recipe))
+        replace_text(recipe, text)
+
+    def _is_sweep(self) -> bool:
+        if not self.out.is_dir():
+            return False
+        names = {path.name for path in self.out.iterdir()}
+        own = {RECIPE, POINTS, *FORMATS}
+        partial = {f".{name}.partial" for name in own}
+        return not names or (POINTS in names and names <= own | partial)
 
     def _of(self, variant: Variant) -> Iterator[Point]:
         shared: dict[str, Any] = {}
         for ratio in self.recipe.sweep.keep_ratios:
-            yield self._point(
-                variant.name, ratio, lambda ratio=ratio: self._made(variant, ratio, shared)
-            )
+            make = partial(self._made, variant, ratio, shared)
+            yield self._point(variant, ratio, make)
 
-    def _point(self, name: str, ratio: float, make: Any) -> Point:
-        file = self.out / POINTS / (DENSE if name == DENSE else f"{name}-{ratio:g}")
-        file = file.with_name(f"{file.name}.json")
-        inputs = stages.digest([self._inputs(name), ratio])
+    def _point(self, variant: Variant | None, ratio: float, make: Callable[[], Point]) -> Point:
+        name = DENSE if variant is None else f"{variant.name}-{ratio:g}"
+        file = self.out / POINTS / f"{name}.json"
+        inputs = stages.digest([self._inputs(variant), ratio])
         known = stages.read(file)
         if known.get("inputs") != inputs:
             known = {"inputs": inputs, "point": asdict(make())}
             stages.write(file, known)
         return Point.from_dict(known["point"])
 
-    def _inputs(self, name: str) -> list[Any]:
-        recipe = self.recipe
-        evaluate = recipe.evaluate
+    def _inputs(self, variant: Variant | None) -> list[Any]:
+        recipe, evaluate = self.recipe, self.recipe.evaluate
         texts = [stages.data_state(spec) for spec in (*evaluate.perplexity, *evaluate.tasks)]
-        common = [recipe.model.model_dump(), stages.model_state(recipe.model)]
-        common += [evaluate.model_dump(mode="json"), texts]
-        for variant in self.variants:
-            if variant.name == name:
-                factorize = variant.factorize.model_dump(mode="json", exclude={*BUDGETS})
-                common += [factorize, variant.refine.model_dump()]
-                common += [recipe.calibration.model_dump(mode="json")]
-                common += [stages.data_state(spec) for spec in recipe.calibration.data]
-        return common
+        measuring = evaluate.model_dump(mode="json", include={*MEASURED})
+        dense = [recipe.model.model_dump(), stages.model_state(recipe.model), measuring, texts]
+        if variant is None:
+            return dense
+        calibration = recipe.calibration
+        read = [stages.data_state(spec) for spec in calibration.data]
+        settings = variant.factorize.model_dump(mode="json", exclude={*BUDGETS})
+        made = [settings, variant.refine.model_dump(), calibration.model_dump(mode="json"), read]
+        return dense + made
+
+    @cached_property
+    def _tasks(self) -> Tasks | None:
+        return compare.resolve_tasks(self.recipe.evaluate)
 
     @cached_property
     def _loaded(self) -> compare.Loaded:
@@ -171,45 +188,59 @@ class Sweep:
         return Compression(model, tokenizer, calibration, settings, refine, self.progress, None)
 
     @cached_property
-    def _text(self) -> tuple[Calibration, float]:
-        """Of the widest needs of all variants, and the seconds that measuring took."""
-        started = time.perf_counter()
+    def _text(self) -> tuple[Calibration, int | None]:
+        """Of the widest needs of all variants, and the peak memory of measuring."""
         text = self._compression(self.variants[0], self._model).text()
         needs = [variant.factorize.compressor().requires for variant in self.variants]
-        if any(needs):
-            text.moments(any("gradient_moment" in need for need in needs))
-        return text, time.perf_counter() - started
+        with peak_memory() as memory:
+            if any(needs):
+                text.moments(any("gradient_moment" in need for need in needs))
+        return text, memory.peak
 
     def _made(self, variant: Variant, ratio: float, shared: dict[str, Any]) -> Point:
-        text, calibrating = self._text
+        text, peak = self._text
         with peak_memory() as memory:
-            if "prepared" not in shared:
-                started = time.perf_counter()
-                shared["prepared"] = prepare(
-                    self._model, text.linears, variant.factorize, None, text.moments, self.progress
-                )
-                shared["seconds"] = time.perf_counter() - started
-            prepared = shared["prepared"]
             started = time.perf_counter()
+            if not shared:
+                settings = variant.factorize
+                arguments = (settings, None, text.moments, self.progress)
+                shared["prepared"] = prepare(self._model, text.linears, *arguments)
+                shared["seconds"] = time.perf_counter() - started
+                started = time.perf_counter()
+            prepared = shared["prepared"]
             plan = prepared.allocator.allocate(prepared.choices, Budget(keep_ratio=ratio))
-            model = copy.deepcopy(self._model)
+            model, read = copy.deepcopy(self._model), text.reading
             done = self._compression(variant, model).carry_out(replace(prepared, plan=plan), text)
-            seconds = time.perf_counter() - started + shared["seconds"]
-            if prepared.moments is not None:
-                seconds += calibrating
+            seconds = time.perf_counter() - started - (text.reading - read) + shared["seconds"]
         point = self._measured(variant.name, ratio, model)
-        kept = done.selected.keep_ratio
+        point = replace(point, kept=done.selected.keep_ratio, seconds=seconds, memory=memory.peak)
+        return self._charged(point, variant, prepared, text, peak)
+
+    def _charged(
+        self,
+        point: Point,
+        variant: Variant,
+        prepared: Prepared,
+        text: Calibration,
+        peak: int | None,
+    ) -> Point:
+        """`point` with its part in what was shared."""
+        measured = prepared.moments is not None
+        if not (measured or variant.refine.enabled or variant.factorize.sequential == "anchored"):
+            return point
         read = text.fingerprint
-        words = "" if read is None else f"{read.num_samples} x {read.seq_len} tokens of {read.data}"
-        return replace(point, kept=kept, seconds=seconds, memory=memory.peak, text=words)
+        assert read is not None
+        words = f"{read.num_samples} x {read.seq_len} tokens of {read.data}"
+        seconds = point.seconds + text.reading + (text.measuring if measured else 0.0)
+        memory = max(point.memory or 0, (peak or 0) if measured else 0) or None
+        return replace(point, text=words, seconds=seconds, memory=memory)
 
     def _measured(self, name: str, ratio: float, model: Any) -> Point:
         settings = self.recipe.evaluate
         length = sequence_length(model, settings.context_length)
-        tasks = compare.resolve_tasks(settings)
         label = name if name == DENSE else f"{name} {ratio:g}"
         loaded = (model, self._loaded[1])
-        metrics = compare.quality(label, loaded, settings, tasks, length, self.progress)
+        metrics = compare.quality(label, loaded, settings, self._tasks, length, self.progress)
         return Point(name, ratio, 1.0, 0.0, None, "", tuple(metrics))
 
     def _write(self, points: list[Point]) -> None:

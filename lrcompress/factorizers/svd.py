@@ -108,10 +108,10 @@ class WhitenedSVD(ScaledSVD):
         return WeakIdKeyDictionary()
 
     def _damped(self, moment: Tensor, damping: float) -> Metric:
-        if moment not in self._metrics:
-            self._metrics[moment] = Metric(damped(to_float64(moment), damping))
-        found: Metric = self._metrics[moment]
-        return found
+        known: dict[float, Metric] = self._metrics.setdefault(moment, {})  # type: ignore[no-untyped-call]
+        if damping not in known:
+            known[damping] = Metric(damped(to_float64(moment), damping))
+        return known[damping]
 
     def metric(self, statistics: Statistics) -> Metric:
         return self._damped(_second_moment(statistics), self.damping)
