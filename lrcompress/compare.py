@@ -15,6 +15,7 @@ from lrcompress.protocols import InputError, Metric, Progress, silent
 from lrcompress.recipe import from_flat
 from lrcompress.settings import EvaluateSettings
 from lrcompress.sizes import evaluation_mode, parameter_count, sequence_length
+from lrcompress.sources import Loaded
 from lrcompress.tasks import Tasks, resolve, run_tasks
 
 
@@ -36,9 +37,6 @@ def evaluate(
     pairs = None if baseline is None else (baseline, tokenizer)
     models = label_models((model, tokenizer), pairs)
     return measure(models, checked, resolve_tasks(checked), progress)
-
-
-Loaded = tuple[Any, Any]  # a model and its tokenizer
 
 
 def label_models(model: Loaded, baseline: Loaded | None = None) -> dict[str, Loaded]:
