@@ -48,11 +48,9 @@ def train(
     """Trains `model` in place towards `teacher`; the parameters of the best measurement stay.
 
     `tokens` and `held_out` are (sequences, length). Checkpoints are kept in `work`; a run that
-    finds one there goes on from it. Raises InputError where nothing is compressed, where the
-    vocabularies differ, or where training diverges.
+    finds one there goes on from it. Raises InputError where training diverges.
     """
     started = time.perf_counter()
-    _check(model, teacher)
     parameters = list(_trainable(model, settings.train))
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
@@ -78,7 +76,8 @@ def train(
     return _recovery(trainer, parameters, tokens, settings, time.perf_counter() - started)
 
 
-def _check(model: Any, teacher: Any) -> None:
+def check_pair(model: Any, teacher: Any) -> None:
+    """Raises InputError where nothing is compressed, or where the vocabularies differ."""
     if not any(compressed_layers(model)):
         raise InputError("nothing in the model is compressed: factorize it first")
     sizes = [m.get_input_embeddings().num_embeddings for m in (model, teacher)]

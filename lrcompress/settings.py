@@ -199,7 +199,9 @@ class FinetuneSettings(Section):
     max_steps: int = Field(200, ge=1, description="Optimizer steps.")
     batch_size: int = Field(2, ge=1, description="Sequences in a forward pass.")
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes in a step.")
-    train_length: int = Field(512, ge=2, description="Tokens in a sequence.")
+    train_length: int | None = Field(
+        None, ge=2, description="Tokens in a sequence; default 512, or the model's maximum if less."
+    )
     learning_rate: float = Field(2e-4, gt=0, description="Peak rate of AdamW.")
     temperature: float = Field(1.0, gt=0, description="Softens both distributions.")
     cross_entropy: float = Field(

@@ -15,10 +15,12 @@ from lrcompress import checkpoint, stages
 from lrcompress.data import read_corpus, token_blocks
 from lrcompress.files import check_free
 from lrcompress.protocols import InputError, Progress, silent
-from lrcompress.recovery import train
+from lrcompress.recovery import check_pair, train
 from lrcompress.settings import FinetuneSettings, ModelSettings
 from lrcompress.sizes import sequence_length
 from lrcompress.sources import load_settings, other_source
+
+TRAIN_LENGTH = 512
 
 
 def finetune_to(
@@ -39,6 +41,7 @@ def finetune_to(
         raise InputError(f"{source.source!r} names no source: give --teacher MODEL")
     model, tokenizer = load_settings(source)
     teacher, _ = load_settings(other_source(source, name))
+    check_pair(model, teacher)
     tokens, text = training_tokens(model, tokenizer, settings)
     work = out.with_name(f".{out.name}.finetune") / _identity(source, settings, text)
     held = settings.held_out
@@ -59,6 +62,8 @@ def training_tokens(
     if tokenizer is None:
         raise InputError("finetune reads text and the model has no tokenizer: add its files")
     length = sequence_length(model, settings.train_length)
+    if settings.train_length is None:
+        length = min(length, TRAIN_LENGTH)
     each = settings.batch_size * settings.gradient_accumulation
     wanted = settings.held_out + settings.max_steps * each
     share = -(-wanted // len(settings.data))
