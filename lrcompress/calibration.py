@@ -18,7 +18,7 @@ from lrcompress.settings import CalibrationSettings
 from lrcompress.sizes import sequence_length
 
 # samples where the user names no number: writing them costs more than reading them
-READ_SAMPLES, WRITTEN_SAMPLES = 60, 20
+READ_SAMPLES, WRITTEN_SAMPLES = 50, 20
 
 
 class Calibration:

@@ -6,15 +6,14 @@ import json
 import logging
 import os
 import sys
-import types
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from lrcompress import __version__
+from lrcompress.options import SettingsCommand, build_recipe
 from lrcompress.protocols import InputError, MachineError
 
 INTERRUPTED = 130
@@ -70,84 +69,6 @@ def _quiet_libraries() -> None:
     logging.getLogger("py.warnings").setLevel(logging.ERROR)
 
 
-class SettingsCommand(click.Command):
-    """A command whose options are the fields of recipe sections, read when they are needed."""
-
-    def __init__(self, *args: Any, sections: tuple[str, ...], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.sections = sections
-
-    def get_params(self, context: click.Context) -> list[click.Parameter]:
-        fixed = super().get_params(context)
-        return [*fixed[:-1], *_options(self.sections), fixed[-1]]
-
-
-def _options(sections: tuple[str, ...]) -> list[click.Parameter]:
-    from lrcompress import recipe
-
-    options: list[click.Parameter] = []
-    for kind in _kinds(sections).values():
-        for flag, name in recipe.flags(kind).items():
-            if name != "source":
-                options.append(_option(flag, kind.model_fields[name]))
-    return options
-
-
-def _kinds(sections: tuple[str, ...]) -> dict[str, Any]:
-    from lrcompress.recipe import Recipe
-
-    return {name: Recipe.model_fields[name].annotation for name in sections}
-
-
-def _option(flag: str, field: Any) -> click.Option:
-    """Values stay text: pydantic converts and checks them, as it does for recipes."""
-    name, kind = flag.replace("_", "-"), field.annotation
-    help_text = field.description + _default_words(field.default)
-    if kind is bool:
-        return click.Option([f"--{name}/--no-{name}"], default=None, help=help_text)
-    several = typing.get_origin(kind) in (tuple, dict)
-    return click.Option(
-        [f"--{name}"],
-        default=None,
-        multiple=several,
-        metavar=_metavar(kind),
-        help=help_text + (" May be repeated." if several else ""),
-    )
-
-
-def _default_words(default: object) -> str:
-    if default in (None, (), {}) or isinstance(default, bool):
-        return " [default: on]" if default is True else ""
-    shown = ",".join(default) if isinstance(default, tuple) else default
-    return f" [default: {shown}]"
-
-
-def _metavar(kind: Any) -> str:
-    if typing.get_origin(kind) is dict:
-        return "KEY=VALUE"
-    if typing.get_origin(kind) is typing.Literal:
-        return "|".join(typing.get_args(kind))
-    if isinstance(kind, types.UnionType):
-        kind = typing.get_args(kind)[0]
-    return {int: "N", float: "X"}.get(kind, "TEXT")
-
-
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that the user set."""
-    return {name: value for name, value in values.items() if value not in (None, ())}
-
-
-def _say(flag: str) -> str:
-    return "MODEL" if flag == "source" else f"--{flag.replace('_', '-')}"
-
-
-def _recipe(sections: tuple[str, ...], source: str, options: Mapping[str, Any]) -> Any:
-    from lrcompress.recipe import Recipe, from_flat
-
-    flat = _given(options) | {"source": source}
-    return Recipe(**from_flat(_kinds(sections), flat, _say))
-
-
 def _out(required: bool) -> Callable[[Any], Any]:
     return click.option(
         "--out", type=click.Path(path_type=Path), required=required, help="New folder to write."
@@ -171,7 +92,7 @@ def factorize_command(source: str, out: Path, **options: Any) -> None:
 
     MODEL is a folder, a .gguf file or a hub id. Give --rank or --keep-ratio.
     """
-    recipe = _recipe(FACTORIZE, source, options)
+    recipe = build_recipe(FACTORIZE, source, options)
     from lrcompress import console, pipeline
 
     record = pipeline.factorize_to(recipe, out, console.progress)
@@ -189,7 +110,7 @@ def finetune_command(source: str, out: Path, **options: Any) -> None:
 
     An interrupted run goes on from its last checkpoint when the same command is given again.
     """
-    recipe = _recipe(FINETUNE, source, options)
+    recipe = build_recipe(FINETUNE, source, options)
     from lrcompress import console, tune
 
     record = tune.finetune_to(recipe.model, recipe.finetune, out, console.progress)
@@ -204,7 +125,7 @@ EVALUATE = ("evaluate", "model")
 @_out(required=False)
 def eval_command(source: str, out: Path | None, **options: Any) -> None:
     """Measure MODEL: perplexity, tasks, size and speed, beside --baseline if given."""
-    recipe = _recipe(EVALUATE, source, options)
+    recipe = build_recipe(EVALUATE, source, options)
     from lrcompress import console, pipeline
 
     console.show_metrics(pipeline.evaluate_to(recipe, out, console.progress))
@@ -221,7 +142,7 @@ INSPECT = ("model",)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) -> None:
     """List the FFN linears of MODEL, their size and their break-even rank."""
-    settings = _recipe(INSPECT, source, options).model
+    settings = build_recipe(INSPECT, source, options).model
     from lrcompress import console, models, sources
     from lrcompress.inspection import inspect
 
@@ -250,7 +171,7 @@ def export_command(source: str, out: Path, kind: str | None, **options: Any) -> 
     """Write the checkpoint DIR in a form that loads without lrcompress."""
     if kind is None:
         raise InputError("say which form to export: --dense or --standalone")
-    settings = _recipe(EXPORT, source, options).model
+    settings = build_recipe(EXPORT, source, options).model
     from lrcompress import pipeline
 
     pipeline.export_to(settings, out, standalone=kind == "standalone")

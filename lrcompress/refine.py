@@ -12,13 +12,13 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrcompress.block_error import BlockError
 from lrcompress.linalg import damped, roots, to_float64
 from lrcompress.lowrank import install
 from lrcompress.prepare import Prepared
@@ -223,40 +223,6 @@ def _step(
 def _copy(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
-
-
-@dataclass(frozen=True)
-class BlockError:
-    """Squared error of a block's output in the metric, averaged over the tokens of a sample.
-
-    Tokens whose hidden state is larger than the median's count less, in proportion: the norm
-    in front of the next layer divides their error by their size.
-    """
-
-    streams: Streams
-    index: int
-    targets: Sequence[Tensor]
-    metric: Tensor | None
-
-    def __call__(self, sample: int) -> Tensor:
-        hidden = self.streams.compressed[sample]
-        return self._of(self.streams.run(self.index, hidden).output, self.targets[sample])
-
-    def energy(self, samples: Sequence[int]) -> float:
-        """The error of doing nothing: what the block adds to the residual stream."""
-        dense = self.streams.dense
-        return sum(float(self._of(dense[i], self.targets[i])) for i in samples) / len(samples)
-
-    def _of(self, output: Tensor, target: Tensor) -> Tensor:
-        difference = output.to(target.device) - target
-        if self.metric is not None:
-            difference = difference @ self.metric.to(difference.device)
-        size = target.square().sum(-1)
-        weight = (size.median() / size.clamp_min(torch.finfo(size.dtype).tiny)).clamp_max(1.0)
-        return (difference.square().sum(-1) * weight).mean()
-
-    def mean(self, samples: Sequence[int]) -> float:
-        return sum(float(self(sample)) for sample in samples) / len(samples)
 
 
 @contextmanager

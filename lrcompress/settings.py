@@ -68,7 +68,7 @@ class CalibrationSettings(Section):
     num_samples: int | None = Field(
         None,
         ge=1,
-        description="Blocks of text; default 60 or what the text holds, 20 of the model's own.",
+        description="Blocks of text; default 50 or what the text holds, 20 of the model's own.",
     )
     gradient_samples: int = Field(
         12,

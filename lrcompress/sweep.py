@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,10 +18,11 @@ from lrcompress import compare, stages
 from lrcompress.calibration import Calibration
 from lrcompress.compress import Compression
 from lrcompress.data import read_corpus
-from lrcompress.files import render, replace_text
+from lrcompress.files import replace_text
 from lrcompress.memory import peak_memory
+from lrcompress.points import DENSE, Point, markdown
 from lrcompress.prepare import Prepared, prepare
-from lrcompress.protocols import Budget, InputError, Metric, Progress, silent
+from lrcompress.protocols import Budget, InputError, Progress, silent
 from lrcompress.recipe import Recipe, flags, from_flat, to_yaml
 from lrcompress.settings import BUDGETS, FactorizeSettings, RefineSettings, Section
 from lrcompress.sizes import sequence_length
@@ -30,35 +31,11 @@ from lrcompress.tasks import Tasks
 
 RECIPE, POINTS = "recipe.yaml", "points"
 FORMATS = ("sweep.md", "sweep.json")
-DENSE = "dense"
 KINDS: dict[str, type[Section]] = {"factorize": FactorizeSettings, "refine": RefineSettings}
 # what a variant decides as a whole: the recipe's own choice would hide a method's defaults
 SELECTION = ("include", "exclude", "dense_first")
 MEASURED = ("perplexity", "context_length", "stride", "tasks", "limit", "num_fewshot", "batch_size")
 METHOD_KEYS = ("method", "method_options", "ranks", "ranks_options", "form")
-
-
-@dataclass(frozen=True)
-class Point:
-    """One variant at one keep_ratio.
-
-    `seconds` of calibration, choices and factorization, as if it had been made alone but for
-    gradients that another variant needed; `memory`, the peak in bytes of resident memory; `text`
-    says what it was calibrated on, if anything.
-    """
-
-    variant: str
-    keep_ratio: float
-    kept: float
-    seconds: float
-    memory: int | None
-    text: str
-    metrics: tuple[Metric, ...]
-
-    @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> Point:
-        metrics = tuple(Metric(**metric) for metric in found["metrics"])
-        return cls(**{**found, "metrics": metrics})
 
 
 @dataclass(frozen=True)
@@ -245,37 +222,5 @@ class Sweep:
 
     def _write(self, points: list[Point]) -> None:
         content = json.dumps([asdict(point) for point in points], indent=2, default=str)
-        replace_text(self.out / "sweep.md", markdown(self.recipe, points))
+        replace_text(self.out / "sweep.md", markdown(self.recipe.model.source, points))
         replace_text(self.out / "sweep.json", content + "\n")
-
-
-def markdown(recipe: Recipe, points: list[Point]) -> str:
-    """One row a point; quality beside its ratio to the dense model's."""
-    dense = {_key(metric): metric for metric in points[0].metrics}
-    texts = [key for key in dense if "perplexity" in key]
-    rows = [
-        {
-            "name": point.variant,
-            "kept": f"{point.kept:.4f}",
-            "cells": [_cell(point, dense, key) for key in texts],
-            "seconds": f"{point.seconds:.0f}" if point.seconds else "",
-            "memory": f"{point.memory / 2**30:.2f} GiB" if point.memory else "",
-        }
-        for point in points
-    ]
-    values = {"source": recipe.model.source, "texts": texts, "rows": rows}
-    values["calibration"] = next((point.text for point in points if point.text), "no text")
-    return render("sweep.md.jinja", escape=False, **values)
-
-
-def _key(metric: Metric) -> str:
-    data = metric.conditions.get("data")
-    return metric.name + (f", {data}" if data else "")
-
-
-def _cell(point: Point, dense: Mapping[str, Metric], key: str) -> str:
-    found = next((metric for metric in point.metrics if _key(metric) == key), None)
-    if found is None:
-        return ""
-    ratio = "" if point.variant == DENSE else f" ({found.value / dense[key].value:.3f})"
-    return f"{found.value:,.2f}{ratio}"

@@ -314,7 +314,8 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     model = saved_model(tmp_path / "model", num_hidden_layers=24)
     process = subprocess.Popen(
         [sys.executable, "-m", "lrcompress", "factorize", model, "--out", tmp_path / "out",
-         "--keep-ratio", "0.5", "--num-samples", "1000", "--seq-len", "200"],
+         "--keep-ratio", "0.5", "--calibration", "pydoc", "--num-samples", "1000",
+         "--seq-len", "200"],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None

@@ -13,9 +13,10 @@ from click.testing import CliRunner
 import lrcompress
 from lrcompress import calibrate, calibration, compare
 from lrcompress.cli import main
+from lrcompress.points import Point
 from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe, checked
-from lrcompress.sweep import Point, sweep, variants
+from lrcompress.sweep import sweep, variants
 from tests.tiny import byte_tokenizer, tiny_model
 
 TEXT = {"num_samples": 8, "gradient_samples": 4, "seq_len": 64}
