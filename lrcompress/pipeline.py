@@ -53,16 +53,16 @@ def evaluate_to(
 ) -> list[Metric]:
     """Measures a model, beside its baseline if it has one; writes a report to `out`, if given."""
     settings = recipe.evaluate
-    record = None
     if out is not None:
         check_free(out)
-        folder = locate(recipe.model.source, recipe.model.gguf_file).path
-        record = checkpoint.read_record(Path(folder))
+    folder = locate(recipe.model.source, recipe.model.gguf_file).path
+    record = checkpoint.read_record(Path(folder))
     tasks = compare.resolve_tasks(settings)
     model, baseline = load_settings(recipe.model), None
     if settings.baseline is not None:
         baseline = load_settings(other_source(recipe.model, settings.baseline))
-    metrics = compare.measure(compare.label_models(model, baseline), settings, tasks, progress)
+    labels = compare.label_models(model, baseline, "finetuned" in (record or {}))
+    metrics = compare.measure(labels, settings, tasks, progress)
     if out is not None:
         with writing(out) as partial:
             report.write(partial, f"{recipe.model.source}: evaluation", metrics, record)

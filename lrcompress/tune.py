@@ -46,6 +46,7 @@ def finetune_to(
     work = out.with_name(f".{out.name}.finetune") / _identity(source, settings, text)
     held = settings.held_out
     done = train(model, teacher, tokens[held:], tokens[:held], settings, work, progress)
+    record.pop("metrics", None)  # they are of the model before training
     record |= {"finetuned": asdict(done) | {"settings": settings.model_dump(mode="json")} | text}
     saved = checkpoint.save(model, tokenizer, out, record)
     shutil.rmtree(work.parent, ignore_errors=True)

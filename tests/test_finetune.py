@@ -51,6 +51,7 @@ def test_closer_to_the_teacher_on_held_out_text(factorized: Path, tmp_path: Path
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all(".mlp." in name for name in changed)
+    assert "Then trained towards" in (tmp_path / "out" / "README.md").read_text()
     stored = json.loads((tmp_path / "out" / "lrcompress.json").read_text())
     assert stored["finetuned"]["sha256"] == done["sha256"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
@@ -116,8 +117,11 @@ def test_what_is_wrong_is_said(dense: Path, factorized: Path, tmp_path: Path) ->
         assert not (tmp_path / "out").exists()
 
 
-def test_command(factorized: Path, tmp_path: Path) -> None:
+def test_command(dense: Path, factorized: Path, tmp_path: Path) -> None:
     flags = ("--data", "pydoc", "--max-steps", 2, "--train-length", 32, "--held-out", 2)
     result = invoke("finetune", factorized, "--out", tmp_path / "out", *flags)
     assert result.exit_code == 0, result.output
     assert "Held-out loss" in result.output
+    quick = ("--limit", 1, "--no-speed", "--context-length", 64)
+    result = invoke("eval", tmp_path / "out", "--baseline", dense, *quick)
+    assert "finetuned / dense" in result.output
