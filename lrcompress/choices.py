@@ -11,7 +11,7 @@ from torch import Tensor
 from lrcompress.protocols import FFN, Choices, Curve, Form, InputError, LinearSpec, Method, Shape
 
 # widths, as shares of all channels, at which narrowing and low rank are combined
-COMBINED_WIDTHS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+COMBINED_WIDTHS = (0.85, 0.7, 0.55, 0.4)
 
 
 @dataclass(frozen=True)

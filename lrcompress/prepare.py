@@ -114,7 +114,9 @@ def _statistics(specs: Sequence[LinearSpec], moments: Moments | None) -> dict[st
     """Linears of one input group share one tensor, so that its roots are taken once."""
     if moments is None:
         return {spec.name: Statistics() for spec in specs}
-    first = {spec.input_group: spec for spec in reversed(specs)}
+    first: dict[str, LinearSpec] = {}
+    for spec in specs:
+        first.setdefault(spec.input_group, spec)
     shared = {group: moments.statistics(spec).second_moment for group, spec in first.items()}
     return {
         spec.name: Statistics(shared[spec.input_group], moments.gradient(spec)) for spec in specs

@@ -58,7 +58,13 @@ def test_non_finite_activations_name_the_linear() -> None:
         model.model.layers[0].post_attention_layernorm.weight.fill_(float("inf"))
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.gate_proj is not finite"):
         lrcompress.factorize(
-            model, byte_tokenizer(), keep_ratio=0.5, method="whitened", num_samples=2, seq_len=32
+            model,
+            byte_tokenizer(),
+            keep_ratio=0.5,
+            method="whitened",
+            calibration="pydoc",
+            num_samples=2,
+            seq_len=32,
         )
 
 

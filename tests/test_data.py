@@ -64,7 +64,9 @@ def test_bos_starts_every_block_where_the_tokenizer_uses_it() -> None:
 
 
 def test_too_little_text_says_how_much_there_is() -> None:
-    with pytest.raises(InputError, match=r"holds 9 tokens, 2 samples of 8 need 16.*samples 1"):
+    with pytest.raises(
+        InputError, match=r"holds 9 tokens, 2 of the samples of 8 need 16.*samples 1"
+    ):
         token_blocks(Corpus("x", ["123456789"]), byte_tokenizer(), 2, 8, seed=0)
 
 
