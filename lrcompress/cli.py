@@ -43,7 +43,7 @@ class Group(click.Group):
 
 
 def _goes_on(context: click.Context) -> str:
-    resumes = context.invoked_subcommand in ("run", "sweep") or "--refine" in sys.argv
+    resumes = context.invoked_subcommand in ("run", "sweep", "finetune") or "--refine" in sys.argv
     return ", and the same command goes on from what was finished" if resumes else ""
 
 
@@ -99,6 +99,24 @@ def factorize_command(source: str, out: Path, **options: Any) -> None:
     console.show_factorization(record, out)
 
 
+FINETUNE = ("finetune", "model")
+
+
+@main.command("finetune", cls=SettingsCommand, sections=FINETUNE)
+@click.argument("source", metavar="DIR")
+@_out(required=True)
+def finetune_command(source: str, out: Path, **options: Any) -> None:
+    """Train the compressed checkpoint DIR towards its dense teacher.
+
+    An interrupted run goes on from its last checkpoint when the same command is given again.
+    """
+    recipe = build_recipe(FINETUNE, source, options)
+    from lrcompress import console, tune
+
+    record = tune.finetune_to(recipe.model, recipe.finetune, out, console.progress)
+    console.show_recovery(record["finetuned"], out)
+
+
 EVALUATE = ("evaluate", "model")
 
 
@@ -125,11 +143,11 @@ INSPECT = ("model",)
 def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) -> None:
     """List the FFN linears of MODEL, their size and their break-even rank."""
     settings = build_recipe(INSPECT, source, options).model
-    from lrcompress import console, models, pipeline
+    from lrcompress import console, models, sources
     from lrcompress.inspection import inspect
 
     if energy:
-        model, _ = pipeline.load_settings(settings)
+        model, _ = sources.load_settings(settings)
     else:
         model = models.skeleton(settings.source, settings.gguf_file, settings.trust_remote_code)
     found = inspect(model, energy, console.progress)

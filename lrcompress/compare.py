@@ -15,6 +15,7 @@ from lrcompress.protocols import InputError, Metric, Progress, silent
 from lrcompress.recipe import from_flat
 from lrcompress.settings import EvaluateSettings
 from lrcompress.sizes import evaluation_mode, parameter_count, sequence_length
+from lrcompress.sources import Loaded
 from lrcompress.tasks import Tasks, resolve, run_tasks
 
 
@@ -38,12 +39,12 @@ def evaluate(
     return measure(models, checked, resolve_tasks(checked), progress)
 
 
-Loaded = tuple[Any, Any]  # a model and its tokenizer
-
-
-def label_models(model: Loaded, baseline: Loaded | None = None) -> dict[str, Loaded]:
+def label_models(
+    model: Loaded, baseline: Loaded | None = None, trained: bool = False
+) -> dict[str, Loaded]:
     """Names for the columns of a report; the baseline comes first."""
-    label = "factorized" if is_compressed(model[0]) else "dense"
+    compressed = "finetuned" if trained else "factorized"
+    label = compressed if is_compressed(model[0]) else "dense"
     if baseline is None:
         return {label: model}
     if label == "dense" or is_compressed(baseline[0]):

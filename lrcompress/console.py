@@ -80,6 +80,17 @@ def show_factorization(record: Mapping[str, Any], out: object) -> None:
     click.echo(f"Wrote {out} ({record['saved']['bytes'] / 1e6:,.1f} MB of weights).")
 
 
+def show_recovery(done: Mapping[str, Any], out: object) -> None:
+    click.echo(
+        f"Trained {done['trained_parameters']:,} parameters for {done['steps']} steps, "
+        f"{done['tokens']:,} tokens in {done['seconds']:.0f} s."
+    )
+    click.echo(
+        f"Held-out loss: {done['before']:.4f} -> {done['best']:.4f} at step {done['best_step']}."
+    )
+    click.echo(f"Wrote {out}.")
+
+
 def show_metrics(metrics: Sequence[Metric]) -> None:
     rows = report_table(metrics)
     shown = Table(box=None, pad_edge=False)

@@ -13,20 +13,15 @@ from lrcompress import checkpoint, compare, report, stages
 from lrcompress.compress import apply
 from lrcompress.files import check_free, replace_text, writing
 from lrcompress.lowrank import compressed_layers
-from lrcompress.models import load, locate
+from lrcompress.models import locate
 from lrcompress.protocols import InputError, Metric, Progress, silent
 from lrcompress.recipe import Recipe, read_recipe, to_yaml
 from lrcompress.settings import ModelSettings
 from lrcompress.sizes import sequence_length
+from lrcompress.sources import Loaded, load_settings, other_source
 from lrcompress.tasks import Tasks
 
 RECIPE, MODEL, STAGES = "recipe.yaml", "model", "stages"
-
-
-def load_settings(settings: ModelSettings) -> compare.Loaded:
-    """(model, tokenizer) as a recipe's model section describes them."""
-    arguments = settings.model_dump()
-    return load(arguments.pop("source"), **arguments)
 
 
 def factorize_to(
@@ -58,25 +53,20 @@ def evaluate_to(
 ) -> list[Metric]:
     """Measures a model, beside its baseline if it has one; writes a report to `out`, if given."""
     settings = recipe.evaluate
-    record = None
     if out is not None:
         check_free(out)
-        folder = locate(recipe.model.source, recipe.model.gguf_file).path
-        record = checkpoint.read_record(Path(folder))
+    folder = locate(recipe.model.source, recipe.model.gguf_file).path
+    record = checkpoint.read_record(Path(folder))
     tasks = compare.resolve_tasks(settings)
     model, baseline = load_settings(recipe.model), None
     if settings.baseline is not None:
         baseline = load_settings(other_source(recipe.model, settings.baseline))
-    metrics = compare.measure(compare.label_models(model, baseline), settings, tasks, progress)
+    labels = compare.label_models(model, baseline, "finetuned" in (record or {}))
+    metrics = compare.measure(labels, settings, tasks, progress)
     if out is not None:
         with writing(out) as partial:
             report.write(partial, f"{recipe.model.source}: evaluation", metrics, record)
     return metrics
-
-
-def other_source(settings: ModelSettings, source: str) -> ModelSettings:
-    """The same loading settings for another model; a GGUF file belongs to its own model."""
-    return settings.model_copy(update={"source": source, "gguf_file": None})
 
 
 def export_to(settings: ModelSettings, out: Path, standalone: bool) -> None:
@@ -195,18 +185,18 @@ class Run:
         return [self._factorize_inputs(), settings.model_dump(mode="json"), texts, other, weights]
 
     @property
-    def _models(self) -> dict[str, Callable[[], compare.Loaded]]:
+    def _models(self) -> dict[str, Callable[[], Loaded]]:
         """What is compared, loaded when it is needed."""
         first = "dense" if self.recipe.evaluate.baseline is None else "baseline"
         return {first: lambda: self._dense, "factorized": lambda: self._factorized}
 
     @cached_property
-    def _dense(self) -> compare.Loaded:
+    def _dense(self) -> Loaded:
         source, model = self.recipe.evaluate.baseline, self.recipe.model
         return load_settings(model if source is None else other_source(model, source))
 
     @cached_property
-    def _factorized(self) -> compare.Loaded:
+    def _factorized(self) -> Loaded:
         return load_settings(other_source(self.recipe.model, str(self.out / MODEL)))
 
     def _quality(self, label: str, tasks: Tasks | None) -> list[Metric]:

@@ -14,6 +14,7 @@ from lrcompress.settings import (
     CalibrationSettings,
     EvaluateSettings,
     FactorizeSettings,
+    FinetuneSettings,
     ModelSettings,
     RefineSettings,
     Section,
@@ -33,6 +34,7 @@ class Recipe(Section):
         default_factory=lambda: FactorizeSettings(keep_ratio=DEFAULT_KEEP_RATIO)
     )
     refine: RefineSettings = RefineSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     sweep: SweepSettings = SweepSettings()
 

@@ -186,6 +186,35 @@ class RefineSettings(Section):
     )
 
 
+class FinetuneSettings(Section):
+    """Training of a compressed model towards its dense teacher."""
+
+    data: Names = Field(
+        (),
+        description="Texts to train on, as for calibration; never the test text.",
+    )
+    teacher: str | None = Field(
+        None, description="Dense model to learn from; default is the one that was compressed."
+    )
+    max_steps: int = Field(200, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(2, ge=1, description="Sequences in a forward pass.")
+    gradient_accumulation: int = Field(1, ge=1, description="Forward passes in a step.")
+    train_length: int | None = Field(
+        None, ge=2, description="Tokens in a sequence; default 512, or the model's maximum if less."
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="Peak rate of AdamW.")
+    temperature: float = Field(1.0, gt=0, description="Softens both distributions.")
+    cross_entropy: float = Field(
+        0.0, ge=0, description="Weight of the language-model loss beside the divergence."
+    )
+    train: Literal["factors", "norms", "all"] = Field(
+        "factors", description="factors: compressed layers; norms: and norms; all: everything."
+    )
+    held_out: int = Field(8, ge=1, description="Sequences on which the best step is chosen.")
+    eval_every: int = Field(20, ge=1, description="Steps between measurements and checkpoints.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Chooses the sequences and their order.")
+
+
 class EvaluateSettings(Section):
     """What is measured, for every model alike."""
 

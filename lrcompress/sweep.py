@@ -20,13 +20,13 @@ from lrcompress.compress import Compression
 from lrcompress.data import read_corpus
 from lrcompress.files import replace_text
 from lrcompress.memory import peak_memory
-from lrcompress.pipeline import load_settings
 from lrcompress.points import DENSE, Point, markdown
 from lrcompress.prepare import Prepared, prepare
 from lrcompress.protocols import Budget, InputError, Progress, silent
 from lrcompress.recipe import Recipe, flags, from_flat, to_yaml
 from lrcompress.settings import BUDGETS, FactorizeSettings, RefineSettings, Section
 from lrcompress.sizes import sequence_length
+from lrcompress.sources import Loaded, load_settings
 from lrcompress.tasks import Tasks
 
 RECIPE, POINTS = "recipe.yaml", "points"
@@ -152,7 +152,7 @@ class Sweep:
         return compare.resolve_tasks(self.recipe.evaluate)
 
     @cached_property
-    def _loaded(self) -> compare.Loaded:
+    def _loaded(self) -> Loaded:
         return load_settings(self.recipe.model)
 
     @property

@@ -310,6 +310,18 @@ def test_no_permission_is_one_sentence(dense: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+def _interrupted(process: subprocess.Popen[str]) -> str:
+    """stderr after Ctrl-C, pressed again as a user would: Python drops one inside a finalizer."""
+    for _ in range(4):
+        process.send_signal(signal.SIGINT)
+        try:
+            return process.communicate(timeout=20)[1]
+        except subprocess.TimeoutExpired:
+            continue
+    process.kill()
+    pytest.fail("Ctrl-C does not end the command")
+
+
 def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     model = saved_model(tmp_path / "model", num_hidden_layers=24)
     process = subprocess.Popen(
@@ -320,8 +332,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     )  # fmt: skip
     assert process.stderr is not None
     assert "Calibrating" in process.stderr.readline()
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    error = _interrupted(process)
     assert process.returncode == 130
     assert error.strip().endswith("Error: interrupted; nothing half-written was left")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

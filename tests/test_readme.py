@@ -12,6 +12,12 @@ from tests.conftest import invoke
 README = Path("README.md").read_text("utf-8")
 
 
+QUICK = {
+    "eval": ("--limit", "1", "--repeats", "2"),
+    "finetune": ("--max-steps", "2", "--train-length", "64", "--held-out", "2"),
+}
+
+
 def test_python_example_runs(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -24,11 +30,11 @@ def test_python_example_runs(dense: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_commands_run(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^lrcompress (\w+ .*?) +#", README, re.MULTILINE)
-    assert len(lines) == 6
+    assert len(lines) == 7
+    Path("TRAIN.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
     for line in lines[:-1]:
         arguments = line.replace("MODEL", str(dense)).split()
-        quick = ["--limit", "1", "--repeats", "2"] if arguments[0] == "eval" else []
-        result = invoke(*arguments, *quick)
+        result = invoke(*arguments, *QUICK.get(arguments[0], ()))
         assert result.exit_code == 0, result.output
 
 
