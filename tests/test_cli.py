@@ -311,7 +311,7 @@ def test_no_permission_is_one_sentence(dense: Path) -> None:
 
 
 def _interrupted(process: subprocess.Popen[str]) -> str:
-    """stderr after Ctrl-C, pressed again as a user would: Python drops one inside a finalizer."""
+    """stderr after Ctrl-C, pressed again as a user would: one was once lost, cause unknown."""
     for _ in range(4):
         process.send_signal(signal.SIGINT)
         try:
