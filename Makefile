@@ -34,7 +34,7 @@ test: setup
 test-real: setup
 	$(BIN)/pytest -m real_model
 
-# an hour and more: the tables of docs/results.md
+# about two hours: the tables of docs/results.md
 TRAIN ?= wikitext2,c4
 TEST ?= wikitext2,c4
 results: setup

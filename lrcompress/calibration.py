@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lrcompress.calibrate import Moments, measure_moments
-from lrcompress.data import SELF, Fingerprint, bos_token, read_corpus, token_blocks
+from lrcompress.data import (
+    SELF,
+    Fingerprint,
+    bos_token,
+    fingerprint,
+    in_turn,
+    read_corpus,
+    token_blocks,
+)
 from lrcompress.protocols import InputError, LinearSpec, Progress, silent
 from lrcompress.sampling import sampled_blocks
 from lrcompress.settings import CalibrationSettings
@@ -91,11 +97,8 @@ def calibration_tokens(
         _blocks(spec, model, tokenizer, share, length, settings, progress)
         for spec, share in zip(texts, shares, strict=True)
     ]
-    turns = range(max(map(len, parts)))
-    blocks = torch.stack([part[turn] for turn in turns for part in parts if turn < len(part)])
-    digest = hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()
-    name, size = ",".join(texts), blocks.numel()
-    return blocks, Fingerprint(name, len(blocks), length, settings.seed, size, digest)
+    blocks = in_turn(parts)
+    return blocks, fingerprint(texts, blocks, settings.seed)
 
 
 def _blocks(

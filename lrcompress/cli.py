@@ -17,6 +17,8 @@ from lrcompress.options import SettingsCommand, build_recipe
 from lrcompress.protocols import InputError, MachineError
 
 INTERRUPTED = 130
+RESUMES = "lrcompress.resumes"
+GOES_ON = ", and the same command goes on from what was finished"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
@@ -42,9 +44,13 @@ class Group(click.Group):
             _fail(f"interrupted; nothing half-written was left{_goes_on(context)}", INTERRUPTED)
 
 
+def _resumes(yes: bool = True) -> None:
+    """Notes that the running command keeps what it finished for the next time."""
+    click.get_current_context().meta[RESUMES] = yes
+
+
 def _goes_on(context: click.Context) -> str:
-    resumes = context.invoked_subcommand in ("run", "sweep", "finetune") or "--refine" in sys.argv
-    return ", and the same command goes on from what was finished" if resumes else ""
+    return GOES_ON if context.meta.get(RESUMES) else ""
 
 
 def _fail(message: str, code: int) -> None:
@@ -95,6 +101,7 @@ def factorize_command(source: str, out: Path, **options: Any) -> None:
     recipe = build_recipe(FACTORIZE, source, options)
     from lrcompress import console, pipeline
 
+    _resumes(recipe.refine.enabled)
     record = pipeline.factorize_to(recipe, out, console.progress)
     console.show_factorization(record, out)
 
@@ -113,6 +120,7 @@ def finetune_command(source: str, out: Path, **options: Any) -> None:
     recipe = build_recipe(FINETUNE, source, options)
     from lrcompress import console, tune
 
+    _resumes()
     record = tune.finetune_to(recipe.model, recipe.finetune, out, console.progress)
     console.show_recovery(record["finetuned"], out)
 
@@ -196,6 +204,7 @@ def run_command(recipe_file: Path, out: Path, overrides: tuple[str, ...], overwr
     recipe = read_recipe(recipe_file, overrides)
     from lrcompress import checkpoint, console, pipeline
 
+    _resumes()
     metrics = pipeline.run(recipe, out, overwrite=overwrite, progress=console.progress)
     model = out / pipeline.MODEL
     console.show_factorization(checkpoint.read_record(model) or {}, model)
@@ -226,6 +235,7 @@ def sweep_command(
     recipe = read_recipe(recipe_file, (*overrides, *more))
     from lrcompress import console, sweep
 
+    _resumes()
     points = sweep.sweep(recipe, out, console.progress)
     click.echo((out / sweep.FORMATS[0]).read_text("utf-8"))
     click.echo(f"Wrote {out}: {', '.join(sweep.FORMATS)}; {len(points)} points.")

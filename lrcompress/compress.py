@@ -22,19 +22,13 @@ from lrcompress.lowrank import dense_weight, install
 from lrcompress.prepare import Prepared, prepare
 from lrcompress.protocols import InputError, LinearSpec, Plan, Progress, silent
 from lrcompress.quantizer import record_layout
-from lrcompress.recipe import from_flat
+from lrcompress.recipe import from_flat, sections
 from lrcompress.refine import refine
 from lrcompress.refined import RefinedBlock
 from lrcompress.search import smallest_within
-from lrcompress.settings import CalibrationSettings, FactorizeSettings, RefineSettings, Section
+from lrcompress.settings import CalibrationSettings, FactorizeSettings, RefineSettings
 from lrcompress.shrink import ShrunkLinear, shrink
 from lrcompress.sizes import parameter_count
-
-SECTIONS: dict[str, type[Section]] = {
-    "calibration": CalibrationSettings,
-    "factorize": FactorizeSettings,
-    "refine": RefineSettings,
-}
 
 
 def factorize(
@@ -49,8 +43,8 @@ def factorize(
     Raises InputError where a setting is refused or does not fit the model; the model is then
     as it was.
     """
-    sections = from_flat(SECTIONS, settings)
-    return apply(model, tokenizer, **sections, progress=progress)
+    checked = from_flat(sections("calibration", "factorize", "refine"), settings)
+    return apply(model, tokenizer, **checked, progress=progress)
 
 
 def apply(
@@ -98,7 +92,7 @@ class Compression:
         """Shrinks the model as planned, in place; whatever fails, it is as it was."""
         model, settings, linears = self.model, self.settings, prepared.linears
         before, finding = parameter_count(model), find_ffns(model)
-        ratio, plan = _keep_ratio(model, linears, settings), prepared.plan
+        plan = prepared.plan
         trials: tuple[dict[str, float], ...] = ()
         if plan is None:
             plan, trials = smallest_within(model, self.tokenizer, prepared, settings, self.progress)
@@ -120,7 +114,7 @@ class Compression:
             text.fingerprint,
             trials,
             refined,
-            tuple(notes(done, finding.experts, selected, ratio)),
+            tuple(notes(done, finding.experts, selected, prepared.keep_ratio)),
             time.perf_counter() - self.started,
         )
 
@@ -146,8 +140,8 @@ class Compression:
 
     def _identity(self, originals: Mapping[str, nn.Module], text: Calibration, plan: Plan) -> str:
         """Names what refined blocks depend on; work of another model or setting is not used."""
-        sections = (self.calibration, self.settings, self.refinement)
-        settings = [section.model_dump(mode="json") for section in sections]
+        parts = (self.calibration, self.settings, self.refinement)
+        settings = [part.model_dump(mode="json") for part in parts]
         what = [checkpoint.versions(), settings, dict(plan.ranks), dict(plan.widths)]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
         digest.update(text.tokens.numpy().tobytes())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -203,6 +204,19 @@ def token_blocks(
     if bos is not None:
         blocks = torch.cat([torch.full((num_samples, 1), bos), blocks], dim=1)
     return blocks
+
+
+def in_turn(parts: Sequence[Tensor]) -> Tensor:
+    """Blocks (samples, length) of several texts, one of each after the other while they last."""
+    turns = range(max(map(len, parts)))
+    return torch.stack([part[turn] for turn in turns for part in parts if turn < len(part)])
+
+
+def fingerprint(specs: Sequence[str], blocks: Tensor, seed: int) -> Fingerprint:
+    """Of the blocks (samples, length) that were taken from the texts `specs`."""
+    digest = hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()
+    samples, length = blocks.shape
+    return Fingerprint(",".join(specs), samples, length, seed, blocks.numel(), digest)
 
 
 def _token_stream(corpus: Corpus, tokenizer: Any, enough: int) -> Tensor:

@@ -29,7 +29,7 @@ class BlockDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         block = self.blocks[index]
-        return {"input_ids": block, "labels": block}
+        return {"input_ids": block, "labels": block}  # without labels Trainer measures no loss
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -81,7 +81,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Stops a run that diverges, with the best checkpoint kept."""
+    """Stops a run that diverges, and says why."""
 
     def __init__(self) -> None:
         self.best = math.inf

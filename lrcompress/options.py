@@ -26,17 +26,11 @@ def _options(sections: tuple[str, ...]) -> list[click.Parameter]:
     from lrcompress import recipe
 
     options: list[click.Parameter] = []
-    for kind in _kinds(sections).values():
+    for kind in recipe.sections(*sections).values():
         for flag, name in recipe.flags(kind).items():
             if name != "source":
                 options.append(_option(flag, kind.model_fields[name]))
     return options
-
-
-def _kinds(sections: tuple[str, ...]) -> dict[str, Any]:
-    from lrcompress.recipe import Recipe
-
-    return {name: Recipe.model_fields[name].annotation for name in sections}
 
 
 def _option(flag: str, field: Any) -> click.Option:
@@ -83,7 +77,7 @@ def _say(flag: str) -> str:
 
 def build_recipe(sections: tuple[str, ...], source: str, options: Mapping[str, Any]) -> Any:
     """The recipe of a command's options; InputError names the flag that is wrong."""
-    from lrcompress.recipe import Recipe, from_flat
+    from lrcompress import recipe
 
     flat = _given(options) | {"source": source}
-    return Recipe(**from_flat(_kinds(sections), flat, _say))
+    return recipe.Recipe(**recipe.from_flat(recipe.sections(*sections), flat, _say))

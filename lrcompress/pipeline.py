@@ -166,7 +166,8 @@ class Run:
         return [Metric(**metric) for metric in known["metrics"]]
 
     def _factorize_inputs(self) -> list[Any]:
-        settings = self.recipe.model_dump(mode="json", exclude={"evaluate", "sweep"})
+        made_of = {"model", "calibration", "factorize", "refine"}
+        settings = self.recipe.model_dump(mode="json", include=made_of)
         return [
             settings,
             stages.model_state(self.recipe.model),

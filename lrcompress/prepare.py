@@ -30,7 +30,10 @@ from lrcompress.settings import FactorizeSettings
 
 @dataclass(frozen=True)
 class Prepared:
-    """The selected FFNs with all that was measured; `plan` is None until a search finds it."""
+    """The selected FFNs with all that was measured; `plan` is None until a search finds it.
+
+    `keep_ratio` is the budget asked for, as a share, where it is one.
+    """
 
     linears: tuple[LinearSpec, ...]
     method: Method
@@ -38,6 +41,7 @@ class Prepared:
     moments: Moments | None
     choices: tuple[Choices, ...]
     channels: dict[str, Tensor]
+    keep_ratio: float | None
     plan: Plan | None
 
     def ffns(self, model: Any) -> Iterator[FFN]:
@@ -74,7 +78,7 @@ def prepare(
         ffns = progress(_ffns(model, linears, moments), "Measuring choices", count)
         choices, channels = _choices(ffns, method, grid, allocator.needs_errors)
         plan = _allocate(allocator, choices, budget)
-    return Prepared(linears, method, allocator, moments, choices, channels, plan)
+    return Prepared(linears, method, allocator, moments, choices, channels, keep_ratio, plan)
 
 
 def _allocate(allocator: Allocator, choices: Sequence[Choices], budget: Budget) -> Plan | None:

@@ -39,6 +39,11 @@ class Recipe(Section):
     sweep: SweepSettings = SweepSettings()
 
 
+def sections(*names: str) -> dict[str, type[Section]]:
+    """Name -> kind of the recipe's sections."""
+    return {name: Recipe.model_fields[name].annotation for name in names}  # type: ignore[misc]
+
+
 def flags(kind: type[Section]) -> dict[str, str]:
     """Name as a flag or keyword argument -> field of the section."""
     return {

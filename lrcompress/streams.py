@@ -116,10 +116,13 @@ class Streams:
         return seen
 
     def adds_to_residual(self, block: int, name: str) -> bool:
-        """Whether the linear's output reaches the block's output unchanged; shown by a shift."""
+        """Whether the linear's output reaches the block's output unchanged; shown by a shift.
+
+        It is as large as what it is added to, so that rounding in low precision does not hide it.
+        """
         module = self.model.get_submodule(name)
         plain = self.run(block, self.compressed[0], gives=(name,))
-        shift = plain.outputs[name].abs().mean()
+        shift = torch.maximum(plain.outputs[name].abs().mean(), plain.output.abs().mean())
         hook = module.register_forward_hook(lambda _, __, output: output + shift)
         try:
             moved = self.run(block, self.compressed[0]).output

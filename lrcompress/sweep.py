@@ -23,18 +23,17 @@ from lrcompress.memory import peak_memory
 from lrcompress.points import DENSE, Point, markdown
 from lrcompress.prepare import Prepared, prepare
 from lrcompress.protocols import Budget, InputError, Progress, silent
-from lrcompress.recipe import Recipe, flags, from_flat, to_yaml
-from lrcompress.settings import BUDGETS, FactorizeSettings, RefineSettings, Section
+from lrcompress.recipe import Recipe, flags, from_flat, sections, to_yaml
+from lrcompress.settings import BUDGETS, FactorizeSettings, RefineSettings
 from lrcompress.sizes import sequence_length
 from lrcompress.sources import Loaded, load_settings
 from lrcompress.tasks import Tasks
 
 RECIPE, POINTS = "recipe.yaml", "points"
 FORMATS = ("sweep.md", "sweep.json")
-KINDS: dict[str, type[Section]] = {"factorize": FactorizeSettings, "refine": RefineSettings}
-# what a variant decides as a whole: the recipe's own choice would hide a method's defaults
 SELECTION = ("include", "exclude", "dense_first")
 MEASURED = ("perplexity", "context_length", "stride", "tasks", "limit", "num_fewshot", "batch_size")
+# what a variant decides as a whole: the recipe's own choice would hide a method's defaults
 METHOD_KEYS = ("method", "method_options", "ranks", "ranks_options", "form")
 
 
@@ -72,8 +71,8 @@ def variants(recipe: Recipe) -> Iterator[Variant]:
         flat = (
             shared | {"keep_ratio": settings.keep_ratios[0]} | ({} if "method" in values else own)
         )
-        sections = from_flat(KINDS, flat | values, say)
-        yield Variant(name, sections["factorize"], sections["refine"])
+        checked = from_flat(sections("factorize", "refine"), flat | values, say)
+        yield Variant(name, checked["factorize"], checked["refine"])
 
 
 def _say(variant: str, key: str) -> str:
@@ -187,7 +186,8 @@ class Sweep:
             prepared = shared["prepared"]
             plan = prepared.allocator.allocate(prepared.choices, Budget(keep_ratio=ratio))
             model, read = copy.deepcopy(self._model), text.reading
-            done = self._compression(variant, model).carry_out(replace(prepared, plan=plan), text)
+            planned = replace(prepared, keep_ratio=ratio, plan=plan)
+            done = self._compression(variant, model).carry_out(planned, text)
             seconds = time.perf_counter() - started - (text.reading - read) + shared["seconds"]
         point = self._measured(variant.name, ratio, model)
         point = replace(point, kept=done.selected.keep_ratio, seconds=seconds, memory=memory.peak)

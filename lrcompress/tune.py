@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lrcompress import checkpoint, stages
-from lrcompress.data import read_corpus, token_blocks
+from lrcompress.data import fingerprint, in_turn, read_corpus, token_blocks
 from lrcompress.files import check_free
+from lrcompress.models import locate
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.recovery import check_pair, train
 from lrcompress.settings import FinetuneSettings, ModelSettings
@@ -34,8 +33,7 @@ def finetune_to(
     check_free(out)
     if not settings.data:
         raise InputError("finetune needs text to train on: give --data FILE.txt or another SPEC")
-    folder = Path(source.source)
-    record = checkpoint.read_record(folder) or {}
+    record = checkpoint.read_record(Path(locate(source.source).path)) or {}
     name = settings.teacher or record.get("source")
     if name is None:
         raise InputError(f"{source.source!r} names no source: give --teacher MODEL")
@@ -69,18 +67,15 @@ def training_tokens(
     wanted = settings.held_out + settings.max_steps * each
     share = -(-wanted // len(settings.data))
     corpora = [read_corpus(spec, "calibration") for spec in settings.data]
-    blocks = torch.cat(
-        [token_blocks(c, tokenizer, share, length, settings.seed, fewer=True) for c in corpora]
-    )
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(settings.seed))
-    blocks = blocks[order][:wanted]
+    parts = [token_blocks(c, tokenizer, share, length, settings.seed, fewer=True) for c in corpora]
+    blocks = in_turn(parts)[:wanted]
     if len(blocks) < settings.held_out + each:
         raise InputError(
             f"{', '.join(settings.data)}: {len(blocks)} sequences of {length} tokens are too few "
             f"to hold {settings.held_out} out: give more text, or a smaller --held-out"
         )
-    digest = hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()
-    return blocks, {"sequences": len(blocks), "length": length, "sha256": digest}
+    mark = fingerprint(settings.data, blocks, settings.seed)
+    return blocks, {"sequences": mark.num_samples, "length": length, "sha256": mark.sha256}
 
 
 def _identity(source: ModelSettings, settings: FinetuneSettings, text: dict[str, Any]) -> str:

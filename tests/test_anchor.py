@@ -81,3 +81,15 @@ def test_anchoring_text_is_on_record_even_where_the_method_reads_none() -> None:
     done = lrcompress.factorize(model, byte_tokenizer(), keep_ratio=0.6, method="svd", **SETTINGS)
     assert done.calibration is not None
     assert done.calibration.tokens == 16 * 64
+
+
+@pytest.mark.parametrize(("family", "adds"), [("llama", True), ("gemma2", False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_adds_to_the_residual_stream_is_seen_in_any_precision(
+    family: str, adds: bool, dtype: torch.dtype
+) -> None:
+    model = tiny_model(family).to(dtype)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(300)  # a stream much larger than what is added
+        streams = Streams(model, tokens(2, 16))
+        assert streams.adds_to_residual(0, "model.layers.0.mlp.down_proj") == adds
