@@ -112,7 +112,10 @@ FINETUNE = ("finetune", "model")
 @main.command("finetune", cls=SettingsCommand, sections=FINETUNE)
 @click.argument("source", metavar="DIR")
 @_out(required=True)
-def finetune_command(source: str, out: Path, **options: Any) -> None:
+@click.option(
+    "--resume/--no-resume", default=True, help="Go on from an interrupted run. [default: on]"
+)
+def finetune_command(source: str, out: Path, resume: bool, **options: Any) -> None:
     """Train the compressed checkpoint DIR towards its dense teacher.
 
     An interrupted run goes on from its last checkpoint when the same command is given again.
@@ -121,7 +124,7 @@ def finetune_command(source: str, out: Path, **options: Any) -> None:
     from lrcompress import console, tune
 
     _resumes()
-    record = tune.finetune_to(recipe.model, recipe.finetune, out, console.progress)
+    record = tune.finetune_to(recipe.model, recipe.finetune, out, console.progress, resume)
     console.show_recovery(record["finetuned"], out)
 
 

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from lrcompress.inspection import Inspection
-from lrcompress.protocols import Metric
+from lrcompress.protocols import Metric, Status
 from lrcompress.report import FORMATS
 from lrcompress.report import table as report_table
 
@@ -45,7 +45,11 @@ def _bar(items: Iterable[T], description: str, total: int | None) -> Iterable[T]
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield from bar.track(items, total=total, description=description)
+        task = bar.add_task(description, total=total)
+        for item in bar.track(items, total=total, task_id=task):
+            if isinstance(item, Status):
+                bar.update(task, description=f"{description} {item}".rstrip())
+            yield item
 
 
 def _lines(items: Iterable[T], description: str, total: int | None) -> Iterable[T]:
@@ -56,7 +60,8 @@ def _lines(items: Iterable[T], description: str, total: int | None) -> Iterable[
         yield item
         if time.monotonic() - said >= PLAIN_INTERVAL:
             said = time.monotonic()
-            click.echo(f"{description}: {done} of {total or '?'}", err=True)
+            note = f", {item}" if isinstance(item, Status) and item else ""
+            click.echo(f"{description}: {done} of {total or '?'}{note}", err=True)
     click.echo(f"{description}: {done} done in {time.monotonic() - started:.0f} s", err=True)
 
 
@@ -83,7 +88,8 @@ def show_factorization(record: Mapping[str, Any], out: object) -> None:
 def show_recovery(done: Mapping[str, Any], out: object) -> None:
     click.echo(
         f"Trained {done['trained_parameters']:,} parameters for {done['steps']} steps, "
-        f"{done['tokens']:,} tokens in {done['seconds']:.0f} s."
+        f"{done['tokens']:,} tokens in {done['seconds']:.0f} s "
+        f"({done['tokens_per_second']:,.0f} tokens/s)."
     )
     click.echo(
         f"Held-out loss: {done['before']:.4f} -> {done['best']:.4f} at step {done['best_step']}."

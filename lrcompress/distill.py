@@ -4,58 +4,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lrcompress.protocols import InputError
+from lrcompress.divergence import hidden_error, kl_divergence, token_loss, top_k_divergence
+from lrcompress.teacher import IDS, LOG_PROBS, TeacherCache
 
-# rows of logits whose distributions are compared at a time: vocabularies are large
-ROWS = 256
-# a held-out loss this many times the best one is divergence
+# a loss this many times the best one is divergence
 DIVERGED = 3.0
 
 
 class BlockDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Packed token blocks (samples, length) as the Trainer reads them."""
+    """Packed token blocks (samples, length) as the Trainer reads them.
 
-    def __init__(self, blocks: Tensor) -> None:
-        self.blocks = blocks
+    With a cache each comes with the teacher's predictions; `first` is its number there.
+    """
+
+    def __init__(self, blocks: Tensor, cache: TeacherCache | None = None, first: int = 0) -> None:
+        self.blocks, self.cache, self.first = blocks, cache, first
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        block = self.blocks[index]
-        return {"input_ids": block, "labels": block}  # without labels Trainer measures no loss
+        block = self.blocks[index].long()
+        kept = {} if self.cache is None else self.cache.read(self.first + index)
+        return {"input_ids": block, "labels": block} | kept  # Trainer wants labels for a loss
 
 
-def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Mean over tokens of KL(teacher ‖ student) in nats, logits (tokens, vocabulary).
+@dataclass(frozen=True)
+class Objective:
+    """Forward KL to the teacher at a temperature, plus weights of what else is trained for."""
 
-    At a temperature T both are softened and the result is multiplied by T², so that the size of
-    gradients does not depend on T (Hinton et al. 2015).
-    """
-    total = student.new_zeros((), dtype=torch.float32)
-    for begin in range(0, len(student), ROWS):
-        rows = slice(begin, begin + ROWS)
-        log_q = (student[rows].float() / temperature).log_softmax(-1)
-        log_p = (teacher[rows].float() / temperature).log_softmax(-1)
-        total = total + (log_p.exp() * (log_p - log_q)).sum()
-    return total * temperature**2 / len(student)
+    temperature: float = 1.0
+    cross_entropy: float = 0.0
+    hidden_states: float = 0.0
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
-    """Forward KL to the teacher, plus `cross_entropy` times the language-model loss."""
+    """`teacher` may be None where every sequence brings its predictions."""
 
-    def __init__(
-        self, *, teacher: nn.Module, temperature: float, cross_entropy: float, **arguments: Any
-    ) -> None:
+    def __init__(self, *, teacher: Any, objective: Objective, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.temperature, self.cross_entropy = temperature, cross_entropy
+        self.teacher: Any = None if teacher is None else teacher.eval().requires_grad_(False)
+        self.objective = objective
         # the loss is a mean over a micro-batch: Trainer must divide by the accumulation steps
         self.loss_is_scaled_for_ga = False
 
@@ -66,26 +62,37 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        tokens = inputs["input_ids"]
-        outputs = model(input_ids=tokens, use_cache=False)
-        with torch.no_grad():
-            teacher = self.teacher(input_ids=tokens, use_cache=False).logits[:, :-1]
-        student = outputs.logits[:, :-1]
-        loss = kl_divergence(student.flatten(0, 1), teacher.flatten(0, 1), self.temperature)
-        if self.cross_entropy:
-            labels = tokens[:, 1:].flatten()
-            loss = loss + self.cross_entropy * nn.functional.cross_entropy(
-                student.flatten(0, 1).float(), labels
-            )
+        asked = self.objective
+        tokens, states = inputs["input_ids"], asked.hidden_states > 0
+        outputs = model(input_ids=tokens, use_cache=False, output_hidden_states=states)
+        student = outputs.logits[:, :-1].flatten(0, 1)
+        if LOG_PROBS in inputs:
+            kept = (inputs[IDS].flatten(0, 1), inputs[LOG_PROBS].flatten(0, 1))
+            loss = top_k_divergence(student, *kept, asked.temperature)
+        else:
+            with torch.no_grad():
+                taught = self.teacher(
+                    input_ids=tokens, use_cache=False, output_hidden_states=states
+                )
+            teacher = taught.logits[:, :-1].flatten(0, 1)
+            loss = kl_divergence(student, teacher, asked.temperature)
+            if states:
+                error = hidden_error(outputs.hidden_states, taught.hidden_states)
+                loss = loss + asked.hidden_states * error
+        if asked.cross_entropy:
+            loss = loss + asked.cross_entropy * token_loss(student, tokens[:, 1:].flatten())
         return (loss, {"loss": loss}) if return_outputs else loss
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Stops a run that diverges, and says why."""
+    """Stops a run that diverges, or that has not improved for `patience` measurements.
 
-    def __init__(self) -> None:
-        self.best = math.inf
-        self.reason: str | None = None
+    It remembers nothing but the reason: what it needs is in the state that checkpoints keep.
+    """
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience = patience
+        self.diverged: str | None = None
 
     def on_log(
         self,
@@ -97,27 +104,24 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
-            self._stop(control, f"the training loss is {loss} at step {state.global_step}")
+            self._diverged(control, f"the training loss is {loss} at step {state.global_step}")
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, float] | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        loss = (metrics or {}).get("eval_loss", math.nan)
-        if not math.isfinite(loss) or loss > DIVERGED * self.best:
-            self._stop(control, f"the held-out loss is {loss:.4g} at step {state.global_step}")
-        self.best = min(self.best, loss)
+        losses = [loss for _, loss in held_out_losses(state)]
+        now, best = losses[-1], min(losses)
+        if not math.isfinite(now) or now > DIVERGED * best:
+            self._diverged(control, f"the held-out loss is {now:.4g} at step {state.global_step}")
+        elif self.patience and len(losses) - 1 - losses.index(best) >= self.patience:
+            control.should_training_stop = True
 
-    def _stop(self, control: TrainerControl, reason: str) -> None:
-        self.reason = reason
+    def _diverged(self, control: TrainerControl, reason: str) -> None:
+        self.diverged = reason
         control.should_training_stop = True
 
 
-def refuse_divergence(watch: Watch) -> None:
-    """Raises InputError if the run that `watch` saw was stopped."""
-    if watch.reason is not None:
-        raise InputError(f"training diverged: {watch.reason}; use a smaller --learning-rate")
+def held_out_losses(state: TrainerState) -> list[tuple[int, float]]:
+    """(step, loss) of every measurement, in order."""
+    found = [entry for entry in state.log_history if "eval_loss" in entry]
+    return [(int(entry["step"]), float(entry["eval_loss"])) for entry in found]

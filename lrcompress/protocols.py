@@ -25,6 +25,12 @@ class MachineError(RuntimeError):
     """The machine failed (disk full, no memory): one sentence that says what and where."""
 
 
+class Status(str):
+    """A unit of work that says how the whole stands; `Progress` shows the latest."""
+
+    __slots__ = ()
+
+
 class Progress(Protocol):
     """Wraps an iterable and reports how far its consumption has come."""
 

@@ -5,18 +5,28 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lrcompress.distill import BlockDataset, DistillationTrainer, Watch, refuse_divergence
+from lrcompress.distill import (
+    BlockDataset,
+    DistillationTrainer,
+    Objective,
+    Watch,
+    held_out_losses,
+)
+from lrcompress.guidance import Guidance
 from lrcompress.lowrank import compressed_layers
+from lrcompress.parametrization import balance, pack, trainable, with_adapters
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.settings import FinetuneSettings
+from lrcompress.steps import Steps, tensorboard
 
 WARM_UP = 0.1
 STATE = "trainer_state.json"
@@ -24,7 +34,11 @@ STATE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class Recovery:
-    """What training did: held-out losses (nats per token) by step, the best one is kept."""
+    """What training did: held-out losses (nats per token) by step, the best one is kept.
+
+    `tokens` and `seconds` are of all steps; an interruption's own time is not in them.
+    `diverged` is the reason for which it was stopped, if it was.
+    """
 
     steps: int
     tokens: int
@@ -34,46 +48,46 @@ class Recovery:
     best: float
     losses: tuple[tuple[int, float], ...]
     seconds: float
+    tokens_per_second: float
+    diverged: str | None = None
 
 
 def train(
     model: Any,
     teacher: Any,
-    tokens: Tensor,
-    held_out: Tensor,
+    blocks: BlockDataset,
+    held_out: BlockDataset,
     settings: FinetuneSettings,
     work: Path,
     progress: Progress = silent,
 ) -> Recovery:
     """Trains `model` in place towards `teacher`; the parameters of the best measurement stay.
 
-    `tokens` and `held_out` are (sequences, length). Checkpoints are kept in `work`; a run that
-    finds one there goes on from it. Raises InputError where training diverges.
+    Checkpoints are kept in `work`; a run that finds one there goes on from it. `teacher` may be
+    None where the sequences bring its predictions. Raises InputError where nothing is gained.
     """
-    started = time.perf_counter()
-    parameters = list(_trainable(model, settings.train))
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    watch = Watch()
-    trainer = DistillationTrainer(
-        model=model,
-        teacher=teacher,
-        temperature=settings.temperature,
-        cross_entropy=settings.cross_entropy,
-        args=_arguments(settings, work, model),
-        train_dataset=BlockDataset(tokens),
-        eval_dataset=BlockDataset(held_out),
-        callbacks=[watch, Steps(progress, settings.max_steps)],
-    )
-    try:
-        trainer.train(resume_from_checkpoint=last_checkpoint(work))
-    finally:
-        for parameter, was in wanted:
-            parameter.requires_grad_(was)
-    refuse_divergence(watch)
-    return _recovery(trainer, parameters, tokens, settings, time.perf_counter() - started)
+    started, found = time.perf_counter(), last_checkpoint(work)
+    watch = Watch(settings.patience)
+    each = settings.batch_size * settings.gradient_accumulation * blocks.blocks.shape[1]
+    steps = Steps(progress, settings.max_steps, each)
+    guidance = Guidance(settings.max_steps, settings.self_guided == "reduced", settings.seed)
+    with ExitStack() as stack:
+        student, parameters = stack.enter_context(_prepared(model, settings))
+        if settings.self_guided != "off":
+            stack.enter_context(guidance.guiding(student, teacher))
+        trainer = DistillationTrainer(
+            model=student,
+            teacher=teacher,
+            objective=_objective(settings),
+            args=_arguments(settings, work, model, found is None),
+            train_dataset=blocks,
+            eval_dataset=held_out,
+            callbacks=[watch, steps, guidance, *tensorboard(settings.tensorboard)],
+        )
+        trainer.remove_callback(PrinterCallback)  # it would write on stdout
+        trainer.train(resume_from_checkpoint=found)
+        count = sum(parameter.numel() for parameter in parameters)
+    return _recovery(trainer, watch, count, each, steps, time.perf_counter() - started)
 
 
 def check_pair(model: Any, teacher: Any) -> None:
@@ -88,25 +102,40 @@ def check_pair(model: Any, teacher: Any) -> None:
         )
 
 
-def _trainable(model: nn.Module, what: str) -> Iterator[nn.Parameter]:
-    if what == "all":
-        yield from model.parameters()
-        return
-    for _, layer in compressed_layers(model):
-        yield from layer.parameters()
-    if what == "norms":
-        for module in model.modules():
-            if type(module).__name__.endswith("Norm"):
-                yield from module.parameters(recurse=False)
+@contextmanager
+def _prepared(model: Any, settings: FinetuneSettings) -> Iterator[tuple[Any, list[nn.Parameter]]]:
+    """The model as it trains and what trains of it; afterwards it has its own layers again."""
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    stored = balance(model) if settings.parametrization == "balanced" else {}
+    lora = settings.train == "lora"
+    student = with_adapters(model, settings.lora_rank) if lora else model
+    parameters = list(trainable(student, settings.train))
+    student.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    yield student, parameters
+    if lora:
+        student.merge_and_unload()
+    pack(model, stored)
+    for parameter, was in wanted:
+        parameter.requires_grad_(was)
 
 
-def _arguments(settings: FinetuneSettings, work: Path, model: Any) -> TrainingArguments:
+def _objective(settings: FinetuneSettings) -> Objective:
+    return Objective(settings.temperature, settings.cross_entropy, settings.hidden_states)
+
+
+def _arguments(
+    settings: FinetuneSettings, work: Path, model: Any, from_start: bool
+) -> TrainingArguments:
+    cuda = model.device.type == "cuda"
     return TrainingArguments(
         output_dir=str(work),
         max_steps=settings.max_steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
+        activation_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=round(WARM_UP * settings.max_steps),
@@ -114,7 +143,7 @@ def _arguments(settings: FinetuneSettings, work: Path, model: Any) -> TrainingAr
         max_grad_norm=1.0,
         eval_strategy="steps",
         eval_steps=settings.eval_every,
-        eval_on_start=True,
+        eval_on_start=from_start,  # a run that goes on has measured there already
         save_strategy="steps",
         save_steps=settings.eval_every,
         save_total_limit=2,
@@ -122,7 +151,7 @@ def _arguments(settings: FinetuneSettings, work: Path, model: Any) -> TrainingAr
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=min(10, settings.eval_every),
-        bf16=model.device.type == "cuda",
+        bf16=settings.precision == "bfloat16" or (settings.precision == "auto" and cuda),
         use_cpu=model.device.type == "cpu",
         seed=settings.seed,
         data_seed=settings.seed,
@@ -152,43 +181,26 @@ def _whole(state: Path) -> bool:
 
 
 def _recovery(
-    trainer: DistillationTrainer,
-    parameters: list[nn.Parameter],
-    tokens: Tensor,
-    settings: FinetuneSettings,
-    seconds: float,
+    trainer: DistillationTrainer, watch: Watch, count: int, each: int, steps: Steps, seconds: float
 ) -> Recovery:
+    """Raises InputError where no measurement was better than the first."""
     state = trainer.state
-    losses = tuple(
-        (int(entry["step"]), float(entry["eval_loss"]))
-        for entry in state.log_history
-        if "eval_loss" in entry
-    )
-    each = settings.batch_size * settings.gradient_accumulation * tokens.shape[1]
+    losses = tuple(held_out_losses(state))
+    before, best = losses[0][1], min(loss for _, loss in losses)
+    if not best < before:
+        why = f"diverged: {watch.diverged}" if watch.diverged else "gained nothing on held-out text"
+        raise InputError(
+            f"training {why} (loss {before:.4g} before it): use a smaller --learning-rate"
+        )
     return Recovery(
-        state.global_step,
-        state.global_step * each,
-        sum(parameter.numel() for parameter in parameters),
-        state.best_global_step or 0,
-        losses[0][1],
-        min(loss for _, loss in losses),
-        losses,
-        seconds,
+        steps=state.global_step,
+        tokens=state.global_step * each,
+        trained_parameters=count,
+        best_step=state.best_global_step,
+        before=before,
+        best=best,
+        losses=losses,
+        seconds=seconds,
+        tokens_per_second=steps.tokens_per_second,
+        diverged=watch.diverged,
     )
-
-
-class Steps(TrainerCallback):  # type: ignore[misc]
-    """Reports each step to a `Progress`."""
-
-    def __init__(self, progress: Progress, steps: int) -> None:
-        self._steps = iter(progress(range(steps), "Training", steps))
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        next(self._steps, None)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        list(self._steps)

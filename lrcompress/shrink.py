@@ -20,7 +20,7 @@ from lrcompress.lowrank import (
     install,
 )
 from lrcompress.prepare import Prepared
-from lrcompress.protocols import FFN, Factors, Form, LinearSpec, Method, Plan, Progress
+from lrcompress.protocols import FFN, Form, LinearSpec, Method, Plan, Progress
 from lrcompress.sizes import parameter_count
 
 
@@ -105,7 +105,7 @@ def shrunk_linear(
     else:
         assert rank is not None
         factors = method.factorize(left.weights[spec.name], left.statistics[spec.name], rank)
-        largest = _fill(layer, factors)
+        largest = fill(layer, factors.A, factors.B)
         error = factors.error / factors.energy if factors.energy > 0 else 0.0
     finished = _finished(layer, dense, left.biases[spec.name])
     kind = NARROWED if rank is None else form
@@ -119,14 +119,14 @@ def _fill_narrowed(layer: NarrowedLinear, weight: Tensor) -> None:
 
 
 @torch.no_grad()
-def _fill(layer: LowRankLinear, factors: Factors) -> float | None:
-    """Writes W ~ B A into a low-rank layer; returns the largest pivot coefficient."""
+def fill(layer: LowRankLinear, A: Tensor, B: Tensor) -> float | None:
+    """Writes W = B A into a low-rank layer; returns the largest pivot coefficient."""
     if isinstance(layer, FactoredLinear):
-        layer.A.weight.copy_(factors.A)
-        layer.B.weight.copy_(factors.B)
+        layer.A.weight.copy_(A)
+        layer.B.weight.copy_(B)
         return None
     assert isinstance(layer, PivotedLinear)
-    pivoted = pivot(factors.A, factors.B)
+    pivoted = pivot(A, B)
     layer.C.weight.copy_(pivoted.columns)
     layer.Z.weight.copy_(pivoted.coefficients)
     layer.order.copy_(pivoted.order)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrcompress import checkpoint, stages
 from lrcompress.data import fingerprint, in_turn, read_corpus, token_blocks
+from lrcompress.distill import BlockDataset
 from lrcompress.files import check_free
 from lrcompress.models import locate
 from lrcompress.protocols import InputError, Progress, silent
@@ -18,17 +19,23 @@ from lrcompress.recovery import check_pair, train
 from lrcompress.settings import FinetuneSettings, ModelSettings
 from lrcompress.sizes import sequence_length
 from lrcompress.sources import load_settings, other_source
+from lrcompress.teacher import TeacherCache
 
 TRAIN_LENGTH = 512
 
 
 def finetune_to(
-    source: ModelSettings, settings: FinetuneSettings, out: Path, progress: Progress = silent
+    source: ModelSettings,
+    settings: FinetuneSettings,
+    out: Path,
+    progress: Progress = silent,
+    resume: bool = True,
 ) -> dict[str, Any]:
     """Trains the checkpoint `source` and saves it to `out`; returns what lrcompress.json holds.
 
-    Checkpoints are kept beside `out` until it is whole: the same command goes on from the last.
-    Raises InputError if `out` exists, or where text, teacher or checkpoint do not fit.
+    Checkpoints are kept beside `out` until it is whole: the same call goes on from the last
+    unless `resume` is off. Raises InputError if `out` exists, where text, teacher or checkpoint
+    do not fit, and where training diverged; the best weights before that are saved.
     """
     check_free(out)
     if not settings.data:
@@ -38,17 +45,53 @@ def finetune_to(
     if name is None:
         raise InputError(f"{source.source!r} names no source: give --teacher MODEL")
     model, tokenizer = load_settings(source)
-    teacher, _ = load_settings(other_source(source, name))
+    dense = other_source(source, name)
+    teacher, _ = load_settings(dense)
     check_pair(model, teacher)
     tokens, text = training_tokens(model, tokenizer, settings)
-    work = out.with_name(f".{out.name}.finetune") / _identity(source, settings, text)
-    held = settings.held_out
-    done = train(model, teacher, tokens[held:], tokens[:held], settings, work, progress)
+    work = out.with_name(f".{out.name}.finetune")
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    cache = _taught(dense, teacher, tokens, settings, progress)
+    stored, held = model.dtype, settings.held_out
+    done = train(
+        model.float(),  # steps as small as the rate asks for vanish in bfloat16 weights
+        teacher if cache is None or settings.self_guided != "off" else None,
+        BlockDataset(tokens[held:], cache, held),
+        BlockDataset(tokens[:held], cache),
+        settings,
+        work / _identity(source, settings, text),
+        progress,
+    )
     record.pop("metrics", None)  # they are of the model before training
     record |= {"finetuned": asdict(done) | {"settings": settings.model_dump(mode="json")} | text}
-    saved = checkpoint.save(model, tokenizer, out, record)
-    shutil.rmtree(work.parent, ignore_errors=True)
+    saved = checkpoint.save(model.to(stored), tokenizer, out, record)
+    shutil.rmtree(work, ignore_errors=True)
+    if done.diverged:
+        raise InputError(
+            f"training diverged: {done.diverged}; {str(out)!r} holds the best weights before it, "
+            f"of step {done.best_step}: use a smaller --learning-rate"
+        )
     return saved
+
+
+def _taught(
+    source: ModelSettings,
+    teacher: Any,
+    tokens: Tensor,
+    settings: FinetuneSettings,
+    progress: Progress,
+) -> TeacherCache | None:
+    """The teacher's predictions for all sequences, if they are to be kept; made where missing."""
+    if settings.teacher_cache is None:
+        return None
+    kept = [settings.teacher_top_k, settings.temperature]
+    state = stages.model_state(source)
+    mark = fingerprint(settings.data, tokens, settings.seed).sha256
+    folder = Path(settings.teacher_cache) / stages.digest([state, mark, kept])[:16]
+    cache = TeacherCache(folder, settings.teacher_top_k, settings.temperature)
+    cache.fill(teacher, tokens, cache.missing(len(tokens)), progress)
+    return cache
 
 
 def training_tokens(
@@ -80,4 +123,5 @@ def training_tokens(
 
 def _identity(source: ModelSettings, settings: FinetuneSettings, text: dict[str, Any]) -> str:
     state = stages.model_state(source)
-    return stages.digest([state, settings.model_dump(mode="json"), text])[:16]
+    asked = settings.model_dump(mode="json", exclude={"tensorboard", "teacher_cache"})
+    return stages.digest([state, asked, text])[:16]

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState
 
+import lrcompress
 from lrcompress import recovery, tune
-from lrcompress.distill import DistillationTrainer, kl_divergence
+from lrcompress.distill import DistillationTrainer
+from lrcompress.divergence import kl_divergence, top_k_divergence
+from lrcompress.guidance import Guidance
+from lrcompress.lowrank import FactoredLinear, compressed_layers
+from lrcompress.parametrization import balance, pack
 from lrcompress.protocols import InputError
 from lrcompress.settings import FinetuneSettings, ModelSettings
+from lrcompress.teacher import TeacherCache, others
 from tests.conftest import invoke
+from tests.tiny import logits
 
 QUICK: dict[str, Any] = {
     "data": ["pydoc"], "max_steps": 12, "train_length": 64, "held_out": 4, "eval_every": 4,
@@ -125,3 +133,223 @@ def test_command(dense: Path, factorized: Path, tmp_path: Path) -> None:
     quick = ("--limit", 1, "--no-speed", "--context-length", 64)
     result = invoke("eval", tmp_path / "out", "--baseline", dense, *quick)
     assert "finetuned / dense" in result.output
+
+
+def small_batches(count: int = 6) -> torch.Tensor:
+    return torch.randn(40, 23, generator=torch.Generator().manual_seed(count))
+
+
+def test_likeliest_tokens_and_the_rest_give_the_divergence() -> None:
+    student, teacher = small_batches(1).requires_grad_(), small_batches(2)
+    whole = kl_divergence(student, teacher, 1.5)
+    log_p = (teacher / 1.5).log_softmax(-1)
+    for k in (22, 4):
+        top = log_p.topk(k)
+        kept = torch.cat([top.values, others(log_p, top.indices)], dim=-1)
+        found = top_k_divergence(student, top.indices, kept, 1.5)
+        assert float(found) <= float(whole) + 1e-6
+    torch.testing.assert_close(top_k_divergence(student, *exact(log_p, 22), 1.5), whole)
+    gradients = [
+        torch.autograd.grad(loss, student)[0]
+        for loss in (whole, top_k_divergence(student, *exact(log_p, 22), 1.5))
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def exact(log_p: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    top = log_p.topk(k)
+    return top.indices, torch.cat([top.values, others(log_p, top.indices)], dim=-1)
+
+
+def test_the_teacher_runs_once_with_a_cache(
+    factorized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = finetuned(factorized, tmp_path / "live")["finetuned"]
+    kept = {"teacher_cache": str(tmp_path / "cache"), "teacher_top_k": 256}
+    cached = finetuned(factorized, tmp_path / "cached", **kept)["finetuned"]
+    # all but one of 257 tokens are kept: nothing is lost
+    for found, expected in zip(cached["losses"], live["losses"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    monkeypatch.setattr(TeacherCache, "_predictions", None)  # would fail if it were called
+    again = finetuned(factorized, tmp_path / "again", **kept)["finetuned"]
+    assert again["best"] == cached["best"]
+    files = list((tmp_path / "cache").glob("*/*"))
+    assert {file.suffix for file in files} == {".safetensors"}
+
+
+def test_adapters_are_merged_into_the_factors(factorized: Path, tmp_path: Path) -> None:
+    record = finetuned(factorized, tmp_path / "out", train="lora", lora_rank=4)
+    before, after = weights(factorized), weights(tmp_path / "out")
+    assert {name: t.shape for name, t in before.items()} == {n: t.shape for n, t in after.items()}
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed
+    assert all(".mlp." in name for name in changed)
+    count = record["finetuned"]["trained_parameters"]
+    assert 0 < count < sum(before[name].numel() for name in changed)
+    measured = held_out_loss(tmp_path / "out", factorized, record)
+    assert measured == pytest.approx(record["finetuned"]["best"], rel=1e-5)
+
+
+def held_out_loss(out: Path, source: Path, record: dict[str, Any]) -> float:
+    """The loss of a saved model on the held-out text of its training, measured anew."""
+    model, tokenizer = lrcompress.load(str(out), dtype="float32")
+    teacher, _ = lrcompress.load(record["source"], dtype="float32")
+    settings = FinetuneSettings(**QUICK)
+    held = tune.training_tokens(model, tokenizer, settings)[0][: settings.held_out]
+    with torch.no_grad():
+        pair = [m(input_ids=held).logits[:, :-1].flatten(0, 1) for m in (model, teacher)]
+    return float(kl_divergence(pair[0], pair[1], 1.0))
+
+
+@pytest.mark.parametrize("form", ["factored", "pivoted"])
+def test_balanced_factors_are_packed_again(dense: Path, tmp_path: Path, form: str) -> None:
+    flags = ("--rank", 12, "--method", "svd", "--form", form)
+    assert invoke("factorize", dense, "--out", tmp_path / "low", *flags).exit_code == 0
+    record = finetuned(tmp_path / "low", tmp_path / "out", parametrization="balanced")
+    done, forms = record["finetuned"], {m["form"] for m in layout_of(tmp_path / "out").values()}
+    assert forms == {form}
+    assert done["best"] < done["before"]
+    assert held_out_loss(tmp_path / "out", tmp_path / "low", record) == pytest.approx(
+        done["best"], rel=1e-3
+    )
+
+
+def layout_of(folder: Path) -> dict[str, dict[str, Any]]:
+    config = json.loads((folder / "config.json").read_text())
+    found: dict[str, dict[str, Any]] = config["quantization_config"]["modules"]
+    return found
+
+
+def test_balancing_changes_no_output(dense: Path, tmp_path: Path) -> None:
+    assert invoke("factorize", dense, "--out", tmp_path / "low", "--rank", 12).exit_code == 0
+    model, _ = lrcompress.load(str(tmp_path / "low"), dtype="float32")
+    expected, stored = logits(model), balance(model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+    layers = [m for _, m in compressed_layers(model) if isinstance(m, FactoredLinear)]
+    assert len(layers) == len(stored) > 0
+    for layer in layers:
+        A, B = layer.A.weight, layer.B.weight
+        torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0), rtol=1e-3, atol=1e-4)
+    pack(model, stored)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_dense_weights_let_go(dense: Path, tmp_path: Path) -> None:
+    flags = ("--rank", 12, "--method", "svd")
+    assert invoke("factorize", dense, "--out", tmp_path / "low", *flags).exit_code == 0
+    model, _ = lrcompress.load(str(tmp_path / "low"), dtype="float32")
+    teacher, _ = lrcompress.load(str(dense), dtype="float32")
+    alone, taught = logits(model), logits(teacher)
+    guidance = Guidance(steps=10, reduced=False, seed=0)
+    with guidance.guiding(model, teacher):
+        torch.testing.assert_close(logits(model), alone)  # measured without guidance
+        model.train()
+        shares = []
+        for step in range(7):
+            guidance.on_step_begin(None, TrainerState(global_step=step), None)
+            shares.append(guidance.share)
+            if step == 0:
+                torch.testing.assert_close(logits(model), taught, rtol=1e-3, atol=1e-3)
+        assert shares == pytest.approx([1, 0.9045, 0.6545, 0.3455, 0.0955, 0, 0], abs=1e-3)
+        torch.testing.assert_close(logits(model), alone)
+    reduced = Guidance(steps=2000, reduced=True, seed=0)
+    used = []
+    for step in range(1000):
+        reduced.on_step_begin(None, TrainerState(global_step=step), None)
+        used.append(reduced.share > 0)
+    assert 0.45 < sum(used) / len(used) < 0.55  # the mean of the cosine is a half
+
+
+@pytest.mark.parametrize("how", ["full", "reduced"])
+def test_self_guided_training(dense: Path, tmp_path: Path, how: str) -> None:
+    assert invoke("factorize", dense, "--out", tmp_path / "low", "--rank", 12).exit_code == 0
+    done = finetuned(tmp_path / "low", tmp_path / "out", self_guided=how)["finetuned"]
+    assert done["best"] < done["before"]
+
+
+def test_hidden_states_are_matched(factorized: Path, tmp_path: Path) -> None:
+    done = finetuned(factorized, tmp_path / "out", hidden_states=1.0)["finetuned"]
+    plain = finetuned(factorized, tmp_path / "plain")["finetuned"]
+    assert done["before"] > plain["before"]
+    assert done["best"] < done["before"]
+
+
+def test_stops_early_without_improvement(factorized: Path, tmp_path: Path) -> None:
+    done = finetuned(
+        factorized, tmp_path / "out", learning_rate=0.01, max_steps=60, eval_every=2, patience=2
+    )["finetuned"]
+    assert done["steps"] < 60
+    assert done["steps"] - done["best_step"] == 4
+    assert done["diverged"] is None
+
+
+def test_the_best_weights_before_divergence_are_saved(
+    factorized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = DistillationTrainer.training_step
+
+    def breaks(self: Any, *arguments: Any) -> Any:
+        if self.state.global_step == 9:
+            with torch.no_grad():
+                next(p for p in self.model.parameters() if p.requires_grad).fill_(torch.nan)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", breaks)
+    with pytest.raises(InputError, match=r"diverged.*holds the best weights before it, of step 8"):
+        finetuned(factorized, tmp_path / "out")
+    assert all(bool(t.isfinite().all()) for t in weights(tmp_path / "out").values())
+    stored = json.loads((tmp_path / "out" / "lrcompress.json").read_text())
+    assert "nan" in stored["finetuned"]["diverged"]
+
+
+def test_curves_go_to_tensorboard(factorized: Path, tmp_path: Path) -> None:
+    finetuned(factorized, tmp_path / "out", tensorboard=str(tmp_path / "logs"))
+    assert [file for file in (tmp_path / "logs").iterdir() if "tfevents" in file.name]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_keep_their_precision(dense: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    flags = ("--rank", 12, "--method", "svd", "--dtype", name)
+    assert invoke("factorize", dense, "--out", tmp_path / "low", *flags).exit_code == 0
+    done = finetuned(
+        tmp_path / "low", tmp_path / "out", precision="bfloat16", gradient_checkpointing=True
+    )["finetuned"]
+    assert done["best"] < done["before"]
+    assert {t.dtype for n, t in weights(tmp_path / "out").items() if "order" not in n} == {dtype}
+
+
+def test_progress_tells_pace_and_loss(factorized: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def note(items: Any, description: str, total: int | None = None) -> Any:
+        for item in items:
+            said.append(f"{description} {item}")
+            yield item
+
+    tune.finetune_to(
+        ModelSettings(source=str(factorized)), FinetuneSettings(**QUICK), tmp_path / "out", note
+    )
+    assert re.search(r"Training loss \d+\.\d+, [\d,]+ tokens/s, 0:0\d left", said[-1])
+    assert len(said) == 12
+
+
+def test_no_resume_starts_over(
+    factorized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    original = DistillationTrainer.training_step
+
+    def breaks(self: Any, *arguments: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", breaks)
+    checked = FinetuneSettings(**QUICK)
+    source = ModelSettings(source=str(factorized))
+    with pytest.raises(KeyboardInterrupt):
+        tune.finetune_to(source, checked, tmp_path / "out")
+    tune.finetune_to(source, checked, tmp_path / "out", resume=False)
+    assert len(steps) == 6 + 12

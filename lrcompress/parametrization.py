@@ -1,0 +1,91 @@
+"""How compressed layers are written down while they train, and what is added to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrcompress.linalg import decompose
+from lrcompress.lowrank import (
+    FactoredLinear,
+    LowRankLinear,
+    compressed_layers,
+    install,
+)
+from lrcompress.protocols import InputError
+from lrcompress.shrink import fill
+
+
+@torch.no_grad()
+def balance(model: nn.Module) -> dict[str, LowRankLinear]:
+    """Writes every low-rank layer as two factors that share its singular values: B A with
+    B = U S^1/2 and A = S^1/2 Vᵀ. Returns the layers that gave way, for `pack`."""
+    stored = {n: layer for n, layer in compressed_layers(model) if isinstance(layer, LowRankLinear)}
+    for name, layer in stored.items():
+        install(model, name, _balanced(layer))
+    return stored
+
+
+@torch.no_grad()
+def pack(model: nn.Module, stored: Mapping[str, LowRankLinear]) -> None:
+    """Puts the layers that `balance` took back, with the weights that their factors have now."""
+    for name, layer in stored.items():
+        factors = model.get_submodule(name)
+        assert isinstance(factors, FactoredLinear)
+        fill(layer, factors.A.weight, factors.B.weight)
+        if layer.bias is not None and factors.bias is not None:
+            layer.bias.copy_(factors.bias)
+        install(model, name, layer)
+
+
+def _balanced(layer: LowRankLinear) -> FactoredLinear:
+    product = layer.product()
+    place: dict[str, Any] = {"device": product.device, "dtype": product.dtype}
+    shape, has_bias = (layer.in_features, layer.out_features), layer.bias is not None
+    factored = FactoredLinear(*shape, layer.rank, has_bias, layer.dense_type, **place)
+    fill(factored, *decompose(product, rank=layer.rank).truncated(layer.rank))
+    if layer.bias is not None and factored.bias is not None:
+        factored.bias.copy_(layer.bias)
+    return factored.train(layer.training)
+
+
+def with_adapters(model: Any, rank: int) -> Any:
+    """`model` with a LoRA adapter of `rank` on every matrix of every compressed layer, by PEFT.
+
+    Their scale is one, alpha = rank. Raises InputError where PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise InputError(
+            "train 'lora' needs PEFT: pip install 'lrcompress[lora]', or train the factors"
+        ) from None
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_matrices(model)))
+    return get_peft_model(model, config)
+
+
+def _matrices(model: nn.Module) -> Iterator[str]:
+    for name, layer in compressed_layers(model):
+        if isinstance(layer, LowRankLinear):
+            children = (child for child, m in layer.named_children() if isinstance(m, nn.Linear))
+            yield from (f"{name}.{child}" for child in children)
+        else:
+            yield name
+
+
+def trainable(model: nn.Module, what: str) -> Iterator[nn.Parameter]:
+    """The parameters that `train` names: factors, norms (and factors), all, or lora."""
+    if what == "all":
+        yield from model.parameters()
+    elif what == "lora":
+        yield from (p for name, p in model.named_parameters() if "lora_" in name)
+    else:
+        for _, layer in compressed_layers(model):
+            yield from layer.parameters()
+    if what == "norms":
+        for module in model.modules():
+            if type(module).__name__.endswith("Norm"):
+                yield from module.parameters(recurse=False)
