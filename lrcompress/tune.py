@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,27 @@ from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.recovery import check_pair, train
 from lrcompress.settings import FinetuneSettings, ModelSettings
 from lrcompress.sizes import sequence_length
-from lrcompress.sources import load_settings, other_source
+from lrcompress.sources import Loaded, load_settings, other_source
 
 TRAIN_LENGTH = 512
 
 
 def finetune_to(
-    source: ModelSettings, settings: FinetuneSettings, out: Path, progress: Progress = silent
+    source: ModelSettings,
+    settings: FinetuneSettings,
+    out: Path,
+    progress: Progress = silent,
+    replace: bool = False,
+    load_teacher: Callable[[ModelSettings], Loaded] = load_settings,
 ) -> dict[str, Any]:
     """Trains the checkpoint `source` and saves it to `out`; returns what lrcompress.json holds.
 
     Checkpoints are kept beside `out` until it is whole: the same command goes on from the last.
-    Raises InputError if `out` exists, or where text, teacher or checkpoint do not fit.
+    Raises InputError if `out` exists, unless an older result there is to be replaced, or where
+    text, teacher or checkpoint do not fit.
     """
-    check_free(out)
+    if not replace:
+        check_free(out)
     if not settings.data:
         raise InputError("finetune needs text to train on: give --data FILE.txt or another SPEC")
     record = checkpoint.read_record(Path(locate(source.source).path)) or {}
@@ -38,15 +46,17 @@ def finetune_to(
     if name is None:
         raise InputError(f"{source.source!r} names no source: give --teacher MODEL")
     model, tokenizer = load_settings(source)
-    teacher, _ = load_settings(other_source(source, name))
+    teacher, _ = load_teacher(other_source(source, name))
     check_pair(model, teacher)
     tokens, text = training_tokens(model, tokenizer, settings)
     work = out.with_name(f".{out.name}.finetune") / _identity(source, settings, text)
     held = settings.held_out
     done = train(model, teacher, tokens[held:], tokens[:held], settings, work, progress)
     record.pop("metrics", None)  # they are of the model before training
+    earlier = {key: record.pop(key) for key in ("finetuned", "before") if key in record}
+    record |= {"before": earlier} if earlier else {}
     record |= {"finetuned": asdict(done) | {"settings": settings.model_dump(mode="json")} | text}
-    saved = checkpoint.save(model, tokenizer, out, record)
+    saved = checkpoint.save(model, tokenizer, out, record, replace)
     shutil.rmtree(work.parent, ignore_errors=True)
     return saved
 
@@ -75,7 +85,8 @@ def training_tokens(
             f"to hold {settings.held_out} out: give more text, or a smaller --held-out"
         )
     mark = fingerprint(settings.data, blocks, settings.seed)
-    return blocks, {"sequences": mark.num_samples, "length": length, "sha256": mark.sha256}
+    text = {"sequences": mark.num_samples, "length": length, "sha256": mark.sha256}
+    return blocks, text | {"sketch": mark.sketch.to_dict()}
 
 
 def _identity(source: ModelSettings, settings: FinetuneSettings, text: dict[str, Any]) -> str:
