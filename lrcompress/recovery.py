@@ -24,7 +24,10 @@ STATE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class Recovery:
-    """What training did: held-out losses (nats per token) by step, the best one is kept."""
+    """What training did: held-out losses (nats per token) by step, the best one is kept.
+
+    `seconds` are of this process, and the rate is of the steps that it took; None if it took none.
+    """
 
     steps: int
     tokens: int
@@ -34,6 +37,7 @@ class Recovery:
     best: float
     losses: tuple[tuple[int, float], ...]
     seconds: float
+    tokens_per_second: float | None
 
 
 def train(
@@ -56,7 +60,7 @@ def train(
     model.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
-    watch = Watch()
+    watch, last = Watch(), last_checkpoint(work)
     trainer = DistillationTrainer(
         model=model,
         teacher=teacher,
@@ -68,12 +72,13 @@ def train(
         callbacks=[watch, Steps(progress, settings.max_steps)],
     )
     try:
-        trainer.train(resume_from_checkpoint=last_checkpoint(work))
+        trainer.train(resume_from_checkpoint=last)
     finally:
         for parameter, was in wanted:
             parameter.requires_grad_(was)
     refuse_divergence(watch)
-    return _recovery(trainer, parameters, tokens, settings, time.perf_counter() - started)
+    begun, seconds = _step(Path(last)) if last else 0, time.perf_counter() - started
+    return _recovery(trainer, parameters, tokens, settings, begun, seconds)
 
 
 def check_pair(model: Any, teacher: Any) -> None:
@@ -136,11 +141,15 @@ def _arguments(settings: FinetuneSettings, work: Path, model: Any) -> TrainingAr
 def last_checkpoint(work: Path) -> str | None:
     """The newest checkpoint that is whole: its state is written last."""
     found = [
-        (int(folder.name.rpartition("-")[2]), folder)
+        (_step(folder), folder)
         for folder in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if _whole(folder / STATE)
     ]
     return str(max(found)[1]) if found else None
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
 
 
 def _whole(state: Path) -> bool:
@@ -156,6 +165,7 @@ def _recovery(
     parameters: list[nn.Parameter],
     tokens: Tensor,
     settings: FinetuneSettings,
+    begun: int,
     seconds: float,
 ) -> Recovery:
     state = trainer.state
@@ -174,6 +184,7 @@ def _recovery(
         min(loss for _, loss in losses),
         losses,
         seconds,
+        (state.global_step - begun) * each / seconds or None,
     )
 
 
