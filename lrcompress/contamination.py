@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lrcompress.calibration import read_blocks
-from lrcompress.data import read_corpus
+from lrcompress.data import SELF, read_corpus
 from lrcompress.models import load_tokenizer, skeleton
 from lrcompress.overlap import TOLERATED, Sketch, found_share, shingles
 from lrcompress.perplexity import corpus_windows
@@ -41,7 +41,7 @@ def _recorded(record: Mapping[str, Any]) -> Iterator[tuple[str, Sketch]]:
     for part in history(record):
         for key, use in USES.items():
             if known := (part.get(key) or {}).get("sketch"):
-                yield use, Sketch(**known)
+                yield use, Sketch.from_dict(known)
 
 
 def _evaluated(
@@ -76,7 +76,7 @@ def refuse_planned(recipe: Recipe) -> None:
 
 def _planned(recipe: Recipe, bare: Any, tokenizer: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Use and shingles of the texts from which `recipe` makes its models."""
-    if reads_text(recipe):
+    if reads_text(recipe) and set(recipe.calibration.data) != {SELF}:
         yield USES["calibration"], shingles(read_blocks(bare, tokenizer, recipe.calibration))
     if recipe.finetune.data:
         yield USES["finetuned"], shingles([training_tokens(bare, tokenizer, recipe.finetune)[0]])

@@ -6,12 +6,14 @@ A shingle's hash depends on its tokens alone, so two texts are compared wherever
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from lrcompress.protocols import InputError
 
 # tokens in a shingle: long enough that set phrases are none; a power of two
 SHINGLE = 32
@@ -38,6 +40,18 @@ class Sketch:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, known: Mapping[str, Any]) -> Sketch:
+        """What `to_dict` gave; InputError if it is damaged."""
+        try:
+            found = cls(int(known["below"]), str(known["hashes"]))
+            found.low_halves()
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"the sketch of a text in lrcompress.json is damaged ({error}): restore the file"
+            ) from None
+        return found
 
     def low_halves(self) -> np.ndarray:
         """Ascending, uint32."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +132,10 @@ class Run:
     def _measure(self, tasks: Tasks | None) -> list[Metric]:
         settings, found = self.recipe.evaluate, list[Metric]()
         inputs = {title: self._measuring(title) for title in self._columns}
-        for title, depends in inputs.items():
-            name = "quality-" + re.sub(r"[^\w.-]", "_", title)
-            found += self.folder.measured(
-                name, depends, lambda title=title: self._quality(title, tasks)
-            )
+        for index, (title, depends) in enumerate(inputs.items(), 1):
+            name = title if " " not in title else f"baseline-{index}"  # a title may hold a path
+            quality = partial(self._quality, title, tasks)
+            found += self.folder.measured(f"quality-{name}", depends, quality)
         if settings.speed or settings.training_speed:
             found += self.folder.measured("speed", list(inputs.values()), self._speed)
         return found

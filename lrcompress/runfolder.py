@@ -56,7 +56,9 @@ class RunFolder:
     def _is_run(self) -> bool:
         if not self.out.is_dir():
             return False
-        own = {RECIPE, STAGES, *MADE.values(), *report.FORMATS}
+        own = {RECIPE, STAGES, MODEL, *report.FORMATS}
+        if self._file("finetune").is_file():  # else somebody put it there by hand
+            own.add(FINETUNED)
         hidden = tuple(f".{name}." for name in MADE.values())
         return all(p.name in own or p.name.startswith(hidden) for p in self.out.iterdir())
 
@@ -82,6 +84,8 @@ class RunFolder:
     def make(self, stage: str, inputs: list[Any], action: Callable[[Path], object]) -> None:
         """Has the model of a stage made by `action`, unless it is there already."""
         if not self.is_made(stage, inputs):
+            if not self._file(stage).is_file():
+                self._write(stage, {})  # what will be there is the run's own
             action(self.model(stage))
             known = {"inputs": stages.digest(inputs), "model": self.weights(stage)}
             self._write(stage, known)
