@@ -76,7 +76,7 @@ def training_speed(
 
     found = []
     for label, runs in _in_turn(models, repeats, run, progress, "Measuring training").items():
-        about: dict[str, object] = {"sequence_length": length}
+        about: dict[str, object] = {"of": "forward and backward", "sequence_length": length}
         conditions = about | _conditions(models[label], repeats, batch_size)
         rates = [batch.numel() / seconds for seconds in runs]
         found.append(_metric(label, "training", rates, conditions))

@@ -29,7 +29,7 @@ def run(
     progress: Progress = silent,
 ) -> list[Metric]:
     """Factorizes, finetunes if there is text for it, evaluates beside the dense model and reports,
-    all in the folder `out`.
+    all in the folder `out`. Models are made only if no text of the evaluation is among theirs.
 
     `recipe` is a Recipe or its file. An interrupted run continues: a stage whose inputs did
     not change is not done again. Raises InputError where `out` holds something else;

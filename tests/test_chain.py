@@ -199,6 +199,17 @@ def test_a_text_is_not_both_learned_and_evaluated(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sweep_is_not_calibrated_on_what_it_evaluates(
+    recipe_file: Path, text: Path, tmp_path: Path
+) -> None:
+    settings = ("--set", f"calibration.data={text}", "--keep-ratio", 0.6)
+    result = invoke("sweep", recipe_file, tmp_path / "out", *settings)
+    assert result.exit_code == 2, result.output
+    assert "is to be calibrated on" in result.output
+    result = invoke("sweep", recipe_file, tmp_path / "out", *settings, "--method", "svd")
+    assert result.exit_code == 0, result.output
+
+
 def test_eval_refuses_what_a_model_learned_from(
     dense: Path, training_text: Path, text: Path, tmp_path: Path
 ) -> None:
