@@ -17,6 +17,7 @@ from lrcompress.protocols import InputError, Metric, Progress, silent
 from lrcompress.recipe import Recipe
 from lrcompress.settings import ModelSettings
 from lrcompress.sources import Loaded, load_settings, other_source
+from lrcompress.tables import learned
 
 
 def factorize_to(
@@ -38,6 +39,8 @@ def factorize_to(
         "recipe": recipe.model_dump(mode="json"),
         **done.to_dict(),
     }
+    if before := learned(_record(recipe.model) or {}):
+        record["before"] = before
     saved = checkpoint.save(model, tokenizer, out, record, replace)
     shutil.rmtree(work, ignore_errors=True)
     return saved
@@ -80,18 +83,21 @@ class _Column:
 
     @classmethod
     def load(cls, source: ModelSettings) -> Self:
-        folder = Path(locate(source.source, source.gguf_file).path)
-        return cls(source, checkpoint.read_record(folder), load_settings(source))
+        return cls(source, _record(source), load_settings(source))
 
     @property
     def kind(self) -> str:
         return compare.kind(self.loaded[0], "finetuned" in (self.record or {}))
 
 
+def _record(source: ModelSettings) -> dict[str, Any] | None:
+    return checkpoint.read_record(Path(locate(source.source, source.gguf_file).path))
+
+
 def export_to(settings: ModelSettings, out: Path, standalone: bool) -> None:
     """Writes a compressed model as stock layers, or with the code that loads it."""
     check_free(out)
-    record = checkpoint.read_record(Path(locate(settings.source).path)) or {}
+    record = _record(settings) or {}
     model, tokenizer = load_settings(settings)
     if not any(compressed_layers(model)):
         raise InputError(f"{settings.source!r} has no low-rank layers: there is nothing to export")

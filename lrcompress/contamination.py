@@ -62,9 +62,9 @@ def refuse_planned(recipe: Recipe) -> None:
     """
     source = recipe.model
     where = (source.source, source.gguf_file, source.trust_remote_code)
-    tokenizer = load_tokenizer(*where)
+    tokenizer = load_tokenizer(*where) if recipe.evaluate.perplexity else None
     if tokenizer is None:
-        return  # whatever needs one says so
+        return  # nothing is compared; whatever needs a tokenizer says so
     bare, settings = skeleton(*where), recipe.evaluate
     length = sequence_length(bare, settings.context_length)
     known = list(_planned(recipe, bare, tokenizer))

@@ -51,6 +51,7 @@ class Run:
     def all(self, overwrite: bool) -> list[Metric]:
         self.folder.refuse_other(overwrite)
         tasks = compare.resolve_tasks(self.recipe.evaluate)
+        self._find_others()
         if not all(self.folder.is_made(stage, self._making(stage)) for stage in self.stages):
             refuse_planned(self.recipe)
         self.folder.claim()
@@ -61,6 +62,12 @@ class Run:
         metrics = self._measure(tasks)
         self._report(metrics)
         return metrics
+
+    def _find_others(self) -> None:
+        """Raises InputError for a teacher or baseline that is not there, before hours of work."""
+        teacher = self.recipe.finetune.teacher
+        for name in (*self.recipe.evaluate.baseline, *([teacher] if teacher else [])):
+            locate(name)
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -114,6 +114,15 @@ def texts(metrics: Sequence[Metric], record: Mapping[str, Any] | None) -> tuple[
     return tuple(dict.fromkeys(found))
 
 
+# what a record keeps of the models that its own was made of, and of the texts of all of them
+LEARNED = ("calibration", "finetuned", "before", "factorized_from")
+
+
+def learned(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `record` goes, as `before`, into that of a model made of its own."""
+    return {key: record[key] for key in LEARNED if record.get(key)}
+
+
 def history(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """`record`, and those of the models that it was made of."""
     for earlier in (record.get("factorized_from"), record.get("before")):

@@ -19,6 +19,7 @@ from lrcompress.recovery import check_pair, train
 from lrcompress.settings import FinetuneSettings, ModelSettings
 from lrcompress.sizes import sequence_length
 from lrcompress.sources import Loaded, load_settings, other_source
+from lrcompress.tables import learned
 
 TRAIN_LENGTH = 512
 
@@ -53,8 +54,8 @@ def finetune_to(
     held = settings.held_out
     done = train(model, teacher, tokens[held:], tokens[:held], settings, work, progress)
     record.pop("metrics", None)  # they are of the model before training
-    earlier = {key: record.pop(key) for key in ("finetuned", "before") if key in record}
-    record |= {"before": earlier} if earlier else {}
+    if "finetuned" in record:
+        record["before"] = learned(record)
     record |= {"finetuned": asdict(done) | {"settings": settings.model_dump(mode="json")} | text}
     saved = checkpoint.save(model, tokenizer, out, record, replace)
     shutil.rmtree(work.parent, ignore_errors=True)

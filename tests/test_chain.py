@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,39 @@ def test_a_second_training_remembers_the_first(
     result = invoke("eval", second, "--perplexity", training_text, "--context-length", 64)
     assert result.exit_code == 2
     assert "was trained on" in result.output
+
+
+def test_an_export_remembers_too(factorized: Path, text: Path, tmp_path: Path) -> None:
+    """Also the model that is made of it, by a method that reads no text."""
+    tuned, plain, again = tmp_path / "tuned", tmp_path / "plain", tmp_path / "again"
+    flags = ("--data", text, "--max-steps", 2, "--train-length", 64, "--held-out", 2)
+    assert invoke("finetune", factorized, "--out", tuned, *flags).exit_code == 0
+    assert invoke("export", tuned, "--out", plain, "--dense").exit_code == 0
+    svd = ("--keep-ratio", 0.5, "--method", "svd")
+    assert invoke("factorize", plain, "--out", again, *svd).exit_code == 0
+    for model, label in ((plain, "dense"), (again, "factorized")):
+        result = invoke("eval", model, "--perplexity", text, "--context-length", 64)
+        assert result.exit_code == 2
+        assert f"the {label} model was trained on" in result.output
+
+
+def test_a_missing_teacher_is_said_at_once(recipe_file: Path, tmp_path: Path) -> None:
+    for key in ("finetune.teacher", "evaluate.baseline"):
+        result = invoke("run", recipe_file, tmp_path / "out", "--set", f"{key}=./nowhere")
+        assert result.exit_code == 2
+        assert "'./nowhere' does not exist" in result.output
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_sketch_is_said(factorized: Path, text: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(factorized, damaged)
+    record = json.loads((damaged / "lrcompress.json").read_text())
+    record["calibration"]["sketch"]["hashes"] = "AAA"
+    (damaged / "lrcompress.json").write_text(json.dumps(record))
+    result = invoke("eval", damaged, "--perplexity", text, "--context-length", 64)
+    assert result.exit_code == 2
+    assert "is damaged" in result.output
 
 
 def test_columns_of_one_kind_get_names() -> None:
