@@ -1,18 +1,21 @@
-"""Prefill and decode speed of several models, measured in alternation in one process."""
+"""Speed of several models, in use and in training, measured in alternation in one process."""
 
 from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrcompress.protocols import InputError, Metric, Progress, silent
 from lrcompress.sizes import maximum_length
+
+Measured = TypeVar("Measured")
 
 
 def speed(
@@ -25,24 +28,20 @@ def speed(
     """Tokens per second at batch size 1: medians, with the slowest and the fastest run.
 
     Prefill is one forward pass over a random prompt, decode the greedy generation of
-    `new_tokens` from its cache. The models take turns within every repeat, the order turning
-    round each time, after one uncounted run of each. A prompt that does not fit the models'
-    positions is shortened. Raises InputError where `new_tokens` alone do not fit.
+    `new_tokens` from its cache. A prompt that does not fit the models' positions is shortened.
+    Raises InputError where `new_tokens` alone do not fit.
     """
-    limits = [limit for model in models.values() if (limit := maximum_length(model))]
+    limits = _limits(models)
     prompt_length = min([prompt_length, *(limit - new_tokens for limit in limits)])
     if prompt_length < 1:
         raise InputError(f"{new_tokens} new tokens do not fit the model's {min(limits)} positions")
-    seconds: dict[str, list[tuple[float, float]]] = {label: [] for label in models}
-    order = list(models)
-    for repeat in progress(range(repeats + 1), "Measuring speed", repeats + 1):
-        for label in order if repeat % 2 else reversed(order):
-            measured = _one_run(models[label], prompt_length, new_tokens)
-            if repeat:
-                seconds[label].append(measured)
+
+    def run(model: Any) -> tuple[float, float]:
+        return _one_run(model, prompt_length, new_tokens)
+
     found = []
-    for label, runs in seconds.items():
-        conditions = _conditions(models[label], repeats)
+    for label, runs in _in_turn(models, repeats, run, progress, "Measuring speed").items():
+        conditions = _conditions(models[label], repeats, 1)
         rates = [prompt_length / prefill for prefill, _ in runs]
         about: dict[str, object] = {"prompt_length": prompt_length}
         found.append(_metric(label, "prefill", rates, about | conditions))
@@ -53,15 +52,69 @@ def speed(
     return found
 
 
+def training_speed(
+    models: Mapping[str, Any],
+    batch_size: int,
+    length: int,
+    repeats: int,
+    progress: Progress = silent,
+) -> list[Metric]:
+    """Tokens per second of the forward and backward pass of a training step of all parameters.
+
+    Every model gets the same random batch (batch_size, length), shortened where it does not fit
+    the models' positions. The loss is the mean cross-entropy of the next tokens. There is no step
+    of an optimizer. Medians, with the slowest and the fastest run; no gradient is kept.
+    """
+    length = min([length, *_limits(models)])
+    if length < 2:
+        raise InputError(f"a training step of {length} token predicts none: use more")
+    vocabulary = min(model.get_input_embeddings().num_embeddings for model in models.values())
+    batch = _random_tokens(vocabulary, batch_size, length)
+
+    def run(model: Any) -> float:
+        return _training_step(model, batch)
+
+    found = []
+    for label, runs in _in_turn(models, repeats, run, progress, "Measuring training").items():
+        about: dict[str, object] = {"of": "forward and backward", "sequence_length": length}
+        conditions = about | _conditions(models[label], repeats, batch_size)
+        rates = [batch.numel() / seconds for seconds in runs]
+        found.append(_metric(label, "training", rates, conditions))
+    return found
+
+
+def _in_turn(
+    models: Mapping[str, Any],
+    repeats: int,
+    run: Callable[[Any], Measured],
+    progress: Progress,
+    description: str,
+) -> dict[str, list[Measured]]:
+    """The models take turns within every repeat, the order turning round each time, after one
+    uncounted run of each."""
+    measured: dict[str, list[Measured]] = {label: [] for label in models}
+    order = list(models)
+    for repeat in progress(range(repeats + 1), description, repeats + 1):
+        for label in order if repeat % 2 else reversed(order):
+            found = run(models[label])
+            if repeat:
+                measured[label].append(found)
+    return measured
+
+
+def _limits(models: Mapping[str, Any]) -> list[int]:
+    return [limit for model in models.values() if (limit := maximum_length(model))]
+
+
 def _metric(label: str, name: str, rates: list[float], conditions: dict[str, object]) -> Metric:
     return Metric(label, name, median(rates), "tokens/s", True, conditions, min(rates), max(rates))
 
 
-def _conditions(model: Any, repeats: int) -> dict[str, object]:
+def _conditions(model: Any, repeats: int, batch_size: int) -> dict[str, object]:
     device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
-        "batch_size": 1,
+        "batch_size": batch_size,
         "runs": repeats,
         "device": name,
         "threads": torch.get_num_threads(),
@@ -72,7 +125,8 @@ def _conditions(model: Any, repeats: int) -> dict[str, object]:
 @torch.no_grad()
 def _one_run(model: Any, prompt_length: int, new_tokens: int) -> tuple[float, float]:
     """Seconds of prefill and of decoding."""
-    prompt = _prompt(model, prompt_length)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    prompt = _random_tokens(vocabulary, 1, prompt_length).to(model.device)
     known = inspect.signature(model.forward).parameters
     keep = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     cache = "cache" if "cache" in known else "past_key_values"
@@ -85,10 +139,35 @@ def _one_run(model: Any, prompt_length: int, new_tokens: int) -> tuple[float, fl
     return prefilled - start, _now(model) - prefilled
 
 
-def _prompt(model: Any, length: int) -> Tensor:
-    vocabulary = model.get_input_embeddings().num_embeddings
+def _training_step(model: Any, batch: Tensor) -> float:
+    """Seconds of a forward and a backward pass; the gradients are dropped."""
+    tokens = batch.to(model.device)
+    with _all_trainable(model) as parameters, torch.enable_grad():
+        start = _now(model)
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+        targets = tokens[:, 1:].flatten().to(logits.device)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets)
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+        return _now(model) - start
+
+
+@contextmanager
+def _all_trainable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Every parameter that can have a gradient wants one inside; restored after."""
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    wanted = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield parameters
+    finally:
+        for parameter, was in zip(parameters, wanted, strict=True):
+            parameter.requires_grad_(was)
+
+
+def _random_tokens(vocabulary: int, count: int, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocabulary, (1, length), generator=generator).to(model.device)
+    return torch.randint(vocabulary, (count, length), generator=generator)
 
 
 def _now(model: Any) -> float:

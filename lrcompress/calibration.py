@@ -87,18 +87,33 @@ def calibration_tokens(
             "calibration reads text and the model has no tokenizer: add the tokenizer's files to "
             "its folder (in Python: pass tokenizer=), or use --method svd, which reads none"
         )
-    length, texts = sequence_length(model, settings.seq_len), settings.data
-    count = settings.num_samples
+    length = sequence_length(model, settings.seq_len)
+    parts = [
+        _blocks(spec, model, tokenizer, share, length, settings, progress)
+        for spec, share in _shares(settings)
+    ]
+    blocks = in_turn(parts)
+    return blocks, fingerprint(settings.data, blocks, settings.seed)
+
+
+def read_blocks(model: Any, tokenizer: Any, settings: CalibrationSettings) -> list[Tensor]:
+    """The blocks (samples, seq_len) that calibration will read; what the model would write is
+    left out, so that a skeleton will do as `model`."""
+    length = sequence_length(model, settings.seq_len)
+    return [
+        _blocks(spec, model, tokenizer, share, length, settings, silent)
+        for spec, share in _shares(settings)
+        if spec != SELF
+    ]
+
+
+def _shares(settings: CalibrationSettings) -> list[tuple[str, int]]:
+    """SPEC and number of samples of each text."""
+    count, texts = settings.num_samples, settings.data
     count = count or (WRITTEN_SAMPLES if set(texts) == {SELF} else READ_SAMPLES)
     if count < len(texts):
         raise InputError(f"{len(texts)} texts cannot share {count} samples: raise --num-samples")
-    shares = [len(range(index, count, len(texts))) for index in range(len(texts))]
-    parts = [
-        _blocks(spec, model, tokenizer, share, length, settings, progress)
-        for spec, share in zip(texts, shares, strict=True)
-    ]
-    blocks = in_turn(parts)
-    return blocks, fingerprint(texts, blocks, settings.seed)
+    return [(spec, len(range(index, count, len(texts)))) for index, spec in enumerate(texts)]
 
 
 def _blocks(

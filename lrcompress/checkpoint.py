@@ -15,9 +15,10 @@ from safetensors import safe_open
 
 from lrcompress import lowrank
 from lrcompress.files import render, replace_text, writing
-from lrcompress.protocols import InputError
+from lrcompress.protocols import InputError, Metric
 from lrcompress.quantizer import record_layout
 from lrcompress.stock import to_stock
+from lrcompress.tables import table
 
 RECORD = "lrcompress.json"
 # parts that only a low-rank layer has
@@ -90,7 +91,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes lrcompress.json and the model card that tells the same, each in one rename."""
     replace_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
-    replace_text(folder / "README.md", render("card.md.jinja", escape=False, record=record))
+    measured = table([Metric(**metric) for metric in record.get("metrics", ())])
+    card = render("card.md.jinja", escape=False, record=record, table=measured)
+    replace_text(folder / "README.md", card)
 
 
 def export_dense(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:

@@ -99,10 +99,10 @@ def factorize_command(source: str, out: Path, **options: Any) -> None:
     MODEL is a folder, a .gguf file or a hub id. Give --rank or --keep-ratio.
     """
     recipe = build_recipe(FACTORIZE, source, options)
-    from lrcompress import console, pipeline
+    from lrcompress import commands, console
 
     _resumes(recipe.refine.enabled)
-    record = pipeline.factorize_to(recipe, out, console.progress)
+    record = commands.factorize_to(recipe, out, console.progress)
     console.show_factorization(record, out)
 
 
@@ -124,7 +124,7 @@ def finetune_command(source: str, out: Path, resume: bool, **options: Any) -> No
     from lrcompress import console, tune
 
     _resumes()
-    record = tune.finetune_to(recipe.model, recipe.finetune, out, console.progress, resume)
+    record = tune.finetune_to(recipe.model, recipe.finetune, out, console.progress, resume=resume)
     console.show_recovery(record["finetuned"], out)
 
 
@@ -137,9 +137,9 @@ EVALUATE = ("evaluate", "model")
 def eval_command(source: str, out: Path | None, **options: Any) -> None:
     """Measure MODEL: perplexity, tasks, size and speed, beside --baseline if given."""
     recipe = build_recipe(EVALUATE, source, options)
-    from lrcompress import console, pipeline
+    from lrcompress import commands, console
 
-    console.show_metrics(pipeline.evaluate_to(recipe, out, console.progress))
+    console.show_metrics(commands.evaluate_to(recipe, out, console.progress))
     if out is not None:
         console.show_report(out)
 
@@ -183,9 +183,9 @@ def export_command(source: str, out: Path, kind: str | None, **options: Any) -> 
     if kind is None:
         raise InputError("say which form to export: --dense or --standalone")
     settings = build_recipe(EXPORT, source, options).model
-    from lrcompress import pipeline
+    from lrcompress import commands
 
-    pipeline.export_to(settings, out, standalone=kind == "standalone")
+    commands.export_to(settings, out, standalone=kind == "standalone")
     click.echo(f"Wrote {out}.")
 
 
@@ -201,16 +201,18 @@ _SET = click.option(
 @_SET
 @click.option("--overwrite", is_flag=True, help="Redo changed stages of another recipe's run.")
 def run_command(recipe_file: Path, out: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
-    """Factorize, evaluate and report as RECIPE says, in the folder OUT; resumes if interrupted."""
+    """Factorize, finetune, evaluate and report as RECIPE says, in the folder OUT; resumes."""
     from lrcompress.recipe import read_recipe
 
     recipe = read_recipe(recipe_file, overrides)
-    from lrcompress import checkpoint, console, pipeline
+    from lrcompress import checkpoint, console, pipeline, runfolder
 
     _resumes()
     metrics = pipeline.run(recipe, out, overwrite=overwrite, progress=console.progress)
-    model = out / pipeline.MODEL
+    model, tuned = out / runfolder.MODEL, out / runfolder.FINETUNED
     console.show_factorization(checkpoint.read_record(model) or {}, model)
+    if recipe.finetune.data:
+        console.show_recovery((checkpoint.read_record(tuned) or {})["finetuned"], tuned)
     console.show_metrics(metrics)
     console.show_report(out)
 

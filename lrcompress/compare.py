@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import PurePath
 from typing import Any
 
 from lrcompress import benchmark
@@ -27,29 +29,43 @@ def evaluate(
     progress: Progress = silent,
     **settings: Any,
 ) -> list[Metric]:
-    """Measures `model`, and `baseline` beside it in the same run; both are loaded models.
+    """Measures `model`, and `baseline` beside it in the same run: a loaded model, or several.
 
     `settings` are the keys of the recipe's `evaluate` section: perplexity, tasks, limit,
     context_length, ... Raises InputError where a setting is refused, a text or task cannot be
     read, or a loss is not finite.
     """
     checked = from_flat({"evaluate": EvaluateSettings}, settings)["evaluate"]
-    pairs = None if baseline is None else (baseline, tokenizer)
-    models = label_models((model, tokenizer), pairs)
+    given = [] if baseline is None else baseline
+    others = list(given) if isinstance(given, list | tuple) else [given]
+    names = ["baseline"] * len(others) + ["model"]
+    kinds = [kind(one) for one in (*others, model)]
+    pairs = [(one, tokenizer) for one in (*others, model)]
+    models = dict(zip(labels(kinds, names), pairs, strict=True))
     return measure(models, checked, resolve_tasks(checked), progress)
 
 
-def label_models(
-    model: Loaded, baseline: Loaded | None = None, trained: bool = False
-) -> dict[str, Loaded]:
-    """Names for the columns of a report; the baseline comes first."""
-    compressed = "finetuned" if trained else "factorized"
-    label = compressed if is_compressed(model[0]) else "dense"
-    if baseline is None:
-        return {label: model}
-    if label == "dense" or is_compressed(baseline[0]):
-        return {"baseline": baseline, "model": model}
-    return {"dense": baseline, label: model}
+def kind(model: Any, trained: bool = False) -> str:
+    """What a model is called in a report."""
+    if not is_compressed(model):
+        return "dense"
+    return "finetuned" if trained else "factorized"
+
+
+def labels(kinds: Sequence[str], sources: Sequence[str]) -> list[str]:
+    """Distinct column titles of a report: the kind of model where it is the only one of its kind,
+    else with the name of its folder or file, the whole source, or a number."""
+    short = [f"{one} {PurePath(source).name}" for one, source in zip(kinds, sources, strict=True)]
+    whole = [f"{one} {source}" for one, source in zip(kinds, sources, strict=True)]
+    found = list(kinds)
+    for longer in (short, whole, [f"{name} {i}" for i, name in enumerate(whole, 1)]):
+        counts = Counter(found)
+        clash = {one for one, name in zip(kinds, found, strict=True) if counts[name] > 1}
+        found = [
+            better if one in clash else name
+            for one, name, better in zip(kinds, found, longer, strict=True)
+        ]
+    return found
 
 
 def resolve_tasks(settings: EvaluateSettings) -> Tasks | None:
@@ -64,24 +80,34 @@ def measure(
     progress: Progress = silent,
 ) -> list[Metric]:
     """Every metric of every model, models in the order given, each with its own tokenizer."""
-    length = min(sequence_length(model, settings.context_length) for model, _ in models.values())
+    length = common_length(models, settings)
     found: list[Metric] = []
     for label, loaded in models.items():
         found += quality(label, loaded, settings, tasks, length, progress)
     return found + speed(models, settings, progress)
 
 
+def common_length(models: Mapping[str, Loaded], settings: EvaluateSettings) -> int:
+    """Tokens of a window that fits every model."""
+    return min(sequence_length(model, settings.context_length) for model, _ in models.values())
+
+
 def speed(
     models: Mapping[str, Loaded], settings: EvaluateSettings, progress: Progress = silent
 ) -> list[Metric]:
-    """Prefill and decode speed of all models in alternation, if the settings ask for it."""
-    if not settings.speed:
-        return []
-    lengths = (settings.prompt_length, settings.new_tokens, settings.repeats)
+    """Speed in use and in training of all models in alternation, as the settings ask for it."""
+    alone = {label: model for label, (model, _) in models.items()}
+    length, repeats = settings.prompt_length, settings.repeats
+    found: list[Metric] = []
     with ExitStack() as stack:
-        for model, _ in models.values():
+        for model in alone.values():
             stack.enter_context(evaluation_mode(model))
-        return benchmark.speed({k: model for k, (model, _) in models.items()}, *lengths, progress)
+        if settings.speed:
+            found += benchmark.speed(alone, length, settings.new_tokens, repeats, progress)
+        if settings.training_speed:
+            size = settings.batch_size
+            found += benchmark.training_speed(alone, size, length, repeats, progress)
+    return found
 
 
 def quality(

@@ -23,7 +23,7 @@ from rich.table import Table
 from lrcompress.inspection import Inspection
 from lrcompress.protocols import Metric, Status
 from lrcompress.report import FORMATS
-from lrcompress.report import table as report_table
+from lrcompress.tables import table as report_table
 
 T = TypeVar("T")
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lrcompress.overlap import Sketch, shingles, sketch
 from lrcompress.protocols import InputError
 
 Use = Literal["calibration", "test"]
@@ -21,6 +22,8 @@ EMBEDDED = "pydoc"
 SELF = "self"
 # where the parts of the embedded text end, as shares of its characters
 EMBEDDED_PARTS = {"calibration": 0.65, "validation": 0.75, "test": 1.0}
+# characters of a paragraph that no two parts of the embedded text may share
+REPEATED = 80
 # name -> hub path, config, test split
 NAMED_DATASETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
@@ -41,7 +44,10 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Identifies the tokens that a stage used: equal hashes mean equal tokens in equal order."""
+    """Identifies the tokens that a stage used: equal hashes mean equal tokens in equal order.
+
+    `sketch` is a sample of them, by which another text that holds them is found out.
+    """
 
     data: str
     num_samples: int
@@ -49,6 +55,7 @@ class Fingerprint:
     seed: int
     tokens: int
     sha256: str
+    sketch: Sketch
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,11 +89,18 @@ def _embedded(part: str) -> list[str]:
     documents = [topics[name] for name in sorted(topics)]
     total, end = sum(map(len, documents)), 0
     parts: dict[str, list[str]] = {name: [] for name in EMBEDDED_PARTS}
+    homes: dict[str, str] = {}  # paragraph -> the first part that holds it
     for document in documents:
         end += len(document)
         inside = next(name for name, share in EMBEDDED_PARTS.items() if end <= share * total)
-        parts[inside].append(document)
+        kept = [p for p in document.split("\n\n") if len(p) < REPEATED or _home(homes, p, inside)]
+        parts[inside].append("\n\n".join(kept))
     return parts[part]
+
+
+def _home(homes: dict[str, str], paragraph: str, part: str) -> bool:
+    """Whether `paragraph` is of `part`: some topics hold others whole, in other parts."""
+    return homes.setdefault(paragraph, part) == part
 
 
 def _read_text(path: Path) -> str:
@@ -214,9 +228,14 @@ def in_turn(parts: Sequence[Tensor]) -> Tensor:
 
 def fingerprint(specs: Sequence[str], blocks: Tensor, seed: int) -> Fingerprint:
     """Of the blocks (samples, length) that were taken from the texts `specs`."""
-    digest = hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()
     samples, length = blocks.shape
-    return Fingerprint(",".join(specs), samples, length, seed, blocks.numel(), digest)
+    mark, sample = token_hash(blocks), sketch(shingles([blocks]))
+    return Fingerprint(",".join(specs), samples, length, seed, blocks.numel(), mark, sample)
+
+
+def token_hash(tokens: Tensor) -> str:
+    """SHA-256 of token ids, whatever their shape."""
+    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _token_stream(corpus: Corpus, tokenizer: Any, enough: int) -> Tensor:

@@ -189,6 +189,13 @@ def checked_device(device: str) -> str:
     return device
 
 
+def load_tokenizer(source: str, gguf_file: str | None, trust_remote_code: bool) -> Any:
+    """The tokenizer of MODEL without its weights; None where its folder has none."""
+    location = locate(source, gguf_file)
+    with _explained(source):
+        return _load_tokenizer(location, trust_remote_code)
+
+
 def _load_tokenizer(location: Location, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 

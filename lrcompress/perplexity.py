@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lrcompress.data import Corpus, bos_token, encode
+from lrcompress.data import Corpus, bos_token, encode, token_hash
 from lrcompress.protocols import InputError, Metric, Progress, silent
 
 # logits rows turned into float32 at a time: a whole window times a large vocabulary is gigabytes
@@ -46,15 +46,24 @@ def windows(tokens: list[int], length: int, stride: int, bos: int | None) -> Ite
             return
 
 
+def window_step(length: int, stride: int | None, bos: int | None) -> int:
+    """Tokens from one window's begin to the next's; InputError where some would be left out."""
+    step = length if stride is None else stride
+    if step > length:
+        raise InputError(f"stride {step} exceeds the context length {length}: tokens would be lost")
+    return min(step, length if bos is None else length - 1)  # BOS takes a place in the window
+
+
 def corpus_windows(
-    corpus: Corpus, tokenizer: Any, length: int, stride: int, limit: int | None
+    corpus: Corpus, tokenizer: Any, length: int, stride: int | None, limit: int | None
 ) -> list[Window]:
     """The first `limit` windows (all if None) of the documents; none reaches over two documents."""
     bos = bos_token(tokenizer)
+    step = window_step(length, stride, bos)
     found = (
         window
         for document in corpus.documents
-        for window in windows(encode(tokenizer, document), length, stride, bos)
+        for window in windows(encode(tokenizer, document), length, step, bos)
     )
     chosen = list(islice(found, limit))
     if not chosen:
@@ -86,12 +95,7 @@ def perplexity(
     progress: Progress = silent,
 ) -> Metric:
     """exp(mean negative log-likelihood per token). Raises InputError where it is not finite."""
-    step = length if stride is None else stride
-    if step > length:
-        raise InputError(f"stride {step} exceeds the context length {length}: tokens would be lost")
-    bos = bos_token(tokenizer)
-    step = min(step, length if bos is None else length - 1)  # BOS takes a place in the window
-    chosen = corpus_windows(corpus, tokenizer, length, step, limit)
+    bos, chosen = bos_token(tokenizer), corpus_windows(corpus, tokenizer, length, stride, limit)
     total, count = 0.0, 0
     for index, window in enumerate(progress(chosen, f"Perplexity of {label}", len(chosen))):
         loss = float(token_losses(model, window).double().sum())
@@ -104,10 +108,11 @@ def perplexity(
     conditions = {
         "data": corpus.spec,
         "context_length": length,
-        "stride": step,
+        "stride": window_step(length, stride, bos),
         "bos": "none" if bos is None else "at each window",
         "windows": len(chosen),
         "tokens": count,
+        "sha256": token_hash(torch.cat([window.tokens for window in chosen])),
     }
     value = math.exp(min(total / count, 700.0))  # exp overflows above 709
     return Metric(label, "token perplexity", value, "", False, conditions)

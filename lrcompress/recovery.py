@@ -36,8 +36,8 @@ STATE = "trainer_state.json"
 class Recovery:
     """What training did: held-out losses (nats per token) by step, the best one is kept.
 
-    `tokens` and `seconds` are of all steps; an interruption's own time is not in them.
-    `diverged` is the reason for which it was stopped, if it was.
+    `seconds` are of this process, and the rate is of the steps that it took; None if it took none.
+    `diverged` is the reason for which training was stopped, if it was.
     """
 
     steps: int
@@ -48,7 +48,7 @@ class Recovery:
     best: float
     losses: tuple[tuple[int, float], ...]
     seconds: float
-    tokens_per_second: float
+    tokens_per_second: float | None
     diverged: str | None = None
 
 
@@ -201,6 +201,6 @@ def _recovery(
         best=best,
         losses=losses,
         seconds=seconds,
-        tokens_per_second=steps.tokens_per_second,
+        tokens_per_second=steps.tokens_per_second or None,
         diverged=watch.diverged,
     )

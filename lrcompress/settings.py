@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
@@ -32,6 +33,7 @@ from lrcompress.values import (
     Size,
     all_of,
     allowed_words,
+    none_is_empty,
     one_of,
     variant_name,
 )
@@ -271,13 +273,22 @@ class EvaluateSettings(Section):
         None, ge=1, description="At most this many windows of each text and documents of each task."
     )
     num_fewshot: int | None = Field(None, ge=0, description="Examples before each task question.")
-    batch_size: int = Field(1, ge=1, description="Sequences per forward pass in tasks.")
+    batch_size: int = Field(
+        1, ge=1, description="Sequences per forward pass in tasks and in training speed."
+    )
     speed: bool = Field(True, description="Measure prefill and decode tokens per second.")
-    prompt_length: int = Field(256, ge=1, description="Tokens of prompt in speed measurements.")
+    prompt_length: int = Field(
+        256, ge=1, description="Tokens of prompt, and of a sequence, in speed measurements."
+    )
     new_tokens: int = Field(16, ge=1, description="Tokens generated in speed measurements.")
     repeats: int = Field(5, ge=2, description="Speed measurements of each model, in alternation.")
-    baseline: str | None = Field(
-        None, description="Dense model to compare with; a recipe's is its own model."
+    training_speed: bool = Field(
+        False, description="Measure tokens per second of a training step of every parameter."
+    )
+    baseline: Annotated[Names, BeforeValidator(none_is_empty)] = Field(
+        (),
+        description="Models to compare with; ratios are over the first. A recipe's is its own "
+        "dense model.",
     )
 
 

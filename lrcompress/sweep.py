@@ -17,6 +17,7 @@ from typing import Any
 from lrcompress import compare, stages
 from lrcompress.calibration import Calibration
 from lrcompress.compress import Compression
+from lrcompress.contamination import reads_text, refuse_planned
 from lrcompress.data import read_corpus
 from lrcompress.files import replace_text
 from lrcompress.memory import peak_memory
@@ -166,12 +167,22 @@ class Sweep:
     @cached_property
     def _text(self) -> tuple[Calibration, int | None]:
         """Of the widest needs of all variants, and the peak memory of measuring."""
+        self._refuse_contamination()
         text = self._compression(self.variants[0], self._model).text()
         needs = [variant.factorize.compressor().requires for variant in self.variants]
         with peak_memory() as memory:
             if any(needs):
                 text.moments(any("gradient_moment" in need for need in needs))
         return text, memory.peak
+
+    def _refuse_contamination(self) -> None:
+        nothing = self.recipe.finetune.model_copy(update={"data": ()})  # a sweep does not train
+        for variant in self.variants:
+            parts = {"factorize": variant.factorize, "refine": variant.refine, "finetune": nothing}
+            recipe = self.recipe.model_copy(update=parts)
+            if reads_text(recipe):
+                refuse_planned(recipe)
+                break
 
     def _made(self, variant: Variant, ratio: float, shared: dict[str, Any]) -> Point:
         text, peak = self._text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.recovery import check_pair, train
 from lrcompress.settings import FinetuneSettings, ModelSettings
 from lrcompress.sizes import sequence_length
-from lrcompress.sources import load_settings, other_source
+from lrcompress.sources import Loaded, load_settings, other_source
+from lrcompress.tables import learned
 from lrcompress.teacher import TeacherCache
 
 TRAIN_LENGTH = 512
@@ -29,15 +31,20 @@ def finetune_to(
     settings: FinetuneSettings,
     out: Path,
     progress: Progress = silent,
+    *,
     resume: bool = True,
+    replace: bool = False,
+    load_teacher: Callable[[ModelSettings], Loaded] = load_settings,
 ) -> dict[str, Any]:
     """Trains the checkpoint `source` and saves it to `out`; returns what lrcompress.json holds.
 
     Checkpoints are kept beside `out` until it is whole: the same call goes on from the last
-    unless `resume` is off. Raises InputError if `out` exists, where text, teacher or checkpoint
-    do not fit, and where training diverged; the best weights before that are saved.
+    unless `resume` is off. Raises InputError if `out` exists and is not to be replaced, where
+    text, teacher or checkpoint do not fit, and where training diverged; the best weights before
+    that are saved.
     """
-    check_free(out)
+    if not replace:
+        check_free(out)
     if not settings.data:
         raise InputError("finetune needs text to train on: give --data FILE.txt or another SPEC")
     record = checkpoint.read_record(Path(locate(source.source).path)) or {}
@@ -46,7 +53,7 @@ def finetune_to(
         raise InputError(f"{source.source!r} names no source: give --teacher MODEL")
     model, tokenizer = load_settings(source)
     dense = other_source(source, name)
-    teacher, _ = load_settings(dense)
+    teacher, _ = load_teacher(dense)
     check_pair(model, teacher)
     tokens, text = training_tokens(model, tokenizer, settings)
     work = out.with_name(f".{out.name}.finetune")
@@ -64,8 +71,10 @@ def finetune_to(
         progress,
     )
     record.pop("metrics", None)  # they are of the model before training
+    if "finetuned" in record:
+        record["before"] = learned(record)
     record |= {"finetuned": asdict(done) | {"settings": settings.model_dump(mode="json")} | text}
-    saved = checkpoint.save(model.to(stored), tokenizer, out, record)
+    saved = checkpoint.save(model.to(stored), tokenizer, out, record, replace)
     shutil.rmtree(work, ignore_errors=True)
     if done.diverged:
         raise InputError(
@@ -118,7 +127,8 @@ def training_tokens(
             f"to hold {settings.held_out} out: give more text, or a smaller --held-out"
         )
     mark = fingerprint(settings.data, blocks, settings.seed)
-    return blocks, {"sequences": mark.num_samples, "length": length, "sha256": mark.sha256}
+    text = {"sequences": mark.num_samples, "length": length, "sha256": mark.sha256}
+    return blocks, text | {"sketch": mark.sketch.to_dict()}
 
 
 def _identity(source: ModelSettings, settings: FinetuneSettings, text: dict[str, Any]) -> str:

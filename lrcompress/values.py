@@ -31,6 +31,11 @@ def _pairs(value: object) -> object:
         raise ValueError(f"{value!r} cannot be read: write KEY=VALUE") from None
 
 
+def none_is_empty(value: object) -> object:
+    """YAML's null for a list with nothing in it."""
+    return () if value is None else value
+
+
 def one_of(names: Iterable[str]) -> Callable[[str], str]:
     allowed = list(names)
 

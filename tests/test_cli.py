@@ -339,12 +339,12 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_out_of_memory_is_one_sentence(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lrcompress import pipeline
+    from lrcompress import commands
 
     def full(*_: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
 
-    monkeypatch.setattr(pipeline, "load_settings", full)
+    monkeypatch.setattr(commands, "load_settings", full)
     result = invoke("eval", dense)
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: out of memory: try --dtype bfloat16")

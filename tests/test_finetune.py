@@ -59,7 +59,9 @@ def test_closer_to_the_teacher_on_held_out_text(factorized: Path, tmp_path: Path
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all(".mlp." in name for name in changed)
-    assert "Then trained towards" in (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "Trained towards the dense model, on pydoc" in (tmp_path / "out" / "README.md").read_text()
+    )
     stored = json.loads((tmp_path / "out" / "lrcompress.json").read_text())
     assert stored["finetuned"]["sha256"] == done["sha256"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -1,0 +1,105 @@
+"""What the commands factorize, eval and export do, from folder to folder."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from lrcompress import checkpoint, compare, report
+from lrcompress.compress import apply
+from lrcompress.contamination import refuse_recorded
+from lrcompress.files import check_free, writing
+from lrcompress.lowrank import compressed_layers
+from lrcompress.models import locate
+from lrcompress.protocols import InputError, Metric, Progress, silent
+from lrcompress.recipe import Recipe
+from lrcompress.settings import ModelSettings
+from lrcompress.sources import Loaded, load_settings, other_source
+from lrcompress.tables import learned
+
+
+def factorize_to(
+    recipe: Recipe, out: Path, progress: Progress = silent, replace: bool = False
+) -> dict[str, Any]:
+    """Loads, factorizes and saves to `out`; returns what lrcompress.json holds.
+
+    Raises InputError if `out` exists, unless an older result there is to be replaced.
+    """
+    if not replace:
+        check_free(out)
+    model, tokenizer = load_settings(recipe.model)
+    work = out.with_name(f".{out.name}.refine")  # refined blocks, until the whole is saved
+    done = apply(
+        model, tokenizer, recipe.calibration, recipe.factorize, recipe.refine, progress, work
+    )
+    record = {
+        "source": recipe.model.source,
+        "recipe": recipe.model_dump(mode="json"),
+        **done.to_dict(),
+    }
+    if before := learned(_record(recipe.model) or {}):
+        record["before"] = before
+    saved = checkpoint.save(model, tokenizer, out, record, replace)
+    shutil.rmtree(work, ignore_errors=True)
+    return saved
+
+
+def evaluate_to(
+    recipe: Recipe, out: Path | None = None, progress: Progress = silent
+) -> list[Metric]:
+    """Measures a model, beside its baselines if it has any; writes a report to `out`, if given.
+
+    Raises InputError where a model was made from a text that it would be measured on.
+    """
+    settings = recipe.evaluate
+    if out is not None:
+        check_free(out)
+    tasks = compare.resolve_tasks(settings)
+    others = [other_source(recipe.model, name) for name in settings.baseline]
+    found = [_Column.load(source) for source in (*others, recipe.model)]
+    names = [column.source.source for column in found]
+    titles = compare.labels([column.kind for column in found], names)
+    columns = dict(zip(titles, found, strict=True))
+    models = {title: column.loaded for title, column in columns.items()}
+    length = compare.common_length(models, settings)
+    for title, column in columns.items():
+        refuse_recorded(title, column.loaded[1], settings, length, column.record or {})
+    metrics = compare.measure(models, settings, tasks, progress)
+    if out is not None:
+        with writing(out) as partial:
+            report.write(partial, f"{recipe.model.source}: evaluation", metrics, found[-1].record)
+    return metrics
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A model of an evaluation, with the record (lrcompress.json) of its folder."""
+
+    source: ModelSettings
+    record: dict[str, Any] | None
+    loaded: Loaded
+
+    @classmethod
+    def load(cls, source: ModelSettings) -> Self:
+        return cls(source, _record(source), load_settings(source))
+
+    @property
+    def kind(self) -> str:
+        return compare.kind(self.loaded[0], "finetuned" in (self.record or {}))
+
+
+def _record(source: ModelSettings) -> dict[str, Any] | None:
+    return checkpoint.read_record(Path(locate(source.source, source.gguf_file).path))
+
+
+def export_to(settings: ModelSettings, out: Path, standalone: bool) -> None:
+    """Writes a compressed model as stock layers, or with the code that loads it."""
+    check_free(out)
+    record = _record(settings) or {}
+    model, tokenizer = load_settings(settings)
+    if not any(compressed_layers(model)):
+        raise InputError(f"{settings.source!r} has no low-rank layers: there is nothing to export")
+    write = checkpoint.export_standalone if standalone else checkpoint.export_dense
+    write(model, tokenizer, out, record)

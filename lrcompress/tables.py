@@ -1,0 +1,139 @@
+"""What reports and model cards show: metrics as one table, the texts of a model, its history."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lrcompress.protocols import Metric
+
+# conditions that may differ between two models whose numbers are still worth a ratio
+COMPARABLE = {"dtype", "device"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric across models: cells of text, and the ratio of each later model to the first."""
+
+    title: str
+    better: str
+    cells: tuple[str, ...]
+    ratios: tuple[str, ...]
+    conditions: str
+
+
+@dataclass(frozen=True)
+class Table:
+    labels: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def table(metrics: Sequence[Metric]) -> Table:
+    """Models as columns in the order in which they were measured, metrics as rows."""
+    labels = tuple(dict.fromkeys(m.model for m in metrics))
+    groups: dict[tuple[str, object], dict[str, Metric]] = {}
+    for metric in metrics:
+        groups.setdefault((metric.name, metric.conditions.get("data")), {})[metric.model] = metric
+    return Table(labels, tuple(_row(labels, by_model) for by_model in groups.values()))
+
+
+def _row(labels: Sequence[str], by_model: Mapping[str, Metric]) -> Row:
+    first = next(iter(by_model.values()))
+    base = by_model.get(labels[0])
+    data = first.conditions.get("data")
+    unit = f" ({first.unit})" if first.unit else ""
+    return Row(
+        first.name + (f", {data}" if data else "") + unit,
+        "higher is better" if first.higher_is_better else "lower is better",
+        tuple(_cell(by_model.get(label)) for label in labels),
+        tuple(_ratio(base, by_model.get(label)) for label in labels[1:]),
+        _conditions(by_model),
+    )
+
+
+def _conditions(by_model: Mapping[str, Metric]) -> str:
+    """The conditions of a row, once if all models share them, else model by model.
+
+    The hash of a text is left to `texts`.
+    """
+    words = {
+        label: ", ".join(
+            f"{k.replace('_', ' ')} {v}" for k, v in metric.conditions.items() if k != "sha256"
+        )
+        for label, metric in by_model.items()
+    }
+    if len(set(words.values())) == 1:
+        return next(iter(words.values()))
+    return "; ".join(f"{label}: {text}" for label, text in words.items())
+
+
+def _cell(metric: Metric | None) -> str:
+    if metric is None:
+        return "–"
+    spread = ""
+    if metric.low is not None and metric.high is not None:
+        spread = f" ({_number(metric.low)}–{_number(metric.high)})"
+    return _number(metric.value) + spread
+
+
+def _number(value: float) -> str:
+    if value == int(value) and abs(value) >= 1000:
+        return f"{int(value):,}"
+    if abs(value) >= 1e6:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+def _ratio(base: Metric | None, metric: Metric | None) -> str:
+    if base is None or metric is None or base.value == 0:
+        return "–"
+    both = {*base.conditions.items()} ^ {*metric.conditions.items()}
+    if {name for name, _ in both} - COMPARABLE:
+        return "not comparable"
+    return f"{metric.value / base.value:.3g}x"
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens that a model met, and for what: equal hashes mean equal tokens."""
+
+    use: str
+    data: str
+    tokens: int
+    sha256: str
+
+
+def texts(metrics: Sequence[Metric], record: Mapping[str, Any] | None) -> tuple[Text, ...]:
+    """Of calibration and training, as `record` (lrcompress.json) names them, and of evaluation."""
+    found = [text for part in history(record or {}) for text in _made_of(part)]
+    for metric in metrics:
+        if mark := metric.conditions.get("sha256"):
+            data, tokens = str(metric.conditions["data"]), int(str(metric.conditions["tokens"]))
+            found.append(Text("evaluation", data, tokens, str(mark)))
+    return tuple(dict.fromkeys(found))
+
+
+# what a record keeps of the models that its own was made of, and of the texts of all of them
+LEARNED = ("calibration", "finetuned", "before", "factorized_from")
+
+
+def learned(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `record` goes, as `before`, into that of a model made of its own."""
+    return {key: record[key] for key in LEARNED if record.get(key)}
+
+
+def history(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """`record`, and those of the models that it was made of."""
+    for earlier in (record.get("factorized_from"), record.get("before")):
+        if earlier:
+            yield from history(earlier)
+    yield record
+
+
+def _made_of(record: Mapping[str, Any]) -> Iterator[Text]:
+    if read := record.get("calibration"):
+        yield Text("calibration", read["data"], read["tokens"], read["sha256"])
+    if done := record.get("finetuned"):
+        data, tokens = done["settings"]["data"], done["sequences"] * done["length"]
+        yield Text("training", ",".join(data), tokens, done["sha256"])

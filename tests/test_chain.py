@@ -1,0 +1,295 @@
+"""`run` with a finetune section: factorize, finetune, evaluate, report; resumable at each."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrcompress import compare, pipeline, sources
+from lrcompress.distill import DistillationTrainer
+from lrcompress.protocols import InputError
+from lrcompress.recipe import Recipe, read_recipe
+from tests.conftest import SMALL, invoke
+
+MODELS = ["dense", "factorized", "finetuned"]
+
+
+@pytest.fixture
+def training_text(tmp_path: Path) -> Path:
+    """Random letters: nothing of it stands in any other text."""
+    letters = random.Random(0).choices("abcdefgh ", k=6_000)
+    file = tmp_path / "train.txt"
+    file.write_text("".join(letters), "utf-8")
+    return file
+
+
+@pytest.fixture
+def recipe_file(dense: Path, text: Path, training_text: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"model: {{source: {dense}}}\n"
+        "calibration: {num_samples: 4, seq_len: 64}\n"
+        "factorize: {keep_ratio: 0.6}\n"
+        f"finetune: {{data: {training_text}, max_steps: 4, eval_every: 2, held_out: 2,\n"
+        "  train_length: 64, learning_rate: 0.003}\n"
+        f"evaluate: {{perplexity: {text}, context_length: 64, limit: 2, prompt_length: 8,\n"
+        "  new_tokens: 2, repeats: 2}\n"
+    )
+    return file
+
+
+@pytest.fixture
+def recipe(recipe_file: Path) -> Recipe:
+    return read_recipe(recipe_file)
+
+
+def not_again(*_: object, **__: object) -> Any:
+    raise AssertionError("a finished stage was done again")
+
+
+def times(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (out / "stages").iterdir()}
+
+
+def test_run_shows_all_three_side_by_side(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    result = invoke("run", recipe_file, out)
+    assert result.exit_code == 0, result.output
+    assert "Held-out loss" in result.stdout
+    assert "finetuned / dense" in result.stdout
+    assert {path.name for path in out.iterdir()} == {
+        "recipe.yaml", "model", "finetuned", "stages", "metrics.json", "report.md", "report.html",
+    }  # fmt: skip
+    report = json.loads((out / "metrics.json").read_text())
+    assert list(dict.fromkeys(metric["model"] for metric in report["metrics"])) == MODELS
+    assert [text["use"] for text in report["texts"]] == ["calibration", "training", "evaluation"]
+    assert all(len(text["sha256"]) == 64 and text["tokens"] > 0 for text in report["texts"])
+    assert report["training"]["steps"] == 4
+    assert "sketch" not in report["training"]
+    for folder in ("model", "finetuned"):
+        card = (out / folder / "README.md").read_text()
+        assert "| metric | dense | factorized | finetuned | factorized / dense |" in card
+        assert ("## Training" in card) == (folder == "finetuned")
+        record = json.loads((out / folder / "lrcompress.json").read_text())
+        assert record["metrics"] == report["metrics"]
+    for name in ("report.md", "report.html"):
+        shown = (out / name).read_text()
+        for words in ("Texts", report["texts"][1]["sha256"], "Training", "tokens/s", "train.txt"):
+            assert words in shown
+    for module, stage in ((pipeline, "factorize_to"), (pipeline, "finetune_to")):
+        monkeypatch.setattr(module, stage, not_again)
+    monkeypatch.setattr(compare, "quality", not_again)
+    assert invoke("run", recipe_file, out).exit_code == 0
+
+
+def test_interrupted_training_goes_on(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, original, steps = tmp_path / "out", DistillationTrainer.training_step, []
+    loaded: list[str] = []
+    load = sources.load_settings
+
+    def counted(settings: Any) -> Any:
+        loaded.append(settings.source)
+        return load(settings)
+
+    def breaks(self: Any, *arguments: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(pipeline, "load_settings", counted)
+    monkeypatch.setattr(DistillationTrainer, "training_step", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(recipe, out)
+    assert not (out / "finetuned").exists()
+    assert not (out / "report.md").exists()
+    monkeypatch.setattr(pipeline, "factorize_to", not_again)
+    loaded.clear()
+    pipeline.run(recipe, out)
+    assert len(steps) == 4 + 2  # from the checkpoint at step 2
+    assert loaded.count(recipe.model.source) == 1  # teacher and dense model are one
+    done = json.loads((out / "finetuned" / "lrcompress.json").read_text())["finetuned"]
+    assert done["tokens_per_second"] * done["seconds"] > 2 * 2 * 64  # of the last two steps alone
+    assert not list(out.glob(".finetuned*"))
+
+
+def test_changed_training_redoes_what_depends_on_it(
+    recipe: Recipe, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    pipeline.run(recipe, out)
+    before = times(out)
+    other = read_recipe(recipe_file, ["finetune.max_steps=2"])
+    with pytest.raises(InputError, match="another recipe"):
+        pipeline.run(other, out)
+    assert times(out) == before
+    monkeypatch.setattr(pipeline, "factorize_to", not_again)
+    pipeline.run(other, out, overwrite=True)
+    changed = {name for name, time in times(out).items() if time != before[name]}
+    assert changed == {"finetune.json", "quality-finetuned.json", "speed.json"}
+    without = read_recipe(recipe_file, ["finetune.data=[]"])
+    metrics = pipeline.run(without, out, overwrite=True)
+    assert {metric.model for metric in metrics} == {"dense", "factorized"}
+    assert not (out / "finetuned").exists()
+
+
+def test_a_changed_model_is_trained_again(
+    recipe: Recipe, recipe_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    pipeline.run(recipe, out)
+    before = times(out)
+    other = read_recipe(recipe_file, ["factorize.keep_ratio=0.4"])
+    pipeline.run(other, out, overwrite=True)
+    kept = {name for name, time in times(out).items() if time == before[name]}
+    assert kept == {"quality-dense.json"}
+
+
+def test_a_folder_of_the_users_is_left_alone(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plain = recipe.model_copy(update={"finetune": type(recipe.finetune)()})
+    pipeline.run(plain, out)
+    (out / "finetuned").mkdir()
+    (out / "finetuned" / "mine.txt").write_text("trained by hand")
+    for one in (plain, recipe):
+        with pytest.raises(InputError, match="is no run"):
+            pipeline.run(one, out, overwrite=True)
+    assert (out / "finetuned" / "mine.txt").is_file()
+
+
+def test_a_recipes_baselines_come_first(recipe_file: Path, dense: Path, tmp_path: Path) -> None:
+    settings = [f"evaluate.baseline={dense}", "finetune.data=[]", "evaluate.speed=false"]
+    metrics = pipeline.run(read_recipe(recipe_file, settings), tmp_path / "one")
+    assert list(dict.fromkeys(m.model for m in metrics)) == ["baseline", "factorized"]
+    settings[0] = f"evaluate.baseline=[{dense}, {tmp_path / 'one' / 'model'}]"
+    metrics = pipeline.run(read_recipe(recipe_file, settings), tmp_path / "two")
+    labels = list(dict.fromkeys(m.model for m in metrics))
+    assert {path.name for path in (tmp_path / "two" / "stages").glob("quality-b*")} == {
+        "quality-baseline-1.json",
+        "quality-baseline-2.json",
+    }
+    assert labels == [f"baseline {dense}", f"baseline {tmp_path / 'one' / 'model'}", "factorized"]
+
+
+@pytest.mark.parametrize("use", ["calibration", "finetune"])
+@pytest.mark.parametrize("share", [1.0, 0.2])
+def test_a_text_is_not_both_learned_and_evaluated(
+    recipe_file: Path, training_text: Path, tmp_path: Path, use: str, share: float
+) -> None:
+    learned = training_text.read_text()
+    other = "".join(random.Random(1).choices("abcdefgh ", k=len(learned)))
+    evaluated, cut = tmp_path / "test.txt", int(share * len(learned))
+    evaluated.write_text(learned[:cut] + other[cut:])
+    settings = {
+        "calibration": [f"calibration.data={training_text}", "calibration.num_samples=40",
+                        "finetune.data=[]"],
+        "finetune": ["finetune.max_steps=40"],
+    }[use]  # fmt: skip
+    settings += [f"evaluate.perplexity={evaluated}", "evaluate.limit=null"]
+    with pytest.raises(InputError, match=r"% of the evaluated text '.*test.txt' is in the text"):
+        pipeline.run(read_recipe(recipe_file, settings), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_is_not_calibrated_on_what_it_evaluates(
+    recipe_file: Path, text: Path, tmp_path: Path
+) -> None:
+    settings = ("--set", f"calibration.data={text}", "--keep-ratio", 0.6)
+    result = invoke("sweep", recipe_file, tmp_path / "out", *settings)
+    assert result.exit_code == 2, result.output
+    assert "is to be calibrated on" in result.output
+    result = invoke("sweep", recipe_file, tmp_path / "out", *settings, "--method", "svd")
+    assert result.exit_code == 0, result.output
+
+
+def test_eval_refuses_what_a_model_learned_from(
+    dense: Path, training_text: Path, text: Path, tmp_path: Path
+) -> None:
+    small, tuned = tmp_path / "small", tmp_path / "tuned"
+    quick = ("--context-length", 64, "--no-speed", "--limit", 4)
+    made = invoke("factorize", dense, "--out", small, "--keep-ratio", 0.6,
+                  "--calibration", text, *SMALL)  # fmt: skip
+    assert made.exit_code == 0, made.output
+    flags = ("--data", training_text, "--max-steps", 40, "--train-length", 64, "--held-out", 2)
+    assert invoke("finetune", small, "--out", tuned, *flags).exit_code == 0
+    for model, spec, words in (
+        (small, text, "factorized model was calibrated on"),
+        (tuned, text, "finetuned model was calibrated on"),
+        (tuned, training_text, "finetuned model was trained on"),
+    ):
+        out = tmp_path / "report"
+        result = invoke("eval", dense, "--baseline", model, "--perplexity", spec, "--out", out,
+                        *quick)  # fmt: skip
+        assert result.exit_code == 2, result.output
+        assert words in result.output
+        assert not out.exists()
+    beside = ("--baseline", dense, "--baseline", small, "--perplexity", "pydoc", *quick)
+    result = invoke("eval", tuned, *beside)
+    assert result.exit_code == 0, result.output
+    header = result.stdout.splitlines()[0].split()
+    assert header[1:] == [*MODELS, "factorized", "/", "dense", "finetuned", "/", "dense"]
+
+
+def test_a_second_training_remembers_the_first(
+    factorized: Path, training_text: Path, text: Path, tmp_path: Path
+) -> None:
+    flags = ("--max-steps", 40, "--train-length", 64, "--held-out", 2)
+    first, second = tmp_path / "first", tmp_path / "second"
+    data = ("--data", training_text)
+    assert invoke("finetune", factorized, "--out", first, *data, *flags).exit_code == 0
+    assert invoke("finetune", first, "--out", second, "--data", text, *flags).exit_code == 0
+    result = invoke("eval", second, "--perplexity", training_text, "--context-length", 64)
+    assert result.exit_code == 2
+    assert "was trained on" in result.output
+
+
+def test_an_export_remembers_too(factorized: Path, text: Path, tmp_path: Path) -> None:
+    """Also the model that is made of it, by a method that reads no text."""
+    tuned, plain, again = tmp_path / "tuned", tmp_path / "plain", tmp_path / "again"
+    flags = ("--data", text, "--max-steps", 2, "--train-length", 64, "--held-out", 2)
+    assert invoke("finetune", factorized, "--out", tuned, *flags).exit_code == 0
+    assert invoke("export", tuned, "--out", plain, "--dense").exit_code == 0
+    svd = ("--keep-ratio", 0.5, "--method", "svd")
+    assert invoke("factorize", plain, "--out", again, *svd).exit_code == 0
+    for model, label in ((plain, "dense"), (again, "factorized")):
+        result = invoke("eval", model, "--perplexity", text, "--context-length", 64)
+        assert result.exit_code == 2
+        assert f"the {label} model was trained on" in result.output
+
+
+def test_a_missing_teacher_is_said_at_once(recipe_file: Path, tmp_path: Path) -> None:
+    for key in ("finetune.teacher", "evaluate.baseline"):
+        result = invoke("run", recipe_file, tmp_path / "out", "--set", f"{key}=./nowhere")
+        assert result.exit_code == 2
+        assert "'./nowhere' does not exist" in result.output
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_sketch_is_said(factorized: Path, text: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(factorized, damaged)
+    record = json.loads((damaged / "lrcompress.json").read_text())
+    record["calibration"]["sketch"]["hashes"] = "AAA"
+    (damaged / "lrcompress.json").write_text(json.dumps(record))
+    result = invoke("eval", damaged, "--perplexity", text, "--context-length", 64)
+    assert result.exit_code == 2
+    assert "is damaged" in result.output
+
+
+def test_columns_of_one_kind_get_names() -> None:
+    dense = ["a/base", "b/small"]
+    assert compare.labels(["dense", "factorized"], dense) == ["dense", "factorized"]
+    assert compare.labels(["dense", "dense"], dense) == ["dense base", "dense small"]
+    assert compare.labels(["dense", "finetuned", "finetuned"], ["m", "a/model", "b/model"]) == [
+        "dense", "finetuned a/model", "finetuned b/model",
+    ]  # fmt: skip
+    assert compare.labels(["dense", "dense"], ["m", "m"]) == ["dense m 1", "dense m 2"]
