@@ -1,0 +1,23 @@
+"""What a user can set, section by section: types, ranges, defaults and help in one place.
+
+The command line makes its flags of these fields, recipe files their keys, and the Python functions
+their keyword arguments.
+"""
+
+from lrcompress.settings.measuring import EvaluateSettings, SweepSettings
+from lrcompress.settings.section import Section
+from lrcompress.settings.shrinking import BUDGETS, FactorizeSettings, RefineSettings
+from lrcompress.settings.sources import CalibrationSettings, ModelSettings
+from lrcompress.settings.training import FinetuneSettings
+
+__all__ = [
+    "BUDGETS",
+    "CalibrationSettings",
+    "EvaluateSettings",
+    "FactorizeSettings",
+    "FinetuneSettings",
+    "ModelSettings",
+    "RefineSettings",
+    "Section",
+    "SweepSettings",
+]

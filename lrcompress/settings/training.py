@@ -1,0 +1,76 @@
+"""How a compressed model is trained."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from lrcompress.settings.section import Section
+from lrcompress.values import Names
+
+
+class FinetuneSettings(Section):
+    """Training of a compressed model towards its dense teacher."""
+
+    data: Names = Field(
+        (),
+        description="Texts to train on, as for calibration; never the test text.",
+    )
+    teacher: str | None = Field(
+        None, description="Dense model to learn from; default is the one that was compressed."
+    )
+    teacher_cache: str | None = Field(
+        None,
+        description="Folder that keeps the teacher's likeliest tokens, so that it runs once.",
+    )
+    teacher_top_k: int = Field(64, ge=1, description="Likeliest tokens kept at a position.")
+    max_steps: int = Field(200, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(2, ge=1, description="Sequences in a forward pass.")
+    gradient_accumulation: int = Field(1, ge=1, description="Forward passes in a step.")
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass instead of keeping them."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the products in training; auto: bfloat16 on CUDA, else float32."
+    )
+    train_length: int | None = Field(
+        None, ge=2, description="Tokens in a sequence; default 512, or the model's maximum if less."
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="Peak rate of AdamW.")
+    temperature: float = Field(1.0, gt=0, description="Softens both distributions.")
+    cross_entropy: float = Field(
+        0.0, ge=0, description="Weight of the language-model loss beside the divergence."
+    )
+    hidden_states: float = Field(
+        0.0, ge=0, description="Weight of the relative squared error of every block's output."
+    )
+    train: Literal["factors", "norms", "all", "lora"] = Field(
+        "factors",
+        description="factors: compressed layers; norms: and norms; all: everything; lora: adapters "
+        "on the compressed layers.",
+    )
+    lora_rank: int = Field(8, ge=1, description="Rank of the adapters.")
+    parametrization: Literal["stored", "balanced"] = Field(
+        "stored",
+        description="What trains of a low-rank layer: what is stored, or two factors that share "
+        "its singular values, packed again at the end.",
+    )
+    self_guided: Literal["off", "full", "reduced"] = Field(
+        "off",
+        description="Let the dense weights carry the low-rank layers at first; reduced: in some "
+        "steps only.",
+    )
+    held_out: int = Field(8, ge=1, description="Sequences on which the best step is chosen.")
+    eval_every: int = Field(20, ge=1, description="Steps between measurements and checkpoints.")
+    patience: int | None = Field(
+        None, ge=1, description="Measurements without improvement after which to stop."
+    )
+    tensorboard: str | None = Field(None, description="Folder for TensorBoard's logs.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Chooses the sequences and their order.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.teacher_cache is not None and self.hidden_states:
+            raise ValueError("teacher_cache keeps no hidden states: leave it or hidden_states out")
+        return self
