@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lrcompress.protocols import InputError
+from lrcompress.sharding import ShardingTrainer
 
 # rows of logits whose distributions are compared at a time: vocabularies are large
 ROWS = 256
@@ -47,7 +48,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     return total * temperature**2 / len(student)
 
 
-class DistillationTrainer(Trainer):  # type: ignore[misc]
+class DistillationTrainer(ShardingTrainer):
     """Forward KL to the teacher, plus `cross_entropy` times the language-model loss."""
 
     def __init__(

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lrcompress.distill import BlockDataset, DistillationTrainer, Watch, refuse_divergence
 from lrcompress.lowrank import compressed_layers
+from lrcompress.processes import from_main, share
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.settings import FinetuneSettings
 
@@ -68,7 +69,7 @@ def train(
         callbacks=[watch, Steps(progress, settings.max_steps)],
     )
     try:
-        trainer.train(resume_from_checkpoint=last_checkpoint(work))
+        trainer.train(resume_from_checkpoint=from_main(lambda: last_checkpoint(work)))
     finally:
         for parameter, was in wanted:
             parameter.requires_grad_(was)
@@ -104,8 +105,8 @@ def _arguments(settings: FinetuneSettings, work: Path, model: Any) -> TrainingAr
     return TrainingArguments(
         output_dir=str(work),
         max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
+        per_device_train_batch_size=share(settings.batch_size, settings.gradient_accumulation),
+        per_device_eval_batch_size=1,  # Trainer weighs batches alike, whatever they hold
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
@@ -164,7 +165,7 @@ def _recovery(
         for entry in state.log_history
         if "eval_loss" in entry
     )
-    each = settings.batch_size * settings.gradient_accumulation * tokens.shape[1]
+    each = settings.batch_size * tokens.shape[1]
     return Recovery(
         state.global_step,
         state.global_step * each,

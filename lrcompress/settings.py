@@ -197,8 +197,16 @@ class FinetuneSettings(Section):
         None, description="Dense model to learn from; default is the one that was compressed."
     )
     max_steps: int = Field(200, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(2, ge=1, description="Sequences in a forward pass.")
-    gradient_accumulation: int = Field(1, ge=1, description="Forward passes in a step.")
+    batch_size: int = Field(
+        2, ge=1, description="Sequences in an optimizer step, over all processes and passes."
+    )
+    gradient_accumulation: int = Field(
+        1, ge=1, description="Forward passes that a process splits its share of a step into."
+    )
+    shard: bool = Field(
+        False,
+        description="Split parameters, gradients and optimizer state over the processes (FSDP2).",
+    )
     train_length: int | None = Field(
         None, ge=2, description="Tokens in a sequence; default 512, or the model's maximum if less."
     )

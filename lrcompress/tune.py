@@ -13,9 +13,12 @@ from lrcompress import checkpoint, stages
 from lrcompress.data import fingerprint, in_turn, read_corpus, token_blocks
 from lrcompress.files import check_free
 from lrcompress.models import locate
+from lrcompress.processes import agreed, check_shared, from_main, group, is_main, share
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.recovery import check_pair, train
 from lrcompress.settings import FinetuneSettings, ModelSettings
+from lrcompress.sharding import check as check_shardable
+from lrcompress.sharding import placement, whole_state
 from lrcompress.sizes import sequence_length
 from lrcompress.sources import load_settings, other_source
 
@@ -30,25 +33,54 @@ def finetune_to(
     Checkpoints are kept beside `out` until it is whole: the same command goes on from the last.
     Raises InputError if `out` exists, or where text, teacher or checkpoint do not fit.
     """
+    with group(source.device):
+        return _finetune(source, settings, out, progress if is_main() else silent)
+
+
+def _finetune(
+    source: ModelSettings, settings: FinetuneSettings, out: Path, progress: Progress
+) -> dict[str, Any]:
+    teacher_source, record = agreed(lambda: _checked(source, settings, out))
+    model, tokenizer, teacher = agreed(lambda: _loaded(source, teacher_source, settings.shard))
+    tokens, text = from_main(lambda: training_tokens(model, tokenizer, settings))
+    name = from_main(lambda: _identity(source, settings, text))
+    work = out.with_name(f".{out.name}.finetune") / name
+    check_shared(work)
+    held = settings.held_out
+    done = agreed(
+        lambda: train(model, teacher, tokens[held:], tokens[:held], settings, work, progress)
+    )
+    record |= {"finetuned": asdict(done) | {"settings": settings.model_dump(mode="json")} | text}
+    state = whole_state(model)
+    saved = from_main(lambda: checkpoint.save(model, tokenizer, out, record, state=state))
+    from_main(lambda: shutil.rmtree(work.parent, ignore_errors=True))
+    return saved
+
+
+def _checked(
+    source: ModelSettings, settings: FinetuneSettings, out: Path
+) -> tuple[ModelSettings, dict[str, Any]]:
+    """The teacher's settings and the checkpoint's record, if nothing given is wrong."""
     check_free(out)
     if not settings.data:
         raise InputError("finetune needs text to train on: give --data FILE.txt or another SPEC")
+    share(settings.batch_size, settings.gradient_accumulation)
     record = checkpoint.read_record(Path(locate(source.source).path)) or {}
     name = settings.teacher or record.get("source")
     if name is None:
         raise InputError(f"{source.source!r} names no source: give --teacher MODEL")
-    model, tokenizer = load_settings(source)
-    teacher, _ = load_settings(other_source(source, name))
-    check_pair(model, teacher)
-    tokens, text = training_tokens(model, tokenizer, settings)
-    work = out.with_name(f".{out.name}.finetune") / _identity(source, settings, text)
-    held = settings.held_out
-    done = train(model, teacher, tokens[held:], tokens[:held], settings, work, progress)
+    teacher = other_source(source, name)
+    for each in (source, teacher) if settings.shard else ():
+        check_shardable(each)
     record.pop("metrics", None)  # they are of the model before training
-    record |= {"finetuned": asdict(done) | {"settings": settings.model_dump(mode="json")} | text}
-    saved = checkpoint.save(model, tokenizer, out, record)
-    shutil.rmtree(work.parent, ignore_errors=True)
-    return saved
+    return teacher, record
+
+
+def _loaded(source: ModelSettings, teacher: ModelSettings, shard: bool) -> tuple[Any, Any, Any]:
+    model, tokenizer = load_settings(source, **placement(source, shard))
+    dense, _ = load_settings(teacher, **placement(teacher, shard))
+    check_pair(model, dense)
+    return model, tokenizer, dense
 
 
 def training_tokens(
@@ -56,14 +88,15 @@ def training_tokens(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Blocks (sequences, length), the held-out ones first, and what identifies them.
 
-    As many as the steps need, or all that the texts hold; those are then read more than once.
+    As many as the steps need, or as many whole steps as the texts hold; those are then read more
+    than once.
     """
     if tokenizer is None:
         raise InputError("finetune reads text and the model has no tokenizer: add its files")
     length = sequence_length(model, settings.train_length)
     if settings.train_length is None:
         length = min(length, TRAIN_LENGTH)
-    each = settings.batch_size * settings.gradient_accumulation
+    each = settings.batch_size
     wanted = settings.held_out + settings.max_steps * each
     share = -(-wanted // len(settings.data))
     corpora = [read_corpus(spec, "calibration") for spec in settings.data]
@@ -74,6 +107,7 @@ def training_tokens(
             f"{', '.join(settings.data)}: {len(blocks)} sequences of {length} tokens are too few "
             f"to hold {settings.held_out} out: give more text, or a smaller --held-out"
         )
+    blocks = blocks[: len(blocks) - (len(blocks) - settings.held_out) % each]
     mark = fingerprint(settings.data, blocks, settings.seed)
     return blocks, {"sequences": mark.num_samples, "length": length, "sha256": mark.sha256}
 
