@@ -7,6 +7,7 @@ a process group is needed, so that the command line can ask who speaks.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -79,22 +80,26 @@ def own_device(device: str) -> str:
 @contextmanager
 def group(device: str) -> Iterator[None]:
     """Connects the processes; what fails inside leaves them connected, for `wait_for_main`."""
-    if count() == 1:
-        yield
-        return
+    connected = count() == 1 or _is_connected()
+    if not connected:
+        _connect(device)
+    yield
+    if not connected:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+def _is_connected() -> bool:
     import torch.distributed as dist
 
-    _connect(device)
-    yield
-    dist.destroy_process_group()
+    return dist.is_initialized()
 
 
 def _connect(device: str) -> None:
     import torch
     import torch.distributed as dist
 
-    if dist.is_initialized():
-        return
     cuda = device != "cpu" and torch.cuda.is_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     own = agreed(lambda: own_device(device))
@@ -158,6 +163,7 @@ def wait_for_main() -> None:
     import torch
     import torch.distributed as dist
 
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which has seen the same end
     with suppress(RuntimeError, ValueError):
         dist.recv(torch.zeros(1), src=0)  # it sends nothing: its end is what is waited for
 

@@ -128,6 +128,7 @@ def _arguments(settings: FinetuneSettings, work: Path, model: Any) -> TrainingAr
         seed=settings.seed,
         data_seed=settings.seed,
         report_to=[],
+        use_cache=getattr(model.config, "use_cache", True),  # Trainer writes it into the config
         disable_tqdm=True,
         remove_unused_columns=False,
         prediction_loss_only=True,

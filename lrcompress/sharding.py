@@ -8,12 +8,13 @@ on CPU it trains without splitting and does not say so.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from lrcompress import processes
@@ -57,6 +58,21 @@ def placement(source: ModelSettings, shard: bool) -> dict[str, Any]:
     return {"distributed": DistributedConfig(fsdp_size=processes.count(), fsdp_plan=plan)}
 
 
+def check_tied(model: Any, train: str) -> None:
+    """Raises InputError where a tied embedding would be trained in parts of unequal size.
+
+    transformers ties it after it was split, and the two uses then go apart in the last part.
+    """
+    entry, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is entry.weight
+    if is_sharded(model) and tied and train == "all" and len(entry.weight) % processes.count():
+        raise InputError(
+            f"--shard --train all cannot split a tied embedding of {len(entry.weight)} tokens "
+            f"evenly over {processes.count()} processes: use --train norms, or other "
+            "--nproc-per-node"
+        )
+
+
 def is_sharded(model: Any) -> bool:
     return bool(getattr(model, "is_distributed_loading_by_transformers", False))
 
@@ -71,17 +87,23 @@ def whole_state(model: Any) -> dict[str, Tensor] | None:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: Any = get_model_state_dict(model, options=options)
     model.config.__dict__.pop("distributed_config", None)
-    return cast(dict[str, Tensor], state)
+    tied = set(_names(model, once=False)) - set(_names(model, once=True))
+    return {name: tensor for name, tensor in state.items() if name not in tied}
+
+
+def _names(model: nn.Module, once: bool) -> Iterator[str]:
+    return (name for name, _ in model.named_parameters(remove_duplicate=once))
 
 
 class ShardingTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer whose sharded models can be resumed, on any number of processes."""
+    """A silent Trainer whose sharded models can be resumed, on any number of processes."""
 
     def __init__(self, *, model: Any, args: TrainingArguments, **arguments: Any) -> None:
         # Trainer refuses to save optimizer states of sharded models, as it knows no way to
         args.save_only_model = is_sharded(model)
         super().__init__(model=model, args=args, **arguments)
         args.save_only_model = False
+        self.remove_callback(PrinterCallback)  # it writes to stdout, once on each machine
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not is_sharded(self.model):

@@ -18,7 +18,7 @@ from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.recovery import check_pair, train
 from lrcompress.settings import FinetuneSettings, ModelSettings
 from lrcompress.sharding import check as check_shardable
-from lrcompress.sharding import placement, whole_state
+from lrcompress.sharding import check_tied, placement, whole_state
 from lrcompress.sizes import sequence_length
 from lrcompress.sources import load_settings, other_source
 
@@ -41,7 +41,7 @@ def _finetune(
     source: ModelSettings, settings: FinetuneSettings, out: Path, progress: Progress
 ) -> dict[str, Any]:
     teacher_source, record = agreed(lambda: _checked(source, settings, out))
-    model, tokenizer, teacher = agreed(lambda: _loaded(source, teacher_source, settings.shard))
+    model, tokenizer, teacher = agreed(lambda: _loaded(source, teacher_source, settings))
     tokens, text = from_main(lambda: training_tokens(model, tokenizer, settings))
     name = from_main(lambda: _identity(source, settings, text))
     work = out.with_name(f".{out.name}.finetune") / name
@@ -76,9 +76,12 @@ def _checked(
     return teacher, record
 
 
-def _loaded(source: ModelSettings, teacher: ModelSettings, shard: bool) -> tuple[Any, Any, Any]:
-    model, tokenizer = load_settings(source, **placement(source, shard))
-    dense, _ = load_settings(teacher, **placement(teacher, shard))
+def _loaded(
+    source: ModelSettings, teacher: ModelSettings, settings: FinetuneSettings
+) -> tuple[Any, Any, Any]:
+    model, tokenizer = load_settings(source, **placement(source, settings.shard))
+    check_tied(model, settings.train)
+    dense, _ = load_settings(teacher, **placement(teacher, settings.shard))
     check_pair(model, dense)
     return model, tokenizer, dense
 
