@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
 
 from lrcompress import lowrank
 from lrcompress.files import render, replace_text, writing
@@ -27,25 +28,33 @@ STANDALONE_MODULE = "modeling_lowrank"
 
 
 def save(
-    model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any], replace: bool = False
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    record: Mapping[str, Any],
+    replace: bool = False,
+    state: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Writes model, tokenizer, provenance and model card to the folder `out`.
 
-    `record` is completed with versions and the counts of what was saved, and returned. Raises
+    `record` is completed with versions and the counts of what was saved, and returned. `state` has
+    the weights where the model holds only a part of them. Raises
     InputError if `out` exists and is not to be replaced, MachineError if it cannot be written.
     """
     record_layout(model)
     with writing(out, replace) as folder:
-        _write_weights(model, tokenizer, folder)
+        _write_weights(model, tokenizer, folder, state)
         complete = dict(record) | {"versions": versions(), "saved": saved_tensors(folder)}
         write_record(folder, complete)
     return complete
 
 
-def _write_weights(model: Any, tokenizer: Any, folder: Path) -> None:
+def _write_weights(
+    model: Any, tokenizer: Any, folder: Path, state: Mapping[str, Tensor] | None = None
+) -> None:
     config = model.config.__dict__
     config.pop("auto_map", None)  # it would point at code that is not in this folder
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):

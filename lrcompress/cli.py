@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from lrcompress import __version__
+from lrcompress import __version__, processes
 from lrcompress.options import SettingsCommand, build_recipe
 from lrcompress.protocols import InputError, MachineError
 
@@ -30,6 +30,9 @@ class Group(click.Group):
         _quiet_libraries()
         try:
             return super().invoke(context)
+        except processes.SaidElsewhereError as error:
+            processes.wait_for_main()
+            raise SystemExit(error.code) from None
         except InputError as error:
             _fail(str(error), 2)
         except (MachineError, OSError, MemoryError) as error:
@@ -41,7 +44,16 @@ class Group(click.Group):
                 raise
             _fail(_machine_fault(MemoryError()), 1)
         except KeyboardInterrupt:
+            if not processes.is_main():
+                raise SystemExit(INTERRUPTED) from None
             _fail(f"interrupted; nothing half-written was left{_goes_on(context)}", INTERRUPTED)
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(context, args)
+        processes.check_command(name)
+        return name, command, rest
 
 
 def _resumes(yes: bool = True) -> None:
@@ -68,6 +80,7 @@ def _quiet_libraries() -> None:
     """Errors only, from libraries that would write over the progress."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")
@@ -125,7 +138,8 @@ def finetune_command(source: str, out: Path, resume: bool, **options: Any) -> No
 
     _resumes()
     record = tune.finetune_to(recipe.model, recipe.finetune, out, console.progress, resume=resume)
-    console.show_recovery(record["finetuned"], out)
+    if processes.is_main():
+        console.show_recovery(record["finetuned"], out)
 
 
 EVALUATE = ("evaluate", "model")

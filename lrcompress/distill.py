@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lrcompress.divergence import hidden_error, kl_divergence, token_loss, top_k_divergence
+from lrcompress.sharding import ShardingTrainer
 from lrcompress.teacher import IDS, LOG_PROBS, TeacherCache
 
 # a loss this many times the best one is divergence
@@ -45,7 +46,7 @@ class Objective:
     hidden_states: float = 0.0
 
 
-class DistillationTrainer(Trainer):  # type: ignore[misc]
+class DistillationTrainer(ShardingTrainer):
     """`teacher` may be None where every sequence brings its predictions."""
 
     def __init__(self, *, teacher: Any, objective: Objective, **arguments: Any) -> None:

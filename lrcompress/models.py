@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,12 +116,14 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    distributed: Any = None,
 ) -> tuple[Any, Any]:
     """Loads (model, tokenizer) from a folder, a .gguf file or a hub id.
 
     A GGUF is de-quantized into an ordinary model. `device` is a torch device or `auto`: GPUs,
     spread over several by accelerate where one does not hold the model, else the CPU. The
-    tokenizer is None where the folder has none. Only safetensors and GGUF weights are read.
+    tokenizer is None where the folder has none. `distributed`, a DistributedConfig of
+    transformers, takes the place of `device`. Only safetensors and GGUF weights are read.
     Raises InputError where the model is missing, unsupported, incomplete or damaged.
     """
     source, dtype = str(source), str(dtype).removeprefix("torch.")
@@ -129,11 +131,14 @@ def load(
         raise InputError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     location = locate(source, gguf_file)
     with _explained(source):
-        model = _load_model(location, dtype, device, trust_remote_code)
+        placement = {"distributed_config": distributed} if distributed else _placement(device)
+        model = _load_model(location, dtype, placement, trust_remote_code)
         return model, _load_tokenizer(location, trust_remote_code)
 
 
-def _load_model(location: Location, dtype: str, device: str, trust_remote_code: bool) -> Any:
+def _load_model(
+    location: Location, dtype: str, placement: Mapping[str, Any], trust_remote_code: bool
+) -> Any:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     arguments = location.arguments(trust_remote_code)
@@ -148,7 +153,7 @@ def _load_model(location: Location, dtype: str, device: str, trust_remote_code: 
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are named and refused below
         **arguments,
-        **_placement(device),
+        **placement,
     )
     missing = sorted(report["missing_keys"])
     misshapen = sorted(key[0] for key in report["mismatched_keys"])

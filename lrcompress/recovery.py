@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PrinterCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lrcompress.distill import (
@@ -24,6 +24,7 @@ from lrcompress.distill import (
 from lrcompress.guidance import Guidance
 from lrcompress.lowrank import compressed_layers
 from lrcompress.parametrization import balance, pack, trainable, with_adapters
+from lrcompress.processes import from_main, share
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.settings import FinetuneSettings
 from lrcompress.steps import Steps, tensorboard
@@ -66,9 +67,9 @@ def train(
     Checkpoints are kept in `work`; a run that finds one there goes on from it. `teacher` may be
     None where the sequences bring its predictions. Raises InputError where nothing is gained.
     """
-    started, found = time.perf_counter(), last_checkpoint(work)
+    started, found = time.perf_counter(), from_main(lambda: last_checkpoint(work))
     watch = Watch(settings.patience)
-    each = settings.batch_size * settings.gradient_accumulation * blocks.blocks.shape[1]
+    each = settings.batch_size * blocks.blocks.shape[1]
     steps = Steps(progress, settings.max_steps, each)
     guidance = Guidance(settings.max_steps, settings.self_guided == "reduced", settings.seed)
     with ExitStack() as stack:
@@ -84,7 +85,6 @@ def train(
             eval_dataset=held_out,
             callbacks=[watch, steps, guidance, *tensorboard(settings.tensorboard)],
         )
-        trainer.remove_callback(PrinterCallback)  # it would write on stdout
         trainer.train(resume_from_checkpoint=found)
         count = sum(parameter.numel() for parameter in parameters)
     return _recovery(trainer, watch, count, each, steps, time.perf_counter() - started)
@@ -132,8 +132,8 @@ def _arguments(
     return TrainingArguments(
         output_dir=str(work),
         max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
+        per_device_train_batch_size=share(settings.batch_size, settings.gradient_accumulation),
+        per_device_eval_batch_size=1,  # Trainer weighs batches alike, whatever they hold
         gradient_accumulation_steps=settings.gradient_accumulation,
         activation_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,
@@ -156,6 +156,7 @@ def _arguments(
         seed=settings.seed,
         data_seed=settings.seed,
         report_to=[],
+        use_cache=getattr(model.config, "use_cache", True),  # Trainer writes it into the config
         disable_tqdm=True,
         remove_unused_columns=False,
         prediction_loss_only=True,

@@ -10,9 +10,9 @@ from lrcompress.settings import ModelSettings
 Loaded = tuple[Any, Any]  # a model and its tokenizer
 
 
-def load_settings(settings: ModelSettings) -> Loaded:
-    """(model, tokenizer) as a recipe's model section describes them."""
-    arguments = settings.model_dump()
+def load_settings(settings: ModelSettings, **placement: Any) -> Loaded:
+    """(model, tokenizer) as a recipe's model section describes them, or where `placement` says."""
+    arguments = settings.model_dump() | placement
     return load(arguments.pop("source"), **arguments)
 
 

@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lrcompress import checkpoint, stages
+from lrcompress import checkpoint, processes, sharding, stages
 from lrcompress.data import fingerprint, in_turn, read_corpus, token_blocks
 from lrcompress.distill import BlockDataset
 from lrcompress.files import check_free
 from lrcompress.models import locate
+from lrcompress.processes import agreed, from_main
 from lrcompress.protocols import InputError, Progress, silent
-from lrcompress.recovery import check_pair, train
+from lrcompress.recovery import Recovery, check_pair, train
 from lrcompress.settings import FinetuneSettings, ModelSettings
 from lrcompress.sizes import sequence_length
 from lrcompress.sources import Loaded, load_settings, other_source
@@ -24,6 +25,8 @@ from lrcompress.tables import learned
 from lrcompress.teacher import TeacherCache
 
 TRAIN_LENGTH = 512
+
+LoadTeacher = Callable[[ModelSettings], Loaded]
 
 
 def finetune_to(
@@ -34,73 +37,119 @@ def finetune_to(
     *,
     resume: bool = True,
     replace: bool = False,
-    load_teacher: Callable[[ModelSettings], Loaded] = load_settings,
+    load_teacher: LoadTeacher | None = None,
 ) -> dict[str, Any]:
     """Trains the checkpoint `source` and saves it to `out`; returns what lrcompress.json holds.
 
     Checkpoints are kept beside `out` until it is whole: the same call goes on from the last
-    unless `resume` is off. Raises InputError if `out` exists and is not to be replaced, where
-    text, teacher or checkpoint do not fit, and where training diverged; the best weights before
-    that are saved.
+    unless `resume` is off. Under torchrun every process calls it, and the main one writes. Raises
+    InputError if `out` exists and is not to be replaced, where text, teacher or checkpoint do not
+    fit, and where training diverged; the best weights before that are saved.
     """
-    if not replace:
-        check_free(out)
-    if not settings.data:
-        raise InputError("finetune needs text to train on: give --data FILE.txt or another SPEC")
-    record = checkpoint.read_record(Path(locate(source.source).path)) or {}
-    name = settings.teacher or record.get("source")
-    if name is None:
-        raise InputError(f"{source.source!r} names no source: give --teacher MODEL")
-    model, tokenizer = load_settings(source)
-    dense = other_source(source, name)
-    teacher, _ = load_teacher(dense)
-    check_pair(model, teacher)
-    tokens, text = training_tokens(model, tokenizer, settings)
-    work = out.with_name(f".{out.name}.finetune")
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
-    cache = _taught(dense, teacher, tokens, settings, progress)
-    stored, held = model.dtype, settings.held_out
-    done = train(
-        model.float(),  # steps as small as the rate asks for vanish in bfloat16 weights
-        teacher if cache is None or settings.self_guided != "off" else None,
-        BlockDataset(tokens[held:], cache, held),
-        BlockDataset(tokens[:held], cache),
-        settings,
-        work / _identity(source, settings, text),
-        progress,
-    )
-    record.pop("metrics", None)  # they are of the model before training
-    if "finetuned" in record:
-        record["before"] = learned(record)
-    record |= {"finetuned": asdict(done) | {"settings": settings.model_dump(mode="json")} | text}
-    saved = checkpoint.save(model.to(stored), tokenizer, out, record, replace)
-    shutil.rmtree(work, ignore_errors=True)
-    if done.diverged:
-        raise InputError(
-            f"training diverged: {done.diverged}; {str(out)!r} holds the best weights before it, "
-            f"of step {done.best_step}: use a smaller --learning-rate"
+    with processes.group(source.device):
+        run = Finetuning(source, settings, progress if processes.is_main() else silent)
+        return run.all(out, resume, replace, load_teacher)
+
+
+class Finetuning:
+    """One training run. Whatever may fail does so in all processes alike."""
+
+    def __init__(
+        self, source: ModelSettings, settings: FinetuneSettings, progress: Progress
+    ) -> None:
+        self.source, self.settings, self.progress = source, settings, progress
+
+    def all(
+        self, out: Path, resume: bool, replace: bool, load_teacher: LoadTeacher | None
+    ) -> dict[str, Any]:
+        self.dense, record = agreed(lambda: self._checked(None if replace else out))
+        model, tokenizer, teacher = agreed(lambda: self._loaded(load_teacher))
+        tokens, text = from_main(lambda: training_tokens(model, tokenizer, self.settings))
+        work = out.with_name(f".{out.name}.finetune")
+        if not resume:
+            from_main(lambda: shutil.rmtree(work, ignore_errors=True))
+        run = work / from_main(lambda: _identity(self.source, self.settings, text))
+        processes.check_shared(run)
+        stored = model.dtype
+        done = agreed(lambda: self._train(model, teacher, tokens, run))
+        record |= {"finetuned": asdict(done) | {"settings": self._asked()} | text}
+        model, state = model.to(stored), sharding.whole_state(model)
+        saved = from_main(
+            lambda: checkpoint.save(model, tokenizer, out, record, replace, state=state)
         )
-    return saved
+        from_main(lambda: shutil.rmtree(work, ignore_errors=True))
+        if done.diverged:
+            raise InputError(
+                f"training diverged: {done.diverged}; {str(out)!r} holds the best weights before "
+                f"it, of step {done.best_step}: use a smaller --learning-rate"
+            )
+        return saved
 
+    def _asked(self) -> dict[str, Any]:
+        return self.settings.model_dump(mode="json")
 
-def _taught(
-    source: ModelSettings,
-    teacher: Any,
-    tokens: Tensor,
-    settings: FinetuneSettings,
-    progress: Progress,
-) -> TeacherCache | None:
-    """The teacher's predictions for all sequences, if they are to be kept; made where missing."""
-    if settings.teacher_cache is None:
-        return None
-    kept = [settings.teacher_top_k, settings.temperature]
-    state = stages.model_state(source)
-    mark = fingerprint(settings.data, tokens, settings.seed).sha256
-    folder = Path(settings.teacher_cache) / stages.digest([state, mark, kept])[:16]
-    cache = TeacherCache(folder, settings.teacher_top_k, settings.temperature)
-    cache.fill(teacher, tokens, cache.missing(len(tokens)), progress)
-    return cache
+    def _checked(self, out: Path | None) -> tuple[ModelSettings, dict[str, Any]]:
+        """The teacher's settings and the checkpoint's record, if nothing given is wrong."""
+        source, settings = self.source, self.settings
+        if out is not None:
+            check_free(out)
+        if not settings.data:
+            raise InputError(
+                "finetune needs text to train on: give --data FILE.txt or another SPEC"
+            )
+        processes.share(settings.batch_size, settings.gradient_accumulation)
+        record = checkpoint.read_record(Path(locate(source.source).path)) or {}
+        name = settings.teacher or record.get("source")
+        if name is None:
+            raise InputError(f"{source.source!r} names no source: give --teacher MODEL")
+        teacher = other_source(source, name)
+        for each in (source, teacher) if settings.shard else ():
+            sharding.check(each)
+        record.pop("metrics", None)  # they are of the model before training
+        if "finetuned" in record:
+            record["before"] = learned(record)
+        return teacher, record
+
+    def _loaded(self, load_teacher: LoadTeacher | None) -> tuple[Any, Any, Any]:
+        shard = self.settings.shard
+        model, tokenizer = load_settings(self.source, **sharding.placement(self.source, shard))
+        sharding.check_trainable(model, self.settings.train)
+        if load_teacher is not None:
+            teacher, _ = load_teacher(self.dense)
+        else:
+            teacher, _ = load_settings(self.dense, **sharding.placement(self.dense, shard))
+        check_pair(model, teacher)
+        return model, tokenizer, teacher
+
+    def _train(self, model: Any, teacher: Any, tokens: Tensor, run: Path) -> Recovery:
+        settings, held = self.settings, self.settings.held_out
+        cache = self._cache(teacher, tokens)
+        if not sharding.is_sharded(model):
+            model.float()  # steps as small as the rate asks for vanish in bfloat16 weights
+        return train(
+            model,
+            teacher if cache is None or settings.self_guided != "off" else None,
+            BlockDataset(tokens[held:], cache, held),
+            BlockDataset(tokens[:held], cache),
+            settings,
+            run,
+            self.progress,
+        )
+
+    def _cache(self, teacher: Any, tokens: Tensor) -> TeacherCache | None:
+        """The teacher's predictions for all sequences, if they are kept; made where missing."""
+        settings = self.settings
+        if settings.teacher_cache is None:
+            return None
+        kept = [settings.teacher_top_k, settings.temperature]
+        mark = fingerprint(settings.data, tokens, settings.seed).sha256
+        name = stages.digest([stages.model_state(self.dense), mark, kept])[:16]
+        folder = Path(settings.teacher_cache) / name
+        cache = TeacherCache(folder, settings.teacher_top_k, settings.temperature)
+        missing = from_main(lambda: cache.missing(len(tokens)))
+        cache.fill(teacher, tokens, processes.own_part(missing), self.progress)
+        processes.barrier()
+        return cache
 
 
 def training_tokens(
@@ -108,14 +157,15 @@ def training_tokens(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Blocks (sequences, length), the held-out ones first, and what identifies them.
 
-    As many as the steps need, or all that the texts hold; those are then read more than once.
+    As many as the steps need, or as many whole steps as the texts hold; those are then read more
+    than once.
     """
     if tokenizer is None:
         raise InputError("finetune reads text and the model has no tokenizer: add its files")
     length = sequence_length(model, settings.train_length)
     if settings.train_length is None:
         length = min(length, TRAIN_LENGTH)
-    each = settings.batch_size * settings.gradient_accumulation
+    each = settings.batch_size
     wanted = settings.held_out + settings.max_steps * each
     share = -(-wanted // len(settings.data))
     corpora = [read_corpus(spec, "calibration") for spec in settings.data]
@@ -126,6 +176,7 @@ def training_tokens(
             f"{', '.join(settings.data)}: {len(blocks)} sequences of {length} tokens are too few "
             f"to hold {settings.held_out} out: give more text, or a smaller --held-out"
         )
+    blocks = blocks[: len(blocks) - (len(blocks) - settings.held_out) % each]
     mark = fingerprint(settings.data, blocks, settings.seed)
     text = {"sequences": mark.num_samples, "length": length, "sha256": mark.sha256}
     return blocks, text | {"sketch": mark.sketch.to_dict()}

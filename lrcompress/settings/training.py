@@ -26,8 +26,16 @@ class FinetuneSettings(Section):
     )
     teacher_top_k: int = Field(64, ge=1, description="Likeliest tokens kept at a position.")
     max_steps: int = Field(200, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(2, ge=1, description="Sequences in a forward pass.")
-    gradient_accumulation: int = Field(1, ge=1, description="Forward passes in a step.")
+    batch_size: int = Field(
+        2, ge=1, description="Sequences in an optimizer step, over all processes and passes."
+    )
+    gradient_accumulation: int = Field(
+        1, ge=1, description="Forward passes that a process splits its share of a step into."
+    )
+    shard: bool = Field(
+        False,
+        description="Split parameters, gradients and optimizer state over the processes (FSDP2).",
+    )
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass instead of keeping them."
     )
@@ -73,4 +81,12 @@ class FinetuneSettings(Section):
     def _fits(self) -> Self:
         if self.teacher_cache is not None and self.hidden_states:
             raise ValueError("teacher_cache keeps no hidden states: leave it or hidden_states out")
+        whole = {
+            "train lora": self.train == "lora",
+            "parametrization": self.parametrization != "stored",
+            "self_guided": self.self_guided != "off",
+            "teacher_cache": self.teacher_cache is not None,
+        }
+        for name in (name for name, asked in whole.items() if asked and self.shard):
+            raise ValueError(f"{name} needs whole layers in every process: leave it or shard out")
         return self

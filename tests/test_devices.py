@@ -1,0 +1,292 @@
+"""finetune on several processes: what one process gives, resumable, one voice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lrcompress import processes
+from lrcompress.protocols import InputError
+from tests import worker
+from tests.conftest import SMALL, invoke
+from tests.tiny import saved_model
+
+# 5 held-out sequences: two processes do not have the same number of them
+SETTINGS: dict[str, Any] = {
+    "data": ["pydoc"], "max_steps": 12, "train_length": 60, "held_out": 5, "eval_every": 4,
+    "learning_rate": 3e-3, "batch_size": 4,
+}  # fmt: skip
+LONG = SETTINGS | {"max_steps": 120, "eval_every": 10, "held_out": 2}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+# float32 sums in another order, after 12 steps of Adam
+ROUNDING, EXACT = (1e-4, 1e-5), (0.0, 0.0)
+PATIENCE = 300  # seconds, on a machine that has other things to do
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The folder of the jobs, which two processes have done, and their settings by name."""
+
+    folder: Path
+    jobs: dict[str, dict[str, Any]]
+
+    def seen(self, name: str, rank: int) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / f"{name}.{rank}.json").read_text())
+        return found
+
+    def alone(self, name: str) -> dict[str, Any]:
+        """What a job's settings give in this process; its output is called NAME.alone."""
+        settings = self.jobs[name]["settings"] | {"shard": False}
+        return worker.run(
+            self.jobs[name] | {"settings": settings, "out": str(self.folder / f"{name}.alone")}
+        )
+
+    def losses(self, out: str) -> torch.Tensor:
+        record = json.loads((self.folder / out / "lrcompress.json").read_text())
+        return torch.tensor(sorted(dict(record["finetuned"]["losses"]).items()))
+
+    def check_same(self, one: str, other: str, within: tuple[float, float]) -> None:
+        _check_close(self.losses(one), self.losses(other), within)
+        first, second = (load_file(self.folder / n / "model.safetensors") for n in (one, other))
+        assert first.keys() == second.keys()
+        for name in first:
+            _check_close(first[name], second[name], within)
+
+
+def _check_close(one: torch.Tensor, other: torch.Tensor, within: tuple[float, float]) -> None:
+    torch.testing.assert_close(one, other, rtol=within[0], atol=within[1])
+
+
+@pytest.fixture(scope="module")
+def pivoted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A gpt2 without dropout whose FFN weights are pivots and coefficients."""
+    return _pivoted(tmp_path_factory.mktemp("pivoted"), "gpt2", **NO_DROPOUT)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama with a tied embedding that two processes can split evenly."""
+    folder = tmp_path_factory.mktemp("tied")
+    return _pivoted(folder, "llama", tie_word_embeddings=True, vocab_size=258)
+
+
+def _pivoted(folder: Path, family: str, **changes: Any) -> Path:
+    form = ("--method", "whitened", "--form", "pivoted", "--keep-ratio", "0.6")
+    dense = saved_model(folder / "dense", family, **changes)
+    result = invoke("factorize", dense, "--out", folder / "small", *form, *SMALL)
+    assert result.exit_code == 0, result.output
+    return folder / "small"
+
+
+@pytest.fixture(scope="module")
+def runs(
+    factorized: Path, pivoted: Path, tied: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Runs:
+    folder = tmp_path_factory.mktemp("devices")
+    text = folder / "short.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 22)
+    jobs = [
+        _job(folder, "plain", factorized),
+        _job(folder, "passes", factorized, gradient_accumulation=2),
+        _job(folder, "epochs", factorized, data=[str(text)]),
+        _job(folder, "stopped", factorized, stop=7),
+        _job(folder, "stopped", factorized),
+        _job(folder, "shard", tied, shard=True, train="all", cross_entropy=0.1),
+        _job(folder, "shard_passes", pivoted, shard=True, train="norms", gradient_accumulation=2),
+        _job(folder, "uneven", pivoted, shard=True, train="all"),
+        _job(folder, "shard_stopped", tied, shard=True, train="all", cross_entropy=0.1, stop=7),
+        _job(folder, "shard_stopped", tied, shard=True, train="all", cross_entropy=0.1),
+        _job(folder, "diverges", factorized, train="all", learning_rate=1e6),
+        _job(folder, "nowhere", folder / "nowhere"),
+        _job(folder, "no_text", factorized, data=["nowhere.txt"]),
+        _job(folder, "killed", factorized, **LONG),
+        _job(folder, "undisturbed", factorized, **LONG),
+    ]
+    _kill_a_run(factorized, folder / "killed")
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    code, _, said = _ended(_started("-m", "tests.worker", str(folder)))
+    assert code == 0, said
+    return Runs(folder, {job["name"]: job for job in jobs})
+
+
+def _job(
+    folder: Path, name: str, source: Path, stop: int | None = None, **settings: Any
+) -> dict[str, Any]:
+    where = {"source": str(source), "out": str(folder / name)}
+    return {"name": name, "settings": SETTINGS | settings, "stop": stop} | where
+
+
+def _flags(settings: dict[str, Any]) -> list[str]:
+    pairs = (
+        (key, value[0] if isinstance(value, list) else value) for key, value in settings.items()
+    )
+    return [word for key, value in pairs for word in (f"--{key.replace('_', '-')}", str(value))]
+
+
+def _started(*command: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [*TORCHRUN, *command], env=ENVIRONMENT, text=True, stdout=pipe, stderr=pipe
+    )
+
+
+def _ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, output and errors; torchrun takes its processes with it if it is too slow."""
+    try:
+        output, errors = process.communicate(timeout=PATIENCE)
+    finally:
+        process.terminate()
+    return process.returncode, output, errors
+
+
+def _finetune(source: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
+    return _started("-m", "lrcompress", "finetune", str(source), "--out", str(out), *flags)
+
+
+def _kill_a_run(source: Path, out: Path) -> None:
+    """Starts the run `out` and ends torchrun when there is a checkpoint."""
+    process = _finetune(source, out, *_flags(LONG))
+    work = out.with_name(f".{out.name}.finetune")
+    until = time.monotonic() + PATIENCE
+    while not any(work.glob("*/checkpoint-20/trainer_state.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert _ended(process)[0] != 0
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["plain", "passes", "epochs", "shard", "shard_passes"])
+def test_two_processes_give_what_one_gives(runs: Runs, name: str) -> None:
+    alone = runs.alone(name)
+    runs.check_same(name, f"{name}.alone", ROUNDING)
+    together = [runs.seen(name, rank)["passes"] for rank in (0, 1)]
+    passes = runs.jobs[name]["settings"].get("gradient_accumulation", 1)
+    assert len(together[0]) == len(together[1]) == 12 * passes
+    for step in range(0, 12 * passes, passes):
+        steps = [one for seen in together for part in seen[step : step + passes] for one in part]
+        whole = [one for part in alone["passes"][step : step + passes] for one in part]
+        assert sorted(steps) == sorted(whole)
+        assert len(whole) == 4
+
+
+@pytest.mark.parametrize(("name", "like"), [("stopped", "plain"), ("shard_stopped", "shard")])
+def test_an_interrupted_run_ends_with_the_same_weights(runs: Runs, name: str, like: str) -> None:
+    assert [len(runs.seen(name, rank)["passes"]) for rank in (0, 1)] == [12 - 4] * 2
+    runs.check_same(name, like, EXACT)
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(runs: Runs) -> None:
+    assert len(runs.seen("killed", 0)["passes"]) <= 100
+    runs.check_same("killed", "undisturbed", EXACT)
+
+
+def test_a_sharded_run_leaves_an_ordinary_checkpoint(runs: Runs) -> None:
+    source, sharded = Path(runs.jobs["shard"]["source"]), runs.folder / "shard"
+    assert {f.name for f in sharded.iterdir()} == {f.name for f in source.iterdir()}
+    assert (sharded / "config.json").read_text() == (source / "config.json").read_text()
+    again = runs.jobs["shard"] | {"source": str(sharded), "out": str(runs.folder / "again")}
+    again["settings"] = again["settings"] | {"shard": False}
+    assert worker.run(again)["error"] is None
+    best = runs.losses("shard")[:, 1].min()
+    _check_close(runs.losses("again")[0, 1], best, ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere", "does not exist"),
+        ("no_text", "nowhere.txt"),
+        ("diverges", "training diverged"),
+        ("uneven", "--train norms"),
+    ],
+)
+def test_every_process_ends_and_the_main_one_says_why(runs: Runs, name: str, words: str) -> None:
+    main, other = (runs.seen(name, rank)["error"] for rank in (0, 1))
+    assert main[0] == "InputError"
+    assert words in main[1]
+    assert other[0] == "SaidElsewhereError"
+    assert not (runs.folder / name).exists()
+
+
+def test_the_command_fails_with_one_sentence(factorized: Path, tmp_path: Path) -> None:
+    code, output, errors = _ended(_finetune(factorized, tmp_path, "--data", "pydoc"))
+    assert code != 0
+    assert errors.count("Error: output") == 1
+    assert errors.count("exitcode  : 2") == 2  # what torchrun says of each process
+    assert not output
+    assert not list(tmp_path.iterdir())
+
+
+Told = Callable[[int, int], None]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    """Sets what torchrun tells: processes, and those on this machine."""
+
+    def tell(count: int, here: int) -> None:
+        for name, value in (
+            ("WORLD_SIZE", count),
+            ("LOCAL_WORLD_SIZE", here),
+            ("RANK", 1),
+            ("LOCAL_RANK", 1),
+        ):
+            monkeypatch.setenv(name, str(value))
+
+    return tell
+
+
+def test_a_step_is_shared(told: Told) -> None:
+    assert processes.share(8, 2) == 4
+    with pytest.raises(InputError, match="multiple of 3, such as --batch-size 9"):
+        processes.share(8, 3)
+    told(4, 2)
+    assert processes.share(8, 2) == 1
+    with pytest.raises(InputError, match=r"4 processes.*--batch-size 12"):
+        processes.share(9, 1)
+
+
+def test_a_process_has_its_own_device(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert processes.own_device("cuda:1") == "cuda:1"
+    told(4, 2)
+    assert processes.own_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert processes.own_device("auto") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert processes.own_device("auto") == "cuda:1"
+    with pytest.raises(InputError, match="--device auto"):
+        processes.own_device("cuda:1")
+    told(4, 4)
+    with pytest.raises(InputError, match="4 processes on a machine with 2 GPUs"):
+        processes.own_device("auto")
+
+
+def test_what_cannot_be_shared_is_said(factorized: Path, tmp_path: Path, told: Told) -> None:
+    flags = ("--out", tmp_path / "out", "--data", "pydoc")
+    result = invoke("finetune", factorized, *flags, "--shard")
+    assert result.exit_code == 2
+    assert "torchrun --nproc-per-node" in result.output
+    result = invoke("finetune", factorized, *flags, "--batch-size", 3, "--gradient-accumulation", 2)
+    assert result.exit_code == 2
+    assert "--batch-size 4" in result.output
+    told(2, 2)
+    result = invoke("inspect", factorized)
+    assert result.exit_code == 2
+    assert "without torchrun" in result.output
