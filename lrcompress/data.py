@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +31,9 @@ NAMED_DATASETS = {
     "c4": ("allenai/c4", "en", "validation"),
 }
 DEFAULT_FIELD = "text"
-# tokens read for every token asked for, so that the seed has something to choose from
-OVERDRAW = 8
+# tokens read for every token asked for, so that the seed has something to choose from, and how
+# many are read at most for that: beyond it a large set is read no further than it is needed
+OVERDRAW, OVERDRAWN = 8, 2**24
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,8 @@ def token_blocks(
     """
     bos = bos_token(tokenizer)
     length = seq_len if bos is None else seq_len - 1
-    stream = _token_stream(corpus, tokenizer, OVERDRAW * num_samples * length)
+    wanted = num_samples * length
+    stream = _token_stream(corpus, tokenizer, max(wanted, min(OVERDRAW * wanted, OVERDRAWN)))
     available = len(stream) // length
     least = 1 if fewer else num_samples
     if available < least:
@@ -239,10 +242,14 @@ def token_hash(tokens: Tensor) -> str:
 
 
 def _token_stream(corpus: Corpus, tokenizer: Any, enough: int) -> Tensor:
-    tokens: list[int] = []
+    """At least `enough` tokens, if the corpus has them, (tokens,); read document by document."""
+    parts: list[np.ndarray] = []
+    count = 0
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for index, document in enumerate(corpus.documents):
-        tokens += (separator if index else []) + encode(tokenizer, document)
-        if len(tokens) >= enough:
+        ids = (separator if index else []) + encode(tokenizer, document)
+        parts.append(np.array(ids, dtype=np.int32))  # lists of numbers would take eight times that
+        count += len(ids)
+        if count >= enough:
             break
-    return torch.tensor(tokens, dtype=torch.long)
+    return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, np.int32)).long()

@@ -32,7 +32,7 @@ class BlockDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        block = self.blocks[index].long()
+        block = self.blocks[index]
         kept = {} if self.cache is None else self.cache.read(self.first + index)
         return {"input_ids": block, "labels": block} | kept  # Trainer wants labels for a loss
 
@@ -71,7 +71,7 @@ class DistillationTrainer(ShardingTrainer):
             kept = (inputs[IDS].flatten(0, 1), inputs[LOG_PROBS].flatten(0, 1))
             loss = top_k_divergence(student, *kept, asked.temperature)
         else:
-            with torch.no_grad():
+            with torch.no_grad(), self.accelerator.autocast():
                 taught = self.teacher(
                     input_ids=tokens, use_cache=False, output_hidden_states=states
                 )

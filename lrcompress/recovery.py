@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -65,7 +66,8 @@ def train(
     """Trains `model` in place towards `teacher`; the parameters of the best measurement stay.
 
     Checkpoints are kept in `work`; a run that finds one there goes on from it. `teacher` may be
-    None where the sequences bring its predictions. Raises InputError where nothing is gained.
+    None where the sequences bring its predictions. What trained is left in float32. Raises
+    InputError where nothing is gained.
     """
     started, found = time.perf_counter(), from_main(lambda: last_checkpoint(work))
     watch = Watch(settings.patience)
@@ -113,12 +115,23 @@ def _prepared(model: Any, settings: FinetuneSettings) -> Iterator[tuple[Any, lis
     student.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
+    # steps as small as the rate asks for vanish in weights of lower precision; without autocast
+    # all that a layer is given has to have one precision
+    for parameter in parameters if _autocast(model, settings) else student.parameters():
+        if parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
     yield student, parameters
     if lora:
         student.merge_and_unload()
     pack(model, stored)
     for parameter, was in wanted:
         parameter.requires_grad_(was)
+
+
+def _autocast(model: Any, settings: FinetuneSettings) -> bool:
+    """Whether products are in bfloat16."""
+    on_cuda = model.device.type == "cuda"
+    return settings.precision == "bfloat16" or (settings.precision == "auto" and on_cuda)
 
 
 def _objective(settings: FinetuneSettings) -> Objective:
@@ -128,7 +141,6 @@ def _objective(settings: FinetuneSettings) -> Objective:
 def _arguments(
     settings: FinetuneSettings, work: Path, model: Any, from_start: bool
 ) -> TrainingArguments:
-    cuda = model.device.type == "cuda"
     return TrainingArguments(
         output_dir=str(work),
         max_steps=settings.max_steps,
@@ -151,7 +163,7 @@ def _arguments(
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=min(10, settings.eval_every),
-        bf16=settings.precision == "bfloat16" or (settings.precision == "auto" and cuda),
+        bf16=_autocast(model, settings),
         use_cpu=model.device.type == "cpu",
         seed=settings.seed,
         data_seed=settings.seed,

@@ -124,8 +124,6 @@ class Finetuning:
     def _train(self, model: Any, teacher: Any, tokens: Tensor, run: Path) -> Recovery:
         settings, held = self.settings, self.settings.held_out
         cache = self._cache(teacher, tokens)
-        if not sharding.is_sharded(model):
-            model.float()  # steps as small as the rate asks for vanish in bfloat16 weights
         return train(
             model,
             teacher if cache is None or settings.self_guided != "off" else None,
