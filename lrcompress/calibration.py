@@ -9,15 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from lrcompress.calibrate import Moments, measure_moments
-from lrcompress.data import (
-    SELF,
-    Fingerprint,
-    bos_token,
-    fingerprint,
-    in_turn,
-    read_corpus,
-    token_blocks,
-)
+from lrcompress.corpora import SELF, read_corpus
+from lrcompress.data import Fingerprint, bos_token, fingerprint, in_turn, token_blocks
 from lrcompress.protocols import InputError, LinearSpec, Progress, silent
 from lrcompress.sampling import sampled_blocks
 from lrcompress.settings import CalibrationSettings

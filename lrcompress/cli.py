@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,78 +11,8 @@ import click
 
 from lrcompress import __version__, processes
 from lrcompress.options import SettingsCommand, build_recipe
-from lrcompress.protocols import InputError, MachineError
-
-INTERRUPTED = 130
-RESUMES = "lrcompress.resumes"
-GOES_ON = ", and the same command goes on from what was finished"
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
-
-
-class Group(click.Group):
-    """Turns the package's errors into one sentence and an exit code: 2 for the user's input,
-    1 for the machine's faults."""
-
-    def invoke(self, context: click.Context) -> Any:
-        _quiet_libraries()
-        try:
-            return super().invoke(context)
-        except processes.SaidElsewhereError as error:
-            processes.wait_for_main()
-            raise SystemExit(error.code) from None
-        except InputError as error:
-            _fail(str(error), 2)
-        except (MachineError, OSError, MemoryError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise  # the reader has gone: click ends quietly
-            _fail(_machine_fault(error), 1)
-        except RuntimeError as error:  # torch has no class of its own for a full CPU memory
-            if not any(words in str(error) for words in OUT_OF_MEMORY):
-                raise
-            _fail(_machine_fault(MemoryError()), 1)
-        except KeyboardInterrupt:
-            if not processes.is_main():
-                raise SystemExit(INTERRUPTED) from None
-            _fail(f"interrupted; nothing half-written was left{_goes_on(context)}", INTERRUPTED)
-
-    def resolve_command(
-        self, context: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        name, command, rest = super().resolve_command(context, args)
-        processes.check_command(name)
-        return name, command, rest
-
-
-def _resumes(yes: bool = True) -> None:
-    """Notes that the running command keeps what it finished for the next time."""
-    click.get_current_context().meta[RESUMES] = yes
-
-
-def _goes_on(context: click.Context) -> str:
-    return GOES_ON if context.meta.get(RESUMES) else ""
-
-
-def _fail(message: str, code: int) -> None:
-    click.echo(f"Error: {message}", err=True)
-    raise SystemExit(code)
-
-
-def _machine_fault(error: BaseException) -> str:
-    if isinstance(error, MemoryError):
-        return "out of memory: try --dtype bfloat16, and a shorter --seq-len or --context-length"
-    return " ".join(str(error).split())
-
-
-def _quiet_libraries() -> None:
-    """Errors only, from libraries that would write over the progress."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "10")
-    logging.captureWarnings(True)
-    logging.getLogger("py.warnings").setLevel(logging.ERROR)
+from lrcompress.protocols import InputError
+from lrcompress.shell import Group, resumes
 
 
 def _out(required: bool) -> Callable[[Any], Any]:
@@ -114,7 +41,7 @@ def factorize_command(source: str, out: Path, **options: Any) -> None:
     recipe = build_recipe(FACTORIZE, source, options)
     from lrcompress import commands, console
 
-    _resumes(recipe.refine.enabled)
+    resumes(recipe.refine.enabled)
     record = commands.factorize_to(recipe, out, console.progress)
     console.show_factorization(record, out)
 
@@ -136,7 +63,7 @@ def finetune_command(source: str, out: Path, resume: bool, **options: Any) -> No
     recipe = build_recipe(FINETUNE, source, options)
     from lrcompress import console, tune
 
-    _resumes()
+    resumes()
     record = tune.finetune_to(recipe.model, recipe.finetune, out, console.progress, resume=resume)
     if processes.is_main():
         console.show_recovery(record["finetuned"], out)
@@ -221,7 +148,7 @@ def run_command(recipe_file: Path, out: Path, overrides: tuple[str, ...], overwr
     recipe = read_recipe(recipe_file, overrides)
     from lrcompress import checkpoint, console, pipeline, runfolder
 
-    _resumes()
+    resumes()
     metrics = pipeline.run(recipe, out, overwrite=overwrite, progress=console.progress)
     model, tuned = out / runfolder.MODEL, out / runfolder.FINETUNED
     console.show_factorization(checkpoint.read_record(model) or {}, model)
@@ -254,7 +181,7 @@ def sweep_command(
     recipe = read_recipe(recipe_file, (*overrides, *more))
     from lrcompress import console, sweep
 
-    _resumes()
+    resumes()
     points = sweep.sweep(recipe, out, console.progress)
     click.echo((out / sweep.FORMATS[0]).read_text("utf-8"))
     click.echo(f"Wrote {out}: {', '.join(sweep.FORMATS)}; {len(points)} points.")

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from lrcompress import benchmark
-from lrcompress.data import read_corpus
+from lrcompress.corpora import read_corpus
 from lrcompress.ffn import find_ffns
 from lrcompress.lowrank import is_compressed
 from lrcompress.perplexity import perplexity

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lrcompress.calibration import read_blocks
-from lrcompress.data import SELF, read_corpus
+from lrcompress.corpora import SELF, read_corpus
 from lrcompress.models import load_tokenizer, skeleton
 from lrcompress.overlap import TOLERATED, Sketch, found_share, shingles
 from lrcompress.perplexity import corpus_windows

@@ -1,47 +1,23 @@
-"""Text by SPEC (files, hub data sets, the embedded default) and its packing into tokens."""
+"""Text becomes tokens: packed blocks, and what identifies them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lrcompress.corpora import Corpus
 from lrcompress.overlap import Sketch, shingles, sketch
 from lrcompress.protocols import InputError
 
-Use = Literal["calibration", "test"]
-
-EMBEDDED = "pydoc"
-# text that the model writes: for calibration alone
-SELF = "self"
-# where the parts of the embedded text end, as shares of its characters
-EMBEDDED_PARTS = {"calibration": 0.65, "validation": 0.75, "test": 1.0}
-# characters of a paragraph that no two parts of the embedded text may share
-REPEATED = 80
-# name -> hub path, config, test split
-NAMED_DATASETS = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
-    "c4": ("allenai/c4", "en", "validation"),
-}
-DEFAULT_FIELD = "text"
 # tokens read for every token asked for, so that the seed has something to choose from, and how
 # many are read at most for that: beyond it a large set is read no further than it is needed
 OVERDRAW, OVERDRAWN = 8, 2**24
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Documents and where they came from. Iterating may read from disk or network."""
-
-    spec: str
-    documents: Iterable[str]
 
 
 @dataclass(frozen=True)
@@ -61,120 +37,6 @@ class Fingerprint:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def read_corpus(spec: str, use: Use) -> Corpus:
-    """The documents that SPEC names.
-
-    SPEC is FILE.txt, FILE.jsonl[:field], `pydoc` (the calibration or the test part of CPython's
-    texts, by `use`; pydoc:calibration, pydoc:validation and pydoc:test name one), or a hub data
-    set name[:config[:split[:field]]]. Raises InputError where it cannot be read.
-    """
-    name, _, rest = spec.partition(":")
-    if spec == SELF:
-        raise InputError("data 'self' is for calibration alone: name a text to measure on")
-    if name == EMBEDDED:
-        return Corpus(spec, _embedded(rest or use))
-    if name.endswith(".jsonl"):
-        return Corpus(spec, _read_jsonl(Path(name), rest or DEFAULT_FIELD))
-    if name.endswith(".txt") or Path(name).exists():
-        return Corpus(spec, [_read_text(Path(name))])
-    return Corpus(spec, _hub_documents(name, rest.split(":") if rest else [], use))
-
-
-def _embedded(part: str) -> list[str]:
-    if part not in EMBEDDED_PARTS:
-        known = ", ".join(f"pydoc:{name}" for name in EMBEDDED_PARTS)
-        raise InputError(f"data 'pydoc:{part}' is unknown: use one of {known}")
-    from pydoc_data.topics import topics  # type: ignore[import-not-found,unused-ignore]
-
-    documents = [topics[name] for name in sorted(topics)]
-    total, end = sum(map(len, documents)), 0
-    parts: dict[str, list[str]] = {name: [] for name in EMBEDDED_PARTS}
-    homes: dict[str, str] = {}  # paragraph -> the first part that holds it
-    for document in documents:
-        end += len(document)
-        inside = next(name for name, share in EMBEDDED_PARTS.items() if end <= share * total)
-        kept = [p for p in document.split("\n\n") if len(p) < REPEATED or _home(homes, p, inside)]
-        parts[inside].append("\n\n".join(kept))
-    return parts[part]
-
-
-def _home(homes: dict[str, str], paragraph: str, part: str) -> bool:
-    """Whether `paragraph` is of `part`: some topics hold others whole, in other parts."""
-    return homes.setdefault(paragraph, part) == part
-
-
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise InputError(f"data file {str(path)!r} does not exist: give FILE.txt or FILE.jsonl")
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise InputError(f"data file {str(path)!r} is not UTF-8 text: convert it, or name another")
-    if not text.strip():
-        raise InputError(f"data file {str(path)!r} is empty: name a file with text in it")
-    return text
-
-
-def _read_jsonl(path: Path, field: str) -> list[str]:
-    lines = [line for line in _read_text(path).split("\n") if line.strip()]
-    return [_field_of(path, number, line, field) for number, line in enumerate(lines, 1)]
-
-
-def _field_of(path: Path, number: int, line: str, field: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{str(path)!r} line {number} is not JSON: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        fields = ", ".join(row) if isinstance(row, dict) else "none"
-        raise InputError(
-            f"{str(path)!r} line {number} has no text field {field!r} (fields: {fields}): "
-            "name one as FILE.jsonl:FIELD"
-        )
-    return row[field]  # type: ignore[no-any-return]
-
-
-def _hub_documents(name: str, parts: list[str], use: Use) -> Iterable[str]:
-    path, config, test = NAMED_DATASETS.get(name, (name, None, "test"))
-    given: list[str | None] = [*parts, None, None, None]
-    config, field = given[0] or config, given[2] or DEFAULT_FIELD
-    split = given[1] or ("train" if use == "calibration" else test)
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(path, config, split=split, streaming=True)
-        texts = _texts(rows, name, field)
-        if name == "wikitext2":  # its rows are lines of one text
-            return ["\n\n".join(texts)]
-        return texts
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _unreachable(name, error) from error
-
-
-def _texts(rows: Any, name: str, field: str) -> Iterator[str]:
-    try:
-        for row in rows:
-            if field not in row:
-                raise InputError(
-                    f"data set {name!r} has no field {field!r} (fields: {', '.join(row)}): name "
-                    "one as name:config:split:field"
-                )
-            yield row[field]
-    except (OSError, RuntimeError) as error:
-        raise _unreachable(name, error) from error
-
-
-def _unreachable(name: str, error: Exception) -> InputError:
-    reason = str(error).strip().split("\n")[0][:200]
-    return InputError(
-        f"no file {name!r} exists and the hub gave no data set of that name ({reason}): give "
-        "FILE.txt, FILE.jsonl[:field], pydoc, or name[:config[:split[:field]]]"
-    )
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

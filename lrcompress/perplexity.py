@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lrcompress.data import Corpus, bos_token, encode, token_hash
+from lrcompress.corpora import Corpus
+from lrcompress.data import bos_token, encode, token_hash
 from lrcompress.protocols import InputError, Metric, Progress, silent
 
 # logits rows turned into float32 at a time: a whole window times a large vocabulary is gigabytes

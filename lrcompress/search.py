@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from lrcompress.data import read_corpus
+from lrcompress.corpora import read_corpus
 from lrcompress.perplexity import perplexity
 from lrcompress.prepare import Prepared
 from lrcompress.protocols import Budget, InputError, Plan, Progress, silent

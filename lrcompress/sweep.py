@@ -18,7 +18,7 @@ from lrcompress import compare, stages
 from lrcompress.calibration import Calibration
 from lrcompress.compress import Compression
 from lrcompress.contamination import reads_text, refuse_planned
-from lrcompress.data import read_corpus
+from lrcompress.corpora import read_corpus
 from lrcompress.files import replace_text
 from lrcompress.memory import peak_memory
 from lrcompress.points import DENSE, Point, markdown

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from lrcompress.data import EMBEDDED, read_corpus
+from lrcompress.corpora import EMBEDDED, read_corpus
 from lrcompress.protocols import InputError, Metric
 
 # resamples behind the standard errors that lm-eval has no formula for

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from lrcompress import checkpoint, processes, sharding, stages
-from lrcompress.data import fingerprint, in_turn, read_corpus, token_blocks
+from lrcompress.corpora import read_corpus
+from lrcompress.data import fingerprint, in_turn, token_blocks
 from lrcompress.distill import BlockDataset
 from lrcompress.files import check_free
 from lrcompress.models import locate

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrcompress.data import Corpus, bos_token, encode, read_corpus, token_blocks
+from lrcompress.corpora import Corpus, read_corpus
+from lrcompress.data import bos_token, encode, token_blocks
 from lrcompress.protocols import InputError
 from tests.tiny import byte_tokenizer
 

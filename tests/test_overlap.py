@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lrcompress.data import fingerprint, read_corpus
+from lrcompress.corpora import read_corpus
+from lrcompress.data import fingerprint
 from lrcompress.overlap import SKETCH, TOLERATED, found_share, shingles, sketch
 
 

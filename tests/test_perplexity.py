@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from lrcompress.data import Corpus, encode
+from lrcompress.corpora import Corpus
+from lrcompress.data import encode
 from lrcompress.perplexity import perplexity, windows
 from lrcompress.protocols import InputError
 from tests.tiny import byte_tokenizer, tiny_model
