@@ -52,10 +52,11 @@ def _balanced(layer: LowRankLinear) -> FactoredLinear:
     return factored.train(layer.training)
 
 
-def with_adapters(model: Any, rank: int) -> Any:
+def with_adapters(model: Any, rank: int, seed: int) -> Any:
     """`model` with a LoRA adapter of `rank` on every matrix of every compressed layer, by PEFT.
 
-    Their scale is one, alpha = rank. Raises InputError where PEFT is not installed.
+    Their scale is one, alpha = rank; `seed` draws one of their two matrices, the other is zero.
+    Raises InputError where PEFT is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -64,7 +65,9 @@ def with_adapters(model: Any, rank: int) -> Any:
             "train 'lora' needs PEFT: pip install 'lrcompress[lora]', or train the factors"
         ) from None
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_matrices(model)))
-    return get_peft_model(model, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
 
 
 def _matrices(model: nn.Module) -> Iterator[str]:

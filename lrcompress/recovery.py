@@ -77,7 +77,7 @@ def train(
     with ExitStack() as stack:
         student, parameters = stack.enter_context(_prepared(model, settings))
         if settings.self_guided != "off":
-            stack.enter_context(guidance.guiding(student, teacher))
+            stack.enter_context(guidance.guiding(model, teacher))
         trainer = DistillationTrainer(
             model=student,
             teacher=teacher,
@@ -108,9 +108,9 @@ def check_pair(model: Any, teacher: Any) -> None:
 def _prepared(model: Any, settings: FinetuneSettings) -> Iterator[tuple[Any, list[nn.Parameter]]]:
     """The model as it trains and what trains of it; afterwards it has its own layers again."""
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    stored = balance(model) if settings.parametrization == "balanced" else {}
+    stored = balance(model) if settings.balances else {}
     lora = settings.train == "lora"
-    student = with_adapters(model, settings.lora_rank) if lora else model
+    student = with_adapters(model, settings.lora_rank, settings.seed) if lora else model
     parameters = list(trainable(student, settings.train))
     student.requires_grad_(False)
     for parameter in parameters:

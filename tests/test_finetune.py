@@ -76,10 +76,22 @@ def test_more_can_be_trained(factorized: Path, tmp_path: Path, what: str) -> Non
     assert what == "all" or all("norm" in name for name in outside)
 
 
+@pytest.mark.parametrize("train", ["factors", "lora"])
+@pytest.mark.parametrize("rank", [None, 12])
 def test_an_interrupted_run_ends_with_the_same_weights(
-    factorized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Path,
+    factorized: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int | None,
+    train: str,
 ) -> None:
-    finetuned(factorized, tmp_path / "undisturbed")
+    source = factorized
+    if rank:
+        source = tmp_path / "low"
+        flags = ("--rank", rank, "--form", "pivoted")
+        assert invoke("factorize", dense, "--out", source, *flags).exit_code == 0
+    finetuned(source, tmp_path / "undisturbed", train=train)
     original, steps = DistillationTrainer.training_step, []
 
     def breaks(self: Any, *arguments: Any) -> Any:
@@ -90,9 +102,9 @@ def test_an_interrupted_run_ends_with_the_same_weights(
 
     monkeypatch.setattr(DistillationTrainer, "training_step", breaks)
     with pytest.raises(KeyboardInterrupt):
-        finetuned(factorized, tmp_path / "out")
+        finetuned(source, tmp_path / "out", train=train)
     assert not (tmp_path / "out").exists()
-    finetuned(factorized, tmp_path / "out")
+    finetuned(source, tmp_path / "out", train=train)
     assert len(steps) == 7 + 12 - 4  # from the checkpoint at step 4
     expected, found = weights(tmp_path / "undisturbed"), weights(tmp_path / "out")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -113,6 +125,12 @@ def test_divergence_stops_with_one_sentence(factorized: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
+def test_narrowed_layers_have_no_guide(factorized: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"every FFN is narrowed.*--self-guided"):
+        finetuned(factorized, tmp_path / "out", self_guided="full")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_wrong_is_said(dense: Path, factorized: Path, tmp_path: Path) -> None:
     for arguments, words in (
         ((factorized,), "give --data"),
@@ -120,6 +138,12 @@ def test_what_is_wrong_is_said(dense: Path, factorized: Path, tmp_path: Path) ->
         ((factorized, "--data", "pydoc", "--held-out", "100000"), "too few to hold"),
         ((factorized, "--data", "nowhere.txt"), "nowhere.txt"),
         ((factorized, "--data", "pydoc", "--train", "some"), "factors"),
+        ((factorized, "--data", "pydoc", "--shard", "--train", "lora"), "train lora"),
+        ((factorized, "--data", "pydoc", "--shard"), "torchrun"),
+        (
+            (factorized, "--data", "pydoc", "--hidden-states", 1, "--teacher-cache", "c"),
+            "keeps no hidden states",
+        ),
     ):
         result = invoke("finetune", *arguments, "--out", tmp_path / "out")
         assert result.exit_code == 2, result.output
@@ -262,10 +286,10 @@ def test_the_dense_weights_let_go(dense: Path, tmp_path: Path) -> None:
     assert 0.45 < sum(used) / len(used) < 0.55  # the mean of the cosine is a half
 
 
-@pytest.mark.parametrize("how", ["full", "reduced"])
-def test_self_guided_training(dense: Path, tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize(("how", "train"), [("full", "factors"), ("reduced", "lora")])
+def test_self_guided_training(dense: Path, tmp_path: Path, how: str, train: str) -> None:
     assert invoke("factorize", dense, "--out", tmp_path / "low", "--rank", 12).exit_code == 0
-    done = finetuned(tmp_path / "low", tmp_path / "out", self_guided=how)["finetuned"]
+    done = finetuned(tmp_path / "low", tmp_path / "out", self_guided=how, train=train)["finetuned"]
     assert done["best"] < done["before"]
 
 

@@ -45,7 +45,7 @@ class FinetuneSettings(Section):
     train_length: int | None = Field(
         None, ge=2, description="Tokens in a sequence; default 512, or the model's maximum if less."
     )
-    learning_rate: float = Field(2e-4, gt=0, description="Peak rate of AdamW.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak rate of AdamW.")
     temperature: float = Field(1.0, gt=0, description="Softens both distributions.")
     cross_entropy: float = Field(
         0.0, ge=0, description="Weight of the language-model loss beside the divergence."
@@ -59,10 +59,11 @@ class FinetuneSettings(Section):
         "on the compressed layers.",
     )
     lora_rank: int = Field(8, ge=1, description="Rank of the adapters.")
-    parametrization: Literal["stored", "balanced"] = Field(
-        "stored",
-        description="What trains of a low-rank layer: what is stored, or two factors that share "
-        "its singular values, packed again at the end.",
+    parametrization: Literal["auto", "balanced", "stored"] = Field(
+        "auto",
+        description="What trains of a low-rank layer. balanced: two factors that share its "
+        "singular values, packed again at the end; stored: what is stored; auto: balanced, or "
+        "stored where the model is sharded.",
     )
     self_guided: Literal["off", "full", "reduced"] = Field(
         "off",
@@ -83,10 +84,17 @@ class FinetuneSettings(Section):
             raise ValueError("teacher_cache keeps no hidden states: leave it or hidden_states out")
         whole = {
             "train lora": self.train == "lora",
-            "parametrization": self.parametrization != "stored",
+            "parametrization balanced": self.parametrization == "balanced",
             "self_guided": self.self_guided != "off",
             "teacher_cache": self.teacher_cache is not None,
         }
         for name in (name for name, asked in whole.items() if asked and self.shard):
             raise ValueError(f"{name} needs whole layers in every process: leave it or shard out")
         return self
+
+    @property
+    def balances(self) -> bool:
+        """Whether low-rank layers train as balanced factors."""
+        return self.parametrization == "balanced" or (
+            self.parametrization == "auto" and not self.shard
+        )
