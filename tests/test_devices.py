@@ -105,6 +105,7 @@ def runs(
         _job(folder, "epochs", factorized, data=[str(text)]),
         _job(folder, "stopped", factorized, stop=7),
         _job(folder, "stopped", factorized),
+        _job(folder, "moved", factorized, stop=7),
         _job(folder, "shard", tied, shard=True, train="all", cross_entropy=0.1),
         _job(folder, "shard_passes", pivoted, shard=True, train="norms", gradient_accumulation=2),
         _job(folder, "uneven", pivoted, shard=True, train="all"),
@@ -189,6 +190,12 @@ def test_two_processes_give_what_one_gives(runs: Runs, name: str) -> None:
 def test_an_interrupted_run_ends_with_the_same_weights(runs: Runs, name: str, like: str) -> None:
     assert [len(runs.seen(name, rank)["passes"]) for rank in (0, 1)] == [12 - 4] * 2
     runs.check_same(name, like, EXACT)
+
+
+def test_an_interrupted_run_goes_on_in_one_process(runs: Runs) -> None:
+    assert runs.seen("moved", 0)["error"][0] == "KeyboardInterrupt"
+    assert len(worker.run(runs.jobs["moved"] | {"stop": None})["passes"]) == 12 - 4
+    runs.check_same("moved", "plain", ROUNDING)
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(runs: Runs) -> None:
