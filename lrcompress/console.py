@@ -86,13 +86,14 @@ def show_factorization(record: Mapping[str, Any], out: object) -> None:
 
 
 def show_recovery(done: Mapping[str, Any], out: object) -> None:
+    rate = done["tokens_per_second"]  # none where a run that goes on had no step left
+    pace = f" in {done['seconds']:.0f} s ({rate:,.0f} tokens/s)" if rate else ""
     click.echo(
         f"Trained {done['trained_parameters']:,} parameters for {done['steps']} steps, "
-        f"{done['tokens']:,} tokens in {done['seconds']:.0f} s "
-        f"({done['tokens_per_second']:,.0f} tokens/s)."
+        f"{done['tokens']:,} tokens{pace}."
     )
     click.echo(
-        f"Held-out loss: {done['before']:.4f} -> {done['best']:.4f} at step {done['best_step']}."
+        f"Held-out loss: {done['before']:.4f} -> {done['after']:.4f}, of step {done['best_step']}."
     )
     click.echo(f"Wrote {out}.")
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lrcompress.divergence import hidden_error, kl_divergence, token_loss, top_k_divergence
+from lrcompress.files import is_write_failure
+from lrcompress.protocols import InputError, MachineError
 from lrcompress.sharding import ShardingTrainer
 from lrcompress.teacher import IDS, LOG_PROBS, TeacherCache
 
@@ -63,26 +65,71 @@ class DistillationTrainer(ShardingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        asked = self.objective
-        tokens, states = inputs["input_ids"], asked.hidden_states > 0
-        outputs = model(input_ids=tokens, use_cache=False, output_hidden_states=states)
+        asked, tokens = self.objective, inputs["input_ids"]
+        outputs = model(
+            input_ids=tokens, use_cache=False, output_hidden_states=asked.hidden_states > 0
+        )
         student = outputs.logits[:, :-1].flatten(0, 1)
-        if LOG_PROBS in inputs:
-            kept = (inputs[IDS].flatten(0, 1), inputs[LOG_PROBS].flatten(0, 1))
-            loss = top_k_divergence(student, *kept, asked.temperature)
-        else:
-            with torch.no_grad(), self.accelerator.autocast():
-                taught = self.teacher(
-                    input_ids=tokens, use_cache=False, output_hidden_states=states
-                )
-            teacher = taught.logits[:, :-1].flatten(0, 1)
-            loss = kl_divergence(student, teacher, asked.temperature)
-            if states:
-                error = hidden_error(outputs.hidden_states, taught.hidden_states)
-                loss = loss + asked.hidden_states * error
+        loss = self._divergence(outputs, student, inputs)
         if asked.cross_entropy:
             loss = loss + asked.cross_entropy * token_loss(student, tokens[:, 1:].flatten())
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _divergence(self, outputs: Any, student: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """From the teacher, live or as kept; of hidden states too, if they are asked for."""
+        asked = self.objective
+        if LOG_PROBS in inputs:
+            kept = (inputs[IDS].flatten(0, 1), inputs[LOG_PROBS].flatten(0, 1))
+            return top_k_divergence(student, *kept, asked.temperature)
+        states = asked.hidden_states > 0
+        with torch.no_grad(), self.accelerator.autocast():
+            taught = self.teacher(
+                input_ids=inputs["input_ids"], use_cache=False, output_hidden_states=states
+            )
+        teacher = taught.logits[:, :-1].flatten(0, 1)
+        loss = kl_divergence(student, teacher, asked.temperature)
+        if states:
+            error = hidden_error(outputs.hidden_states, taught.hidden_states)
+            loss = loss + asked.hidden_states * error
+        return loss
+
+    @torch.no_grad()
+    def loss_of(self, model: Any) -> float:
+        """Mean held-out loss of `model` as it is, without autocast; the same in every process."""
+        model.eval()
+        losses = []
+        for index in range(len(self.eval_dataset)):
+            row = self.eval_dataset[index]
+            batch = {key: value[None].to(model.device) for key, value in row.items()}
+            losses.append(float(self.compute_loss(model, batch)))
+        return sum(losses) / len(losses)
+
+    def restore(self, state: TrainerState) -> None:
+        """Loads the best weights of a run that has ended already."""
+        self.state = state
+        self._load_best_model()
+
+    def _save_checkpoint(self, *arguments: Any, **keywords: Any) -> None:
+        try:
+            super()._save_checkpoint(*arguments, **keywords)
+        except Exception as error:
+            if not is_write_failure(error):
+                raise
+            raise MachineError(
+                f"could not write a checkpoint into {self.args.output_dir!r}: "
+                f"{' '.join(str(error).split())}; free some space, then the same command goes on"
+            ) from error
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raises InputError where a checkpoint lacks what trained: some families rename weights
+        when they are saved."""
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        lost = trained.intersection(load_result.missing_keys)
+        if lost:
+            raise InputError(
+                f"training checkpoints of this model do not hold {min(lost)!r} under its own name: "
+                "use --train factors"
+            )
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
@@ -103,23 +150,21 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         logs: Mapping[str, float] | None = None,
         **_: Any,
     ) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
-            self._diverged(control, f"the training loss is {loss} at step {state.global_step}")
+        control.should_training_stop |= self.has_ended(state)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def has_ended(self, state: TrainerState) -> bool:
+        """Whether a run with this state is over; notes the reason if it diverged."""
+        training = [entry["loss"] for entry in state.log_history if "loss" in entry]
         losses = [loss for _, loss in held_out_losses(state)]
-        now, best = losses[-1], min(losses)
-        if not math.isfinite(now) or now > DIVERGED * best:
-            self._diverged(control, f"the held-out loss is {now:.4g} at step {state.global_step}")
-        elif self.patience and len(losses) - 1 - losses.index(best) >= self.patience:
-            control.should_training_stop = True
-
-    def _diverged(self, control: TrainerControl, reason: str) -> None:
-        self.diverged = reason
-        control.should_training_stop = True
+        best = min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
+        if training and not math.isfinite(training[-1]):
+            self.diverged = f"the training loss is {training[-1]} at step {state.global_step}"
+        elif losses and not losses[-1] <= DIVERGED * best:
+            self.diverged = f"the held-out loss is {losses[-1]:.4g} at step {state.global_step}"
+        if self.diverged or (state.max_steps and state.global_step >= state.max_steps):
+            return True
+        without = len(losses) - 1 - losses.index(best) if math.isfinite(best) else 0
+        return self.patience is not None and without >= self.patience
 
 
 def held_out_losses(state: TrainerState) -> list[tuple[int, float]]:

@@ -51,7 +51,7 @@ def writing(out: Path, replace: bool = False) -> Iterator[Path]:
         for folder in created:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-        if _is_write_failure(error):
+        if is_write_failure(error):
             raise _failed(out, error) from error
         raise
 
@@ -92,7 +92,8 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _is_write_failure(error: BaseException) -> bool:
+def is_write_failure(error: BaseException) -> bool:
+    """Whether the disk failed, in whatever class a library says so."""
     # safetensors and tokenizers report a full disk in exception classes of their own
     return isinstance(error, OSError) or any(
         words in str(error) for words in ("No space left", "I/O error")

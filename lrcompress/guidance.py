@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lrcompress.lowrank import LowRankLinear, compressed_layers, linear_shape
+from lrcompress.lowrank import LowRankLinear, compressed_layers, is_linear, linear_shape
 from lrcompress.protocols import InputError
 
 # of all steps, those over which the dense weights let go
@@ -49,11 +49,13 @@ class Guidance(TrainerCallback):  # type: ignore[misc]
 
         Raises InputError where there are none: narrowed FFNs have other shapes than the dense.
         """
+        dense = dict(teacher.named_modules())
         pairs = [
-            (layer, teacher.get_submodule(name))
+            (layer, dense[name])
             for name, layer in compressed_layers(model)
             if isinstance(layer, LowRankLinear)
-            and linear_shape(layer) == linear_shape(teacher.get_submodule(name))
+            and is_linear(dense.get(name))
+            and linear_shape(layer) == linear_shape(dense[name])
         ]
         if not pairs:
             raise InputError(

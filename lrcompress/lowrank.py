@@ -167,7 +167,7 @@ def dense_layer(kind: type[nn.Module], weight: Tensor, bias: Tensor | None) -> n
     return layer
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module | None) -> bool:
     """A dense linear: nn.Linear and its kind, or Conv1D."""
     return isinstance(module, nn.Linear | Conv1D)
 

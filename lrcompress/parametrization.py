@@ -15,7 +15,6 @@ from lrcompress.lowrank import (
     compressed_layers,
     install,
 )
-from lrcompress.protocols import InputError
 from lrcompress.shrink import fill
 
 
@@ -56,14 +55,9 @@ def with_adapters(model: Any, rank: int, seed: int) -> Any:
     """`model` with a LoRA adapter of `rank` on every matrix of every compressed layer, by PEFT.
 
     Their scale is one, alpha = rank; `seed` draws one of their two matrices, the other is zero.
-    Raises InputError where PEFT is not installed.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise InputError(
-            "train 'lora' needs PEFT: pip install 'lrcompress[lora]', or train the factors"
-        ) from None
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_matrices(model)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -18,7 +18,7 @@ from lrcompress.settings import ModelSettings
 from lrcompress.sizes import sequence_length
 from lrcompress.sources import Loaded, load_settings, other_source
 from lrcompress.tasks import Tasks
-from lrcompress.tune import finetune_to
+from lrcompress.tune import check_settings, finetune_to
 
 
 def run(
@@ -51,6 +51,8 @@ class Run:
     def all(self, overwrite: bool) -> list[Metric]:
         self.folder.refuse_other(overwrite)
         tasks = compare.resolve_tasks(self.recipe.evaluate)
+        if "finetune" in self.stages:
+            check_settings(self.recipe.finetune)
         self._find_others()
         if not all(self.folder.is_made(stage, self._making(stage)) for stage in self.stages):
             refuse_planned(self.recipe)
@@ -106,7 +108,7 @@ class Run:
             return [settings, stages.model_state(self.recipe.model), texts]
         tuning = self.recipe.finetune
         texts = [stages.data_state(spec) for spec in tuning.data]
-        teacher = tuning.teacher and stages.model_state(
+        teacher = tuning.teacher and stages.model_inputs(
             other_source(self.recipe.model, tuning.teacher)
         )
         made = [*self._making("factorize"), self.folder.weights("factorize")]
@@ -135,7 +137,7 @@ class Run:
         if stage:
             model: list[Any] = [self._making(stage), self.folder.weights(stage)]
         else:
-            model = [source.model_dump(mode="json"), stages.model_state(source)]
+            model = stages.model_inputs(source)
         return [settings.model_dump(mode="json"), texts, model]
 
     def _measure(self, tasks: Tasks | None) -> list[Metric]:

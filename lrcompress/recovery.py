@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lrcompress.distill import (
@@ -28,6 +29,7 @@ from lrcompress.parametrization import balance, pack, trainable, with_adapters
 from lrcompress.processes import from_main, share
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.settings import FinetuneSettings
+from lrcompress.sharding import is_sharded
 from lrcompress.steps import Steps, tensorboard
 
 WARM_UP = 0.1
@@ -36,8 +38,10 @@ STATE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class Recovery:
-    """What training did: held-out losses (nats per token) by step, the best one is kept.
+    """What training did: held-out losses (nats per token) by step, None where not finite.
 
+    The weights of the best step are kept; `after` is their loss as they are saved: merged, packed,
+    in the model's own precision.
     `seconds` are of this process, and the rate is of the steps that it took; None if it took none.
     `diverged` is the reason for which training was stopped, if it was.
     """
@@ -47,8 +51,8 @@ class Recovery:
     trained_parameters: int
     best_step: int
     before: float
-    best: float
-    losses: tuple[tuple[int, float], ...]
+    after: float
+    losses: tuple[tuple[int, float | None], ...]
     seconds: float
     tokens_per_second: float | None
     diverged: str | None = None
@@ -66,8 +70,7 @@ def train(
     """Trains `model` in place towards `teacher`; the parameters of the best measurement stay.
 
     Checkpoints are kept in `work`; a run that finds one there goes on from it. `teacher` may be
-    None where the sequences bring its predictions. What trained is left in float32. Raises
-    InputError where nothing is gained.
+    None where the sequences bring its predictions. Raises InputError where nothing is gained.
     """
     started, found = time.perf_counter(), from_main(lambda: last_checkpoint(work))
     watch = Watch(settings.patience)
@@ -87,13 +90,25 @@ def train(
             eval_dataset=held_out,
             callbacks=[watch, steps, guidance, *tensorboard(settings.tensorboard)],
         )
-        trainer.train(resume_from_checkpoint=found)
+        _run(trainer, watch, found)
         count = sum(parameter.numel() for parameter in parameters)
-    return _recovery(trainer, watch, count, each, steps, time.perf_counter() - started)
+    after = trainer.loss_of(model)
+    return _recovery(trainer, watch, count, each, after, steps, time.perf_counter() - started)
 
 
-def check_pair(model: Any, teacher: Any) -> None:
-    """Raises InputError where nothing is compressed, or where the vocabularies differ."""
+def _run(trainer: DistillationTrainer, watch: Watch, found: str | None) -> None:
+    """Trains from the checkpoint `found`, unless it is of a run that had ended."""
+    if found is not None:
+        state = TrainerState.load_from_json(str(Path(found) / STATE))
+        if watch.has_ended(state):
+            trainer.restore(state)
+            return
+    trainer.train(resume_from_checkpoint=found)
+
+
+def check_pair(model: Any, teacher: Any, hidden_states: bool) -> None:
+    """Raises InputError where nothing is compressed, or where the vocabularies differ; with
+    `hidden_states` also where those have another number or width."""
     if not any(compressed_layers(model)):
         raise InputError("nothing in the model is compressed: factorize it first")
     sizes = [m.get_input_embeddings().num_embeddings for m in (model, teacher)]
@@ -102,12 +117,19 @@ def check_pair(model: Any, teacher: Any) -> None:
             f"the teacher has {sizes[1]} tokens and the model {sizes[0]}: name the dense model "
             "that was compressed as --teacher"
         )
+    shapes = [(m.config.num_hidden_layers, m.config.hidden_size) for m in (model, teacher)]
+    if hidden_states and shapes[0] != shapes[1]:
+        raise InputError(
+            f"the teacher has blocks and width {shapes[1]} and the model {shapes[0]}: leave "
+            "--hidden-states out"
+        )
 
 
 @contextmanager
 def _prepared(model: Any, settings: FinetuneSettings) -> Iterator[tuple[Any, list[nn.Parameter]]]:
     """The model as it trains and what trains of it; afterwards it has its own layers again."""
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    precision = model.dtype
     stored = balance(model) if settings.balances else {}
     lora = settings.train == "lora"
     student = with_adapters(model, settings.lora_rank, settings.seed) if lora else model
@@ -124,6 +146,8 @@ def _prepared(model: Any, settings: FinetuneSettings) -> Iterator[tuple[Any, lis
     if lora:
         student.merge_and_unload()
     pack(model, stored)
+    if not is_sharded(model):
+        model.to(precision)
     for parameter, was in wanted:
         parameter.requires_grad_(was)
 
@@ -141,7 +165,7 @@ def _objective(settings: FinetuneSettings) -> Objective:
 def _arguments(
     settings: FinetuneSettings, work: Path, model: Any, from_start: bool
 ) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=settings.max_steps,
         per_device_train_batch_size=share(settings.batch_size, settings.gradient_accumulation),
@@ -163,6 +187,7 @@ def _arguments(
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=min(10, settings.eval_every),
+        logging_nan_inf_filter=False,  # it would hide a loss that is not finite
         bf16=_autocast(model, settings),
         use_cpu=model.device.type == "cpu",
         seed=settings.seed,
@@ -173,6 +198,8 @@ def _arguments(
         remove_unused_columns=False,
         prediction_loss_only=True,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # or Trainer copies the model to every GPU
+    return arguments
 
 
 def last_checkpoint(work: Path) -> str | None:
@@ -194,16 +221,23 @@ def _whole(state: Path) -> bool:
 
 
 def _recovery(
-    trainer: DistillationTrainer, watch: Watch, count: int, each: int, steps: Steps, seconds: float
+    trainer: DistillationTrainer,
+    watch: Watch,
+    count: int,
+    each: int,
+    after: float,
+    steps: Steps,
+    seconds: float,
 ) -> Recovery:
-    """Raises InputError where no measurement was better than the first."""
+    """Raises InputError where what is left is not better than what there was."""
     state = trainer.state
-    losses = tuple(held_out_losses(state))
-    before, best = losses[0][1], min(loss for _, loss in losses)
-    if not best < before:
+    losses = tuple((s, x if math.isfinite(x) else None) for s, x in held_out_losses(state))
+    before = losses[0][1]
+    if before is None or not after < before:
         why = f"diverged: {watch.diverged}" if watch.diverged else "gained nothing on held-out text"
         raise InputError(
-            f"training {why} (loss {before:.4g} before it): use a smaller --learning-rate"
+            f"training {why} (loss {before} before it, {after:.4g} after): use a smaller "
+            "--learning-rate"
         )
     return Recovery(
         steps=state.global_step,
@@ -211,7 +245,7 @@ def _recovery(
         trained_parameters=count,
         best_step=state.best_global_step,
         before=before,
-        best=best,
+        after=after,
         losses=losses,
         seconds=seconds,
         tokens_per_second=steps.tokens_per_second or None,

@@ -92,8 +92,8 @@ class RunFolder:
 
     def drop(self, stage: str) -> None:
         """Removes the model of a stage that the recipe does not have."""
-        self._file(stage).unlink(missing_ok=True)
         shutil.rmtree(self.model(stage), ignore_errors=True)
+        self._file(stage).unlink(missing_ok=True)  # last: without it the folder is nobody's
 
     def measured(
         self, stage: str, inputs: list[Any], action: Callable[[], list[Metric]]

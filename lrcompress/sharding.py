@@ -36,13 +36,17 @@ from lrcompress.settings import ModelSettings
 OPTIMIZER, SCHEDULER = "optimizer_parts", "scheduler.pt"
 
 
-def check(source: ModelSettings) -> None:
-    """Raises InputError where the model `source` cannot be split over the processes here."""
+def check_processes() -> None:
+    """Raises InputError where there are no processes to split a model over."""
     if processes.count() == 1:
         raise InputError(
             "--shard splits a model over several processes and there is one: start it with "
             "torchrun --nproc-per-node N -m lrcompress finetune"
         )
+
+
+def check(source: ModelSettings) -> None:
+    """Raises InputError where the model `source` cannot be split over the processes here."""
     if source.device == "cpu" and torch.cuda.is_available():
         raise InputError("--shard uses the GPUs of a machine that has any: use --device auto")
     if locate(source.source, source.gguf_file).gguf_file:

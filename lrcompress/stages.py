@@ -21,6 +21,11 @@ def model_state(settings: ModelSettings) -> list[list[Any]]:
     return states([folder / location.gguf_file] if location.gguf_file else folder.glob("*"))
 
 
+def model_inputs(settings: ModelSettings) -> list[Any]:
+    """How the model is named and loaded, and the state of its files: a hub's are not here."""
+    return [settings.model_dump(mode="json"), model_state(settings)]
+
+
 def data_state(spec: str) -> list[list[Any]]:
     """Of the file that a text's SPEC names, if it names one."""
     return states([Path(spec.partition(":")[0])])

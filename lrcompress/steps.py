@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lrcompress.protocols import InputError, Progress, Status
+from lrcompress.protocols import Progress, Status
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]
@@ -20,7 +20,7 @@ class Steps(TrainerCallback):  # type: ignore[misc]
     def __init__(self, progress: Progress, steps: int, tokens: int) -> None:
         self.tokens, self.done, self.seconds, self.began = tokens, 0, 0.0, 0.0
         self._status = Status()
-        self._steps = iter(progress(self._statuses(steps), "Training", steps))
+        self._steps = _each(progress(self._statuses(steps), "Training", steps))
 
     @property
     def tokens_per_second(self) -> float:
@@ -57,19 +57,21 @@ class Steps(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        list(self._steps)
+        if state.global_step < state.max_steps:
+            self._steps.close()  # stopped early: what is left is not done
+        else:
+            list(self._steps)
+
+
+def _each(items: Iterable[Status]) -> Generator[Status]:
+    yield from items
 
 
 def tensorboard(folder: str | None) -> list[TrainerCallback]:
-    """The callback that writes to `folder`. Raises InputError where TensorBoard is missing."""
+    """The callback that writes to `folder`, if there is one."""
     if folder is None:
         return []
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError(
-            f"--tensorboard {folder!r} needs TensorBoard: pip install 'lrcompress[tensorboard]'"
-        ) from None
+    from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
     return [TensorBoardCallback(SummaryWriter(log_dir=folder))]

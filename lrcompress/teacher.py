@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,13 @@ class TeacherCache:
         return self.folder / f"{number:06}.safetensors"
 
     def _write(self, file: Path, tensors: dict[str, Tensor]) -> None:
-        partial = file.with_suffix(".partial")
+        partial = file.with_suffix(f".{os.getpid()}.partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, partial)
             partial.replace(file)
         except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
             reason = " ".join(str(error).split())
             raise MachineError(
                 f"could not keep the teacher's predictions in {str(file)!r}: {reason}; free some "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -49,7 +50,7 @@ def finetune_to(
     """
     with processes.group(source.device):
         run = Finetuning(source, settings, progress if processes.is_main() else silent)
-        return run.all(out, resume, replace, load_teacher)
+        return run.whole(out, resume, replace, load_teacher)
 
 
 class Finetuning:
@@ -59,8 +60,9 @@ class Finetuning:
         self, source: ModelSettings, settings: FinetuneSettings, progress: Progress
     ) -> None:
         self.source, self.settings, self.progress = source, settings, progress
+        self.dense = source  # the teacher, once the checkpoint's record is read
 
-    def all(
+    def whole(
         self, out: Path, resume: bool, replace: bool, load_teacher: LoadTeacher | None
     ) -> dict[str, Any]:
         self.dense, record = agreed(lambda: self._checked(None if replace else out))
@@ -71,10 +73,14 @@ class Finetuning:
             from_main(lambda: shutil.rmtree(work, ignore_errors=True))
         run = work / from_main(lambda: _identity(self.source, self.settings, text))
         processes.check_shared(run)
-        stored = model.dtype
-        done = agreed(lambda: self._train(model, teacher, tokens, run))
+        try:
+            done = agreed(lambda: self._train(model, teacher, tokens, text["sha256"], run))
+        except InputError:
+            if processes.is_main():  # another try would end like this one
+                shutil.rmtree(work, ignore_errors=True)
+            raise
         record |= {"finetuned": asdict(done) | {"settings": self._asked()} | text}
-        model, state = model.to(stored), sharding.whole_state(model)
+        state = sharding.whole_state(model)
         saved = from_main(
             lambda: checkpoint.save(model, tokenizer, out, record, replace, state=state)
         )
@@ -98,7 +104,7 @@ class Finetuning:
             raise InputError(
                 "finetune needs text to train on: give --data FILE.txt or another SPEC"
             )
-        processes.share(settings.batch_size, settings.gradient_accumulation)
+        check_settings(settings)
         record = checkpoint.read_record(Path(locate(source.source).path)) or {}
         name = settings.teacher or record.get("source")
         if name is None:
@@ -106,10 +112,18 @@ class Finetuning:
         teacher = other_source(source, name)
         for each in (source, teacher) if settings.shard else ():
             sharding.check(each)
+        self._check_device()
         record.pop("metrics", None)  # they are of the model before training
         if "finetuned" in record:
             record["before"] = learned(record)
         return teacher, record
+
+    def _check_device(self) -> None:
+        if self.source.device.startswith("cuda:") and self.source.device != "cuda:0":
+            raise InputError(
+                f"finetune takes the first GPU and the device is {self.source.device!r}: set "
+                f"CUDA_VISIBLE_DEVICES={self.source.device[5:]} and use --device auto"
+            )
 
     def _loaded(self, load_teacher: LoadTeacher | None) -> tuple[Any, Any, Any]:
         shard = self.settings.shard
@@ -119,12 +133,12 @@ class Finetuning:
             teacher, _ = load_teacher(self.dense)
         else:
             teacher, _ = load_settings(self.dense, **sharding.placement(self.dense, shard))
-        check_pair(model, teacher)
+        check_pair(model, teacher, self.settings.hidden_states > 0)
         return model, tokenizer, teacher
 
-    def _train(self, model: Any, teacher: Any, tokens: Tensor, run: Path) -> Recovery:
+    def _train(self, model: Any, teacher: Any, tokens: Tensor, mark: str, run: Path) -> Recovery:
         settings, held = self.settings, self.settings.held_out
-        cache = self._cache(teacher, tokens)
+        cache = self._cache(teacher, tokens, mark)
         return train(
             model,
             teacher if cache is None or settings.self_guided != "off" else None,
@@ -135,20 +149,35 @@ class Finetuning:
             self.progress,
         )
 
-    def _cache(self, teacher: Any, tokens: Tensor) -> TeacherCache | None:
-        """The teacher's predictions for all sequences, if they are kept; made where missing."""
+    def _cache(self, teacher: Any, tokens: Tensor, mark: str) -> TeacherCache | None:
+        """The teacher's predictions for all sequences, if they are kept; made where missing.
+
+        `mark` identifies the sequences.
+        """
         settings = self.settings
         if settings.teacher_cache is None:
             return None
         kept = [settings.teacher_top_k, settings.temperature]
-        mark = fingerprint(settings.data, tokens, settings.seed).sha256
-        name = stages.digest([stages.model_state(self.dense), mark, kept])[:16]
+        name = stages.digest([stages.model_inputs(self.dense), mark, kept])[:16]
         folder = Path(settings.teacher_cache) / name
         cache = TeacherCache(folder, settings.teacher_top_k, settings.temperature)
         missing = from_main(lambda: cache.missing(len(tokens)))
-        cache.fill(teacher, tokens, processes.own_part(missing), self.progress)
-        processes.barrier()
+        own = processes.own_part(missing)
+        agreed(lambda: cache.fill(teacher, tokens, own, self.progress))
         return cache
+
+
+def check_settings(settings: FinetuneSettings) -> None:
+    """Raises InputError for what cannot work on this machine, before anything is loaded."""
+    processes.share(settings.batch_size, settings.gradient_accumulation)
+    if settings.shard:
+        sharding.check_processes()
+    for asked, package, extra in (
+        (settings.train == "lora", "peft", "lora"),
+        (settings.tensorboard is not None, "tensorboard", "tensorboard"),
+    ):
+        if asked and importlib.util.find_spec(package) is None:
+            raise InputError(f"{extra} needs {package}: pip install 'lrcompress[{extra}]'")
 
 
 def training_tokens(
@@ -182,6 +211,7 @@ def training_tokens(
 
 
 def _identity(source: ModelSettings, settings: FinetuneSettings, text: dict[str, Any]) -> str:
-    state = stages.model_state(source)
+    """Of all that decides what training gives."""
     asked = settings.model_dump(mode="json", exclude={"tensorboard", "teacher_cache"})
-    return stages.digest([state, asked, text])[:16]
+    cached = settings.teacher_cache is not None  # its loss is another one, wherever it is
+    return stages.digest([stages.model_inputs(source), asked, cached, text])[:16]

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerState
+from transformers import AutoModelForCausalLM, Trainer, TrainerState
 
 import lrcompress
-from lrcompress import recovery, tune
+from lrcompress import checkpoint, console, recovery, tune
 from lrcompress.distill import DistillationTrainer
 from lrcompress.divergence import kl_divergence, top_k_divergence
 from lrcompress.guidance import Guidance
 from lrcompress.lowrank import FactoredLinear, compressed_layers
 from lrcompress.parametrization import balance, pack
-from lrcompress.protocols import InputError
+from lrcompress.protocols import InputError, MachineError
 from lrcompress.settings import FinetuneSettings, ModelSettings
 from lrcompress.teacher import TeacherCache, others
 from tests.conftest import invoke
-from tests.tiny import logits
+from tests.tiny import logits, saved_model
 
 QUICK: dict[str, Any] = {
     "data": ["pydoc"], "max_steps": 12, "train_length": 64, "held_out": 4, "eval_every": 4,
@@ -52,7 +53,7 @@ def test_divergence_is_zero_at_the_teacher_and_has_its_gradient() -> None:
 def test_closer_to_the_teacher_on_held_out_text(factorized: Path, tmp_path: Path) -> None:
     record = finetuned(factorized, tmp_path / "out")
     done = record["finetuned"]
-    assert done["best"] < done["before"]
+    assert done["after"] < done["before"]
     assert [step for step, _ in done["losses"]] == [0, 4, 8, 12]
     assert done["tokens"] == 12 * 2 * 64
     before, after = weights(factorized), weights(tmp_path / "out")
@@ -198,7 +199,7 @@ def test_the_teacher_runs_once_with_a_cache(
         assert found == pytest.approx(expected, rel=1e-4)
     monkeypatch.setattr(TeacherCache, "_predictions", None)  # would fail if it were called
     again = finetuned(factorized, tmp_path / "again", **kept)["finetuned"]
-    assert again["best"] == cached["best"]
+    assert again["after"] == cached["after"]
     files = list((tmp_path / "cache").glob("*/*"))
     assert {file.suffix for file in files} == {".safetensors"}
 
@@ -213,7 +214,7 @@ def test_adapters_are_merged_into_the_factors(factorized: Path, tmp_path: Path) 
     count = record["finetuned"]["trained_parameters"]
     assert 0 < count < sum(before[name].numel() for name in changed)
     measured = held_out_loss(tmp_path / "out", factorized, record)
-    assert measured == pytest.approx(record["finetuned"]["best"], rel=1e-5)
+    assert measured == pytest.approx(record["finetuned"]["after"], rel=1e-5)
 
 
 def held_out_loss(out: Path, source: Path, record: dict[str, Any]) -> float:
@@ -234,9 +235,9 @@ def test_balanced_factors_are_packed_again(dense: Path, tmp_path: Path, form: st
     record = finetuned(tmp_path / "low", tmp_path / "out", parametrization="balanced")
     done, forms = record["finetuned"], {m["form"] for m in layout_of(tmp_path / "out").values()}
     assert forms == {form}
-    assert done["best"] < done["before"]
+    assert done["after"] < done["before"]
     assert held_out_loss(tmp_path / "out", tmp_path / "low", record) == pytest.approx(
-        done["best"], rel=1e-3
+        done["after"], rel=1e-3
     )
 
 
@@ -290,14 +291,14 @@ def test_the_dense_weights_let_go(dense: Path, tmp_path: Path) -> None:
 def test_self_guided_training(dense: Path, tmp_path: Path, how: str, train: str) -> None:
     assert invoke("factorize", dense, "--out", tmp_path / "low", "--rank", 12).exit_code == 0
     done = finetuned(tmp_path / "low", tmp_path / "out", self_guided=how, train=train)["finetuned"]
-    assert done["best"] < done["before"]
+    assert done["after"] < done["before"]
 
 
 def test_hidden_states_are_matched(factorized: Path, tmp_path: Path) -> None:
     done = finetuned(factorized, tmp_path / "out", hidden_states=1.0)["finetuned"]
     plain = finetuned(factorized, tmp_path / "plain")["finetuned"]
     assert done["before"] > plain["before"]
-    assert done["best"] < done["before"]
+    assert done["after"] < done["before"]
 
 
 def test_stops_early_without_improvement(factorized: Path, tmp_path: Path) -> None:
@@ -341,7 +342,7 @@ def test_weights_keep_their_precision(dense: Path, tmp_path: Path, dtype: torch.
     done = finetuned(
         tmp_path / "low", tmp_path / "out", precision="bfloat16", gradient_checkpointing=True
     )["finetuned"]
-    assert done["best"] < done["before"]
+    assert done["after"] < done["before"]
     assert {t.dtype for n, t in weights(tmp_path / "out").items() if "order" not in n} == {dtype}
 
 
@@ -379,3 +380,70 @@ def test_no_resume_starts_over(
         tune.finetune_to(source, checked, tmp_path / "out")
     tune.finetune_to(source, checked, tmp_path / "out", resume=False)
     assert len(steps) == 6 + 12
+
+
+def test_one_sequence_that_is_not_finite_is_seen(
+    factorized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = DistillationTrainer.compute_loss, []
+
+    def spoils(self: Any, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        loss = original(self, model, inputs, *rest, **more)
+        calls.append(model.training)
+        first_of_second = not model.training and calls.count(False) == 5
+        return (loss[0] * torch.nan, *loss[1:]) if first_of_second else loss
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", spoils)
+    with pytest.raises(InputError, match=r"diverged: the held-out loss is nan at step 4"):
+        finetuned(factorized, tmp_path / "out")
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_run_that_had_ended_is_not_trained_on(
+    factorized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops = {"learning_rate": 0.01, "max_steps": 60, "eval_every": 2, "patience": 2}
+    finetuned(factorized, tmp_path / "undisturbed", **stops)
+    save = checkpoint.save
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise MachineError("the disk is full")
+
+    monkeypatch.setattr(checkpoint, "save", fails)
+    with pytest.raises(MachineError):
+        finetuned(factorized, tmp_path / "out", **stops)
+    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(DistillationTrainer, "training_step", None)  # would fail if it were called
+    record = finetuned(factorized, tmp_path / "out", **stops)
+    assert record["finetuned"]["tokens_per_second"] is None
+    expected, found = weights(tmp_path / "undisturbed"), weights(tmp_path / "out")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    console.show_recovery(record["finetuned"], "out")
+
+
+def test_caches_of_two_teachers_are_apart(dense: Path, factorized: Path, tmp_path: Path) -> None:
+    cache = {"teacher_cache": str(tmp_path / "cache")}
+    finetuned(factorized, tmp_path / "out", **cache)
+    other = tmp_path / "other"
+    shutil.copytree(dense, other)
+    finetuned(factorized, tmp_path / "again", teacher=str(other), **cache)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_full_disk_in_training_is_said(
+    factorized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("write failed: No space left on device")
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", full)
+    with pytest.raises(MachineError, match="free some space, then the same command goes on"):
+        finetuned(factorized, tmp_path / "out")
+
+
+def test_a_teacher_of_other_shape_is_refused_for_hidden_states(
+    factorized: Path, tmp_path: Path
+) -> None:
+    other = saved_model(tmp_path / "other", num_hidden_layers=3)
+    with pytest.raises(InputError, match="leave --hidden-states out"):
+        finetuned(factorized, tmp_path / "out", teacher=str(other), hidden_states=1.0)
