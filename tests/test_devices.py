@@ -50,7 +50,9 @@ class Runs:
 
     def alone(self, name: str) -> dict[str, Any]:
         """What a job's settings give in this process; its output is called NAME.alone."""
-        settings = self.jobs[name]["settings"] | {"shard": False}
+        settings = dict(self.jobs[name]["settings"])
+        if settings.pop("shard", False):
+            settings["parametrization"] = "stored"
         return worker.run(
             self.jobs[name] | {"settings": settings, "out": str(self.folder / f"{name}.alone")}
         )
