@@ -34,7 +34,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 # float32 sums in another order, after 12 steps of Adam
 ROUNDING, EXACT = (1e-4, 1e-5), (0.0, 0.0)
-PATIENCE = 300  # seconds, on a machine that has other things to do
+PATIENCE = 600  # seconds, on a machine that has other things to do
 
 
 @dataclass(frozen=True)
