@@ -77,22 +77,31 @@ def test_more_can_be_trained(factorized: Path, tmp_path: Path, what: str) -> Non
     assert what == "all" or all("norm" in name for name in outside)
 
 
-@pytest.mark.parametrize("train", ["factors", "lora"])
-@pytest.mark.parametrize("rank", [None, 12])
+@pytest.mark.parametrize(
+    ("rank", "settings"),
+    [
+        (None, {}),
+        (12, {}),
+        (12, {"train": "lora"}),
+        (12, {"self_guided": "reduced", "patience": 3}),
+        (12, {"parametrization": "stored", "teacher_cache": "cache", "precision": "bfloat16"}),
+    ],
+)
 def test_an_interrupted_run_ends_with_the_same_weights(
     dense: Path,
     factorized: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     rank: int | None,
-    train: str,
+    settings: dict[str, Any],
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where the cache is
     source = factorized
     if rank:
         source = tmp_path / "low"
         flags = ("--rank", rank, "--form", "pivoted")
         assert invoke("factorize", dense, "--out", source, *flags).exit_code == 0
-    finetuned(source, tmp_path / "undisturbed", train=train)
+    finetuned(source, tmp_path / "undisturbed", **settings)
     original, steps = DistillationTrainer.training_step, []
 
     def breaks(self: Any, *arguments: Any) -> Any:
@@ -103,9 +112,9 @@ def test_an_interrupted_run_ends_with_the_same_weights(
 
     monkeypatch.setattr(DistillationTrainer, "training_step", breaks)
     with pytest.raises(KeyboardInterrupt):
-        finetuned(source, tmp_path / "out", train=train)
+        finetuned(source, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
-    finetuned(source, tmp_path / "out", train=train)
+    finetuned(source, tmp_path / "out", **settings)
     assert len(steps) == 7 + 12 - 4  # from the checkpoint at step 4
     expected, found = weights(tmp_path / "undisturbed"), weights(tmp_path / "out")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
