@@ -117,8 +117,10 @@ def check_pair(model: Any, teacher: Any, hidden_states: bool) -> None:
             f"the teacher has {sizes[1]} tokens and the model {sizes[0]}: name the dense model "
             "that was compressed as --teacher"
         )
+    if not hidden_states:
+        return
     shapes = [(m.config.num_hidden_layers, m.config.hidden_size) for m in (model, teacher)]
-    if hidden_states and shapes[0] != shapes[1]:
+    if shapes[0] != shapes[1]:
         raise InputError(
             f"the teacher has blocks and width {shapes[1]} and the model {shapes[0]}: leave "
             "--hidden-states out"

@@ -71,26 +71,28 @@ class Finetuning:
         work = out.with_name(f".{out.name}.finetune")
         if not resume:
             from_main(lambda: shutil.rmtree(work, ignore_errors=True))
-        run = work / from_main(lambda: _identity(self.source, self.settings, text))
-        processes.check_shared(run)
-        try:
-            done = agreed(lambda: self._train(model, teacher, tokens, text["sha256"], run))
-        except InputError:
-            if processes.is_main():  # another try would end like this one
-                shutil.rmtree(work, ignore_errors=True)
-            raise
+        done = self._trained(model, teacher, tokens, text, work)
         record |= {"finetuned": asdict(done) | {"settings": self._asked()} | text}
         state = sharding.whole_state(model)
         saved = from_main(
             lambda: checkpoint.save(model, tokenizer, out, record, replace, state=state)
         )
         from_main(lambda: shutil.rmtree(work, ignore_errors=True))
-        if done.diverged:
-            raise InputError(
-                f"training diverged: {done.diverged}; {str(out)!r} holds the best weights before "
-                f"it, of step {done.best_step}: use a smaller --learning-rate"
-            )
+        _refuse_divergence(done, out)
         return saved
+
+    def _trained(
+        self, model: Any, teacher: Any, tokens: Tensor, text: dict[str, Any], work: Path
+    ) -> Recovery:
+        """Checkpoints are in a folder of `work` that is this run's alone."""
+        run = work / from_main(lambda: _identity(self.source, self.settings, text))
+        processes.check_shared(run)
+        try:
+            return agreed(lambda: self._train(model, teacher, tokens, text["sha256"], run))
+        except InputError:
+            if processes.is_main():  # another try would end like this one
+                shutil.rmtree(work, ignore_errors=True)
+            raise
 
     def _asked(self) -> dict[str, Any]:
         return self.settings.model_dump(mode="json")
@@ -165,6 +167,14 @@ class Finetuning:
         own = processes.own_part(missing)
         agreed(lambda: cache.fill(teacher, tokens, own, self.progress))
         return cache
+
+
+def _refuse_divergence(done: Recovery, out: Path) -> None:
+    if done.diverged:
+        raise InputError(
+            f"training diverged: {done.diverged}; {str(out)!r} holds the best weights before it, "
+            f"of step {done.best_step}: use a smaller --learning-rate"
+        )
 
 
 def check_settings(settings: FinetuneSettings) -> None:
