@@ -19,7 +19,7 @@ from lrcompress.files import render, replace_text, writing
 from lrcompress.protocols import InputError, Metric
 from lrcompress.quantizer import record_layout
 from lrcompress.stock import to_stock
-from lrcompress.tables import table
+from lrcompress.tables import table, training
 
 RECORD = "lrcompress.json"
 # parts that only a low-rank layer has
@@ -101,8 +101,8 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes lrcompress.json and the model card that tells the same, each in one rename."""
     replace_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
     measured = table([Metric(**metric) for metric in record.get("metrics", ())])
-    card = render("card.md.jinja", escape=False, record=record, table=measured)
-    replace_text(folder / "README.md", card)
+    shown = {"record": record, "table": measured, "training": training(record)}
+    replace_text(folder / "README.md", render("card.md.jinja", escape=False, **shown))
 
 
 def export_dense(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:

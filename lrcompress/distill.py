@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lrcompress.divergence import hidden_error, kl_divergence, token_loss, top_k_divergence
-from lrcompress.files import is_write_failure
-from lrcompress.protocols import InputError, MachineError
+from lrcompress.files import keeping
+from lrcompress.protocols import InputError
 from lrcompress.sharding import ShardingTrainer
 from lrcompress.teacher import IDS, LOG_PROBS, TeacherCache
 
@@ -105,20 +105,14 @@ class DistillationTrainer(ShardingTrainer):
         return sum(losses) / len(losses)
 
     def restore(self, state: TrainerState) -> None:
-        """Loads the best weights of a run that has ended already."""
+        """Loads the best weights of a run that has ended already, if a measurement was finite."""
         self.state = state
-        self._load_best_model()
+        if state.best_model_checkpoint is not None:
+            self._load_best_model()
 
     def _save_checkpoint(self, *arguments: Any, **keywords: Any) -> None:
-        try:
+        with keeping(f"a checkpoint in {self.args.output_dir!r}"):
             super()._save_checkpoint(*arguments, **keywords)
-        except Exception as error:
-            if not is_write_failure(error):
-                raise
-            raise MachineError(
-                f"could not write a checkpoint into {self.args.output_dir!r}: "
-                f"{' '.join(str(error).split())}; free some space, then the same command goes on"
-            ) from error
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Raises InputError where a checkpoint lacks what trained: some families rename weights

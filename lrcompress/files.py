@@ -6,14 +6,17 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lrcompress.protocols import InputError, MachineError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_free(out: Path) -> None:
@@ -51,7 +54,7 @@ def writing(out: Path, replace: bool = False) -> Iterator[Path]:
         for folder in created:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-        if is_write_failure(error):
+        if _is_write_failure(error):
             raise _failed(out, error) from error
         raise
 
@@ -92,18 +95,51 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def is_write_failure(error: BaseException) -> bool:
-    """Whether the disk failed, in whatever class a library says so."""
-    # safetensors and tokenizers report a full disk in exception classes of their own
+@contextmanager
+def keeping(what: str) -> Iterator[None]:
+    """Around the writing of what the same command goes on from when it is given again.
+
+    Raises MachineError, which names `what`, where the disk is full or cannot be written.
+    """
+    try:
+        yield
+    except Exception as error:  # libraries have classes of their own for a full disk
+        if not _is_write_failure(error):
+            raise
+        raise MachineError(
+            f"could not keep {what}: {_reason(error)}; free some space, then the same command "
+            "goes on"
+        ) from error
+
+
+def replace_tensors(
+    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file in one rename; its folder is made if it is missing."""
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    try:
+        save_file(dict(tensors), partial, None if metadata is None else dict(metadata))
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _is_write_failure(error: BaseException) -> bool:
     return isinstance(error, OSError) or any(
         words in str(error) for words in ("No space left", "I/O error")
     )
 
 
 def _failed(out: Path, error: BaseException) -> MachineError:
+    return MachineError(f"could not write {str(out)!r}: {_reason(error)}; nothing was left there")
+
+
+def _reason(error: BaseException) -> str:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    reason = "the disk is full" if full else " ".join(str(error).split())
-    return MachineError(f"could not write {str(out)!r}: {reason}; nothing was left there")
+    return "the disk is full" if full else " ".join(str(error).split())
 
 
 def replace_text(file: Path, text: str) -> None:

@@ -49,13 +49,13 @@ class Guidance(TrainerCallback):  # type: ignore[misc]
 
         Raises InputError where there are none: narrowed FFNs have other shapes than the dense.
         """
-        dense = dict(teacher.named_modules())
+        taught = dict(teacher.named_modules())
         pairs = [
-            (layer, dense[name])
+            (layer, taught[name])
             for name, layer in compressed_layers(model)
             if isinstance(layer, LowRankLinear)
-            and is_linear(dense.get(name))
-            and linear_shape(layer) == linear_shape(dense[name])
+            and is_linear(taught.get(name))
+            and linear_shape(layer) == linear_shape(taught[name])
         ]
         if not pairs:
             raise InputError(

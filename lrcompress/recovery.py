@@ -235,7 +235,8 @@ def _recovery(
     state = trainer.state
     losses = tuple((s, x if math.isfinite(x) else None) for s, x in held_out_losses(state))
     before = losses[0][1]
-    if before is None or not after < before:
+    best = state.best_global_step  # None where no measurement but the first was finite
+    if best is None or before is None or not after < before:
         why = f"diverged: {watch.diverged}" if watch.diverged else "gained nothing on held-out text"
         raise InputError(
             f"training {why} (loss {before} before it, {after:.4g} after): use a smaller "
@@ -245,7 +246,7 @@ def _recovery(
         steps=state.global_step,
         tokens=state.global_step * each,
         trained_parameters=count,
-        best_step=state.best_global_step,
+        best_step=best,
         before=before,
         after=after,
         losses=losses,

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from lrcompress.protocols import MachineError
+from lrcompress.files import keeping, replace_tensors
 
 
 @dataclass(frozen=True)
@@ -51,15 +50,6 @@ def read_block(file: Path, parameters: Mapping[str, nn.Parameter]) -> RefinedBlo
 
 def write_block(file: Path, parameters: Mapping[str, nn.Parameter], done: RefinedBlock) -> None:
     """Keeps a finished block in one rename. Raises MachineError where it cannot be written."""
-    partial = file.with_suffix(".partial")
     tensors = {name: p.detach().contiguous() for name, p in parameters.items()}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"block": json.dumps(asdict(done))})
-        partial.replace(file)
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise MachineError(
-            f"could not keep the refined block in {str(file)!r}: {reason}; free some space, then "
-            "the same command goes on from the block before"
-        ) from error
+    with keeping(f"the refined block in {str(file)!r}"):
+        replace_tensors(file, tensors, {"block": json.dumps(asdict(done))})

@@ -10,7 +10,7 @@ from typing import Any
 
 from lrcompress.files import render, replace_text
 from lrcompress.protocols import Metric
-from lrcompress.tables import table, texts
+from lrcompress.tables import table, texts, training
 
 
 def markdown(title: str, metrics: Sequence[Metric], record: Mapping[str, Any] | None) -> str:
@@ -25,8 +25,9 @@ def html(title: str, metrics: Sequence[Metric], record: Mapping[str, Any] | None
 def _shown(
     title: str, metrics: Sequence[Metric], record: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    read = texts(metrics, record)
-    return {"title": title, "table": table(metrics), "texts": read, "record": record or {}}
+    known = record or {}
+    shown = {"table": table(metrics), "texts": texts(metrics, record)}
+    return shown | {"title": title, "record": known, "training": training(known)}
 
 
 def to_json(title: str, metrics: Sequence[Metric], record: Mapping[str, Any] | None) -> str:

@@ -114,6 +114,38 @@ def texts(metrics: Sequence[Metric], record: Mapping[str, Any] | None) -> tuple[
     return tuple(dict.fromkeys(found))
 
 
+@dataclass(frozen=True)
+class Training:
+    """What is shown of a training: its texts, and title -> value of everything else.
+
+    Seconds are of the process that ended it, its measurements and checkpoints included.
+    """
+
+    text: str
+    values: Mapping[str, str]
+
+
+def training(record: Mapping[str, Any]) -> Training | None:
+    """Of the training in `record`, if there was one."""
+    done = record.get("finetuned")
+    if not done:
+        return None
+    rate, asked = done["tokens_per_second"], done["settings"]
+    values = {
+        "steps": f"{done['steps']:,}",
+        "tokens": f"{done['tokens']:,}",
+        "learning rate": f"{asked['learning_rate']:g}",
+        "trained": asked["train"],
+        "parameters trained": f"{done['trained_parameters']:,}",
+        f"loss on {asked['held_out']} held-out sequences before": f"{done['before']:.4f}",
+        "after": f"{done['after']:.4f}",
+        "of step": f"{done['best_step']:,}",
+        "seconds": f"{done['seconds']:.1f}",
+        "tokens/s in its steps": "–" if rate is None else f"{rate:.4g}",
+    }
+    return Training(", ".join(asked["data"]), values)
+
+
 # what a record keeps of the models that its own was made of, and of the texts of all of them
 LEARNED = ("calibration", "finetuned", "before", "factorized_from")
 

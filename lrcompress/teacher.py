@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from lrcompress.protocols import MachineError, Progress, silent
+from lrcompress.files import keeping, replace_tensors
+from lrcompress.protocols import Progress, silent
 from lrcompress.sizes import evaluation_mode
 
 # sequences in a file: what an interruption loses
@@ -45,7 +44,8 @@ class TeacherCache:
                 blocks = tokens[number * CHUNK : (number + 1) * CHUNK]
                 found = [self._predictions(teacher, block) for block in blocks]
                 stacked = {key: torch.stack([f[key] for f in found]) for key in (IDS, LOG_PROBS)}
-                self._write(self._file(number), stacked)
+                with keeping(f"the teacher's predictions in {str(self.folder)!r}"):
+                    replace_tensors(self._file(number), stacked)
 
     def read(self, sequence: int) -> dict[str, Tensor]:
         """What was kept of one sequence."""
@@ -63,20 +63,6 @@ class TeacherCache:
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06}.safetensors"
-
-    def _write(self, file: Path, tensors: dict[str, Tensor]) -> None:
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial)
-            partial.replace(file)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            reason = " ".join(str(error).split())
-            raise MachineError(
-                f"could not keep the teacher's predictions in {str(file)!r}: {reason}; free some "
-                "space, then the same command goes on"
-            ) from error
 
 
 def others(log_probs: Tensor, ids: Tensor) -> Tensor:

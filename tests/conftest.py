@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,32 @@ def invoke(*arguments: object) -> Result:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+def interrupt(patch: pytest.MonkeyPatch, kind: type, method: str, at: int) -> list[int]:
+    """The call number `at` of a method presses Ctrl-C; returns a list that grows with the calls."""
+    original, calls = getattr(kind, method), list[int]()
+
+    def breaks(self: Any, *arguments: Any) -> Any:
+        calls.append(len(calls) + 1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    patch.setattr(kind, method, breaks)
+    return calls
+
+
+def small_recipe(file: Path, dense: Path, text: Path, more: str = "") -> Path:
+    """A recipe over the tiny model, seconds for a run, with the lines `more`."""
+    file.write_text(
+        f"model: {{source: {dense}}}\n"
+        "calibration: {num_samples: 4, seq_len: 64}\n"
+        f"factorize: {{keep_ratio: 0.6}}\n{more}"
+        f"evaluate: {{perplexity: {text}, context_length: 64, limit: 2, prompt_length: 8,\n"
+        "  new_tokens: 2, repeats: 2}\n"
+    )
+    return file
 
 
 @pytest.fixture

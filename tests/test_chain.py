@@ -14,7 +14,7 @@ from lrcompress import compare, pipeline, sources
 from lrcompress.distill import DistillationTrainer
 from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe, read_recipe
-from tests.conftest import SMALL, invoke
+from tests.conftest import SMALL, interrupt, invoke, small_recipe
 
 MODELS = ["dense", "factorized", "finetuned"]
 
@@ -30,17 +30,11 @@ def training_text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe_file(dense: Path, text: Path, training_text: Path, tmp_path: Path) -> Path:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(
-        f"model: {{source: {dense}}}\n"
-        "calibration: {num_samples: 4, seq_len: 64}\n"
-        "factorize: {keep_ratio: 0.6}\n"
+    more = (
         f"finetune: {{data: {training_text}, max_steps: 4, eval_every: 2, held_out: 2,\n"
         "  train_length: 64, learning_rate: 0.003}\n"
-        f"evaluate: {{perplexity: {text}, context_length: 64, limit: 2, prompt_length: 8,\n"
-        "  new_tokens: 2, repeats: 2}\n"
     )
-    return file
+    return small_recipe(tmp_path / "recipe.yaml", dense, text, more)
 
 
 @pytest.fixture
@@ -92,7 +86,7 @@ def test_run_shows_all_three_side_by_side(
 def test_interrupted_training_goes_on(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, original, steps = tmp_path / "out", DistillationTrainer.training_step, []
+    out = tmp_path / "out"
     loaded: list[str] = []
     load = sources.load_settings
 
@@ -100,14 +94,8 @@ def test_interrupted_training_goes_on(
         loaded.append(settings.source)
         return load(settings)
 
-    def breaks(self: Any, *arguments: Any) -> Any:
-        steps.append(1)
-        if len(steps) == 4:
-            raise KeyboardInterrupt
-        return original(self, *arguments)
-
     monkeypatch.setattr(pipeline, "load_settings", counted)
-    monkeypatch.setattr(DistillationTrainer, "training_step", breaks)
+    steps = interrupt(monkeypatch, DistillationTrainer, "training_step", 4)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(recipe, out)
     assert not (out / "finetuned").exists()

@@ -22,7 +22,7 @@ from lrcompress.parametrization import balance, pack
 from lrcompress.protocols import InputError, MachineError
 from lrcompress.settings import FinetuneSettings, ModelSettings
 from lrcompress.teacher import TeacherCache, others
-from tests.conftest import invoke
+from tests.conftest import interrupt, invoke
 from tests.tiny import logits, saved_model
 
 QUICK: dict[str, Any] = {
@@ -102,15 +102,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(
         flags = ("--rank", rank, "--form", "pivoted")
         assert invoke("factorize", dense, "--out", source, *flags).exit_code == 0
     finetuned(source, tmp_path / "undisturbed", **settings)
-    original, steps = DistillationTrainer.training_step, []
-
-    def breaks(self: Any, *arguments: Any) -> Any:
-        steps.append(1)
-        if len(steps) == 7:
-            raise KeyboardInterrupt
-        return original(self, *arguments)
-
-    monkeypatch.setattr(DistillationTrainer, "training_step", breaks)
+    steps = interrupt(monkeypatch, DistillationTrainer, "training_step", 7)
     with pytest.raises(KeyboardInterrupt):
         finetuned(source, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
@@ -373,16 +365,7 @@ def test_progress_tells_pace_and_loss(factorized: Path, tmp_path: Path) -> None:
 def test_no_resume_starts_over(
     factorized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps: list[int] = []
-    original = DistillationTrainer.training_step
-
-    def breaks(self: Any, *arguments: Any) -> Any:
-        steps.append(1)
-        if len(steps) == 6:
-            raise KeyboardInterrupt
-        return original(self, *arguments)
-
-    monkeypatch.setattr(DistillationTrainer, "training_step", breaks)
+    steps = interrupt(monkeypatch, DistillationTrainer, "training_step", 6)
     checked = FinetuneSettings(**QUICK)
     source = ModelSettings(source=str(factorized))
     with pytest.raises(KeyboardInterrupt):

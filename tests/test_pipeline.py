@@ -10,20 +10,12 @@ import pytest
 from lrcompress import benchmark, compare, pipeline
 from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe, read_recipe
-from tests.conftest import invoke
+from tests.conftest import invoke, small_recipe
 
 
 @pytest.fixture
 def recipe_file(dense: Path, text: Path, tmp_path: Path) -> Path:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(
-        f"model: {{source: {dense}}}\n"
-        "calibration: {num_samples: 4, seq_len: 64}\n"
-        "factorize: {keep_ratio: 0.6}\n"
-        f"evaluate: {{perplexity: {text}, context_length: 64, limit: 2, prompt_length: 8,\n"
-        "  new_tokens: 2, repeats: 2}\n"
-    )
-    return file
+    return small_recipe(tmp_path / "recipe.yaml", dense, text)
 
 
 @pytest.fixture
