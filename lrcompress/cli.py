@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from pydantic import TypeAdapter, ValidationError
 
 from lrcompress import __version__, processes
 from lrcompress.options import SettingsCommand, build_recipe
-from lrcompress.protocols import InputError
-from lrcompress.shell import Group, resumes
+from lrcompress.protocols import InputError, Metric
+from lrcompress.shell import BEYOND_MAX_LOSS, Group, resumes
+from lrcompress.values import Percent
 
 
 def _out(required: bool) -> Callable[[Any], Any]:
@@ -69,20 +71,54 @@ def finetune_command(source: str, out: Path, resume: bool, **options: Any) -> No
         console.show_recovery(record["finetuned"], out)
 
 
+def _share(_: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    if value is None:
+        return None
+    try:
+        return TypeAdapter[float](Percent).validate_python(value)
+    except ValidationError:
+        raise InputError(f"--max-loss {value!r} is no share: write one such as 1%") from None
+
+
+_MAX_LOSS = click.option(
+    "--max-loss",
+    metavar="SHARE",
+    callback=_share,
+    help="Exit with 3 unless the 95 % interval of every loss against the first model stays "
+    "below it: a share of a perplexity, points of an accuracy.",
+)
+
+
+def _hold(metrics: Sequence[Metric], max_loss: float | None) -> None:
+    if max_loss is None:
+        return
+    from lrcompress import console, significance
+
+    failed = significance.not_shown(metrics, max_loss)
+    console.show_verdict(failed, max_loss)
+    if failed:
+        click.get_current_context().exit(BEYOND_MAX_LOSS)
+
+
 EVALUATE = ("evaluate", "model")
 
 
 @main.command("eval", cls=SettingsCommand, sections=EVALUATE)
 @click.argument("source", metavar="MODEL")
 @_out(required=False)
-def eval_command(source: str, out: Path | None, **options: Any) -> None:
+@_MAX_LOSS
+def eval_command(source: str, out: Path | None, max_loss: float | None, **options: Any) -> None:
     """Measure MODEL: perplexity, tasks, size and speed, beside --baseline if given."""
     recipe = build_recipe(EVALUATE, source, options)
+    if max_loss is not None and not recipe.evaluate.baseline:
+        raise InputError("--max-loss needs a --baseline to compare with")
     from lrcompress import commands, console
 
-    console.show_metrics(commands.evaluate_to(recipe, out, console.progress))
+    metrics = commands.evaluate_to(recipe, out, console.progress)
+    console.show_metrics(metrics)
     if out is not None:
         console.show_report(out)
+    _hold(metrics, max_loss)
 
 
 INSPECT = ("model",)
@@ -141,7 +177,14 @@ _SET = click.option(
 @click.argument("out", type=click.Path(path_type=Path))
 @_SET
 @click.option("--overwrite", is_flag=True, help="Redo changed stages of another recipe's run.")
-def run_command(recipe_file: Path, out: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
+@_MAX_LOSS
+def run_command(
+    recipe_file: Path,
+    out: Path,
+    overrides: tuple[str, ...],
+    overwrite: bool,
+    max_loss: float | None,
+) -> None:
     """Factorize, finetune, evaluate and report as RECIPE says, in the folder OUT; resumes."""
     from lrcompress.recipe import read_recipe
 
@@ -156,6 +199,7 @@ def run_command(recipe_file: Path, out: Path, overrides: tuple[str, ...], overwr
         console.show_recovery((checkpoint.read_record(tuned) or {})["finetuned"], tuned)
     console.show_metrics(metrics)
     console.show_report(out)
+    _hold(metrics, max_loss)
 
 
 @main.command("sweep")

@@ -23,6 +23,7 @@ from rich.table import Table
 from lrcompress.inspection import Inspection
 from lrcompress.protocols import Metric, Status
 from lrcompress.report import FORMATS
+from lrcompress.significance import Comparison, comparisons
 from lrcompress.tables import table as report_table
 
 T = TypeVar("T")
@@ -107,6 +108,17 @@ def show_metrics(metrics: Sequence[Metric]) -> None:
     for row in rows.rows:
         shown.add_row(row.title, *row.cells, *row.ratios)
     _print(shown)
+    for one in comparisons(metrics):
+        span = f"{one.difference:+.4f} ({one.low:+.4f} to {one.high:+.4f})"
+        click.echo(f"{one.metric}: {one.model} against {one.baseline}: {span}: {one.verdict}.")
+
+
+def show_verdict(failed: Sequence[Comparison], max_loss: float) -> None:
+    """Whether the loss is shown to be within `max_loss`, and where it is not."""
+    for one in failed:
+        click.echo(f"{one.metric}: may have lost {one.worst:.2%} (95 % interval).")
+    held = "FAIL: not every metric is" if failed else "PASS: every metric is"
+    click.echo(f"{held} shown to have lost at most {max_loss:.3g}.")
 
 
 def show_report(out: object) -> None:

@@ -97,7 +97,7 @@ def perplexity(
 ) -> Metric:
     """exp(mean negative log-likelihood per token). Raises InputError where it is not finite."""
     bos, chosen = bos_token(tokenizer), corpus_windows(corpus, tokenizer, length, stride, limit)
-    total, count = 0.0, 0
+    samples: list[list[float]] = []
     for index, window in enumerate(progress(chosen, f"Perplexity of {label}", len(chosen))):
         loss = float(token_losses(model, window).double().sum())
         if not math.isfinite(loss):
@@ -105,7 +105,8 @@ def perplexity(
                 f"the loss of the {label} model on window {index} of {corpus.spec!r} is {loss}: "
                 "evaluate with --dtype float32"
             )
-        total, count = total + loss, count + window.scored
+        samples.append([loss, window.scored])
+    count = sum(window.scored for window in chosen)
     conditions = {
         "data": corpus.spec,
         "context_length": length,
@@ -115,5 +116,6 @@ def perplexity(
         "tokens": count,
         "sha256": token_hash(torch.cat([window.tokens for window in chosen])),
     }
-    value = math.exp(min(total / count, 700.0))  # exp overflows above 709
-    return Metric(label, "token perplexity", value, "", False, conditions)
+    mean = sum(loss for loss, _ in samples) / count
+    value = math.exp(min(mean, 700.0))  # exp overflows above 709
+    return Metric(label, "token perplexity", value, "", False, conditions, samples=samples)

@@ -8,6 +8,7 @@ from typing import Any
 
 from lrcompress.files import render
 from lrcompress.protocols import Metric
+from lrcompress.tables import title
 
 DENSE = "dense"
 
@@ -37,7 +38,7 @@ class Point:
 
 def markdown(source: str, points: Sequence[Point]) -> str:
     """One row a point; quality beside its ratio to the dense model's."""
-    dense = {_key(metric): metric for metric in points[0].metrics}
+    dense = {title(metric): metric for metric in points[0].metrics}
     texts = [key for key in dense if "perplexity" in key]
     rows = [
         {
@@ -54,13 +55,8 @@ def markdown(source: str, points: Sequence[Point]) -> str:
     return render("sweep.md.jinja", escape=False, **values)
 
 
-def _key(metric: Metric) -> str:
-    data = metric.conditions.get("data")
-    return metric.name + (f", {data}" if data else "")
-
-
 def _cell(point: Point, dense: Mapping[str, Metric], key: str) -> str:
-    found = next((metric for metric in point.metrics if _key(metric) == key), None)
+    found = next((metric for metric in point.metrics if title(metric) == key), None)
     if found is None:
         return ""
     ratio = "" if point.variant == DENSE else f" ({found.value / dense[key].value:.3f})"

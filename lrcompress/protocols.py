@@ -259,7 +259,11 @@ class Allocator(Protocol):
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured number of one model, with everything needed to repeat the measurement."""
+    """One measured number of one model, with everything needed to repeat the measurement.
+
+    `samples`, where they are known, are what it is a mean of: the sum and the weight of each window
+    (nats, tokens) or the score and 1 of each item of a task.
+    """
 
     model: str
     name: str
@@ -269,3 +273,4 @@ class Metric:
     conditions: Mapping[str, object] = field(default_factory=dict)
     low: float | None = None
     high: float | None = None
+    samples: Sequence[Sequence[float]] = field(default_factory=list)

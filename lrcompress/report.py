@@ -10,6 +10,7 @@ from typing import Any
 
 from lrcompress.files import render, replace_text
 from lrcompress.protocols import Metric
+from lrcompress.significance import comparisons
 from lrcompress.tables import table, texts, training
 
 
@@ -27,7 +28,8 @@ def _shown(
 ) -> dict[str, Any]:
     known = record or {}
     shown = {"table": table(metrics), "texts": texts(metrics, record)}
-    return shown | {"title": title, "record": known, "training": training(known)}
+    shown |= {"title": title, "record": known, "training": training(known)}
+    return shown | {"comparisons": comparisons(metrics)}
 
 
 def to_json(title: str, metrics: Sequence[Metric], record: Mapping[str, Any] | None) -> str:
@@ -36,6 +38,7 @@ def to_json(title: str, metrics: Sequence[Metric], record: Mapping[str, Any] | N
     content = {
         "title": title,
         "metrics": [asdict(metric) for metric in metrics],
+        "comparisons": [asdict(one) for one in comparisons(metrics)],
         "texts": [asdict(text) for text in texts(metrics, record)],
         "training": known.pop("finetuned", None),
         "factorization": {k: v for k, v in known.items() if k != "metrics"} or None,

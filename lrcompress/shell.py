@@ -13,6 +13,7 @@ from lrcompress import processes
 from lrcompress.protocols import InputError, MachineError
 
 INTERRUPTED = 130
+BEYOND_MAX_LOSS = 3
 RESUMES = "lrcompress.resumes"
 GOES_ON = ", and the same command goes on from what was finished"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")

@@ -38,13 +38,22 @@ def table(metrics: Sequence[Metric]) -> Table:
     return Table(labels, tuple(_row(labels, by_model) for by_model in groups.values()))
 
 
+def title(metric: Metric) -> str:
+    data = metric.conditions.get("data")
+    return metric.name + (f", {data}" if data else "")
+
+
+def comparable(base: Metric, metric: Metric) -> bool:
+    both = {*base.conditions.items()} ^ {*metric.conditions.items()}
+    return not {name for name, _ in both} - COMPARABLE
+
+
 def _row(labels: Sequence[str], by_model: Mapping[str, Metric]) -> Row:
     first = next(iter(by_model.values()))
     base = by_model.get(labels[0])
-    data = first.conditions.get("data")
     unit = f" ({first.unit})" if first.unit else ""
     return Row(
-        first.name + (f", {data}" if data else "") + unit,
+        title(first) + unit,
         "higher is better" if first.higher_is_better else "lower is better",
         tuple(_cell(by_model.get(label)) for label in labels),
         tuple(_ratio(base, by_model.get(label)) for label in labels[1:]),
@@ -88,8 +97,7 @@ def _number(value: float) -> str:
 def _ratio(base: Metric | None, metric: Metric | None) -> str:
     if base is None or metric is None or base.value == 0:
         return "–"
-    both = {*base.conditions.items()} ^ {*metric.conditions.items()}
-    if {name for name, _ in both} - COMPARABLE:
+    if not comparable(base, metric):
         return "not comparable"
     return f"{metric.value / base.value:.3g}x"
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lrcompress.corpora import EMBEDDED, read_corpus
@@ -174,7 +176,7 @@ def run_tasks(
             limit=limit,
             num_fewshot=num_fewshot,
             bootstrap_iters=BOOTSTRAPS,
-            log_samples=False,
+            log_samples=True,
         )
     return _metrics(label, results, max_length)
 
@@ -208,8 +210,21 @@ def _metrics(label: str, results: Mapping[str, Any], max_length: int) -> list[Me
             if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             better = bool(results["higher_is_better"].get(task, {}).get(metric, True))
-            found.append(_metric(label, task, metric, values, key, better, conditions))
+            one = _metric(label, task, metric, values, key, better, conditions)
+            logged = results["samples"].get(task, ())
+            found.append(replace(one, samples=_scores(logged, metric, filtered, one.value)))
     return found
+
+
+def _scores(
+    logged: Sequence[Mapping[str, Any]], metric: str, filtered: str, value: float
+) -> list[list[float]]:
+    """The score of every item, where `value` is their mean; else nothing."""
+    scores = [sample.get(metric) for sample in logged if sample["filter"] == filtered]
+    if not scores or not all(isinstance(score, int | float) for score in scores):
+        return []
+    found = [float(score) for score in scores if score is not None]
+    return [[score, 1] for score in found] if math.isclose(fmean(found), value) else []
 
 
 def _metric(

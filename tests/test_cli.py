@@ -82,6 +82,13 @@ def test_eval_beside_a_baseline_writes_reports(
     assert result.exit_code == 0, result.output
     metrics = json.loads((out / "metrics.json").read_text())["metrics"]
     names = {metric["name"] for metric in metrics if metric["model"] == "factorized"}
+    compared = json.loads((out / "metrics.json").read_text())["comparisons"]
+    assert {one["metric"] for one in compared} == {
+        f"token perplexity, {text}", "task acc", "task acc_norm"
+    }  # fmt: skip
+    assert {one["samples"] for one in compared} == {2}
+    for page in ("report.md", "report.html"):
+        assert "Is the difference real?" in (out / page).read_text()
     accuracy = next(m for m in metrics if m["name"] == "task acc")
     assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
     assert names >= {"token perplexity", "task acc", "prefill", "decode", "parameters"}
@@ -152,6 +159,23 @@ assert difference <= {tolerance}, difference
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_max_loss_decides_the_exit_code(dense: Path, factorized: Path, text: Path) -> None:
+    measured = ("--perplexity", text, *EVAL, "--limit", "6")
+    asked = ("eval", factorized, *measured)
+    within = invoke(*asked, "--baseline", dense, "--max-loss", "10000%")
+    assert within.exit_code == 0, within.output
+    assert "PASS: every metric is shown to have lost at most 100." in within.output
+    worse = ("eval", dense, *measured)  # random weights: here the dense one is the worse
+    beyond = invoke(*worse, "--baseline", factorized, "--max-loss", "1e-9")
+    assert beyond.exit_code == 3
+    assert f"token perplexity, {text}: may have lost" in beyond.output
+    assert "FAIL" in beyond.output
+    for wrong in (("--max-loss", "1%"), ("--baseline", dense, "--max-loss", "much")):
+        refused = invoke(*asked, *wrong)
+        assert refused.exit_code == 2
+        assert "--max-loss" in refused.output
 
 
 def test_lm_eval_command_line_loads_low_rank_models(factorized: Path, tmp_path: Path) -> None:

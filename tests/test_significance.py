@@ -1,0 +1,119 @@
+"""Intervals cover, planted differences are found, and nothing is claimed from too little."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lrcompress.protocols import InputError, Metric
+from lrcompress.significance import comparisons, holm, not_shown
+
+
+def windows(model: str, losses: np.ndarray, tokens: int = 100) -> Metric:
+    samples = [[float(loss) * tokens, tokens] for loss in losses]
+    value = float(np.exp(losses.mean()))
+    return Metric(
+        model, "token perplexity", value, "", False, {"data": "x", "tokens": 1}, samples=samples
+    )
+
+
+def items(model: str, right: np.ndarray) -> Metric:
+    samples = [[float(one), 1] for one in right]
+    return Metric(model, "piqa acc", float(right.mean()), "", True, samples=samples)
+
+
+def test_the_interval_covers_where_there_is_no_difference() -> None:
+    generator = np.random.default_rng(1)
+    covered, alarms = 0, 0
+    for _ in range(1000):
+        losses = generator.normal(3, 0.5, 60)
+        noise = generator.normal(0, 0.05, 60)
+        (found,) = comparisons([windows("dense", losses), windows("small", losses + noise)])
+        covered += found.low <= 0 <= found.high
+        alarms += found.verdict in {"better", "worse"}
+    assert 930 <= covered <= 970
+    assert 30 <= alarms <= 70
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(0.05, "worse"), (-0.05, "better")])
+def test_a_planted_difference_of_losses_is_found(shift: float, verdict: str) -> None:
+    generator = np.random.default_rng(2)
+    losses = generator.normal(3, 0.5, 60)
+    changed = losses + shift + generator.normal(0, 0.05, 60)
+    (found,) = comparisons([windows("dense", losses), windows("small", changed)])
+    assert found.verdict == verdict
+    assert found.low < shift < found.high
+    assert found.difference == pytest.approx((changed - losses).mean())
+
+
+def test_accuracies_are_judged_by_mcnemar() -> None:
+    right = np.array([1] * 70 + [0] * 30)
+    changed = np.array([1] * 50 + [0] * 20 + [1] * 5 + [0] * 25)
+    (found,) = comparisons([items("dense", right), items("small", changed)])
+    assert found.p_value == pytest.approx(stats.binomtest(5, 25).pvalue)
+    assert found.difference == pytest.approx(-0.15)
+    assert found.verdict == "worse"
+
+
+def test_equal_and_nearly_equal_models_are_told_from_too_little_data() -> None:
+    losses = np.random.default_rng(3).normal(3, 0.5, 200)
+    noise = np.random.default_rng(4).normal(0, 0.02, 200)
+    noise -= noise.mean()
+    base = windows("dense", losses)
+    (same,) = comparisons([base, windows("small", losses)])
+    assert (same.verdict, same.p_value, same.low, same.high) == ("no difference seen", 1.0, 0, 0)
+    (near,) = comparisons([base, windows("small", losses + noise)])
+    assert near.verdict == "no difference seen"
+    few = [windows(name, values[:8]) for name, values in (("dense", losses), ("s", losses + noise))]
+    (unsure,) = comparisons(few)
+    assert unsure.verdict.startswith("not enough data: about ")
+    needed = int(unsure.verdict.split()[4].replace(",", ""))
+    assert 8 < needed < 2000
+
+
+def test_one_sample_decides_nothing() -> None:
+    pair = [windows("dense", np.array([3.0])), windows("small", np.array([4.0]))]
+    (found,) = comparisons(pair)
+    assert found.verdict == "not enough data"
+
+
+def test_p_values_are_adjusted_for_all_rows() -> None:
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_only_the_same_measurement_is_compared() -> None:
+    losses = np.random.default_rng(5).normal(3, 0.5, 20)
+    base, other = windows("dense", losses), windows("small", losses)
+    assert comparisons([]) == ()
+    assert comparisons([base]) == ()
+    assert comparisons([base, replace(other, conditions={"data": "y"})]) == ()
+    assert (
+        comparisons([base, replace(other, conditions={"data": "x", "tokens": 1, "stride": 4})])
+        == ()
+    )
+    assert comparisons([base, windows("small", losses[:10])]) == ()
+    assert comparisons([base, windows("small", losses, tokens=50)]) == ()
+    assert comparisons([replace(base, samples=()), replace(other, samples=())]) == ()
+
+
+def test_a_loss_has_to_be_shown_to_be_within_the_margin() -> None:
+    losses = np.random.default_rng(6).normal(3, 0.5, 60)
+    noise = np.random.default_rng(7).normal(0.02, 0.05, 60)
+    pair = [windows("dense", losses), windows("small", losses + noise)]
+    (found,) = comparisons(pair)
+    assert found.worst == pytest.approx(np.expm1(found.high))
+    assert not_shown(pair, found.worst + 1e-9) == []
+    assert not_shown(pair, found.worst - 1e-9) == [found]
+    right = np.array([1] * 70 + [0] * 30)
+    tasks = [items("dense", right), items("small", right[::-1])]
+    (lost,) = comparisons(tasks)
+    assert lost.worst == -lost.low > 0
+    alone = [windows("dense", losses[:1]), windows("small", losses[:1])]
+    assert len(not_shown(alone, 0.5)) == 1  # one window shows nothing
+    with pytest.raises(InputError, match="needs a --baseline"):
+        not_shown(pair[:1], 0.01)
