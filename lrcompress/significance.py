@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from statistics import NormalDist
 from typing import Any
 
@@ -73,8 +72,8 @@ def not_shown(metrics: Sequence[Metric], max_loss: float) -> list[Comparison]:
 
 def _pairs(metrics: Sequence[Metric]) -> Iterator[tuple[Metric, Metric]]:
     first = metrics[0].model if metrics else ""
-    for _, same in groupby(sorted(metrics, key=title), key=title):
-        by_model = {metric.model: metric for metric in same}
+    for row in dict.fromkeys(title(metric) for metric in metrics):
+        by_model = {metric.model: metric for metric in metrics if title(metric) == row}
         base = by_model.pop(first, None)
         for other in by_model.values():
             if base is not None and _paired(base, other):
