@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from lrcompress import __version__, processes
 from lrcompress.options import SettingsCommand, build_recipe
 from lrcompress.protocols import InputError, Metric
+from lrcompress.settings import EvaluateSettings
 from lrcompress.shell import BEYOND_MAX_LOSS, Group, resumes
 from lrcompress.values import Percent
 
@@ -71,7 +72,7 @@ def finetune_command(source: str, out: Path, resume: bool, **options: Any) -> No
         console.show_recovery(record["finetuned"], out)
 
 
-def _share(_: click.Context, option: click.Parameter, value: str | None) -> float | None:
+def _share(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
     if value is None:
         return None
     try:
@@ -87,6 +88,12 @@ _MAX_LOSS = click.option(
     help="Exit with 3 unless the 95 % interval of every loss against the first model stays "
     "below it: a share of a perplexity, points of an accuracy.",
 )
+
+
+def _check_max_loss(measured: EvaluateSettings, compared: bool, max_loss: float | None) -> None:
+    """Raises InputError where there will be nothing to decide it by."""
+    if max_loss is not None and not (compared and (measured.perplexity or measured.tasks)):
+        raise InputError("--max-loss needs a --baseline to compare with, and a text or task")
 
 
 def _hold(metrics: Sequence[Metric], max_loss: float | None) -> None:
@@ -110,8 +117,7 @@ EVALUATE = ("evaluate", "model")
 def eval_command(source: str, out: Path | None, max_loss: float | None, **options: Any) -> None:
     """Measure MODEL: perplexity, tasks, size and speed, beside --baseline if given."""
     recipe = build_recipe(EVALUATE, source, options)
-    if max_loss is not None and not recipe.evaluate.baseline:
-        raise InputError("--max-loss needs a --baseline to compare with")
+    _check_max_loss(recipe.evaluate, bool(recipe.evaluate.baseline), max_loss)
     from lrcompress import commands, console
 
     metrics = commands.evaluate_to(recipe, out, console.progress)
@@ -189,6 +195,7 @@ def run_command(
     from lrcompress.recipe import read_recipe
 
     recipe = read_recipe(recipe_file, overrides)
+    _check_max_loss(recipe.evaluate, True, max_loss)  # without a baseline: its own dense model
     from lrcompress import checkpoint, console, pipeline, runfolder
 
     resumes()

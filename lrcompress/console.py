@@ -117,7 +117,7 @@ def show_verdict(failed: Sequence[Comparison], max_loss: float) -> None:
     """Whether the loss is shown to be within `max_loss`, and where it is not."""
     for one in failed:
         click.echo(f"{one.metric}: may have lost {one.worst:.2%} (95 % interval).")
-    held = "FAIL: not every metric is" if failed else "PASS: every metric is"
+    held = "FAIL: not every metric compared is" if failed else "PASS: every metric compared is"
     click.echo(f"{held} shown to have lost at most {max_loss:.3g}.")
 
 

@@ -107,7 +107,7 @@ def keeping(what: str) -> Iterator[None]:
         if not _is_write_failure(error):
             raise
         raise MachineError(
-            f"could not keep {what}: {_reason(error)}; free some space, then the same command "
+            f"could not keep {what}: {_reason(error)}; {_remedy(error)}, then the same command "
             "goes on"
         ) from error
 
@@ -137,9 +137,16 @@ def _failed(out: Path, error: BaseException) -> MachineError:
     return MachineError(f"could not write {str(out)!r}: {_reason(error)}; nothing was left there")
 
 
+def _is_full(error: BaseException) -> bool:
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+
+
 def _reason(error: BaseException) -> str:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    return "the disk is full" if full else " ".join(str(error).split())
+    return "the disk is full" if _is_full(error) else " ".join(str(error).split())
+
+
+def _remedy(error: BaseException) -> str:
+    return "free some space" if _is_full(error) else "mend that"
 
 
 def replace_text(file: Path, text: str) -> None:

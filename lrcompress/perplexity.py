@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from lrcompress.corpora import Corpus
 from lrcompress.data import bos_token, encode, token_hash
-from lrcompress.protocols import InputError, Metric, Progress, silent
+from lrcompress.protocols import PERPLEXITY, InputError, Metric, Progress, silent
 
 # logits rows turned into float32 at a time: a whole window times a large vocabulary is gigabytes
 LOSS_ROWS = 256
@@ -118,4 +118,4 @@ def perplexity(
     }
     mean = sum(loss for loss, _ in samples) / count
     value = math.exp(min(mean, 700.0))  # exp overflows above 709
-    return Metric(label, "token perplexity", value, "", False, conditions, samples=samples)
+    return Metric(label, PERPLEXITY, value, "", False, conditions, samples=samples)

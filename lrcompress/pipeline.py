@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -169,7 +168,7 @@ class Run:
         record: dict[str, Any] = {}
         for stage in self.stages:
             record = checkpoint.read_record(self.folder.model(stage)) or {}
-            record["metrics"] = [asdict(metric) for metric in metrics]
+            record["metrics"] = [metric.summary() for metric in metrics]
             checkpoint.write_record(self.folder.model(stage), record)
         if "finetune" not in self.stages:
             self.folder.drop("finetune")

@@ -257,6 +257,9 @@ class Allocator(Protocol):
     def allocate(self, choices: Sequence[Choices], budget: Budget) -> Plan: ...
 
 
+PERPLEXITY = "token perplexity"
+
+
 @dataclass(frozen=True)
 class Metric:
     """One measured number of one model, with everything needed to repeat the measurement.
@@ -274,3 +277,12 @@ class Metric:
     low: float | None = None
     high: float | None = None
     samples: Sequence[Sequence[float]] = field(default_factory=list)
+
+    @property
+    def is_exponential(self) -> bool:
+        """Whether it is exp of the mean of its samples, and not the mean."""
+        return self.name == PERPLEXITY
+
+    def summary(self) -> dict[str, object]:
+        """All fields but the samples, of which a task has thousands."""
+        return {k: v for k, v in vars(self).items() if k != "samples"}

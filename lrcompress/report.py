@@ -12,6 +12,7 @@ from lrcompress.files import render, replace_text
 from lrcompress.protocols import Metric
 from lrcompress.significance import comparisons
 from lrcompress.tables import table, texts, training
+from lrcompress.tables import title as title_of
 
 
 def markdown(title: str, metrics: Sequence[Metric], record: Mapping[str, Any] | None) -> str:
@@ -37,12 +38,17 @@ def to_json(title: str, metrics: Sequence[Metric], record: Mapping[str, Any] | N
     known: dict[str, Any] = _without_sketches(record or {})
     content = {
         "title": title,
-        "metrics": [asdict(metric) for metric in metrics],
+        "metrics": [metric.summary() for metric in metrics],
         "comparisons": [asdict(one) for one in comparisons(metrics)],
         "texts": [asdict(text) for text in texts(metrics, record)],
         "training": known.pop("finetuned", None),
         "factorization": {k: v for k, v in known.items() if k != "metrics"} or None,
     }
+    content["samples"] = [
+        {"model": metric.model, "metric": title_of(metric), "values": metric.samples}
+        for metric in metrics
+        if metric.samples
+    ]
     return json.dumps(content, indent=2, default=str) + "\n"
 
 

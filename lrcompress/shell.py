@@ -21,7 +21,7 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 class Group(click.Group):
     """Turns the package's errors into one sentence and an exit code: 2 for the user's input,
-    1 for the machine's faults."""
+    1 for the machine's faults. `BEYOND_MAX_LOSS` is no error but an answer."""
 
     def invoke(self, context: click.Context) -> Any:
         _quiet_libraries()

@@ -19,6 +19,8 @@ POWER = 0.8
 # nats per token, or a share of right answers: differences below it are called none
 NEGLIGIBLE = 0.01
 RESAMPLES = 2000
+# flipping the signs of fewer cannot give p < ALPHA: 2 / 2**5 = 0.06
+FEWEST = 6
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,11 @@ class Comparison:
     """A later model against the first, by one metric.
 
     `difference` is the later model's less the first's: of a perplexity in nats per token, else in
-    the metric's unit; `low` and `high` are the 95 % interval of a paired bootstrap. `p_value` is of
-    McNemar's exact test where every sample is right or wrong, else of flipping the signs of the
-    samples' differences, and adjusted for all comparisons of a report (Holm 1979). `worst` is the
-    largest loss inside the interval: of a perplexity over the first's, else in the metric's unit.
+    the metric's unit. Where every sample is right or wrong, `low` and `high` are the 95 % interval
+    that combines those of the shares that changed (Newcombe 1998), and `p_value` is McNemar's exact
+    test; else a paired bootstrap, and the test that flips the signs of the samples' differences.
+    `p_value` is adjusted for all comparisons of a report (Holm 1979). `worst` is the largest loss
+    inside the interval: of a perplexity over the first's, else in the metric's unit.
     """
 
     metric: str
@@ -59,7 +62,8 @@ def not_shown(metrics: Sequence[Metric], max_loss: float) -> list[Comparison]:
     """Of the last model against the first, the metrics that may have lost more than `max_loss`.
 
     Non-inferiority: the whole 95 % interval has to lie within the margin, which is a share of a
-    perplexity, and points of an accuracy. Raises InputError where there is nothing to compare.
+    perplexity, and points of an accuracy. Raises InputError where there is nothing to compare, or a
+    text or task was measured in another way on the first model.
     """
     last = metrics[-1].model if metrics else ""
     found = [one for one in comparisons(metrics) if one.model == last]
@@ -67,7 +71,14 @@ def not_shown(metrics: Sequence[Metric], max_loss: float) -> list[Comparison]:
         raise InputError(
             "max_loss needs a --baseline, and a text or task that both models are measured on"
         )
-    return [one for one in found if one.samples < 2 or one.worst > max_loss]
+    compared = {one.metric for one in found}
+    for metric in metrics:
+        if metric.model == last and metric.samples and title(metric) not in compared:
+            raise InputError(
+                f"{title(metric)!r} was measured in another way on {metrics[0].model!r}: leave it "
+                "out of what max_loss decides, or compare with a model of the same tokenizer"
+            )
+    return [one for one in found if one.samples < FEWEST or one.worst > max_loss]
 
 
 def _pairs(metrics: Sequence[Metric]) -> Iterator[tuple[Metric, Metric]]:
@@ -91,8 +102,13 @@ def _compared(base: Metric, other: Metric) -> Comparison:
     values, weights = np.array(base.samples, dtype=float).T
     changed = np.array(other.samples, dtype=float)[:, 0]
     difference = float((changed - values).sum() / weights.sum())
-    low, high = _interval(changed - values, weights, difference)
-    p_value = _p_value(values, changed)
+    gains = changed - values
+    if np.isin([values, changed], (0.0, 1.0)).all():
+        low, high = _share_interval((gains > 0).mean(), (gains < 0).mean(), len(gains))
+        p_value = _mcnemar(gains)
+    else:
+        low, high = _interval(gains, weights, difference)
+        p_value = _sign_flips(gains)
     names = (title(base), base.model, other.model)
     worst = _worst(other, low, high)
     return Comparison(*names, len(values), difference, low, high, worst, p_value, "")
@@ -101,7 +117,7 @@ def _compared(base: Metric, other: Metric) -> Comparison:
 def _worst(metric: Metric, low: float, high: float) -> float:
     if metric.higher_is_better:
         return -low
-    return math.expm1(high) if "tokens" in metric.conditions else high
+    return math.expm1(high) if metric.is_exponential else high
 
 
 def _interval(gains: Any, weights: Any, mean: float) -> tuple[float, float]:
@@ -118,12 +134,34 @@ def _interval(gains: Any, weights: Any, mean: float) -> tuple[float, float]:
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def _p_value(values: Any, changed: Any) -> float:
-    gains = changed - values
+def _share_interval(won: float, lost: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of won - lost, shares of `count` items, by their Wilson intervals.
+
+    Newcombe (1998) with the correlation of the two shares, which exclude each other. Unlike a
+    bootstrap it has a width where no item changed.
+    """
+    wins, losses = (
+        stats.binomtest(round(share * count), count).proportion_ci(method="wilson")
+        for share in (won, lost)
+    )
+    apart = math.sqrt(won * lost / ((1 - won) * (1 - lost))) if max(won, lost) < 1 else 0.0
+
+    def distance(one: float, other: float) -> float:
+        return math.sqrt(one**2 + other**2 + 2 * apart * one * other)
+
+    low = won - lost - distance(won - wins.low, losses.high - lost)
+    high = won - lost + distance(wins.high - won, lost - losses.low)
+    return float(max(low, -1.0)), float(min(high, 1.0))
+
+
+def _mcnemar(gains: Any) -> float:
+    changed = int((gains != 0).sum())
+    return float(stats.binomtest(int((gains > 0).sum()), changed).pvalue) if changed else 1.0
+
+
+def _sign_flips(gains: Any) -> float:
     if len(gains) < 2 or not gains.any():
         return 1.0
-    if np.isin([values, changed], (0.0, 1.0)).all():
-        return float(stats.binomtest(int((gains > 0).sum()), int((gains != 0).sum())).pvalue)
     options = {"permutation_type": "samples", "vectorized": True, "n_resamples": 9999}
     generator = np.random.default_rng(0)
     return float(stats.permutation_test((gains,), np.mean, rng=generator, **options).pvalue)
@@ -142,7 +180,7 @@ def _judged(result: Comparison, higher_is_better: bool) -> Comparison:
     if result.p_value < ALPHA:
         better = (result.difference > 0) == higher_is_better
         return replace(result, verdict="better" if better else "worse")
-    if result.samples > 1 and max(-result.low, result.high) < NEGLIGIBLE:
+    if result.samples >= FEWEST and max(-result.low, result.high) < NEGLIGIBLE:
         return replace(result, verdict="no difference seen")
     needed = _needed(result)
     more = f": about {needed:,} samples would decide" if needed else ""

@@ -87,6 +87,10 @@ def test_eval_beside_a_baseline_writes_reports(
         f"token perplexity, {text}", "task acc", "task acc_norm"
     }  # fmt: skip
     assert {one["samples"] for one in compared} == {2}
+    samples = json.loads((out / "metrics.json").read_text())["samples"]
+    assert len(samples) == 2 * len(compared)
+    for one in samples:
+        assert all(len(value) == 2 for value in one["values"])
     for page in ("report.md", "report.html"):
         assert "Is the difference real?" in (out / page).read_text()
     accuracy = next(m for m in metrics if m["name"] == "task acc")
@@ -166,7 +170,7 @@ def test_max_loss_decides_the_exit_code(dense: Path, factorized: Path, text: Pat
     asked = ("eval", factorized, *measured)
     within = invoke(*asked, "--baseline", dense, "--max-loss", "10000%")
     assert within.exit_code == 0, within.output
-    assert "PASS: every metric is shown to have lost at most 100." in within.output
+    assert "PASS: every metric compared is shown to have lost at most 100." in within.output
     worse = ("eval", dense, *measured)  # random weights: here the dense one is the worse
     beyond = invoke(*worse, "--baseline", factorized, "--max-loss", "1e-9")
     assert beyond.exit_code == 3

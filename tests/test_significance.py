@@ -15,9 +15,7 @@ from lrcompress.significance import comparisons, holm, not_shown
 def windows(model: str, losses: np.ndarray, tokens: int = 100) -> Metric:
     samples = [[float(loss) * tokens, tokens] for loss in losses]
     value = float(np.exp(losses.mean()))
-    return Metric(
-        model, "token perplexity", value, "", False, {"data": "x", "tokens": 1}, samples=samples
-    )
+    return Metric(model, "token perplexity", value, "", False, {"data": "x"}, samples=samples)
 
 
 def items(model: str, right: np.ndarray) -> Metric:
@@ -36,6 +34,32 @@ def test_the_interval_covers_where_there_is_no_difference() -> None:
         alarms += found.verdict in {"better", "worse"}
     assert 930 <= covered <= 970
     assert 30 <= alarms <= 70
+
+
+@pytest.mark.parametrize("changes", [0.05, 0.3])
+def test_the_interval_of_accuracies_covers(changes: float) -> None:
+    generator = np.random.default_rng(8)
+    covered, alarms = 0, 0
+    for _ in range(1000):
+        right = generator.random(300) < 0.5
+        flipped = generator.random(300) < changes
+        pair = [items("dense", right), items("small", right ^ flipped)]
+        (found,) = comparisons(pair)
+        covered += found.low <= 0 <= found.high
+        alarms += found.verdict in {"better", "worse"}
+    assert 930 <= covered <= 970
+    assert alarms <= 50
+
+
+def test_few_equal_answers_show_nothing() -> None:
+    pair = [items("dense", np.ones(100)), items("small", np.ones(100))]
+    (few,) = comparisons(pair)
+    assert few.verdict.startswith("not enough data: about ")
+    assert few.low == -few.high < -0.03
+    assert not_shown(pair, 0.01) == [few]
+    many = [items("dense", np.ones(1000)), items("small", np.ones(1000))]
+    assert comparisons(many)[0].verdict == "no difference seen"
+    assert not_shown(many, 0.01) == []
 
 
 @pytest.mark.parametrize(("shift", "verdict"), [(0.05, "worse"), (-0.05, "better")])
@@ -92,10 +116,7 @@ def test_only_the_same_measurement_is_compared() -> None:
     assert comparisons([]) == ()
     assert comparisons([base]) == ()
     assert comparisons([base, replace(other, conditions={"data": "y"})]) == ()
-    assert (
-        comparisons([base, replace(other, conditions={"data": "x", "tokens": 1, "stride": 4})])
-        == ()
-    )
+    assert comparisons([base, replace(other, conditions={"data": "x", "stride": 4})]) == ()
     assert comparisons([base, windows("small", losses[:10])]) == ()
     assert comparisons([base, windows("small", losses, tokens=50)]) == ()
     assert comparisons([replace(base, samples=()), replace(other, samples=())]) == ()
@@ -115,5 +136,8 @@ def test_a_loss_has_to_be_shown_to_be_within_the_margin() -> None:
     assert lost.worst == -lost.low > 0
     alone = [windows("dense", losses[:1]), windows("small", losses[:1])]
     assert len(not_shown(alone, 0.5)) == 1  # one window shows nothing
+    another = replace(tasks[1], conditions={"num_fewshot": 5})
+    with pytest.raises(InputError, match="'piqa acc' was measured in another way on 'dense'"):
+        not_shown([pair[0], tasks[0], pair[1], another], 0.5)
     with pytest.raises(InputError, match="needs a --baseline"):
         not_shown(pair[:1], 0.01)
