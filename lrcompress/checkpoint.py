@@ -102,6 +102,7 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     replace_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
     measured = table([Metric(**metric) for metric in record.get("metrics", ())])
     shown = {"record": record, "table": measured, "training": training(record)}
+    shown |= {"comparisons": record.get("comparisons", ())}
     replace_text(folder / "README.md", render("card.md.jinja", escape=False, **shown))
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from pydantic import TypeAdapter, ValidationError
 
 from lrcompress import __version__, processes
 from lrcompress.options import SettingsCommand, build_recipe
-from lrcompress.protocols import InputError, Metric
+from lrcompress.protocols import InputError
 from lrcompress.settings import EvaluateSettings
 from lrcompress.shell import BEYOND_MAX_LOSS, Group, resumes
 from lrcompress.values import Percent
+
+if TYPE_CHECKING:
+    from lrcompress.report import Report
 
 
 def _out(required: bool) -> Callable[[Any], Any]:
@@ -90,18 +93,21 @@ _MAX_LOSS = click.option(
 )
 
 
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")
+
+
 def _check_max_loss(measured: EvaluateSettings, compared: bool, max_loss: float | None) -> None:
     """Raises InputError where there will be nothing to decide it by."""
     if max_loss is not None and not (compared and (measured.perplexity or measured.tasks)):
         raise InputError("--max-loss needs a --baseline to compare with, and a text or task")
 
 
-def _hold(metrics: Sequence[Metric], max_loss: float | None) -> None:
+def _hold(found: Report, max_loss: float | None) -> None:
     if max_loss is None:
         return
     from lrcompress import console, significance
 
-    failed = significance.not_shown(metrics, max_loss)
+    failed = significance.not_shown(found.metrics, max_loss)
     console.show_verdict(failed, max_loss)
     if failed:
         click.get_current_context().exit(BEYOND_MAX_LOSS)
@@ -114,17 +120,18 @@ EVALUATE = ("evaluate", "model")
 @click.argument("source", metavar="MODEL")
 @_out(required=False)
 @_MAX_LOSS
-def eval_command(source: str, out: Path | None, max_loss: float | None, **options: Any) -> None:
+@_JSON
+def eval_command(
+    source: str, out: Path | None, max_loss: float | None, as_json: bool, **options: Any
+) -> None:
     """Measure MODEL: perplexity, tasks, size and speed, beside --baseline if given."""
     recipe = build_recipe(EVALUATE, source, options)
     _check_max_loss(recipe.evaluate, bool(recipe.evaluate.baseline), max_loss)
     from lrcompress import commands, console
 
-    metrics = commands.evaluate_to(recipe, out, console.progress)
-    console.show_metrics(metrics)
-    if out is not None:
-        console.show_report(out)
-    _hold(metrics, max_loss)
+    found = commands.evaluate_to(recipe, out, console.progress)
+    console.show_report(found, out, as_json)
+    _hold(found, max_loss)
 
 
 INSPECT = ("model",)
@@ -133,7 +140,7 @@ INSPECT = ("model",)
 @main.command("inspect", cls=SettingsCommand, sections=INSPECT)
 @click.argument("source", metavar="MODEL")
 @click.option("--energy", is_flag=True, help="Ranks that keep 90 % and 99 % of each weight.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_JSON
 def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) -> None:
     """List the FFN linears of MODEL, their size and their break-even rank."""
     settings = build_recipe(INSPECT, source, options).model
@@ -184,12 +191,14 @@ _SET = click.option(
 @_SET
 @click.option("--overwrite", is_flag=True, help="Redo changed stages of another recipe's run.")
 @_MAX_LOSS
+@_JSON
 def run_command(
     recipe_file: Path,
     out: Path,
     overrides: tuple[str, ...],
     overwrite: bool,
     max_loss: float | None,
+    as_json: bool,
 ) -> None:
     """Factorize, finetune, evaluate and report as RECIPE says, in the folder OUT; resumes."""
     from lrcompress.recipe import read_recipe
@@ -199,14 +208,14 @@ def run_command(
     from lrcompress import checkpoint, console, pipeline, runfolder
 
     resumes()
-    metrics = pipeline.run(recipe, out, overwrite=overwrite, progress=console.progress)
+    found = pipeline.Run(recipe, out, console.progress).all(overwrite)
     model, tuned = out / runfolder.MODEL, out / runfolder.FINETUNED
-    console.show_factorization(checkpoint.read_record(model) or {}, model)
-    if recipe.finetune.data:
-        console.show_recovery((checkpoint.read_record(tuned) or {})["finetuned"], tuned)
-    console.show_metrics(metrics)
-    console.show_report(out)
-    _hold(metrics, max_loss)
+    if not as_json:
+        console.show_factorization(checkpoint.read_record(model) or {}, model)
+        if recipe.finetune.data:
+            console.show_recovery((checkpoint.read_record(tuned) or {})["finetuned"], tuned)
+    console.show_report(found, out, as_json)
+    _hold(found, max_loss)
 
 
 @main.command("sweep")

@@ -13,8 +13,9 @@ from lrcompress.contamination import refuse_recorded
 from lrcompress.files import check_free, writing
 from lrcompress.lowrank import compressed_layers
 from lrcompress.models import locate
-from lrcompress.protocols import InputError, Metric, Progress, silent
+from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.recipe import Recipe
+from lrcompress.report import Report
 from lrcompress.settings import ModelSettings
 from lrcompress.sources import Loaded, load_settings, other_source
 from lrcompress.tables import learned
@@ -46,10 +47,8 @@ def factorize_to(
     return saved
 
 
-def evaluate_to(
-    recipe: Recipe, out: Path | None = None, progress: Progress = silent
-) -> list[Metric]:
-    """Measures a model, beside its baselines if it has any; writes a report to `out`, if given.
+def evaluate_to(recipe: Recipe, out: Path | None = None, progress: Progress = silent) -> Report:
+    """Measures a model, beside its baselines if it has any; writes the report to `out`, if given.
 
     Raises InputError where a model was made from a text that it would be measured on.
     """
@@ -67,10 +66,13 @@ def evaluate_to(
     for title, column in columns.items():
         refuse_recorded(title, column.loaded[1], settings, length, column.record or {})
     metrics = compare.measure(models, settings, tasks, progress)
+    details = compare.details(models, settings, progress)
+    title, record = f"{recipe.model.source}: evaluation", found[-1].record or {}
+    made = Report(title, tuple(metrics), details, record)
     if out is not None:
         with writing(out) as partial:
-            report.write(partial, f"{recipe.model.source}: evaluation", metrics, found[-1].record)
-    return metrics
+            report.write(partial, made)
+    return made
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import PurePath
 from typing import Any
 
 from lrcompress import benchmark
+from lrcompress.block_change import block_changes
+from lrcompress.continuations import continuations
 from lrcompress.corpora import read_corpus
+from lrcompress.details import BlockChange, Details, TokenChange
 from lrcompress.ffn import find_ffns
 from lrcompress.lowrank import is_compressed
 from lrcompress.perplexity import perplexity
@@ -19,6 +22,7 @@ from lrcompress.settings import EvaluateSettings
 from lrcompress.sizes import evaluation_mode, parameter_count, sequence_length
 from lrcompress.sources import Loaded
 from lrcompress.tasks import Tasks, resolve, run_tasks
+from lrcompress.token_change import token_changes
 
 
 def evaluate(
@@ -87,6 +91,35 @@ def measure(
     return found + speed(models, settings, progress)
 
 
+def details(
+    models: Mapping[str, Loaded], settings: EvaluateSettings, progress: Progress = silent
+) -> Details:
+    """Later models against the first, token by token and block by block, and all on the prompts."""
+    length, limit = common_length(models, settings), settings.compared_windows
+    if settings.limit is not None:
+        limit = min(limit, settings.limit)
+    tokens: list[TokenChange] = []
+    blocks: list[BlockChange] = []
+    with _evaluating(models):
+        if len(models) > 1 and limit:
+            corpora = [read_corpus(spec, "test") for spec in settings.perplexity]
+            for corpus in corpora:
+                window = (length, settings.stride, limit)
+                tokens += token_changes(models, corpus, *window, progress)
+            for corpus in corpora[:1]:
+                blocks += block_changes(models, corpus, length, limit, progress)
+        texts = continuations(models, settings.prompts, settings.continuation_tokens, progress)
+    return Details(tuple(tokens), tuple(blocks), tuple(texts))
+
+
+@contextmanager
+def _evaluating(models: Mapping[str, Loaded]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for model, _ in models.values():
+            stack.enter_context(evaluation_mode(model))
+        yield
+
+
 def common_length(models: Mapping[str, Loaded], settings: EvaluateSettings) -> int:
     """Tokens of a window that fits every model."""
     return min(sequence_length(model, settings.context_length) for model, _ in models.values())
@@ -99,9 +132,7 @@ def speed(
     alone = {label: model for label, (model, _) in models.items()}
     length, repeats = settings.prompt_length, settings.repeats
     found: list[Metric] = []
-    with ExitStack() as stack:
-        for model in alone.values():
-            stack.enter_context(evaluation_mode(model))
+    with _evaluating(models):
         if settings.speed:
             found += benchmark.speed(alone, length, settings.new_tokens, repeats, progress)
         if settings.training_speed:

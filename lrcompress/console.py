@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -20,10 +21,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lrcompress.details import Details
 from lrcompress.inspection import Inspection
-from lrcompress.protocols import Metric, Status
-from lrcompress.report import FORMATS
-from lrcompress.significance import Comparison, comparisons
+from lrcompress.protocols import Status
+from lrcompress.report import FORMATS, Report, to_json
+from lrcompress.significance import Comparison
 from lrcompress.tables import table as report_table
 
 T = TypeVar("T")
@@ -99,8 +101,22 @@ def show_recovery(done: Mapping[str, Any], out: object) -> None:
     click.echo(f"Wrote {out}.")
 
 
-def show_metrics(metrics: Sequence[Metric]) -> None:
-    rows = report_table(metrics)
+def show_report(found: Report, out: Path | None, as_json: bool) -> None:
+    """The metrics beside each other, what they mean, and where the report is."""
+    if as_json:
+        click.echo(to_json(found), nl=False)
+        return
+    _show_metrics(found)
+    for one in found.comparisons:
+        span = f"{one.difference:+.4f} ({one.low:+.4f} to {one.high:+.4f})"
+        click.echo(f"{one.metric}: {one.model} against {one.baseline}: {span}: {one.verdict}.")
+    _show_details(found.details)
+    if out is not None:
+        click.echo(f"Wrote {out}: {', '.join(FORMATS)}.")
+
+
+def _show_metrics(found: Report) -> None:
+    rows = report_table(found.metrics)
     shown = Table(box=None, pad_edge=False)
     shown.add_column("metric", overflow="fold")
     for label in (*rows.labels, *(f"{label} / {rows.labels[0]}" for label in rows.labels[1:])):
@@ -108,9 +124,25 @@ def show_metrics(metrics: Sequence[Metric]) -> None:
     for row in rows.rows:
         shown.add_row(row.title, *row.cells, *row.ratios)
     _print(shown)
-    for one in comparisons(metrics):
-        span = f"{one.difference:+.4f} ({one.low:+.4f} to {one.high:+.4f})"
-        click.echo(f"{one.metric}: {one.model} against {one.baseline}: {span}: {one.verdict}.")
+
+
+def _show_details(details: Details) -> None:
+    for change in details.tokens:
+        click.echo(
+            f"{change.data}: {change.model} against {change.baseline}: divergence "
+            f"{change.divergence:.4f} nats per token, the same likeliest token "
+            f"{change.agreement:.1%} of the time."
+        )
+    for block in details.blocks:
+        largest, count = block.errors[block.worst], len(block.errors)
+        click.echo(
+            f"{block.model}: changed most in block {block.worst}, by {largest:.3g} of what it "
+            f"computes (median of {count} blocks {block.median:.3g})."
+        )
+    for continued in details.continuations:
+        click.echo(f"{continued.prompt!r}")
+        for label, text in continued.texts.items():
+            click.echo(f"  {label}: {text!r}")
 
 
 def show_verdict(failed: Sequence[Comparison], max_loss: float) -> None:
@@ -119,10 +151,6 @@ def show_verdict(failed: Sequence[Comparison], max_loss: float) -> None:
         click.echo(f"{one.metric}: may have lost {one.worst:.2%} (95 % interval).")
     held = "FAIL: not every metric compared is" if failed else "PASS: every metric compared is"
     click.echo(f"{held} shown to have lost at most {max_loss:.3g}.")
-
-
-def show_report(out: object) -> None:
-    click.echo(f"Wrote {out}: {', '.join(FORMATS)}.")
 
 
 def show_inspection(found: Inspection) -> None:

@@ -73,11 +73,16 @@ def corpus_windows(
 
 
 @torch.no_grad()
-def token_losses(model: Any, window: Window) -> Tensor:
-    """Negative log-likelihood (nats) of the scored tokens, shape (scored,), float32."""
+def scored_logits(model: Any, window: Window) -> tuple[Tensor, Tensor]:
+    """Logits (scored, vocabulary) and the tokens (scored,) that they predict."""
     tokens = window.tokens.to(model.device)
     logits = model(input_ids=tokens[None], use_cache=False).logits[0]
-    targets, rows = tokens[-window.scored :], logits[-window.scored - 1 : -1]
+    return logits[-window.scored - 1 : -1], tokens[-window.scored :]
+
+
+def token_losses(model: Any, window: Window) -> Tensor:
+    """Negative log-likelihood (nats) of the scored tokens, shape (scored,), float32."""
+    rows, targets = scored_logits(model, window)
     losses = [
         cross_entropy(rows[i : i + LOSS_ROWS].float(), targets[i : i + LOSS_ROWS], reduction="none")
         for i in range(0, window.scored, LOSS_ROWS)

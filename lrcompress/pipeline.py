@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,21 @@ from typing import Any
 from lrcompress import checkpoint, compare, report, stages
 from lrcompress.commands import factorize_to
 from lrcompress.contamination import refuse_planned, refuse_recorded
+from lrcompress.details import Details
 from lrcompress.models import locate
 from lrcompress.protocols import Metric, Progress, silent
 from lrcompress.recipe import Recipe, read_recipe
+from lrcompress.report import Report
 from lrcompress.runfolder import RunFolder
 from lrcompress.settings import ModelSettings
+from lrcompress.significance import comparisons
 from lrcompress.sizes import sequence_length
 from lrcompress.sources import Loaded, load_settings, other_source
 from lrcompress.tasks import Tasks
 from lrcompress.tune import check_settings, finetune_to
+
+# settings that leave the metrics as they are
+DETAILS = ("compared_windows", "prompts", "continuation_tokens")
 
 
 def run(
@@ -36,7 +43,7 @@ def run(
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(Path(recipe))
-    return Run(recipe, Path(out), progress).all(overwrite)
+    return list(Run(recipe, Path(out), progress).all(overwrite).metrics)
 
 
 class Run:
@@ -47,7 +54,7 @@ class Run:
         self.folder = RunFolder(recipe, out)
         self._kept: dict[ModelSettings, Loaded] = {}
 
-    def all(self, overwrite: bool) -> list[Metric]:
+    def all(self, overwrite: bool) -> Report:
         self.folder.refuse_other(overwrite)
         tasks = compare.resolve_tasks(self.recipe.evaluate)
         if "finetune" in self.stages:
@@ -60,9 +67,7 @@ class Run:
         self.folder.adopt()
         if "finetune" in self.stages:
             self.folder.make("finetune", self._making("finetune"), self._finetune)
-        metrics = self._measure(tasks)
-        self._report(metrics)
-        return metrics
+        return self._report(self._measure(tasks), self._details())
 
     def _find_others(self) -> None:
         """Raises InputError for a teacher or baseline that is not there, before hours of work."""
@@ -137,7 +142,7 @@ class Run:
             model: list[Any] = [self._making(stage), self.folder.weights(stage)]
         else:
             model = stages.model_inputs(source)
-        return [settings.model_dump(mode="json"), texts, model]
+        return [settings.model_dump(mode="json", exclude={*DETAILS}), texts, model]
 
     def _measure(self, tasks: Tasks | None) -> list[Metric]:
         settings, found = self.recipe.evaluate, list[Metric]()
@@ -145,10 +150,20 @@ class Run:
         for index, (title, depends) in enumerate(inputs.items(), 1):
             name = title if " " not in title else f"baseline-{index}"  # a title may hold a path
             quality = partial(self._quality, title, tasks)
-            found += self.folder.measured(f"quality-{name}", depends, quality)
+            found += self.folder.measured(f"quality-{name}", depends, list[Metric], quality)
         if settings.speed or settings.training_speed:
-            found += self.folder.measured("speed", list(inputs.values()), self._speed)
+            depends = list(inputs.values())
+            found += self.folder.measured("speed", depends, list[Metric], self._speed)
         return found
+
+    def _details(self) -> Details:
+        settings = self.recipe.evaluate.model_dump(mode="json", include={*DETAILS})
+        depends = [settings, *map(self._measuring, self._columns)]
+        return self.folder.measured("details", depends, Details, self._compare)
+
+    def _compare(self) -> Details:
+        models = {title: self._load(source) for title, source in self._columns.items()}
+        return compare.details(models, self.recipe.evaluate, self.progress)
 
     def _quality(self, title: str, tasks: Tasks | None) -> list[Metric]:
         source, settings = self._columns[title], self.recipe.evaluate
@@ -163,15 +178,19 @@ class Run:
         models = {title: self._load(source) for title, source in self._columns.items()}
         return compare.speed(models, self.recipe.evaluate, self.progress)
 
-    def _report(self, metrics: list[Metric]) -> None:
+    def _report(self, metrics: list[Metric], details: Details) -> Report:
         """Into the record and card of each model, and into the report, which is of the last."""
         record: dict[str, Any] = {}
+        compared = [asdict(one) for one in comparisons(metrics)]
         for stage in self.stages:
             record = checkpoint.read_record(self.folder.model(stage)) or {}
             record["metrics"] = [metric.summary() for metric in metrics]
+            record["comparisons"] = compared
             checkpoint.write_record(self.folder.model(stage), record)
         if "finetune" not in self.stages:
             self.folder.drop("finetune")
         kept = record["counts"]["selected"]["keep_ratio"]
         title = f"{self.recipe.model.source}: {self.recipe.factorize.method}, {kept:.1%} kept"
-        report.write(self.folder.out, title, metrics, record)
+        made = Report(title, tuple(metrics), details, record)
+        report.write(self.folder.out, made)
+        return made

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
 
 from lrcompress import report, stages
 from lrcompress.files import replace_text
-from lrcompress.protocols import InputError, Metric
+from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe, to_yaml
+
+T = TypeVar("T")
 
 RECIPE, MODEL, FINETUNED, STAGES = "recipe.yaml", "model", "finetuned", "stages"
 # stage that makes a model -> the model's folder
@@ -95,15 +99,15 @@ class RunFolder:
         shutil.rmtree(self.model(stage), ignore_errors=True)
         self._file(stage).unlink(missing_ok=True)  # last: without it the folder is nobody's
 
-    def measured(
-        self, stage: str, inputs: list[Any], action: Callable[[], list[Metric]]
-    ) -> list[Metric]:
-        """The metrics of a stage, from its file if its inputs are those of the last time."""
+    def measured(self, stage: str, inputs: list[Any], kind: type[T], action: Callable[[], T]) -> T:
+        """What a stage found, of type `kind`, from its file if its inputs are those of the last
+        time."""
         known, mark = stages.read(self._file(stage)), stages.digest(inputs)
+        found = TypeAdapter(kind)
         if known.get("inputs") != mark:
-            known = {"inputs": mark, "metrics": [asdict(metric) for metric in action()]}
+            known = {"inputs": mark, "found": found.dump_python(action(), mode="json")}
             self._write(stage, known)
-        return [Metric(**metric) for metric in known["metrics"]]
+        return found.validate_python(known["found"])
 
     def _write(self, stage: str, content: dict[str, Any]) -> None:
         file = self._file(stage)

@@ -59,7 +59,8 @@ def test_run_shows_all_three_side_by_side(
     assert "Held-out loss" in result.stdout
     assert "finetuned / dense" in result.stdout
     assert {path.name for path in out.iterdir()} == {
-        "recipe.yaml", "model", "finetuned", "stages", "metrics.json", "report.md", "report.html",
+        "recipe.yaml", "model", "finetuned", "stages", "metrics.json", "metrics.csv", "report.md",
+        "report.html",
     }  # fmt: skip
     report = json.loads((out / "metrics.json").read_text())
     assert list(dict.fromkeys(metric["model"] for metric in report["metrics"])) == MODELS
@@ -123,7 +124,9 @@ def test_changed_training_redoes_what_depends_on_it(
     monkeypatch.setattr(pipeline, "factorize_to", not_again)
     pipeline.run(other, out, overwrite=True)
     changed = {name for name, time in times(out).items() if time != before[name]}
-    assert changed == {"finetune.json", "quality-finetuned.json", "speed.json"}
+    assert changed == {
+        "details.json", "finetune.json", "quality-finetuned.json", "speed.json"
+    }  # fmt: skip
     without = read_recipe(recipe_file, ["finetune.data=[]"])
     metrics = pipeline.run(without, out, overwrite=True)
     assert {metric.model for metric in metrics} == {"dense", "factorized"}

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from lrcompress.factorizers import FACTORIZERS
 from lrcompress.settings.section import Section
-from lrcompress.values import Names, Ratios, all_of, none_is_empty, variant_name
+from lrcompress.values import Listed, Names, Ratios, all_of, none_is_empty, variant_name
 
 
 class EvaluateSettings(Section):
@@ -42,6 +42,18 @@ class EvaluateSettings(Section):
     training_speed: bool = Field(
         False, description="Measure tokens per second of a training step of every parameter."
     )
+    compared_windows: int = Field(
+        8,
+        ge=0,
+        description="Windows of each text in which models are compared with the first token by "
+        "token and block by block; 0 for none.",
+    )
+    prompts: Listed = Field(
+        (),
+        description="Prompts that every model continues, side by side in the report.",
+        json_schema_extra={"flag": "prompt"},
+    )
+    continuation_tokens: int = Field(40, ge=1, description="Tokens that continue a prompt.")
     baseline: Annotated[Names, BeforeValidator(none_is_empty)] = Field(
         (),
         description="Models to compare with; ratios are over the first. A recipe's is its own "
