@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from pydantic import TypeAdapter, ValidationError
 
 from lrcompress import __version__, processes
-from lrcompress.options import SettingsCommand, build_recipe
+from lrcompress.options import JSON, MAX_LOSS, SettingsCommand, build_recipe
 from lrcompress.protocols import InputError
 from lrcompress.settings import EvaluateSettings
 from lrcompress.shell import BEYOND_MAX_LOSS, Group, resumes
-from lrcompress.values import Percent
 
 if TYPE_CHECKING:
     from lrcompress.report import Report
@@ -75,40 +73,19 @@ def finetune_command(source: str, out: Path, resume: bool, **options: Any) -> No
         console.show_recovery(record["finetuned"], out)
 
 
-def _share(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
-    if value is None:
-        return None
-    try:
-        return TypeAdapter[float](Percent).validate_python(value)
-    except ValidationError:
-        raise InputError(f"--max-loss {value!r} is no share: write one such as 1%") from None
-
-
-_MAX_LOSS = click.option(
-    "--max-loss",
-    metavar="SHARE",
-    callback=_share,
-    help="Exit with 3 unless the 95 % interval of every loss against the first model stays "
-    "below it: a share of a perplexity, points of an accuracy.",
-)
-
-
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")
-
-
 def _check_max_loss(measured: EvaluateSettings, compared: bool, max_loss: float | None) -> None:
     """Raises InputError where there will be nothing to decide it by."""
     if max_loss is not None and not (compared and (measured.perplexity or measured.tasks)):
         raise InputError("--max-loss needs a --baseline to compare with, and a text or task")
 
 
-def _hold(found: Report, max_loss: float | None) -> None:
+def _hold(found: Report, max_loss: float | None, as_json: bool) -> None:
     if max_loss is None:
         return
     from lrcompress import console, significance
 
     failed = significance.not_shown(found.metrics, max_loss)
-    console.show_verdict(failed, max_loss)
+    console.show_verdict(failed, max_loss, err=as_json)
     if failed:
         click.get_current_context().exit(BEYOND_MAX_LOSS)
 
@@ -119,8 +96,8 @@ EVALUATE = ("evaluate", "model")
 @main.command("eval", cls=SettingsCommand, sections=EVALUATE)
 @click.argument("source", metavar="MODEL")
 @_out(required=False)
-@_MAX_LOSS
-@_JSON
+@MAX_LOSS
+@JSON
 def eval_command(
     source: str, out: Path | None, max_loss: float | None, as_json: bool, **options: Any
 ) -> None:
@@ -131,7 +108,7 @@ def eval_command(
 
     found = commands.evaluate_to(recipe, out, console.progress)
     console.show_report(found, out, as_json)
-    _hold(found, max_loss)
+    _hold(found, max_loss, as_json)
 
 
 INSPECT = ("model",)
@@ -140,7 +117,7 @@ INSPECT = ("model",)
 @main.command("inspect", cls=SettingsCommand, sections=INSPECT)
 @click.argument("source", metavar="MODEL")
 @click.option("--energy", is_flag=True, help="Ranks that keep 90 % and 99 % of each weight.")
-@_JSON
+@JSON
 def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) -> None:
     """List the FFN linears of MODEL, their size and their break-even rank."""
     settings = build_recipe(INSPECT, source, options).model
@@ -190,8 +167,8 @@ _SET = click.option(
 @click.argument("out", type=click.Path(path_type=Path))
 @_SET
 @click.option("--overwrite", is_flag=True, help="Redo changed stages of another recipe's run.")
-@_MAX_LOSS
-@_JSON
+@MAX_LOSS
+@JSON
 def run_command(
     recipe_file: Path,
     out: Path,
@@ -215,7 +192,7 @@ def run_command(
         if recipe.finetune.data:
             console.show_recovery((checkpoint.read_record(tuned) or {})["finetuned"], tuned)
     console.show_report(found, out, as_json)
-    _hold(found, max_loss)
+    _hold(found, max_loss, as_json)
 
 
 @main.command("sweep")

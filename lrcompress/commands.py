@@ -65,8 +65,8 @@ def evaluate_to(recipe: Recipe, out: Path | None = None, progress: Progress = si
     length = compare.common_length(models, settings)
     for title, column in columns.items():
         refuse_recorded(title, column.loaded[1], settings, length, column.record or {})
+    details = compare.details(models, settings, progress)  # first: it refuses unfit prompts
     metrics = compare.measure(models, settings, tasks, progress)
-    details = compare.details(models, settings, progress)
     title, record = f"{recipe.model.source}: evaluation", found[-1].record or {}
     made = Report(title, tuple(metrics), details, record)
     if out is not None:

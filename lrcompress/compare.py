@@ -95,12 +95,15 @@ def details(
     models: Mapping[str, Loaded], settings: EvaluateSettings, progress: Progress = silent
 ) -> Details:
     """Later models against the first, token by token and block by block, and all on the prompts."""
+    for _, tokenizer in models.values():
+        _check_tokenizer(tokenizer, settings)
     length, limit = common_length(models, settings), settings.compared_windows
     if settings.limit is not None:
         limit = min(limit, settings.limit)
     tokens: list[TokenChange] = []
     blocks: list[BlockChange] = []
     with _evaluating(models):
+        texts = continuations(models, settings.prompts, settings.continuation_tokens, progress)
         if len(models) > 1 and limit:
             corpora = [read_corpus(spec, "test") for spec in settings.perplexity]
             for corpus in corpora:
@@ -108,7 +111,6 @@ def details(
                 tokens += token_changes(models, corpus, *window, progress)
             for corpus in corpora[:1]:
                 blocks += block_changes(models, corpus, length, limit, progress)
-        texts = continuations(models, settings.prompts, settings.continuation_tokens, progress)
     return Details(tuple(tokens), tuple(blocks), tuple(texts))
 
 
@@ -151,8 +153,7 @@ def quality(
 ) -> list[Metric]:
     """Size, perplexities and task metrics of one model, in windows of `length` tokens."""
     model, tokenizer = loaded
-    if tokenizer is None and (settings.perplexity or tasks):
-        raise InputError("the model has no tokenizer: add the tokenizer's files to its folder")
+    _check_tokenizer(tokenizer, settings)
     corpora = [read_corpus(spec, "test") for spec in settings.perplexity]
     found = list(size(label, model))
     with evaluation_mode(model):
@@ -163,6 +164,11 @@ def quality(
             options = (settings.limit, settings.num_fewshot, settings.batch_size)
             found += run_tasks(label, model, tokenizer, tasks, length, *options)
     return found
+
+
+def _check_tokenizer(tokenizer: Any, settings: EvaluateSettings) -> None:
+    if tokenizer is None and (settings.perplexity or settings.tasks or settings.prompts):
+        raise InputError("the model has no tokenizer: add the tokenizer's files to its folder")
 
 
 def size(label: str, model: Any) -> Iterator[Metric]:

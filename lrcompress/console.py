@@ -145,12 +145,15 @@ def _show_details(details: Details) -> None:
             click.echo(f"  {label}: {text!r}")
 
 
-def show_verdict(failed: Sequence[Comparison], max_loss: float) -> None:
-    """Whether the loss is shown to be within `max_loss`, and where it is not."""
+def show_verdict(failed: Sequence[Comparison], max_loss: float, err: bool = False) -> None:
+    """Whether the loss is shown to be within `max_loss`, and where it is not.
+
+    To stderr with `err`, where stdout is to be read by a program.
+    """
     for one in failed:
-        click.echo(f"{one.metric}: may have lost {one.worst:.2%} (95 % interval).")
+        click.echo(f"{one.metric}: may have lost {one.worst:.2%} (95 % interval).", err=err)
     held = "FAIL: not every metric compared is" if failed else "PASS: every metric compared is"
-    click.echo(f"{held} shown to have lost at most {max_loss:.3g}.")
+    click.echo(f"{held} shown to have lost at most {max_loss:.3g}.", err=err)
 
 
 def show_inspection(found: Inspection) -> None:

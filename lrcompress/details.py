@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import exp
 from statistics import median
 
+LARGEST = 700.0  # exp overflows above 709
+
 
 @dataclass(frozen=True)
 class PositionLoss:
@@ -20,15 +22,15 @@ class PositionLoss:
 
     @property
     def baseline_perplexity(self) -> float:
-        return exp(self.baseline)
+        return exp(min(self.baseline, LARGEST))
 
     @property
     def perplexity(self) -> float:
-        return exp(self.model)
+        return exp(min(self.model, LARGEST))
 
     @property
     def ratio(self) -> float:
-        return exp(self.model - self.baseline)
+        return exp(min(self.model - self.baseline, LARGEST))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Options of commands, made from the fields of recipe sections; no torch is imported."""
+"""Options of commands: those of recipe sections, and some that commands share; without torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import click
+from pydantic import TypeAdapter, ValidationError
+
+from lrcompress.protocols import InputError
+from lrcompress.values import Percent
 
 
 class SettingsCommand(click.Command):
@@ -81,3 +85,24 @@ def build_recipe(sections: tuple[str, ...], source: str, options: Mapping[str, A
 
     flat = _given(options) | {"source": source}
     return recipe.Recipe(**recipe.from_flat(recipe.sections(*sections), flat, _say))
+
+
+def _share(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+    if value is None:
+        return None
+    try:
+        return TypeAdapter[float](Percent).validate_python(value)
+    except ValidationError:
+        raise InputError(f"--max-loss {value!r} is no share: write one such as 1%") from None
+
+
+MAX_LOSS = click.option(
+    "--max-loss",
+    metavar="SHARE",
+    callback=_share,
+    help="Exit with 3 unless the 95 % interval of every loss against the first model stays "
+    "below it: a share of a perplexity, points of an accuracy.",
+)
+
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")

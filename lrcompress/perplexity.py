@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from lrcompress.corpora import Corpus
 from lrcompress.data import bos_token, encode, token_hash
+from lrcompress.details import LARGEST
 from lrcompress.protocols import PERPLEXITY, InputError, Metric, Progress, silent
 
 # logits rows turned into float32 at a time: a whole window times a large vocabulary is gigabytes
@@ -122,5 +123,5 @@ def perplexity(
         "sha256": token_hash(torch.cat([window.tokens for window in chosen])),
     }
     mean = sum(loss for loss, _ in samples) / count
-    value = math.exp(min(mean, 700.0))  # exp overflows above 709
+    value = math.exp(min(mean, LARGEST))
     return Metric(label, PERPLEXITY, value, "", False, conditions, samples=samples)

@@ -17,7 +17,6 @@ from lrcompress.recipe import Recipe, read_recipe
 from lrcompress.report import Report
 from lrcompress.runfolder import RunFolder
 from lrcompress.settings import ModelSettings
-from lrcompress.significance import comparisons
 from lrcompress.sizes import sequence_length
 from lrcompress.sources import Loaded, load_settings, other_source
 from lrcompress.tasks import Tasks
@@ -157,6 +156,8 @@ class Run:
         return found
 
     def _details(self) -> Details:
+        if not (self.recipe.evaluate.compared_windows or self.recipe.evaluate.prompts):
+            return Details()
         settings = self.recipe.evaluate.model_dump(mode="json", include={*DETAILS})
         depends = [settings, *map(self._measuring, self._columns)]
         return self.folder.measured("details", depends, Details, self._compare)
@@ -180,17 +181,20 @@ class Run:
 
     def _report(self, metrics: list[Metric], details: Details) -> Report:
         """Into the record and card of each model, and into the report, which is of the last."""
-        record: dict[str, Any] = {}
-        compared = [asdict(one) for one in comparisons(metrics)]
-        for stage in self.stages:
-            record = checkpoint.read_record(self.folder.model(stage)) or {}
-            record["metrics"] = [metric.summary() for metric in metrics]
-            record["comparisons"] = compared
-            checkpoint.write_record(self.folder.model(stage), record)
+        records = {
+            stage: checkpoint.read_record(self.folder.model(stage)) or {} for stage in self.stages
+        }
+        last = records[self.stages[-1]]
+        kept = last["counts"]["selected"]["keep_ratio"]
+        title = f"{self.recipe.model.source}: {self.recipe.factorize.method}, {kept:.1%} kept"
+        made = Report(title, tuple(metrics), details, last)
+        measured = {
+            "metrics": [metric.summary() for metric in metrics],
+            "comparisons": [asdict(one) for one in made.comparisons],
+        }
+        for stage, record in records.items():
+            checkpoint.write_record(self.folder.model(stage), record | measured)
         if "finetune" not in self.stages:
             self.folder.drop("finetune")
-        kept = record["counts"]["selected"]["keep_ratio"]
-        title = f"{self.recipe.model.source}: {self.recipe.factorize.method}, {kept:.1%} kept"
-        made = Report(title, tuple(metrics), details, record)
         report.write(self.folder.out, made)
         return made

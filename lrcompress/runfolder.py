@@ -104,7 +104,7 @@ class RunFolder:
         time."""
         known, mark = stages.read(self._file(stage)), stages.digest(inputs)
         found = TypeAdapter(kind)
-        if known.get("inputs") != mark:
+        if known.get("inputs") != mark or "found" not in known:
             known = {"inputs": mark, "found": found.dump_python(action(), mode="json")}
             self._write(stage, known)
         return found.validate_python(known["found"])

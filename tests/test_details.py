@@ -12,9 +12,11 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 
 import lrcompress
+from lrcompress import compare
 from lrcompress.block_change import block_changes
 from lrcompress.continuations import continuations
 from lrcompress.corpora import read_corpus
+from lrcompress.details import PositionLoss
 from lrcompress.perplexity import corpus_windows
 from lrcompress.protocols import InputError
 from lrcompress.token_change import token_changes
@@ -182,3 +184,27 @@ def test_json_alone_is_printed_and_csv_has_every_metric(
     rows = (out / "metrics.csv").read_text().splitlines()
     assert len(rows) == 1 + len(content["metrics"])
     assert rows[0].startswith("model,metric,value")
+
+
+def test_json_stays_json_beside_a_verdict(dense: Path, factorized: Path, text: Path) -> None:
+    result = invoke(
+        "eval", factorized, "--baseline", dense, "--perplexity", text, "--context-length", "64",
+        "--limit", "8", "--no-speed", "--json", "--max-loss", "0.0001%",
+    )  # fmt: skip
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["comparisons"]
+    assert "FAIL" in result.stderr
+
+
+def test_an_unfit_prompt_is_refused_before_anything_is_measured(
+    dense: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "quality", lambda *_: pytest.fail("measured"))
+    result = invoke("eval", dense, "--perplexity", text, "--prompt", "word " * 200)
+    assert result.exit_code == 2
+    assert "positions of the model" in result.stderr
+
+
+def test_a_loss_beyond_all_perplexities_is_still_reported() -> None:
+    hopeless = PositionLoss(1, 15, 15, 2.0, 5000.0)
+    assert hopeless.perplexity == hopeless.ratio == pytest.approx(np.exp(700.0))

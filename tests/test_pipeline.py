@@ -104,3 +104,13 @@ def test_foreign_folder_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists and is no run"):
         pipeline.run(recipe, out, overwrite=True)
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+def test_a_stage_file_without_findings_is_made_again(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = pipeline.run(recipe, out)
+    file = out / "stages" / "quality-factorized.json"
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({"inputs": known["inputs"]}))
+    assert pipeline.run(recipe, out) == first
+    assert json.loads(file.read_text()) == known
