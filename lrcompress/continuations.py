@@ -23,6 +23,8 @@ def continuations(
 
     Raises InputError where a prompt is empty or does not fit the model's positions.
     """
+    if not prompts:
+        return []
     found: dict[str, dict[str, str]] = {prompt: {} for prompt in prompts}
     work = [(prompt, label) for prompt in found for label in models]
     for prompt, label in progress(work, "Continuing prompts", len(work)):
