@@ -191,7 +191,7 @@ class Sweep:
             if not shared:
                 settings = variant.factorize
                 arguments = (settings, None, text.moments, self.progress)
-                shared["prepared"] = prepare(self._model, text.linears, *arguments)
+                shared["prepared"] = prepare(self._model, text.linears, *arguments).for_many_plans()
                 shared["seconds"] = time.perf_counter() - started
                 started = time.perf_counter()
             prepared = shared["prepared"]
