@@ -17,8 +17,8 @@ class Point:
 
     `seconds` of calibration, choices and factorization, as if it had been made alone but for
     gradients that another variant needed; `memory`, the peak in bytes of resident memory; `text`
-    says what it was calibrated on, if anything. `baseline` are the speeds of the dense model, measured
-    in turn with those among `metrics`; the dense model's own point has none.
+    says what it was calibrated on, if anything. `baseline` are the speeds of the dense model,
+    measured in turn with those among `metrics`; the dense model's own point has none.
     """
 
     variant: str

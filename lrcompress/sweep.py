@@ -1,15 +1,16 @@
 """Many points of one trade-off: every variant at every keep_ratio, in memory, resumable.
 
-Calibration, each variant's choices and the dense model's numbers are measured once and shared.
+Calibration, each variant's choices and decompositions, and the dense model's numbers are made
+once and shared.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from lrcompress.variants import Variant, variants
 
 
 def sweep(recipe: Recipe, out: Path, progress: Progress = silent) -> list[Point]:
-    """Measures every point of `recipe.sweep` and writes sweep.json and sweep.md to `out`.
+    """Measures every point of `recipe.sweep` and writes its report to `out`.
 
     Points that `out` already holds, made of the same inputs, are not made again. The first point
     is the dense model. Raises InputError where `out` is something else.
@@ -63,9 +64,9 @@ class Sweep:
         return self.folder.point(DENSE, 1.0, self._inputs(None), make)
 
     def _of(self, variant: Variant) -> Iterator[Point]:
-        shared: dict[str, Any] = {}
+        share = cache(partial(self._prepared, variant))
         for ratio in self.recipe.sweep.keep_ratios:
-            make = partial(self._made, variant, ratio, shared)
+            make = partial(self._made, variant, ratio, share)
             yield self.folder.point(variant.name, ratio, self._inputs(variant), make)
 
     def _inputs(self, variant: Variant | None) -> list[Any]:
@@ -118,27 +119,36 @@ class Sweep:
                 refuse_planned(recipe)
                 break
 
-    def _made(self, variant: Variant, ratio: float, shared: dict[str, Any]) -> Point:
+    def _prepared(self, variant: Variant) -> tuple[Prepared, float]:
+        """What all points of a variant share, and the seconds that it took."""
+        text, started = self._text[0], time.perf_counter()
+        arguments = (variant.factorize, None, text.moments, self.progress)
+        prepared = prepare(self._model, text.linears, *arguments).for_many_plans()
+        return prepared, time.perf_counter() - started
+
+    def _made(
+        self, variant: Variant, ratio: float, share: Callable[[], tuple[Prepared, float]]
+    ) -> Point:
         text, peak = self._text
         with peak_memory() as memory:
-            started = time.perf_counter()
-            if not shared:
-                settings = variant.factorize
-                arguments = (settings, None, text.moments, self.progress)
-                shared["prepared"] = prepare(self._model, text.linears, *arguments).for_many_plans()
-                shared["seconds"] = time.perf_counter() - started
-                started = time.perf_counter()
-            prepared = shared["prepared"]
-            saved = prepared.decompositions.saved
-            plan = prepared.allocator.allocate(prepared.choices, Budget(keep_ratio=ratio))
-            model, read = copy.deepcopy(self._model), text.reading
-            planned = replace(prepared, keep_ratio=ratio, plan=plan)
-            done = self._compression(variant, model).carry_out(planned, text)
-            seconds = time.perf_counter() - started - (text.reading - read) + shared["seconds"]
-            seconds += prepared.decompositions.saved - saved
+            prepared, shared = share()
+            model = copy.deepcopy(self._model)
+            kept, seconds = self._carried_out(variant, ratio, prepared, model)
         point = self._measured(variant.name, ratio, model)
-        point = replace(point, kept=done.selected.keep_ratio, seconds=seconds, memory=memory.peak)
+        point = replace(point, kept=kept, seconds=seconds + shared, memory=memory.peak)
         return self._charged(point, variant, prepared, text, peak)
+
+    def _carried_out(
+        self, variant: Variant, ratio: float, prepared: Prepared, model: Any
+    ) -> tuple[float, float]:
+        """The share kept of `model`, and the seconds as if nothing had been decomposed before."""
+        text, started = self._text[0], time.perf_counter()
+        read, saved = text.reading, prepared.decompositions.saved
+        plan = prepared.allocator.allocate(prepared.choices, Budget(keep_ratio=ratio))
+        planned = replace(prepared, keep_ratio=ratio, plan=plan)
+        done = self._compression(variant, model).carry_out(planned, text)
+        seconds = time.perf_counter() - started - (text.reading - read)
+        return done.selected.keep_ratio, seconds + prepared.decompositions.saved - saved
 
     def _charged(
         self,

@@ -14,7 +14,7 @@ from lrcompress.files import render, replace_text
 from lrcompress.points import Point
 from lrcompress.protocols import PERPLEXITY, Metric
 from lrcompress.significance import comparisons
-from lrcompress.tables import cell, comparable, conditions, title
+from lrcompress.tables import cell, comparable, conditions, number, title
 from lrcompress.tradeoff import SPEEDS, fronts, over_dense, qualities
 
 
@@ -78,10 +78,9 @@ def _speed(point: Point, dense: Point, name: str) -> str:
         return "–"
     ratio = over_dense(point, dense, name)
     base = next((metric for metric in point.baseline if metric.name == name), None)
-    beside = "" if base is None else f" against {base.value:.4g}"
-    return (
-        f"{'not comparable' if ratio is None else f'{ratio[0]:.3g}x'} ({found.value:.4g}{beside})"
-    )
+    words = "not comparable" if ratio is None else f"{ratio[0]:.3g}x"
+    beside = "" if base is None else f" against {number(base.value)}"
+    return f"{words} ({number(found.value)}{beside})"
 
 
 def markdown(source: str, points: Sequence[Point]) -> str:

@@ -82,11 +82,11 @@ def cell(metric: Metric | None) -> str:
         return "–"
     spread = ""
     if metric.low is not None and metric.high is not None:
-        spread = f" ({_number(metric.low)}–{_number(metric.high)})"
-    return _number(metric.value) + spread
+        spread = f" ({number(metric.low)}–{number(metric.high)})"
+    return number(metric.value) + spread
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     if value == int(value) and abs(value) >= 1000:
         return f"{int(value):,}"
     if abs(value) >= 1e6:

@@ -1,4 +1,4 @@
-"""What quality costs: the Pareto front of a sweep's points for each quality and cost, and its knee."""
+"""What quality costs: Pareto fronts of the points of a sweep, and their knees."""
 
 from __future__ import annotations
 
@@ -160,15 +160,15 @@ def _named(metrics: Sequence[Metric], name: str) -> Metric | None:
 
 
 def non_dominated(goods: Sequence[tuple[float, float]]) -> list[bool]:
-    """Of pairs of which more is better: whether no other is at least as good in both and differs."""
+    """Of pairs, more is better: whether no other is at least as good in both, and differs."""
     return [not any(a >= x and b >= y and (a, b) != (x, y) for a, b in goods) for x, y in goods]
 
 
 def knee(goods: Sequence[tuple[float, float] | None]) -> int | None:
     """The index of the point of a front that bends out furthest: Kneedle (Satopaa et al. 2011).
 
-    `goods` are the front's points, of which more is better; None stands for a point off it. Both
-    axes are scaled to 0..1 over the front, and the distance is that from the chord between its ends,
+    `goods` are the front's points, more is better; None stands for a point that is off it. Both
+    axes are scaled to 0..1 over the front; the distance is that from the chord between its ends,
     on the side where both are better. None where fewer than three points differ, or none is there.
     """
     front = {good for good in goods if good is not None}
