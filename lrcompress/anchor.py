@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrcompress.decompositions import Decompositions
 from lrcompress.linalg import to_float64
 from lrcompress.lowrank import install
 from lrcompress.prepare import Prepared
@@ -70,6 +71,8 @@ def shrink_anchored(
 
     Installs as it goes.
     """
+    # what is fitted differs from plan to plan, so no decomposition serves two
+    prepared = replace(prepared, decompositions=Decompositions(prepared.method))
     with evaluation_mode(model):
         anchoring = Anchoring(model, prepared, plan, form, Streams(model, tokens), damping)
         return tuple(anchoring.blocks(progress))
@@ -151,7 +154,7 @@ class Anchoring:
         moments[spec.name] = replace(moments[spec.name], second_moment=fit.second_moment())
         left = replace(left, weights=weights, statistics=moments)
         what, layer = shrunk_linear(
-            self.model, left, spec, self.prepared.method, self.plan, self.form
+            self.model, left, spec, self.prepared.decompositions, self.plan, self.form
         )
         assert layer is not None
         install(self.model, spec.name, layer)

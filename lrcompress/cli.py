@@ -216,12 +216,12 @@ def sweep_command(
     if method is not None:
         more.append("sweep.variants={}")
     recipe = read_recipe(recipe_file, (*overrides, *more))
-    from lrcompress import console, sweep
+    from lrcompress import console, sweep, sweepreport
 
     resumes()
     points = sweep.sweep(recipe, out, console.progress)
-    click.echo((out / sweep.FORMATS[0]).read_text("utf-8"))
-    click.echo(f"Wrote {out}: {', '.join(sweep.FORMATS)}; {len(points)} points.")
+    click.echo((out / "sweep.md").read_text("utf-8"))
+    click.echo(f"Wrote {out}: {', '.join(sweepreport.FORMATS)}; {len(points)} points.")
 
 
 @main.command("check")

@@ -13,6 +13,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from lrcompress.protocols import Factors
+
 # below this share of the full rank the randomized range finder is cheaper than a full eigh
 RANDOMIZED_SHARE = 0.125
 RANDOMIZED_MINIMUM = 1024
@@ -77,24 +79,36 @@ class Metric:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """The leading terms of W = B A, ordered by what each adds to the fit in a metric.
+    """The leading terms of W (out, in), ordered by what each adds to the fit in a metric.
 
-    B is (out, k), A is (k, in); `energies[i]` is the squared singular value of term i and
-    `total` the squared norm of W in the metric, so that truncation at rank r has squared error
-    total - sum(energies[:r]) (Eckart-Young).
+    Truncation is a projection of W: L_r R_rᵀ W, or W R_r L_rᵀ where W is `turned` (out > in).
+    `left` L and `right` R are (min(out, in), k), so that W itself need not be kept.
+    `energies[i]` is the squared singular value of term i and `total` the squared norm of W in the
+    metric: truncation at rank r has squared error total - sum(energies[:r]) (Eckart-Young).
     """
 
-    A: Tensor
-    B: Tensor
+    left: Tensor
+    right: Tensor
     energies: Tensor
     total: float
+    turned: bool
 
-    def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
-        """(A, B) of the first `rank` terms, each term's norm shared evenly by both factors."""
-        A, B = self.A[:rank], self.B[:, :rank]
+    def serves(self, rank: int) -> bool:
+        """Whether `decompose` for that rank alone would give the same terms."""
+        size, known = self.left.shape
+        return rank == known or (known == size and not is_randomized(size, rank))
+
+    def factors(self, weight: Tensor, rank: int) -> Factors:
+        """The first `rank` terms of W, the `weight` decomposed; A and B share each term's norm."""
+        A, B = self._terms(to_float64(weight), rank)
         balance = (A.norm(dim=1) / B.norm(dim=0)).sqrt()
         balance = torch.where(balance.isfinite() & (balance > 0), balance, 1.0)
-        return (A / balance[:, None]).contiguous(), (B * balance).contiguous()
+        A, B = (A / balance[:, None]).contiguous(), (B * balance).contiguous()
+        return Factors(A, B, self.error(rank), self.total)
+
+    def _terms(self, W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        left, right = self.left[:, :rank], self.right[:, :rank]
+        return (left.T, W @ right) if self.turned else (right.T @ W, left)
 
     def error(self, rank: int) -> float:
         return max(self.total - float(self.energies[:rank].sum()), 0.0)
@@ -115,12 +129,13 @@ def decompose(
     full rank the leading terms come from a randomized range finder instead of a full eigh.
     """
     W, wide, narrow, turned = _sides(weight, input_metric, output_metric)
-    scaled, inverse, gram = _gram(W, wide, narrow)
+    gram = _gram(W, wide, narrow)
     energies, U = leading_eigenpairs(gram, rank)
-    left = U if inverse is None else inverse @ U
-    right, total = U.T @ scaled, float(gram.trace())
-    A, B = (left.T, right.T) if turned else (right, left)
-    return Decomposition(A, B, energies, total)
+    left, right = U, U
+    if narrow is not None:
+        root, inverse = (found.to(W.device) for found in narrow.roots)
+        left, right = inverse @ U, root @ U
+    return Decomposition(left, right, energies, float(gram.trace()), turned)
 
 
 def spectrum(
@@ -128,7 +143,7 @@ def spectrum(
 ) -> Tensor:
     """The energies of all terms of `decompose`, without the terms: a third of the work."""
     W, wide, narrow, _ = _sides(weight, input_metric, output_metric)
-    energies: Tensor = torch.linalg.eigvalsh(_gram(W, wide, narrow)[2])
+    energies: Tensor = torch.linalg.eigvalsh(_gram(W, wide, narrow))
     return energies.flip(0).clamp_min(0)
 
 
@@ -142,16 +157,10 @@ def _sides(
     return W.T, G, X, True
 
 
-def _gram(
-    W: Tensor, wide: Metric | None, narrow: Metric | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """N^1/2 W, N^-1/2 (None for the identity), and N^1/2 W M Wᵀ N^1/2, N the rows' metric."""
-    if narrow is None:
-        scaled, inverse = W, None
-    else:
-        root, inverse = (found.to(W.device) for found in narrow.roots)
-        scaled = root @ W
-    return scaled, inverse, (scaled if wide is None else wide.after(scaled)) @ scaled.T
+def _gram(W: Tensor, wide: Metric | None, narrow: Metric | None) -> Tensor:
+    """N^1/2 W M Wᵀ N^1/2, M the columns' metric and N the rows'."""
+    scaled = W if narrow is None else narrow.roots[0].to(W.device) @ W
+    return (scaled if wide is None else wide.after(scaled)) @ scaled.T
 
 
 @dataclass(frozen=True)
@@ -185,13 +194,17 @@ def pivot(A: Tensor, B: Tensor) -> Pivoted:
     return Pivoted(product, torch.from_numpy(coefficients), chosen)
 
 
+def is_randomized(size: int, rank: int) -> bool:
+    """Whether the `rank` leading eigenpairs of `size` come from the randomized method."""
+    return size >= RANDOMIZED_MINIMUM and rank <= RANDOMIZED_SHARE * size
+
+
 def leading_eigenpairs(gram: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
     """Eigenvalues (descending, not negative) and eigenvectors (n, k) of a PSD matrix.
 
     All n of them, or the `rank` leading ones by the randomized method where that pays.
     """
-    size = len(gram)
-    if rank is not None and size >= RANDOMIZED_MINIMUM and rank <= RANDOMIZED_SHARE * size:
+    if rank is not None and is_randomized(len(gram), rank):
         return randomized_eigenpairs(gram, rank)
     values, vectors = torch.linalg.eigh(gram)
     return values.flip(0).clamp_min(0), vectors.flip(1)

@@ -45,7 +45,8 @@ def _balanced(layer: LowRankLinear) -> FactoredLinear:
     place: dict[str, Any] = {"device": product.device, "dtype": product.dtype}
     shape, has_bias = (layer.in_features, layer.out_features), layer.bias is not None
     factored = FactoredLinear(*shape, layer.rank, has_bias, layer.dense_type, **place)
-    fill(factored, *decompose(product, rank=layer.rank).truncated(layer.rank))
+    factors = decompose(product, rank=layer.rank).factors(product, layer.rank)
+    fill(factored, factors.A, factors.B)
     if layer.bias is not None and factored.bias is not None:
         factored.bias.copy_(layer.bias)
     return factored.train(layer.training)

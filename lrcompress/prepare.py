@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lrcompress.calibrate import Moments
 from lrcompress.choices import Grid, ffn_choices
+from lrcompress.decompositions import Decompositions
 from lrcompress.ffn import find_ffns
 from lrcompress.lowrank import dense_weight
 from lrcompress.protocols import (
@@ -43,6 +44,11 @@ class Prepared:
     channels: dict[str, Tensor]
     keep_ratio: float | None
     plan: Plan | None
+    decompositions: Decompositions
+
+    def for_many_plans(self) -> Prepared:
+        """The same, with decompositions that are kept: each then serves all plans."""
+        return replace(self, decompositions=Decompositions(self.method, keep=True))
 
     def ffns(self, model: Any) -> Iterator[FFN]:
         """The FFNs of `model`, block by block, with weights and statistics."""
@@ -78,7 +84,8 @@ def prepare(
         ffns = progress(_ffns(model, linears, moments), "Measuring choices", count)
         choices, channels = _choices(ffns, method, grid, allocator.needs_errors)
         plan = _allocate(allocator, choices, budget)
-    return Prepared(linears, method, allocator, moments, choices, channels, keep_ratio, plan)
+    shared = (moments, choices, channels)
+    return Prepared(linears, method, allocator, *shared, keep_ratio, plan, Decompositions(method))
 
 
 def _allocate(allocator: Allocator, choices: Sequence[Choices], budget: Budget) -> Plan | None:

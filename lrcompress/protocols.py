@@ -160,11 +160,23 @@ class ChannelOrder:
     errors: Tensor
 
 
+class Decomposition(Protocol):
+    """Of one weight W (out, in) by one method: what factors of many ranks are taken from."""
+
+    def serves(self, rank: int) -> bool:
+        """Whether a decomposition for that rank alone would give the same factors, bit for bit."""
+        ...
+
+    def factors(self, weight: Tensor, rank: int) -> Factors:
+        """The factors of W, which is given again so that nothing of its size has to be kept."""
+        ...
+
+
 class Method(Protocol):
     """A compression method: a frozen dataclass whose fields are its recipe keys.
 
     `narrows`: it chooses intermediate channels to keep, through `order` and `narrow`.
-    `truncates`: it replaces linears by low-rank factors, through `error_curve` and `factorize`.
+    `truncates`: it replaces linears by low-rank factors, through `error_curve` and `decompose`.
     """
 
     requires: ClassVar[frozenset[Statistic]]
@@ -175,7 +187,9 @@ class Method(Protocol):
         """Squared error at every rank 0 .. min(out, in) in the method's metric; float64."""
         ...
 
-    def factorize(self, weight: Tensor, statistics: Statistics, rank: int) -> Factors: ...
+    def decompose(self, weight: Tensor, statistics: Statistics, rank: int) -> Decomposition:
+        """What serves `rank`, and any other rank that it can."""
+        ...
 
     def order(self, ffn: FFN) -> ChannelOrder: ...
 

@@ -32,7 +32,7 @@ def smallest_within(
     if tokenizer is None:
         raise InputError("max_perplexity_increase measures perplexity, which takes a tokenizer")
     limit = _measure(model, tokenizer, settings) * (1 + settings.max_perplexity_increase)
-    low, high = LOWEST, 1.0
+    low, high, prepared = LOWEST, 1.0, prepared.for_many_plans()
     best: Plan | None = None
     trials = []
     for _ in progress(range(TRIALS), "Searching", TRIALS):

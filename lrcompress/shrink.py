@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrcompress.decompositions import Decompositions
 from lrcompress.linalg import pivot
 from lrcompress.lowrank import (
     NARROWED,
@@ -20,7 +21,7 @@ from lrcompress.lowrank import (
     install,
 )
 from lrcompress.prepare import Prepared
-from lrcompress.protocols import FFN, Form, LinearSpec, Method, Plan, Progress
+from lrcompress.protocols import FFN, Form, LinearSpec, Plan, Progress
 from lrcompress.sizes import parameter_count
 
 
@@ -86,11 +87,16 @@ def shrunk_ffn(
     if width is not None:
         left = prepared.method.narrow(ffn, prepared.channels[ffn.name][:width])
     for spec in ffn.linears:
-        yield shrunk_linear(model, left, spec, prepared.method, plan, form)
+        yield shrunk_linear(model, left, spec, prepared.decompositions, plan, form)
 
 
 def shrunk_linear(
-    model: nn.Module, left: FFN, spec: LinearSpec, method: Method, plan: Plan, form: Form
+    model: nn.Module,
+    left: FFN,
+    spec: LinearSpec,
+    decompositions: Decompositions,
+    plan: Plan,
+    form: Form,
 ) -> Shrunk:
     """The new layer of one linear from its weight in `left`, the FFN after narrowing."""
     rank, now = plan.ranks.get(spec.name), plan.spec(spec)
@@ -104,7 +110,7 @@ def shrunk_linear(
         _fill_narrowed(layer, left.weights[spec.name])
     else:
         assert rank is not None
-        factors = method.factorize(left.weights[spec.name], left.statistics[spec.name], rank)
+        factors = decompositions.factors(left, spec, rank)
         largest = fill(layer, factors.A, factors.B)
         error = factors.error / factors.energy if factors.energy > 0 else 0.0
     finished = _finished(layer, dense, left.biases[spec.name])

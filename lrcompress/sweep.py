@@ -1,16 +1,16 @@
 """Many points of one trade-off: every variant at every keep_ratio, in memory, resumable.
 
-Calibration, each variant's choices and the dense model's numbers are measured once and shared.
+Calibration, each variant's choices and decompositions, and the dense model's numbers are made
+once and shared.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +19,21 @@ from lrcompress.calibration import Calibration
 from lrcompress.compress import Compression
 from lrcompress.contamination import reads_text, refuse_planned
 from lrcompress.corpora import read_corpus
-from lrcompress.files import replace_text
 from lrcompress.memory import peak_memory
-from lrcompress.points import DENSE, Point, markdown
+from lrcompress.points import DENSE, Point, label
 from lrcompress.prepare import Prepared, prepare
-from lrcompress.protocols import Budget, InputError, Progress, silent
-from lrcompress.recipe import Recipe, flags, from_flat, sections, to_yaml
-from lrcompress.settings import BUDGETS, FactorizeSettings, RefineSettings
+from lrcompress.protocols import Budget, Progress, silent
+from lrcompress.recipe import Recipe
+from lrcompress.settings import BUDGETS
 from lrcompress.sizes import sequence_length
 from lrcompress.sources import Loaded, load_settings
+from lrcompress.sweepfolder import SweepFolder
 from lrcompress.tasks import Tasks
-
-RECIPE, POINTS = "recipe.yaml", "points"
-FORMATS = ("sweep.md", "sweep.json")
-SELECTION = ("include", "exclude", "dense_first")
-MEASURED = ("perplexity", "context_length", "stride", "tasks", "limit", "num_fewshot", "batch_size")
-# what a variant decides as a whole: the recipe's own choice would hide a method's defaults
-METHOD_KEYS = ("method", "method_options", "ranks", "ranks_options", "form")
-
-
-@dataclass(frozen=True)
-class Variant:
-    name: str
-    factorize: FactorizeSettings
-    refine: RefineSettings
+from lrcompress.variants import Variant, variants
 
 
 def sweep(recipe: Recipe, out: Path, progress: Progress = silent) -> list[Point]:
-    """Measures every point of `recipe.sweep` and writes sweep.json and sweep.md to `out`.
+    """Measures every point of `recipe.sweep` and writes its report to `out`.
 
     Points that `out` already holds, made of the same inputs, are not made again. The first point
     is the dense model. Raises InputError where `out` is something else.
@@ -54,90 +41,38 @@ def sweep(recipe: Recipe, out: Path, progress: Progress = silent) -> list[Point]
     return Sweep(recipe, out, progress).all()
 
 
-def variants(recipe: Recipe) -> Iterator[Variant]:
-    """The recipe's own section if it names neither methods nor variants.
-
-    A variant that names a method has that method's defaults; others are the recipe's otherwise.
-    """
-    shared = recipe.factorize.model_dump(exclude={*BUDGETS, *METHOD_KEYS})
-    shared |= {flag: getattr(recipe.refine, key) for flag, key in flags(RefineSettings).items()}
-    own = recipe.factorize.model_dump(include={*METHOD_KEYS})
-    settings = recipe.sweep
-    named = {method: {"method": method} for method in settings.methods} | settings.variants
-    for name, values in (named or {recipe.factorize.method: {}}).items():
-        say = partial(_say, name)
-        for key in (*BUDGETS, *SELECTION):
-            if key in values:
-                raise InputError(f"{say(key)}: it holds for all variants; set it outside of them")
-        flat = (
-            shared | {"keep_ratio": settings.keep_ratios[0]} | ({} if "method" in values else own)
-        )
-        checked = from_flat(sections("factorize", "refine"), flat | values, say)
-        yield Variant(name, checked["factorize"], checked["refine"])
-
-
-def _say(variant: str, key: str) -> str:
-    return f"sweep.variants.{variant}.{key}"
-
-
 class Sweep:
     """One recipe's points over one folder."""
 
     def __init__(self, recipe: Recipe, out: Path, progress: Progress) -> None:
-        self.recipe, self.out, self.progress = recipe, out, progress
+        self.recipe, self.progress = recipe, progress
+        self.folder = SweepFolder(recipe, out)
         self.variants = list(variants(recipe))
 
     def all(self) -> list[Point]:
-        self._claim()
+        self.folder.claim()
         for spec in self.recipe.evaluate.perplexity:
             read_corpus(spec, "test")
-        points = [self._point(None, 1.0, lambda: self._measured(DENSE, 1.0, self._model))]
+        points = [self._dense()]
         for variant in self.variants:
             points += self._of(variant)
-            self._write(points)
+            self.folder.write(points)
         return points
 
-    def _claim(self) -> None:
-        """Makes the folder a sweep's. Raises InputError where it holds something else."""
-        if self.out.exists() and not self._is_sweep():
-            raise InputError(
-                f"output {str(self.out)!r} exists and is no sweep: choose another name"
-            )
-        recipe, text = self.out / RECIPE, to_yaml(self.recipe)
-        if recipe.exists() and recipe.read_text("utf-8") != text:
-            for name in FORMATS:  # they are of other settings
-                (self.out / name).unlink(missing_ok=True)
-        (self.out / POINTS).mkdir(parents=True, exist_ok=True)
-        replace_text(recipe, text)
-
-    def _is_sweep(self) -> bool:
-        if not self.out.is_dir():
-            return False
-        names = {path.name for path in self.out.iterdir()}
-        own = {RECIPE, POINTS, *FORMATS}
-        partial = {f".{name}.partial" for name in own}
-        return not names or (POINTS in names and names <= own | partial)
+    def _dense(self) -> Point:
+        make = partial(self._measured, DENSE, 1.0, None)
+        return self.folder.point(DENSE, 1.0, self._inputs(None), make)
 
     def _of(self, variant: Variant) -> Iterator[Point]:
-        shared: dict[str, Any] = {}
+        share = cache(partial(self._prepared, variant))
         for ratio in self.recipe.sweep.keep_ratios:
-            make = partial(self._made, variant, ratio, shared)
-            yield self._point(variant, ratio, make)
-
-    def _point(self, variant: Variant | None, ratio: float, make: Callable[[], Point]) -> Point:
-        name = DENSE if variant is None else f"{variant.name}-{ratio:g}"
-        file = self.out / POINTS / f"{name}.json"
-        inputs = stages.digest([self._inputs(variant), ratio])
-        known = stages.read(file)
-        if known.get("inputs") != inputs:
-            known = {"inputs": inputs, "point": asdict(make())}
-            stages.write(file, known)
-        return Point.from_dict(known["point"])
+            make = partial(self._made, variant, ratio, share)
+            yield self.folder.point(variant.name, ratio, self._inputs(variant), make)
 
     def _inputs(self, variant: Variant | None) -> list[Any]:
         recipe, evaluate = self.recipe, self.recipe.evaluate
         texts = [stages.data_state(spec) for spec in (*evaluate.perplexity, *evaluate.tasks)]
-        measuring = evaluate.model_dump(mode="json", include={*MEASURED})
+        measuring = evaluate.model_dump(mode="json", exclude={"baseline"})
         dense = [recipe.model.model_dump(), stages.model_state(recipe.model), measuring, texts]
         if variant is None:
             return dense
@@ -184,25 +119,36 @@ class Sweep:
                 refuse_planned(recipe)
                 break
 
-    def _made(self, variant: Variant, ratio: float, shared: dict[str, Any]) -> Point:
+    def _prepared(self, variant: Variant) -> tuple[Prepared, float]:
+        """What all points of a variant share, and the seconds that it took."""
+        text, started = self._text[0], time.perf_counter()
+        arguments = (variant.factorize, None, text.moments, self.progress)
+        prepared = prepare(self._model, text.linears, *arguments).for_many_plans()
+        return prepared, time.perf_counter() - started
+
+    def _made(
+        self, variant: Variant, ratio: float, share: Callable[[], tuple[Prepared, float]]
+    ) -> Point:
         text, peak = self._text
         with peak_memory() as memory:
-            started = time.perf_counter()
-            if not shared:
-                settings = variant.factorize
-                arguments = (settings, None, text.moments, self.progress)
-                shared["prepared"] = prepare(self._model, text.linears, *arguments)
-                shared["seconds"] = time.perf_counter() - started
-                started = time.perf_counter()
-            prepared = shared["prepared"]
-            plan = prepared.allocator.allocate(prepared.choices, Budget(keep_ratio=ratio))
-            model, read = copy.deepcopy(self._model), text.reading
-            planned = replace(prepared, keep_ratio=ratio, plan=plan)
-            done = self._compression(variant, model).carry_out(planned, text)
-            seconds = time.perf_counter() - started - (text.reading - read) + shared["seconds"]
+            prepared, shared = share()
+            model = copy.deepcopy(self._model)
+            kept, seconds = self._carried_out(variant, ratio, prepared, model)
         point = self._measured(variant.name, ratio, model)
-        point = replace(point, kept=done.selected.keep_ratio, seconds=seconds, memory=memory.peak)
+        point = replace(point, kept=kept, seconds=seconds + shared, memory=memory.peak)
         return self._charged(point, variant, prepared, text, peak)
+
+    def _carried_out(
+        self, variant: Variant, ratio: float, prepared: Prepared, model: Any
+    ) -> tuple[float, float]:
+        """The share kept of `model`, and the seconds as if nothing had been decomposed before."""
+        text, started = self._text[0], time.perf_counter()
+        read, saved = text.reading, prepared.decompositions.saved
+        plan = prepared.allocator.allocate(prepared.choices, Budget(keep_ratio=ratio))
+        planned = replace(prepared, keep_ratio=ratio, plan=plan)
+        done = self._compression(variant, model).carry_out(planned, text)
+        seconds = time.perf_counter() - started - (text.reading - read)
+        return done.selected.keep_ratio, seconds + prepared.decompositions.saved - saved
 
     def _charged(
         self,
@@ -223,15 +169,13 @@ class Sweep:
         memory = max(point.memory or 0, (peak or 0) if measured else 0) or None
         return replace(point, text=words, seconds=seconds, memory=memory)
 
-    def _measured(self, name: str, ratio: float, model: Any) -> Point:
-        settings = self.recipe.evaluate
-        length = sequence_length(model, settings.context_length)
-        label = name if name == DENSE else f"{name} {ratio:g}"
-        loaded = (model, self._loaded[1])
-        metrics = compare.quality(label, loaded, settings, self._tasks, length, self.progress)
-        return Point(name, ratio, 1.0, 0.0, None, "", tuple(metrics))
-
-    def _write(self, points: list[Point]) -> None:
-        content = json.dumps([asdict(point) for point in points], indent=2, default=str)
-        replace_text(self.out / "sweep.md", markdown(self.recipe.model.source, points))
-        replace_text(self.out / "sweep.json", content + "\n")
+    def _measured(self, variant: str, ratio: float, model: Any) -> Point:
+        """Of the dense model where `model` is None; speeds in turn with the dense model's."""
+        settings, name = self.recipe.evaluate, label(variant, ratio)
+        loaded = self._loaded if model is None else (model, self._loaded[1])
+        length = sequence_length(loaded[0], settings.context_length)
+        metrics = compare.quality(name, loaded, settings, self._tasks, length, self.progress)
+        speeds = compare.speed({DENSE: self._loaded} | {name: loaded}, settings, self.progress)
+        metrics += [metric for metric in speeds if metric.model == name]
+        baseline = tuple(metric for metric in speeds if metric.model != name)
+        return Point(variant, ratio, 1.0, 0.0, None, "", tuple(metrics), baseline)

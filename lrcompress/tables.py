@@ -55,13 +55,13 @@ def _row(labels: Sequence[str], by_model: Mapping[str, Metric]) -> Row:
     return Row(
         title(first) + unit,
         "higher is better" if first.higher_is_better else "lower is better",
-        tuple(_cell(by_model.get(label)) for label in labels),
+        tuple(cell(by_model.get(label)) for label in labels),
         tuple(_ratio(base, by_model.get(label)) for label in labels[1:]),
-        _conditions(by_model),
+        conditions(by_model),
     )
 
 
-def _conditions(by_model: Mapping[str, Metric]) -> str:
+def conditions(by_model: Mapping[str, Metric]) -> str:
     """The conditions of a row, once if all models share them, else model by model.
 
     The hash of a text is left to `texts`.
@@ -77,16 +77,16 @@ def _conditions(by_model: Mapping[str, Metric]) -> str:
     return "; ".join(f"{label}: {text}" for label, text in words.items())
 
 
-def _cell(metric: Metric | None) -> str:
+def cell(metric: Metric | None) -> str:
     if metric is None:
         return "–"
     spread = ""
     if metric.low is not None and metric.high is not None:
-        spread = f" ({_number(metric.low)}–{_number(metric.high)})"
-    return _number(metric.value) + spread
+        spread = f" ({number(metric.low)}–{number(metric.high)})"
+    return number(metric.value) + spread
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     if value == int(value) and abs(value) >= 1000:
         return f"{int(value):,}"
     if abs(value) >= 1e6:

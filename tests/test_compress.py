@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import lrcompress
+from lrcompress import linalg
+from lrcompress.factorizers import svd
 from lrcompress.ffn import find_ffns, select
 from lrcompress.lowrank import LowRankLinear, compressed_layers
 from lrcompress.protocols import InputError
@@ -148,6 +150,25 @@ def test_search_finds_the_smallest_model_within_a_perplexity(tmp_path: Any) -> N
         assert done.selected.keep_ratio == pytest.approx(held[-1]["keep_ratio"], abs=0.02)
         kept[limit] = done.selected.keep_ratio
     assert kept["50%"] < kept["2%"]
+
+
+def test_the_trials_of_a_search_share_decompositions(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, made, decompose = tmp_path / "validation.txt", list[int](), linalg.decompose
+
+    def counted(*arguments: Any) -> Any:
+        made.append(1)
+        return decompose(*arguments)
+
+    text.write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 20)
+    monkeypatch.setattr(svd, "decompose", counted)
+    limits: dict[str, Any] = {"max_perplexity_increase": "50%", "validation": str(text)}
+    model = tiny_model()
+    done = lrcompress.factorize(model, byte_tokenizer(), method="whitened", **limits, **SETTINGS)
+    assert len(done.trials) > 2
+    linears = len(find_ffns(tiny_model()).linears)
+    assert linears < len(made) <= 2 * linears  # once for all trials, once for the result
 
 
 def test_partly_selected_ffns_are_not_narrowed() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lrcompress.factorizers import FACTORIZERS
 from lrcompress.factorizers.svd import DiagonalSVD, FisherSVD, PlainSVD, WhitenedSVD
 from lrcompress.linalg import decompose, pivot, roots, spectrum
-from lrcompress.protocols import InputError, Statistics
+from lrcompress.protocols import Factors, InputError, Statistics
 
 SHAPES = [(24, 16), (16, 24), (20, 20)]
 METHODS = {name: pkgutil.resolve_name(home)() for name, home in FACTORIZERS.items()}
@@ -33,6 +33,11 @@ def problem(shape: tuple[int, int], samples: int = 400) -> tuple[Tensor, Statist
     return weight, Statistics(x.T @ x / samples, g.T @ g / samples)
 
 
+def factors_of(method: Any, weight: Tensor, statistics: Statistics, rank: int) -> Factors:
+    found: Factors = method.decompose(weight, statistics, rank).factors(weight, rank)
+    return found
+
+
 def measured_error(method: Any, statistics: Statistics, difference: Tensor) -> float:
     """‖G^1/2 D X^1/2‖² in the method's metrics, computed directly."""
     X, G = method.metric(statistics), method.output_metric(statistics)
@@ -45,7 +50,7 @@ def measured_error(method: Any, statistics: Statistics, difference: Tensor) -> f
 @each_shape
 def test_full_rank_is_exact(method: Any, shape: tuple[int, int]) -> None:
     weight, statistics = problem(shape)
-    factors = method.factorize(weight, statistics, min(shape))
+    factors = factors_of(method, weight, statistics, min(shape))
     torch.testing.assert_close(factors.B @ factors.A, weight, rtol=1e-6, atol=1e-6)
     assert factors.error <= 1e-9 * factors.energy
 
@@ -59,7 +64,7 @@ def test_estimated_error_is_the_measured_error(method: Any, shape: tuple[int, in
     assert bool((curve.diff() <= 0).all())
     assert curve[-1] == 0
     for rank in (1, 5, min(shape) - 1):
-        factors = method.factorize(weight, statistics, rank)
+        factors = factors_of(method, weight, statistics, rank)
         assert factors.A.shape == (rank, shape[1])
         assert factors.B.shape == (shape[0], rank)
         difference = weight - factors.B @ factors.A
@@ -73,7 +78,7 @@ def test_estimated_error_is_the_measured_error(method: Any, shape: tuple[int, in
 @each_shape
 def test_no_other_factors_of_the_rank_are_better(method: Any, shape: tuple[int, int]) -> None:
     weight, statistics = problem(shape)
-    factors = method.factorize(weight, statistics, 4)
+    factors = factors_of(method, weight, statistics, 4)
     generator = torch.Generator().manual_seed(3)
     for size in (1e-3, 1e-2, 1e-1):
         A = factors.A + size * torch.randn(factors.A.shape, generator=generator)
@@ -84,9 +89,30 @@ def test_no_other_factors_of_the_rank_are_better(method: Any, shape: tuple[int, 
 @each_method
 def test_same_input_same_factors(method: Any) -> None:
     weight, statistics = problem((24, 16))
-    first, second = (method.factorize(weight, statistics, 5) for _ in range(2))
+    first, second = (factors_of(method, weight, statistics, 5) for _ in range(2))
     assert torch.equal(first.A, second.A)
     assert torch.equal(first.B, second.B)
+
+
+@each_method
+@each_shape
+def test_one_decomposition_serves_every_rank(method: Any, shape: tuple[int, int]) -> None:
+    weight, statistics = problem(shape)
+    one = method.decompose(weight, statistics, 3)
+    for rank in range(1, min(shape) + 1):
+        assert one.serves(rank)
+        shared, alone = one.factors(weight, rank), factors_of(method, weight, statistics, rank)
+        assert torch.equal(shared.A, alone.A)
+        assert torch.equal(shared.B, alone.B)
+        assert (shared.error, shared.energy) == (alone.error, alone.energy)
+
+
+def test_the_randomized_method_is_not_mixed_with_the_exact_one() -> None:
+    weight = torch.randn(1024, 1030, generator=torch.Generator().manual_seed(0)).double()
+    quick, exact = PlainSVD().decompose(weight, Statistics(), 16), decompose(weight)
+    assert quick.left.shape == (1024, 16)
+    assert [quick.serves(rank) for rank in (15, 16, 17, 500)] == [False, True, False, False]
+    assert [exact.serves(rank) for rank in (16, 128, 129, 1024)] == [False, False, True, True]
 
 
 @each_method
@@ -94,7 +120,7 @@ def test_same_input_same_factors(method: Any) -> None:
 def test_impossible_rank_is_refused(method: Any, rank: int) -> None:
     weight, statistics = problem((24, 16))
     with pytest.raises(InputError, match=rf"rank {rank} is not in 1\.\.16"):
-        method.factorize(weight, statistics, rank)
+        factors_of(method, weight, statistics, rank)
 
 
 @each_method
@@ -109,10 +135,10 @@ def test_degenerate_moments_give_finite_factors(method: Any, shape: tuple[int, i
     for moment in (torch.zeros_like(X), one, X * 1e30, X * 1e-30, torch.ones_like(X)):
         scale = float(moment.abs().max())
         case = Statistics(moment, G * scale)
-        factors = method.factorize(weight, case, 4)
+        factors = factors_of(method, weight, case, 4)
         assert bool(factors.A.isfinite().all())
         assert bool(factors.B.isfinite().all())
-        full = method.factorize(weight, case, 16)
+        full = factors_of(method, weight, case, 16)
         y, expected = full.B @ full.A @ moment, weight @ moment
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4 * scale)
 
@@ -120,7 +146,7 @@ def test_degenerate_moments_give_finite_factors(method: Any, shape: tuple[int, i
 @each_method
 def test_zero_weight(method: Any) -> None:
     _, statistics = problem((24, 16))
-    factors = method.factorize(torch.zeros(24, 16), statistics, 4)
+    factors = factors_of(method, torch.zeros(24, 16), statistics, 4)
     assert bool((factors.B @ factors.A == 0).all())
 
 
@@ -130,7 +156,7 @@ def test_each_method_wins_in_its_own_metric() -> None:
     for judge in methods:
         errors = []
         for method in methods:
-            factors = method.factorize(weight, statistics, 5)
+            factors = factors_of(method, weight, statistics, 5)
             errors.append(measured_error(judge, statistics, weight - factors.B @ factors.A))
         assert min(errors) == errors[methods.index(judge)]
 
@@ -151,7 +177,7 @@ def test_bad_damping_is_refused(options: dict[str, float]) -> None:
 
 def test_method_without_its_statistics_says_so() -> None:
     with pytest.raises(InputError, match="calibrate first"):
-        WhitenedSVD().factorize(torch.ones(4, 4), Statistics(), 2)
+        factors_of(WhitenedSVD(), torch.ones(4, 4), Statistics(), 2)
 
 
 def test_roots_of_a_matrix_and_of_a_diagonal_agree() -> None:
@@ -173,8 +199,8 @@ def test_randomized_range_finder_is_as_good_as_the_exact_one(
     exact, quick = decompose(weight), decompose(weight, rank=64)
     assert exact.energies.shape == (1100,)
     assert quick.energies.shape == (64,), "the randomized method was not used"
-    A, B = quick.truncated(64)
-    measured = float((weight - B @ A).norm() ** 2)
+    factors = quick.factors(weight, 64)
+    measured = float((weight - factors.B @ factors.A).norm() ** 2)
     assert quick.error(64) == pytest.approx(measured, rel=1e-9)
     assert exact.error(64) <= measured * (1 + 1e-9) <= 1.01 * exact.error(64)
 
@@ -182,7 +208,7 @@ def test_randomized_range_finder_is_as_good_as_the_exact_one(
 @pytest.mark.parametrize("rank", [1, 7, 15])
 def test_pivoted_form_is_the_same_product(rank: int) -> None:
     weight, statistics = problem((24, 16))
-    factors = WhitenedSVD().factorize(weight, statistics, rank)
+    factors = factors_of(WhitenedSVD(), weight, statistics, rank)
     found = pivot(factors.A, factors.B)
     assert found.columns.shape == (24, rank)
     assert found.coefficients.shape == (rank, 16 - rank)

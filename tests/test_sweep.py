@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import lrcompress
-from lrcompress import calibrate, calibration, compare
+from lrcompress import benchmark, calibrate, calibration, compare, linalg
 from lrcompress.cli import main
-from lrcompress.points import Point
-from lrcompress.protocols import InputError
+from lrcompress.decompositions import Decompositions
+from lrcompress.factorizers import svd
+from lrcompress.factorizers.svd import PlainSVD
+from lrcompress.protocols import FFN, InputError, LinearSpec, Metric, Statistics
 from lrcompress.recipe import Recipe, checked
-from lrcompress.sweep import sweep, variants
-from tests.tiny import byte_tokenizer, tiny_model
+from lrcompress.sweep import sweep
+from lrcompress.sweepreport import FORMATS
+from lrcompress.tradeoff import fronts
+from lrcompress.variants import variants
+from tests.tiny import BLOCKS, byte_tokenizer, tiny_model
 
 TEXT = {"num_samples": 8, "gradient_samples": 4, "seq_len": 64}
-EVALUATE: dict[str, Any] = {"perplexity": ["pydoc:test"], "context_length": 64, "limit": 4}
+LINEARS = 3 * BLOCKS
+EVALUATE: dict[str, Any] = {
+    "perplexity": ["pydoc:test"],
+    "context_length": 64,
+    "limit": 4,
+    "speed": False,
+}
 
 
 @pytest.fixture
@@ -58,14 +71,16 @@ def test_points_are_those_of_single_runs(source: Path, tmp_path: Path) -> None:
         model, tokenizer = lrcompress.load(source)
         settings: dict[str, Any] = TEXT | {"rank_multiple": 2, "keep_ratio": 0.5} | keys
         done = lrcompress.factorize(model, tokenizer, **settings)
-        found = lrcompress.evaluate(model, tokenizer, speed=False, **EVALUATE)
+        found = lrcompress.evaluate(model, tokenizer, **EVALUATE)
         assert done.selected.keep_ratio == point.kept
         expected = [m.value for m in point.metrics]
         assert [m.value for m in found] == pytest.approx(expected, rel=1e-4)
     table = (tmp_path / "out" / "sweep.md").read_text()
     assert table.count("\n| refined |") == 2
     stored = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert [Point.from_dict(point) for point in stored] == points
+    assert [(p["variant"], p["keep_ratio"]) for p in stored["points"]] == [
+        (p.variant, p.keep_ratio) for p in points
+    ]
     assert points[1].memory is None or points[1].memory > 10**7
 
 
@@ -91,16 +106,207 @@ def test_nothing_is_measured_twice(
     with pytest.raises(KeyboardInterrupt):
         sweep(wanted, tmp_path / "out")
     points = sweep(wanted, tmp_path / "out")
-    assert measured[:3] == ["dense", "calibration", "whitened 0.8"]
+    assert measured[:3] == ["dense", "calibration", "whitened at 0.8"]
     assert measured[3:] == [
         "calibration",
-        "whitened 0.8",
-        "whitened 0.5",
-        "nystrom 0.8",
-        "nystrom 0.5",
+        "whitened at 0.8",
+        "whitened at 0.5",
+        "nystrom at 0.8",
+        "nystrom at 0.5",
     ]
     assert sweep(wanted, tmp_path / "out") == points
     assert len(measured) == 8
+
+
+@pytest.mark.parametrize("method", ["svd", "whitened", "fisher", "auto"])
+def test_weights_are_those_of_single_runs_bit_for_bit(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    made: list[dict[str, torch.Tensor]] = []
+
+    def kept(label: str, loaded: Any, *_: Any) -> list[Metric]:
+        made.append(loaded[0].state_dict())
+        return []
+
+    monkeypatch.setattr(compare, "quality", kept)
+    sweep(recipe(source, methods=[method]), tmp_path / "out")
+    for ratio, weights in zip((0.8, 0.5), made[1:], strict=True):
+        model, tokenizer = lrcompress.load(source)
+        settings: dict[str, Any] = TEXT | {"rank_multiple": 2, "keep_ratio": ratio}
+        lrcompress.factorize(model, tokenizer, method=method, **settings)
+        alone = model.state_dict()
+        assert weights.keys() == alone.keys()
+        assert all(torch.equal(weights[name], alone[name]) for name in alone)
+
+
+@pytest.mark.parametrize("method", ["svd", "whitened"])
+def test_one_decomposition_serves_every_keep_ratio(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    solved, before, eigh = [0], list[int](), torch.linalg.eigh
+
+    def counted(matrix: torch.Tensor) -> Any:
+        solved[0] += 1
+        return eigh(matrix)
+
+    def noted(*_: Any) -> list[Metric]:
+        before.append(solved[0])
+        return []
+
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    monkeypatch.setattr(compare, "quality", noted)
+    sweep(recipe(source, methods=[method], keep_ratios=[0.8, 0.6, 0.4]), tmp_path / "out")
+    dense, first, second, third = before
+    assert dense == 0
+    assert first >= LINEARS
+    assert first == second == third
+
+
+@pytest.mark.parametrize("method", ["fisher", "auto"])
+def test_no_linear_is_decomposed_twice_in_one_shape(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    decomposed, wanted = list[bytes](), [0]
+    decompose, factors = linalg.decompose, Decompositions.factors
+
+    def counted(weight: torch.Tensor, *arguments: Any) -> Any:
+        decomposed.append(weight.numpy().tobytes())
+        return decompose(weight, *arguments)
+
+    def asked(*arguments: Any) -> Any:
+        wanted[0] += 1
+        return factors(*arguments)
+
+    monkeypatch.setattr(svd, "decompose", counted)
+    monkeypatch.setattr(Decompositions, "factors", asked)
+    ratios = [0.95, 0.9, 0.85, 0.8, 0.6]
+    sweep(recipe(source, methods=[method], keep_ratios=ratios), tmp_path / "out")
+    assert len(set(decomposed)) == len(decomposed) < wanted[0]
+
+
+def test_what_was_shared_counts_in_the_seconds_of_each_point() -> None:
+    ffn = FFN("ffn", (), {"w": torch.eye(8)}, {}, {"w": Statistics()}, True)
+    linear = LinearSpec("w", 0, "up", 8, 8, False, "in", "ffn")
+    alone, shared = Decompositions(PlainSVD()), Decompositions(PlainSVD(), keep=True)
+    for decompositions in (alone, shared):
+        for rank in (2, 4):
+            decompositions.factors(ffn, linear, rank)
+    assert alone.saved == 0
+    assert shared.saved > 0
+
+
+class Interrupts:
+    """A progress that presses Ctrl-C at its call number `at`; notes what was ended before."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.calls, self.ended = at, 0, list[str]()
+
+    def __call__(self, items: Any, description: str, total: int | None = None) -> Any:
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return self._noting(items, description)
+
+    def _noting(self, items: Any, description: str) -> Any:
+        yield from items
+        self.ended.append(description)
+
+
+def _without_times(folder: Path) -> Any:
+    stored = json.loads((folder / "sweep.json").read_text())
+    for point in stored["points"]:
+        del point["seconds"], point["memory"]
+    return stored
+
+
+def _numbers(folder: Path) -> list[str]:
+    """The lines of sweep.md, without the seconds and the memory of the first table."""
+    lines = (folder / "sweep.md").read_text().splitlines()
+    return [line.split(") ")[0] if "GiB" in line else line for line in lines]
+
+
+def test_an_interrupted_sweep_ends_with_the_same_report(source: Path, tmp_path: Path) -> None:
+    wanted = recipe(source, methods=["whitened", "auto"])
+    whole = Interrupts()
+    sweep(wanted, tmp_path / "whole", whole)
+    assert whole.calls > 10
+    for at in range(1, whole.calls + 1, 3):
+        out, first, second = tmp_path / str(at), Interrupts(at), Interrupts()
+        with pytest.raises(KeyboardInterrupt):
+            sweep(wanted, out, first)
+        sweep(wanted, out, second)
+        measured = [name for name in first.ended + second.ended if "Perplexity" in name]
+        assert len(measured) == len(set(measured)) == 5
+        assert _without_times(out) == _without_times(tmp_path / "whole")
+        assert _numbers(out) == _numbers(tmp_path / "whole")
+
+
+def test_a_finished_sweep_loads_and_measures_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, again = recipe(source, methods=["whitened"]), Interrupts()
+    points = sweep(wanted, tmp_path / "out")
+    for name in FORMATS:
+        (tmp_path / "out" / name).unlink()
+
+    def loads(*_: Any) -> Any:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("lrcompress.sweep.load_settings", loads)
+    assert sweep(wanted, tmp_path / "out", again) == points
+    assert again.calls == 0
+    assert all((tmp_path / "out" / name).is_file() for name in FORMATS)
+
+
+def test_speeds_are_measured_beside_the_dense_model(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns, speed = list[list[str]](), benchmark.speed
+
+    def noted(models: Any, *arguments: Any) -> list[Metric]:
+        turns.append(list(models))
+        return speed(models, *arguments)
+
+    monkeypatch.setattr(benchmark, "speed", noted)
+    wanted = recipe(source, methods=["svd"])
+    quick = {"speed": True, "prompt_length": 8, "new_tokens": 2, "repeats": 2}
+    evaluate = wanted.evaluate.model_copy(update=quick | {"training_speed": True})
+    points = sweep(wanted.model_copy(update={"evaluate": evaluate}), tmp_path / "out")
+    assert turns == [["dense"], ["dense", "svd at 0.8"], ["dense", "svd at 0.5"]]
+    names = ["prefill", "decode", "training"]
+    assert points[0].baseline == ()
+    for point in points:
+        own = [metric for metric in point.metrics if metric.name in names]
+        assert [(metric.model, metric.name) for metric in own] == [(point.label, n) for n in names]
+    for point in points[1:]:
+        assert [(m.model, m.name) for m in point.baseline] == [("dense", n) for n in names]
+        assert point.baseline[0].value != points[0].metrics[-3].value
+    found = {front.cost.title for front in fronts(points)}
+    assert {f"{name} speed over dense" for name in names} < found
+    text = (tmp_path / "out" / "sweep.md").read_text()
+    assert "\n| point | prefill | decode | training |\n" in text
+
+
+def test_report_has_tasks_differences_and_fronts(source: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "sums.jsonl"
+    rows = [{"query": f"{i} is", "choices": ["a", " b"], "gold": i % 2} for i in range(8)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted = recipe(source, methods=["svd"])
+    evaluate = wanted.evaluate.model_copy(update={"tasks": (str(questions),), "limit": 8})
+    points = sweep(wanted.model_copy(update={"evaluate": evaluate}), tmp_path / "out")
+    text = (tmp_path / "out" / "sweep.md").read_text()
+    for heading in ("Tasks", "Is the difference real?", "Trade-off"):
+        assert f"\n## {heading}\n" in text
+    assert "\n- sums acc: task version 1.0, num fewshot 0, samples 8, " in text
+    compared = [point.label for point in points[1:]]
+    stored = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    found = [(one["metric"], one["model"]) for one in stored["comparisons"]]
+    titles = ["token perplexity, pydoc:test", "sums acc", "sums acc_norm"]
+    assert found == [(title, label) for title in titles for label in compared]
+    with (tmp_path / "out" / "sweep.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == sum(len(point.metrics) for point in points)
+    assert {line["samples"] for line in lines if line["name"] == "sums acc"} == {"8"}
 
 
 def test_without_variants_the_recipe_itself_is_swept(source: Path) -> None:

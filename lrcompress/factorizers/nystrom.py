@@ -15,7 +15,7 @@ from lrcompress.narrowing import order_channels, reconstruction
 from lrcompress.protocols import (
     FFN,
     ChannelOrder,
-    Factors,
+    Decomposition,
     InputError,
     LinearSpec,
     Statistic,
@@ -46,7 +46,7 @@ class Nystrom:
     def error_curve(self, weight: Tensor, statistics: Statistics) -> Tensor:
         raise TypeError("nystrom leaves linears at full rank")
 
-    def factorize(self, weight: Tensor, statistics: Statistics, rank: int) -> Factors:
+    def decompose(self, weight: Tensor, statistics: Statistics, rank: int) -> Decomposition:
         raise TypeError("nystrom leaves linears at full rank")
 
     def order(self, ffn: FFN) -> ChannelOrder:

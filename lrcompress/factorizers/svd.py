@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lrcompress.linalg import Decomposition, Metric, damped, decompose, spectrum, to_float64
-from lrcompress.protocols import FFN, ChannelOrder, Factors, InputError, Statistic, Statistics
+from lrcompress.protocols import FFN, ChannelOrder, InputError, Statistic, Statistics
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,13 @@ class ScaledSVD:
         tails = energies.flip(0).cumsum(0).flip(0)
         return torch.cat([tails, tails.new_zeros(1)])
 
-    def factorize(self, weight: Tensor, statistics: Statistics, rank: int) -> Factors:
-        """The best rank-`rank` factors of W (out, in) in the metrics.
+    def decompose(self, weight: Tensor, statistics: Statistics, rank: int) -> Decomposition:
+        """The terms of W (out, in) in the metrics: its factors are the best ones of their rank.
 
         Raises InputError where rank is not in 1 .. min(out, in).
         """
         if not 1 <= rank <= min(weight.shape):
             raise InputError(f"rank {rank} is not in 1..{min(weight.shape)}")
-        terms = self._decompose(weight, statistics, rank)
-        A, B = terms.truncated(rank)
-        return Factors(A, B, terms.error(rank), terms.total)
-
-    def _decompose(
-        self, weight: Tensor, statistics: Statistics, rank: int | None = None
-    ) -> Decomposition:
         return decompose(weight, self.metric(statistics), self.output_metric(statistics), rank)
 
 

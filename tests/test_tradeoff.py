@@ -1,0 +1,187 @@
+"""Fronts and knees of hand-made points with known answers, and what holds for any points."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lrcompress.points import Point
+from lrcompress.protocols import PERPLEXITY, Metric
+from lrcompress.sweepreport import FORMATS, markdown, to_csv, to_json
+from lrcompress.tradeoff import Front, fronts, knee, non_dominated, over_dense
+
+TEXT = {"data": "t.txt", "windows": 8}
+RUN = {"runs": 5, "device": "cpu", "threads": 1}
+
+
+def size(model: str, parameters: int) -> Metric:
+    return Metric(model, "parameters", parameters, "", False)
+
+
+def quality(model: str, perplexity: float, **changes: object) -> Metric:
+    return Metric(model, PERPLEXITY, perplexity, "", False, TEXT | changes)
+
+
+def speed(model: str, rate: float, spread: float = 0.0, **changes: object) -> Metric:
+    ends = (rate - spread, rate + spread)
+    return Metric(model, "decode", rate, "tokens/s", True, RUN | changes, *ends)
+
+
+def point(variant: str, ratio: float, *metrics: Metric, baseline: tuple[Metric, ...] = ()) -> Point:
+    return Point(variant, ratio, ratio, 1.0, None, "", metrics, baseline)
+
+
+def sized(*pairs: tuple[int, float]) -> list[Point]:
+    """Points by parameters and perplexity, the first one dense."""
+    found = [point("dense", 1.0, size("dense", pairs[0][0]), quality("dense", pairs[0][1]))]
+    for parameters, perplexity in pairs[1:]:
+        metrics = (size("m", parameters), quality("m", perplexity))
+        found.append(point("m", parameters / pairs[0][0], *metrics))
+    return found
+
+
+def only(points: list[Point]) -> Front:
+    (front,) = fronts(points)
+    return front
+
+
+def test_front_and_knee_of_known_points() -> None:
+    front = only(sized((100, 10.0), (80, 11.0), (70, 80.0), (60, 40.0), (50, 160.0)))
+    assert [p.x for p in front.on_front] == [50, 60, 80, 100]
+    assert [p.on_front for p in front.points] == [True, True, False, True, True]
+    assert front.knee is not None
+    assert front.knee.label == "m at 0.8"
+    assert (front.quality.title, front.quality.scale) == (f"{PERPLEXITY}, t.txt", "log")
+    assert (front.cost.title, front.cost.scale) == ("parameters", "linear")
+    assert not front.quality.higher_is_better
+    assert front.left_out == ()
+
+
+def test_the_knee_is_found_on_the_logarithm_of_a_perplexity() -> None:
+    # at half of the parameters the chord is at 100, the geometric mean of its ends, and at 505 on a
+    # linear scale
+    assert only(sized((100, 10.0), (75, 90.0), (50, 99.0), (0, 1000.0))).knee is not None
+    front = only(sized((100, 10.0), (75, 90.0), (50, 110.0), (0, 1000.0)))
+    assert len(front.on_front) == 4
+    assert front.knee is None
+
+
+def test_fewer_than_three_points_have_no_knee() -> None:
+    assert only(sized((100, 10.0), (50, 20.0))).knee is None
+    assert only(sized((100, 10.0), (50, 20.0), (50, 20.0))).knee is None
+    assert only(sized((100, 10.0), (90, 9.0))).on_front[0].x == 90
+
+
+def test_a_straight_front_or_one_that_bends_inwards_has_no_knee() -> None:
+    straight = [(1.0, 0.0), (0.9, 0.1), (0.5, 0.5), (0.0, 1.0)]
+    assert knee(straight) is None
+    assert knee([(1.0, 0.0), (0.3, 0.3), (0.0, 1.0)]) is None
+    assert knee([(10.0, 0.0), None, (7.0, 7.0), (8.0, 5.0), (0.0, 10.0)]) == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_front_of_any_points(seed: int) -> None:
+    draw = random.Random(seed)
+    goods = [(float(draw.randint(0, 9)), float(draw.randint(0, 9))) for _ in range(30)]
+    kept = non_dominated(goods)
+    assert any(kept)
+    for (x, y), on_front in zip(goods, kept, strict=True):
+        better = [(a, b) for a, b in goods if (a > x and b >= y) or (a >= x and b > y)]
+        assert bool(better) != on_front
+    at = knee([good if on else None for good, on in zip(goods, kept, strict=True)])
+    assert at is None or kept[at]
+
+
+def test_the_front_does_not_depend_on_the_order_of_points() -> None:
+    pairs = [(100, 10.0), (80, 11.0), (70, 80.0), (60, 40.0), (50, 160.0)]
+    first, turned = only(sized(*pairs)), only(sized(pairs[0], *reversed(pairs[1:])))
+    assert [p.x for p in first.on_front] == [p.x for p in turned.on_front]
+    assert first.knee is not None
+    assert turned.knee is not None
+    assert first.knee.x == turned.knee.x
+
+
+def test_a_speed_counts_over_the_dense_model_of_its_own_run() -> None:
+    dense = point("dense", 1.0, quality("dense", 10.0), speed("dense", 100.0, 10.0))
+    beside = (speed("dense", 50.0, 10.0),)  # the machine was busier, for both
+    made = point("m", 0.5, quality("m", 20.0), speed("m", 60.0, 6.0), baseline=beside)
+    front = only([dense, made])
+    found = {p.variant: p for p in front.points}
+    assert (found["dense"].x, found["m"].x) == (1.0, 1.2)
+    assert (found["m"].x_low, found["m"].x_high) == (54 / 60, 66 / 40)
+    assert front.cost.higher_is_better
+    assert all(p.on_front for p in front.points)
+    assert over_dense(replace(made, baseline=()), dense, "decode") is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        point("m", 0.5, quality("m", 5.0, windows=4), size("m", 10)),
+        point("m", 0.5, quality("m", float("nan")), size("m", 10)),
+        point("m", 0.5, size("m", 10)),
+    ],
+    ids=["other conditions", "not a number", "missing"],
+)
+def test_what_does_not_compare_is_left_out_and_named(other: Point) -> None:
+    front = only([*sized((100, 10.0), (80, 11.0)), other])
+    assert front.left_out == ("m at 0.5",)
+    assert [p.x for p in front.points] == [100, 80]
+    text = markdown("model", [*sized((100, 10.0), (80, 11.0)), other])
+    assert "conditions: m at 0.5." in text
+
+
+@pytest.mark.parametrize("changed", [{"threads": 2}, {"device": "cuda"}])
+def test_speeds_of_other_conditions_are_left_out(changed: dict[str, Any]) -> None:
+    dense = point("dense", 1.0, quality("dense", 10.0), speed("dense", 100.0))
+    beside = (speed("dense", 50.0, **changed),)
+    made = point("m", 0.5, quality("m", 20.0), speed("m", 60.0, **changed), baseline=beside)
+    assert only([dense, made]).left_out == ("m at 0.5",)
+    assert "| m at 0.5 | not comparable (60 against 50) |" in markdown("model", [dense, made])
+
+
+def test_every_quality_meets_every_cost() -> None:
+    metrics = (
+        Metric("dense", "FFN parameters", 60, "", False),
+        size("dense", 100),
+        Metric("dense", "weight bytes", 400, "B", False, {"dtype": "float32"}),
+        quality("dense", 10.0),
+        Metric("dense", "arc acc", 0.5, "", True, {"samples": 8}, 0.4, 0.6),
+        speed("dense", 100.0),
+    )
+    found = fronts([point("dense", 1.0, *metrics)])
+    assert [(front.quality.title, front.cost.title) for front in found] == [
+        (quality, cost)
+        for quality in (f"{PERPLEXITY}, t.txt", "arc acc")
+        for cost in ("parameters", "weight bytes", "decode speed over dense")
+    ]
+    accuracy = found[3]
+    assert (accuracy.quality.higher_is_better, accuracy.quality.scale) == (True, "linear")
+    assert (accuracy.points[0].y_low, accuracy.points[0].y_high) == (0.4, 0.6)
+
+
+def test_reports_name_the_knee_and_hold_everything() -> None:
+    points = sized((100, 10.0), (80, 11.0), (60, 40.0), (50, 160.0))
+    text = markdown("model", points)
+    assert "| m at 0.5, m at 0.6, m at 0.8, dense | knee: m at 0.8 |" in text
+    stored = json.loads(to_json("model", points))
+    assert stored["fronts"][0]["knee"]["keep_ratio"] == 0.8
+    assert [point["metrics"][0]["value"] for point in stored["points"]] == [100, 80, 60, 50]
+    assert set(FORMATS) == {"sweep.md", "sweep.json", "sweep.csv"}
+
+
+def test_csv_has_a_row_for_each_metric_with_its_conditions() -> None:
+    beside = (speed("dense", 50.0),)
+    made = point("a, b", 0.5, quality("a, b at 0.5", 20.0), baseline=beside)
+    rows = list(csv.DictReader(io.StringIO(to_csv("model", [*sized((100, 10.0)), made]))))
+    assert [row["name"] for row in rows] == ["parameters", PERPLEXITY, PERPLEXITY, "decode"]
+    assert [row["variant"] for row in rows] == ["dense", "dense", "a, b", "a, b"]
+    assert [row["model"] for row in rows][2:] == ["a, b at 0.5", "dense"]
+    assert (rows[2]["value"], rows[2]["windows"], rows[2]["runs"]) == ("20.0", "8", "")
+    assert (rows[3]["windows"], rows[3]["runs"]) == ("", "5")
