@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from lrcompress import checkpoint, compare, report
+from lrcompress import checkpoint, compare, report, task_logs
 from lrcompress.compress import apply
 from lrcompress.contamination import refuse_recorded
 from lrcompress.files import check_free, writing
@@ -49,7 +49,8 @@ def factorize_to(
 def evaluate_to(
     recipe: Recipe, out: Path | None = None, progress: Progress = silent
 ) -> list[Metric]:
-    """Measures a model, beside its baselines if it has any; writes a report to `out`, if given.
+    """Measures a model, beside its baselines if it has any; writes a report to `out`, if given,
+    with what the tasks asked and the models answered.
 
     Raises InputError where a model was made from a text that it would be measured on.
     """
@@ -66,11 +67,14 @@ def evaluate_to(
     length = compare.common_length(models, settings)
     for title, column in columns.items():
         refuse_recorded(title, column.loaded[1], settings, length, column.record or {})
-    metrics = compare.measure(models, settings, tasks, progress)
+    measured = compare.measure(models, settings, tasks, progress)
     if out is not None:
+        title = f"{recipe.model.source}: evaluation"
         with writing(out) as partial:
-            report.write(partial, f"{recipe.model.source}: evaluation", metrics, found[-1].record)
-    return metrics
+            report.write(partial, title, measured.metrics, found[-1].record)
+            for model, place in task_logs.places(models).items():
+                task_logs.write(partial / task_logs.FOLDER / place, measured.logs[model])
+    return measured.metrics
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lrcompress import report, stages
+from lrcompress import report, stages, task_logs
 from lrcompress.files import replace_text
 from lrcompress.protocols import InputError, Metric
 from lrcompress.recipe import Recipe, to_yaml
@@ -20,7 +20,7 @@ MADE = {"factorize": MODEL, "finetune": FINETUNED}
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One recipe's folder: recipe.yaml, model/, finetuned/, stages/, and the report."""
+    """One recipe's folder: recipe.yaml, model/, finetuned/, stages/, samples/, and the report."""
 
     recipe: Recipe
     out: Path
@@ -59,6 +59,8 @@ class RunFolder:
         own = {RECIPE, STAGES, MODEL, *report.FORMATS}
         if self._file("finetune").is_file():  # else somebody put it there by hand
             own.add(FINETUNED)
+        if (self.out / STAGES).is_dir():
+            own.add(task_logs.FOLDER)
         hidden = tuple(f".{name}." for name in MADE.values())
         return all(p.name in own or p.name.startswith(hidden) for p in self.out.iterdir())
 
@@ -104,6 +106,13 @@ class RunFolder:
             known = {"inputs": mark, "metrics": [asdict(metric) for metric in action()]}
             self._write(stage, known)
         return [Metric(**metric) for metric in known["metrics"]]
+
+    def keep_logs(self, models: Iterable[str]) -> None:
+        """Removes what models that are not among `models` were asked and answered."""
+        kept = task_logs.places(models).values()
+        for found in (self.out / task_logs.FOLDER).glob("*"):
+            if found.name not in kept:
+                shutil.rmtree(found, ignore_errors=True)
 
     def _write(self, stage: str, content: dict[str, Any]) -> None:
         file = self._file(stage)

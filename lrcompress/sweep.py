@@ -33,7 +33,10 @@ from lrcompress.tasks import Tasks
 RECIPE, POINTS = "recipe.yaml", "points"
 FORMATS = ("sweep.md", "sweep.json")
 SELECTION = ("include", "exclude", "dense_first")
-MEASURED = ("perplexity", "context_length", "stride", "tasks", "limit", "num_fewshot", "batch_size")
+MEASURED = (
+    "perplexity", "context_length", "stride", "tasks", "limit", "num_fewshot", "seed", "data_dir",
+    "batch_size",
+)  # fmt: skip
 # what a variant decides as a whole: the recipe's own choice would hide a method's defaults
 METHOD_KEYS = ("method", "method_options", "ranks", "ranks_options", "form")
 
@@ -137,6 +140,7 @@ class Sweep:
     def _inputs(self, variant: Variant | None) -> list[Any]:
         recipe, evaluate = self.recipe, self.recipe.evaluate
         texts = [stages.data_state(spec) for spec in (*evaluate.perplexity, *evaluate.tasks)]
+        texts.append(stages.folder_state(evaluate.data_dir))
         measuring = evaluate.model_dump(mode="json", include={*MEASURED})
         dense = [recipe.model.model_dump(), stages.model_state(recipe.model), measuring, texts]
         if variant is None:
@@ -228,8 +232,8 @@ class Sweep:
         length = sequence_length(model, settings.context_length)
         label = name if name == DENSE else f"{name} {ratio:g}"
         loaded = (model, self._loaded[1])
-        metrics = compare.quality(label, loaded, settings, self._tasks, length, self.progress)
-        return Point(name, ratio, 1.0, 0.0, None, "", tuple(metrics))
+        found = compare.quality(label, loaded, settings, self._tasks, length, self.progress)
+        return Point(name, ratio, 1.0, 0.0, None, "", tuple(found.metrics))
 
     def _write(self, points: list[Point]) -> None:
         content = json.dumps([asdict(point) for point in points], indent=2, default=str)
