@@ -20,8 +20,8 @@ from lrcompress.files import keeping, safe_name
 from lrcompress.protocols import InputError
 
 OFF = "none"
-# of a config, what says where a model was loaded from and not what it is
-ORIGIN = {"_name_or_path", "transformers_version"}
+# of a config, what says where a model came from and not what it computes
+ORIGIN = {"_name_or_path", "transformers_version", "architectures"}
 # of a fast tokenizer's state, what its last call left behind
 PASSING = ("truncation", "padding")
 
@@ -110,7 +110,7 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
     """Of all that decides what a model answers: config, tensors and tokenizer, not their folder."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ORIGIN}
     attention = getattr(model.config, "_attn_implementation", None)
-    settings = [config, attention, _vocabulary(tokenizer)]
+    settings = [type(model).__name__, config, attention, _vocabulary(tokenizer)]
     mark = hashlib.blake2b(_json(settings, sort_keys=True), digest_size=32)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         mark.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
