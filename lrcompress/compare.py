@@ -153,7 +153,7 @@ def quality(
         if tasks:
             asking = Asking(length, settings.limit, settings.num_fewshot, settings.batch_size)
             cache = TaskCache.at(settings.task_cache)
-            done = run_tasks(label, model, tokenizer, tasks, asking, cache)
+            done = run_tasks(label, model, tokenizer, tasks, asking, cache, progress)
             found += done.metrics
             logs = done.logs
     return Measured(found, {label: logs})

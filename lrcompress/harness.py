@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from lrcompress.checkpoint import versions
-from lrcompress.protocols import MachineError, Metric
+from lrcompress.protocols import MachineError, Metric, Progress, silent
 from lrcompress.task_cache import Entry, TaskCache, fingerprint, identity
 from lrcompress.task_logs import Logs
 from lrcompress.tasks import Tasks, explained
@@ -44,6 +46,7 @@ def run_tasks(
     tasks: Tasks,
     asking: Asking,
     cache: TaskCache | None = None,
+    progress: Progress = silent,
 ) -> TaskResult:
     """Every metric of every task and group, from `cache` what it has of an equal model.
 
@@ -51,13 +54,14 @@ def run_tasks(
     Raises InputError where lm-eval refuses one.
     """
     size, length = asking.batch_size, asking.max_length
-    lm = _harness()(pretrained=model, tokenizer=tokenizer, max_length=length, batch_size=size)
+    harness = _harness(progress)
+    lm = harness(pretrained=model, tokenizer=tokenizer, max_length=length, batch_size=size)
     mark = "" if cache is None else fingerprint(model, tokenizer)
     found = {}
     for name, task in tasks.tasks.items():
         with explained(name):
             _ask(task, tasks, asking)
-            inputs = [versions(), identity(task), str(tasks.seeds), length, size, lm.device.type]
+            inputs = [versions(), identity(task), str(tasks.seeds), length, size, _device(lm)]
             entry = None if cache is None else cache.entry(mark, name, inputs)
             found[name] = _result(lm, name, task, tasks, asking, entry)
     logs = {name: result["logs"] for name, result in found.items()}
@@ -65,17 +69,31 @@ def run_tasks(
     return TaskResult(list(_metrics(label, found, tasks, length)), logs)
 
 
-def _harness() -> Any:
+def _device(lm: Any) -> str:
+    on_gpu = lm.device.type == "cuda"
+    return torch.cuda.get_device_name(lm.device) if on_gpu else str(lm.device.type)
+
+
+def _harness(progress: Progress) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     class QuietHFLM(HFLM):  # type: ignore[misc]
-        """HFLM without a progress bar for each window inside that of the whole text."""
+        """HFLM whose progress bar is that of all texts, and not a new one for each window."""
 
         def _loglikelihood_tokens(
             self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
         ) -> Any:
             quiet = disable_tqdm or override_bs is not None
             return super()._loglikelihood_tokens(requests, quiet, override_bs)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            """One text after another, each kept when it is done; more than one window in a pass
+            are of several texts."""
+            ask = super().loglikelihood_rolling
+            if self.batch_size != 1:
+                return ask(requests, disable_tqdm)
+            texts = progress(requests, "texts of a task")
+            return [score for text in texts for score in ask([text], True)]
 
     return QuietHFLM
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from lrcompress.protocols import InputError
 
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
@@ -26,14 +28,13 @@ def reading_copies(folder: Path, task: str) -> Iterator[None]:
     datasets.load_dataset = copies.load
     try:
         yield
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TemplateError) as error:
         if isinstance(error, InputError) or copies.last is None:
             raise
         reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"task {task!r}: {str(copies.last)!r} is no copy of its data set: {reason} is missing"
-            if isinstance(error, KeyError)
-            else f"task {task!r}: {str(copies.last)!r} cannot be used: {reason}"
+            f"task {task!r}: {str(copies.last)!r} has not what it needs: {reason}"
+            + (" is missing" if isinstance(error, KeyError) else "")
         ) from error
     finally:
         datasets.load_dataset, copies.closed = original, True

@@ -9,16 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from lrcompress.corpora import EMBEDDED, read_corpus
 from lrcompress.protocols import InputError
 from lrcompress.task_data import reading_copies
 
 CHOICE_FIELDS = {"query", "choices", "gold"}
+# what lm-eval raises where a task or its data is wrong
+UNUSABLE = (
+    OSError, LookupError, TypeError, ValueError, AssertionError, AttributeError, TemplateError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,20 +80,25 @@ def resolve(
     task, and the rest lm-eval's own tasks; these read their data from `data_dir`, if it is given,
     and never from the hub. Raises InputError where a name is unknown or data cannot be read.
     """
-    from lm_eval.tasks import TaskManager
-
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if data_dir is not None and not Path(data_dir).is_dir():
         raise InputError(f"data directory {str(data_dir)!r} does not exist: name a folder")
     specs = {name: _local(name) for name in names}
-    # reading the index of lm-eval's own tasks takes seconds
-    manager = TaskManager(include_defaults=None in specs.values())
+    manager = _manager(None in specs.values())
     files = _known(manager, [name for name, spec in specs.items() if spec is None], data_dir)
     specs |= {name: _multiple_choice(name, _rows(file)) for name, file in files.items()}
     seeds = Seeds.of(seed)
     loaded = {name: _load(manager, name, spec, seeds, data_dir) for name, spec in specs.items()}
     tasks, groups = _union(loaded, "tasks"), _union(loaded, "groups")
     return Tasks(tasks, groups, {name: str(file) for name, file in files.items()}, seeds)
+
+
+@cache
+def _manager(built_in: bool) -> Any:
+    """lm-eval's index of tasks: reading that of its own takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=built_in)
 
 
 def _known(manager: Any, names: Sequence[str], data_dir: str | Path | None) -> dict[str, Path]:
@@ -141,7 +152,7 @@ def explained(name: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, LookupError, TypeError, ValueError, AssertionError, AttributeError) as error:
+    except UNUSABLE as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"task {name!r} cannot be run: {reason}") from error
 

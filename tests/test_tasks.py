@@ -274,6 +274,26 @@ def test_an_interrupted_evaluation_goes_on(
     assert not list(cache.rglob("*.db"))
 
 
+def test_texts_that_are_done_are_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cache = tiny_model(), tmp_path / "cache"
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": f"{w} " * 40} for w in WORDS[:3]])
+    whole = quality(model, texts)
+    assert whole == quality(model, texts, cache=tmp_path / "other")
+    count = interrupt(monkeypatch, LlamaForCausalLM, "forward", 0)
+    quality(model, texts)
+    total = len(count)
+    with monkeypatch.context() as patch:
+        done = interrupt(patch, LlamaForCausalLM, "forward", total)
+        with pytest.raises(KeyboardInterrupt):
+            quality(model, texts, cache=cache)
+        assert len(done) == total
+    count.clear()
+    assert quality(model, texts, cache=cache) == whole
+    assert 0 < len(count) <= total / 3 + 1
+
+
 def test_damaged_answers_are_given_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, cache, task = tiny_model(), tmp_path / "cache", write_yaml(tmp_path)
     with monkeypatch.context() as patch:
@@ -422,11 +442,14 @@ def test_a_copy_that_is_not_there_is_no_reason_to_ask_the_hub(
     (tmp_path / "ai2_arc" / "ARC-Easy").mkdir(parents=True)
     write_rows(tmp_path / "piqa" / "validation.jsonl", PIQA)  # without its training examples
     write_rows(tmp_path / "boolq.jsonl", [{"question": "?"}])
+    for split in ("train", "validation", "test"):
+        write_rows(tmp_path / "allenai--sciq" / f"{split}.jsonl", PIQA)
     cases = {
         "hellaswag": r"task 'hellaswag': .* has no copy of its data set .* \(looked for "
         r"hellaswag.jsonl, .*hellaswag.*\)$",
         "arc_easy": r"task 'arc_easy': .*ai2_arc' cannot be read as a data set",
-        "piqa": r"task 'piqa': .*piqa' is no copy of its data set: 'train' is missing$",
+        "piqa": r"task 'piqa': .*piqa' has not what it needs: 'train' is missing$",
+        "sciq": "task 'sciq': .*sciq' has not what it needs: 'support' is undefined$",
         "boolq": "task 'boolq' line 1: needs query",
     }
     for name, sentence in cases.items():
