@@ -80,7 +80,14 @@ def test_numbers_are_those_of_lm_evals_command_line(
         "test_split: test\noutput_type: loglikelihood\ndoc_to_text: query\n"
         "doc_to_target: '{{choices[0]}}'\nmetric_list: [{metric: perplexity}, {metric: acc}]\n"
     )
-    tasks = [write_yaml(tmp_path), word]
+    roll = tmp_path / "roll.yaml"
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": f"{w} and " * 40} for w in WORDS[:3]])
+    roll.write_text(
+        f"task: roll\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {texts}}}}}\n"
+        "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\n"
+        "doc_to_target: '{{text}}'\nmetric_list: [{metric: word_perplexity}]\n"
+    )
+    tasks = [write_yaml(tmp_path), word, roll]
     done = subprocess.run(
         [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
          f"pretrained={dense},max_length=128", "--tasks", *map(str, tasks), "--device", "cpu",
@@ -104,13 +111,14 @@ def test_numbers_are_those_of_lm_evals_command_line(
         if "task_version" in metric["conditions"]
     ]
     assert {metric["name"] for metric in found} == {
-        "mine acc", "mine acc_norm", "word perplexity", "word acc"
+        "mine acc", "mine acc_norm", "word perplexity", "word acc", "roll word_perplexity"
     }  # fmt: skip
     for metric in found:
         task, name = metric["name"].split()
         values = theirs["results"][task]
         assert metric["value"] == values[f"{name},none"]
-        assert metric["high"] == metric["value"] + values[f"{name}_stderr,none"]
+        spread = values[f"{name}_stderr,none"]
+        assert metric["high"] == (None if spread == "N/A" else metric["value"] + spread)
         seeds = [
             theirs["config"][f"{kind}_seed"] for kind in ("random", "numpy", "torch", "fewshot")
         ]
