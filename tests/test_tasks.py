@@ -251,7 +251,7 @@ def test_an_added_task_is_computed_alone(tmp_path: Path, passes: list[int]) -> N
     assert both[2:] == first
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"key": 1, "result": {}}', None])
+@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"key": 1, "result": {"logs": []}}', None])
 def test_a_damaged_file_is_made_anew(damage: str | None, tmp_path: Path, passes: list[int]) -> None:
     model, cache, task = tiny_model(), tmp_path / "cache", write_yaml(tmp_path)
     first = quality(model, task, cache=cache)
@@ -360,14 +360,19 @@ def test_logs_stand_beside_the_report(dense: Path, factorized: Path, tmp_path: P
 def test_run_keeps_logs_of_what_it_measured(dense: Path, text: Path, tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path / "recipe.yaml", dense, text)
     one, two = write_yaml(tmp_path), write_rows(tmp_path / "two.jsonl", ROWS[:2])
-    common = ("--set", "evaluate.speed=false")
-    for tasks, names in ((one, {"mine"}), (two, {"two"}), ("[]", set[str]())):
-        command = ("run", recipe, tmp_path / "out", "--overwrite", *common)
+    command = ("run", recipe, tmp_path / "out", "--overwrite", "--set", "evaluate.speed=false")
+    cases: list[tuple[object, str, set[str]]] = [
+        (one, "[]", {"dense/mine.jsonl", "factorized/mine.jsonl"}),
+        (two, "[]", {"dense/two.jsonl", "factorized/two.jsonl"}),
+        (two, str(dense), {"baseline/two.jsonl", "factorized/two.jsonl"}),
+        ("[]", "[]", set()),
+    ]
+    for tasks, baseline, names in cases:
+        more = ("--set", f"evaluate.tasks={tasks}", "--set", f"evaluate.baseline={baseline}")
         for _ in range(2):  # the second time all stages are done
-            result = invoke(*command, "--set", f"evaluate.tasks={tasks}")
+            result = invoke(*command, *more)
             assert result.exit_code == 0, result.output
-            kept = set(logs(tmp_path / "out" / "samples"))
-            assert kept == {f"{m}/{n}.jsonl" for m in ("dense", "factorized") for n in names}
+            assert set(logs(tmp_path / "out" / "samples")) == names
 
 
 def test_models_and_tasks_of_like_names_get_files_of_their_own() -> None:
