@@ -45,12 +45,8 @@ class TaskCache:
         if place == OFF:
             return None
         folder = default_folder() if place is None else Path(place).expanduser()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            writable = os.access(folder, os.W_OK | os.X_OK)
-        except OSError:
-            writable = False
-        if not writable:
+        there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise InputError(
                 f"task cache {str(folder)!r} is no folder to write to: name another with "
                 f"--task-cache (in a recipe task_cache), or switch it off with {OFF!r}"

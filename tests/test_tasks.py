@@ -319,6 +319,8 @@ def test_the_cache_can_be_off_and_is_where_caches_are(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     model, task = tiny_model(), write_yaml(tmp_path)
     quality(model, task)
+    result = invoke("eval", tmp_path, "--tasks", "no.yaml")
+    assert "'no.yaml' does not exist" in result.stderr
     assert not (tmp_path / "caches").exists()
     lrcompress.evaluate(model, byte_tokenizer(), perplexity=[], speed=False, tasks=[str(task)])
     assert len(list((tmp_path / "caches" / "lrcompress" / "tasks").rglob("mine-*.json"))) == 1
