@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from lrcompress import checkpoint, compare, report
+from lrcompress import checkpoint, compare, report, task_logs
 from lrcompress.compress import apply
 from lrcompress.contamination import refuse_recorded
 from lrcompress.files import check_free, writing
@@ -48,7 +48,8 @@ def factorize_to(
 
 
 def evaluate_to(recipe: Recipe, out: Path | None = None, progress: Progress = silent) -> Report:
-    """Measures a model, beside its baselines if it has any; writes the report to `out`, if given.
+    """Measures a model, beside its baselines if it has any; writes the report to `out`, if given,
+    with what the tasks asked and the models answered.
 
     Raises InputError where a model was made from a text that it would be measured on.
     """
@@ -66,12 +67,14 @@ def evaluate_to(recipe: Recipe, out: Path | None = None, progress: Progress = si
     for title, column in columns.items():
         refuse_recorded(title, column.loaded[1], settings, length, column.record or {})
     details = compare.details(models, settings, progress)  # first: it refuses unfit prompts
-    metrics = compare.measure(models, settings, tasks, progress)
+    measured = compare.measure(models, settings, tasks, progress)
     title, record = f"{recipe.model.source}: evaluation", found[-1].record or {}
-    made = Report(title, tuple(metrics), details, record)
+    made = Report(title, tuple(measured.metrics), details, record)
     if out is not None:
         with writing(out) as partial:
             report.write(partial, made)
+            for model, place in task_logs.places(models).items():
+                task_logs.write(partial / task_logs.FOLDER / place, measured.logs[model])
     return made
 
 

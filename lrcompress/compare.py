@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -14,6 +15,7 @@ from lrcompress.continuations import continuations
 from lrcompress.corpora import read_corpus
 from lrcompress.details import BlockChange, Details, TokenChange
 from lrcompress.ffn import find_ffns
+from lrcompress.harness import Asking, run_tasks
 from lrcompress.lowrank import is_compressed
 from lrcompress.perplexity import perplexity
 from lrcompress.protocols import InputError, Metric, Progress, silent
@@ -21,8 +23,18 @@ from lrcompress.recipe import from_flat
 from lrcompress.settings import EvaluateSettings
 from lrcompress.sizes import evaluation_mode, parameter_count, sequence_length
 from lrcompress.sources import Loaded
-from lrcompress.tasks import Tasks, resolve, run_tasks
+from lrcompress.task_cache import TaskCache
+from lrcompress.task_logs import Logs
+from lrcompress.tasks import Tasks, resolve
 from lrcompress.token_change import token_changes
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The metrics of models, and by the label of each what its tasks asked and it answered."""
+
+    metrics: list[Metric]
+    logs: Mapping[str, Logs]
 
 
 def evaluate(
@@ -46,7 +58,7 @@ def evaluate(
     kinds = [kind(one) for one in (*others, model)]
     pairs = [(one, tokenizer) for one in (*others, model)]
     models = dict(zip(labels(kinds, names), pairs, strict=True))
-    return measure(models, checked, resolve_tasks(checked), progress)
+    return measure(models, checked, resolve_tasks(checked), progress).metrics
 
 
 def kind(model: Any, trained: bool = False) -> str:
@@ -73,8 +85,14 @@ def labels(kinds: Sequence[str], sources: Sequence[str]) -> list[str]:
 
 
 def resolve_tasks(settings: EvaluateSettings) -> Tasks | None:
-    """The tasks of `settings`, found before any model is loaded; None where there are none."""
-    return resolve(settings.tasks) if settings.tasks else None
+    """The tasks of `settings`, found before any model is loaded; None where there are none.
+
+    Raises InputError where one cannot be read, or its results cannot be kept.
+    """
+    if not settings.tasks:
+        return None
+    TaskCache.at(settings.task_cache)
+    return resolve(settings.tasks, settings.seed, settings.data_dir)
 
 
 def measure(
@@ -82,13 +100,16 @@ def measure(
     settings: EvaluateSettings,
     tasks: Tasks | None,
     progress: Progress = silent,
-) -> list[Metric]:
+) -> Measured:
     """Every metric of every model, models in the order given, each with its own tokenizer."""
     length = common_length(models, settings)
     found: list[Metric] = []
+    logs: dict[str, Logs] = {}
     for label, loaded in models.items():
-        found += quality(label, loaded, settings, tasks, length, progress)
-    return found + speed(models, settings, progress)
+        one = quality(label, loaded, settings, tasks, length, progress)
+        found += one.metrics
+        logs.update(one.logs)
+    return Measured(found + speed(models, settings, progress), logs)
 
 
 def details(
@@ -150,20 +171,24 @@ def quality(
     tasks: Tasks | None,
     length: int,
     progress: Progress = silent,
-) -> list[Metric]:
+) -> Measured:
     """Size, perplexities and task metrics of one model, in windows of `length` tokens."""
     model, tokenizer = loaded
     _check_tokenizer(tokenizer, settings)
     corpora = [read_corpus(spec, "test") for spec in settings.perplexity]
     found = list(size(label, model))
+    logs: Logs = {}
     with evaluation_mode(model):
         for corpus in corpora:
             window = (length, settings.stride, settings.limit)
             found.append(perplexity(label, model, tokenizer, corpus, *window, progress))
         if tasks:
-            options = (settings.limit, settings.num_fewshot, settings.batch_size)
-            found += run_tasks(label, model, tokenizer, tasks, length, *options)
-    return found
+            asking = Asking(length, settings.limit, settings.num_fewshot, settings.batch_size)
+            cache = TaskCache.at(settings.task_cache)
+            done = run_tasks(label, model, tokenizer, tasks, asking, cache, progress)
+            found += done.metrics
+            logs = done.logs
+    return Measured(found, {label: logs})
 
 
 def _check_tokenizer(tokenizer: Any, settings: EvaluateSettings) -> None:

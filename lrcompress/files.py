@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -158,6 +159,11 @@ def replace_text(file: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def safe_name(text: str) -> str:
+    """`text` as a part of a path: other characters than those of plain words become _."""
+    return re.sub(r"[^\w+=.,-]", "_", text).strip(".")[:120] or "_"
 
 
 def render(template: str, escape: bool, **values: Any) -> str:

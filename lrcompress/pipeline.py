@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from lrcompress import checkpoint, compare, report, stages
+from lrcompress import checkpoint, compare, report, stages, task_logs
 from lrcompress.commands import factorize_to
 from lrcompress.contamination import refuse_planned, refuse_recorded
 from lrcompress.details import Details
@@ -24,6 +24,7 @@ from lrcompress.tune import check_settings, finetune_to
 
 # settings that leave the metrics as they are
 DETAILS = ("compared_windows", "prompts", "continuation_tokens")
+NO_INPUT = (*DETAILS, "task_cache")
 
 
 def run(
@@ -135,13 +136,14 @@ class Run:
         """What the numbers of a column depend on."""
         settings, source = self.recipe.evaluate, self._columns[title]
         texts = [stages.data_state(spec) for spec in (*settings.perplexity, *settings.tasks)]
+        texts.append(stages.folder_state(settings.data_dir))
         made = {str(self.folder.model(stage)): stage for stage in self.stages}
         stage = made.get(source.source)
         if stage:
             model: list[Any] = [self._making(stage), self.folder.weights(stage)]
         else:
             model = stages.model_inputs(source)
-        return [settings.model_dump(mode="json", exclude={*DETAILS}), texts, model]
+        return [settings.model_dump(mode="json", exclude={*NO_INPUT}), texts, model]
 
     def _measure(self, tasks: Tasks | None) -> list[Metric]:
         settings, found = self.recipe.evaluate, list[Metric]()
@@ -173,7 +175,10 @@ class Run:
         folder = Path(locate(source.source, source.gguf_file).path)
         record = checkpoint.read_record(folder) or {}
         refuse_recorded(title, loaded[1], settings, length, record)
-        return compare.quality(title, loaded, settings, tasks, length, self.progress)
+        found = compare.quality(title, loaded, settings, tasks, length, self.progress)
+        place = task_logs.places(self._columns)[title]
+        task_logs.write(self.folder.out / task_logs.FOLDER / place, found.logs[title])
+        return found.metrics
 
     def _speed(self) -> list[Metric]:
         models = {title: self._load(source) for title, source in self._columns.items()}
@@ -196,5 +201,6 @@ class Run:
             checkpoint.write_record(self.folder.model(stage), record | measured)
         if "finetune" not in self.stages:
             self.folder.drop("finetune")
+        self.folder.keep_logs(self._columns)
         report.write(self.folder.out, made)
         return made

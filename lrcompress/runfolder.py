@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from lrcompress import report, stages
+from lrcompress import report, stages, task_logs
 from lrcompress.files import replace_text
 from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe, to_yaml
@@ -24,7 +24,7 @@ MADE = {"factorize": MODEL, "finetune": FINETUNED}
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One recipe's folder: recipe.yaml, model/, finetuned/, stages/, and the report."""
+    """One recipe's folder: recipe.yaml, model/, finetuned/, stages/, samples/, and the report."""
 
     recipe: Recipe
     out: Path
@@ -63,6 +63,8 @@ class RunFolder:
         own = {RECIPE, STAGES, MODEL, *report.FORMATS}
         if self._file("finetune").is_file():  # else somebody put it there by hand
             own.add(FINETUNED)
+        if (self.out / STAGES).is_dir():
+            own.add(task_logs.FOLDER)
         hidden = tuple(f".{name}." for name in MADE.values())
         return all(p.name in own or p.name.startswith(hidden) for p in self.out.iterdir())
 
@@ -108,6 +110,13 @@ class RunFolder:
             known = {"inputs": mark, "found": found.dump_python(action(), mode="json")}
             self._write(stage, known)
         return found.validate_python(known["found"])
+
+    def keep_logs(self, models: Iterable[str]) -> None:
+        """Removes what models that are not among `models` were asked and answered."""
+        kept = task_logs.places(models).values()
+        for found in (self.out / task_logs.FOLDER).glob("*"):
+            if found.name not in kept:
+                shutil.rmtree(found, ignore_errors=True)
 
     def _write(self, stage: str, content: dict[str, Any]) -> None:
         file = self._file(stage)

@@ -31,6 +31,11 @@ def data_state(spec: str) -> list[list[Any]]:
     return states([Path(spec.partition(":")[0])])
 
 
+def folder_state(folder: str | None) -> list[list[Any]]:
+    """Of all files below a folder, if one is named."""
+    return [] if folder is None else states(Path(folder).rglob("*"))
+
+
 def states(files: Iterable[Path]) -> list[list[Any]]:
     """Name, size and time of the files that exist; none for what the hub holds."""
     found = sorted(file for file in files if file.is_file())

@@ -31,6 +31,9 @@ from lrcompress.sweepfolder import SweepFolder
 from lrcompress.tasks import Tasks
 from lrcompress.variants import Variant, variants
 
+# settings that leave a point's metrics as they are, or that a sweep does not use
+NO_INPUT = ("baseline", "compared_windows", "prompts", "continuation_tokens", "task_cache")
+
 
 def sweep(recipe: Recipe, out: Path, progress: Progress = silent) -> list[Point]:
     """Measures every point of `recipe.sweep` and writes its report to `out`.
@@ -72,7 +75,8 @@ class Sweep:
     def _inputs(self, variant: Variant | None) -> list[Any]:
         recipe, evaluate = self.recipe, self.recipe.evaluate
         texts = [stages.data_state(spec) for spec in (*evaluate.perplexity, *evaluate.tasks)]
-        measuring = evaluate.model_dump(mode="json", exclude={"baseline"})
+        texts.append(stages.folder_state(evaluate.data_dir))
+        measuring = evaluate.model_dump(mode="json", exclude={*NO_INPUT})
         dense = [recipe.model.model_dump(), stages.model_state(recipe.model), measuring, texts]
         if variant is None:
             return dense
@@ -174,8 +178,8 @@ class Sweep:
         settings, name = self.recipe.evaluate, label(variant, ratio)
         loaded = self._loaded if model is None else (model, self._loaded[1])
         length = sequence_length(loaded[0], settings.context_length)
-        metrics = compare.quality(name, loaded, settings, self._tasks, length, self.progress)
+        found = compare.quality(name, loaded, settings, self._tasks, length, self.progress)
         speeds = compare.speed({DENSE: self._loaded} | {name: loaded}, settings, self.progress)
-        metrics += [metric for metric in speeds if metric.model == name]
+        metrics = [*found.metrics, *(metric for metric in speeds if metric.model == name)]
         baseline = tuple(metric for metric in speeds if metric.model != name)
         return Point(variant, ratio, 1.0, 0.0, None, "", tuple(metrics), baseline)

@@ -1,75 +1,160 @@
-"""lm-eval tasks: built-in names, local YAML and JSONL files, and rolling perplexity of a text."""
+"""lm-eval tasks by name: built-in ones, YAML and JSONL files, rolling perplexity of a text."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from lrcompress.corpora import EMBEDDED, read_corpus
-from lrcompress.protocols import InputError, Metric
+import numpy as np
+from jinja2 import TemplateError
 
-# resamples behind the standard errors that lm-eval has no formula for
-BOOTSTRAPS = 100
+from lrcompress.corpora import EMBEDDED, read_corpus
+from lrcompress.protocols import InputError
+from lrcompress.task_data import reading_copies
+
 CHOICE_FIELDS = {"query", "choices", "gold"}
+# what lm-eval raises where a task or its data is wrong
+UNUSABLE = (
+    OSError, LookupError, TypeError, ValueError, AssertionError, AttributeError, TemplateError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Where lm-eval's generators start: few-shot examples, order of choices, sampled answers."""
+
+    random: int
+    numpy: int
+    torch: int
+    fewshot: int
+
+    @classmethod
+    def of(cls, seed: int | None) -> Seeds:
+        """One seed for all; lm-eval's own where it is None."""
+        from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+        if seed is not None:
+            return cls(seed, seed, seed, seed)
+        return cls(DEFAULT_RANDOM_SEED, *[DEFAULT_OTHER_SEED] * 3)
+
+    def __str__(self) -> str:
+        """As lm-eval's own --seed takes them."""
+        return f"{self.random},{self.numpy},{self.torch},{self.fewshot}"
+
+    def start(self) -> None:
+        from lm_eval.utils import set_torch_seed
+
+        random.seed(self.random)
+        np.random.seed(self.numpy)
+        set_torch_seed(self.torch)
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks that exist and can be read, ready for lm-eval."""
+    """Tasks that exist, with their questions read: lm-eval's Task and Group objects by name.
 
-    specs: list[str | dict[str, Any]]
-    manager: Any
+    `files` names the file whose questions a task asks although it has the name of a built-in one.
+    """
+
+    tasks: Mapping[str, Any]
+    groups: Mapping[str, Any]
+    files: Mapping[str, str]
+    seeds: Seeds
 
 
-def resolve(names: Sequence[str]) -> Tasks:
-    """Finds every task before any model is loaded.
+def resolve(
+    names: Sequence[str], seed: int | None = None, data_dir: str | Path | None = None
+) -> Tasks:
+    """Finds every task, and reads its questions, before any model is loaded.
 
     A name that ends in .yaml is a task file, .jsonl with query, choices and gold a
     multiple-choice task, `pydoc` and any other .txt or .jsonl text a rolling-perplexity
-    task, and the rest lm-eval's own tasks. Raises InputError where a name is unknown or a file
-    cannot be read.
+    task, and the rest lm-eval's own tasks; these read their data from `data_dir`, if it is given,
+    and never from the hub. Raises InputError where a name is unknown or data cannot be read.
     """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise InputError(f"data directory {str(data_dir)!r} does not exist: name a folder")
+    specs = {name: _local(name) for name in names}
+    manager = _manager(None in specs.values())
+    files = _known(manager, [name for name, spec in specs.items() if spec is None], data_dir)
+    specs |= {name: _multiple_choice(name, _rows(file)) for name, file in files.items()}
+    seeds = Seeds.of(seed)
+    loaded = {name: _load(manager, name, spec, seeds, data_dir) for name, spec in specs.items()}
+    tasks, groups = _union(loaded, "tasks"), _union(loaded, "groups")
+    return Tasks(tasks, groups, {name: str(file) for name, file in files.items()}, seeds)
+
+
+@cache
+def _manager(built_in: bool) -> Any:
+    """lm-eval's index of tasks: reading that of its own takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    specs = [_local(name) for name in names]
-    # reading the index of lm-eval's own tasks takes seconds
-    manager = TaskManager(include_defaults=any(spec is None for spec in specs))
-    for name, spec in zip(names, specs, strict=True):
-        if spec is None and name not in manager.all_tasks:
+    return TaskManager(include_defaults=built_in)
+
+
+def _known(manager: Any, names: Sequence[str], data_dir: str | Path | None) -> dict[str, Path]:
+    """Checks the names of built-in tasks; those that have a file of questions in `data_dir`."""
+    for name in names:
+        if name not in manager.all_tasks:
             close = get_close_matches(name, manager.all_tasks, 3)
             hint = f", did you mean {', '.join(close)}?" if close else ""
             raise InputError(
                 f"task {name!r} is unknown{hint} (give an lm-eval task, FILE.yaml, FILE.jsonl or "
                 "a text)"
             )
-    tasks = Tasks([spec or name for name, spec in zip(names, specs, strict=True)], manager)
-    with _explained():
-        manager.load(tasks.specs)
-    local = [str(spec["task"]) for spec in specs if isinstance(spec, dict)]
-    if len(set(local)) < len(local):
-        raise InputError(f"tasks {', '.join(local)}: two of the same name, rename one of the files")
-    return tasks
+    found = {} if data_dir is None else {n: Path(data_dir) / f"{n}.jsonl" for n in names}
+    return {name: file for name, file in found.items() if file.is_file()}
+
+
+def _load(
+    manager: Any,
+    name: str,
+    spec: str | dict[str, Any] | None,
+    seeds: Seeds,
+    data_dir: str | Path | None,
+) -> Mapping[str, Mapping[str, Any]]:
+    """The tasks and groups of one name; lm-eval may draw the order of choices here."""
+    seeds.start()
+    with explained(name):
+        if spec is not None or data_dir is None:
+            return manager.load([spec or name])  # type: ignore[no-any-return]
+        with reading_copies(Path(data_dir), name):
+            return manager.load([name])  # type: ignore[no-any-return]
+
+
+def _union(loaded: Mapping[str, Mapping[str, Any]], kind: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    owners: dict[str, str] = {}
+    for owner, parts in loaded.items():
+        for name, one in parts[kind].items():
+            if name in found:
+                raise InputError(
+                    f"task {name!r} is there twice, as {owners[name]!r} and {owner!r}: leave one "
+                    "out, or rename a file"
+                )
+            found[name], owners[name] = one, owner
+    return found
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained(name: str) -> Iterator[None]:
     """lm-eval's many ways to say that a task cannot be read or run -> one InputError."""
     try:
         yield
     except InputError:
         raise
-    except (OSError, LookupError, TypeError, ValueError, AssertionError, AttributeError) as error:
+    except UNUSABLE as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"a task cannot be run: {reason}") from error
+        raise InputError(f"task {name!r} cannot be run: {reason}") from error
 
 
 def _local(name: str) -> str | dict[str, Any] | None:
@@ -150,95 +235,3 @@ def _dataset(rows: list[dict[str, Any]]) -> Any:
         return DatasetDict({"test": Dataset.from_list(rows)})
 
     return build
-
-
-def run_tasks(
-    label: str,
-    model: Any,
-    tokenizer: Any,
-    tasks: Tasks,
-    max_length: int,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 1,
-) -> list[Metric]:
-    """Every metric of every task. Raises InputError where a task's data cannot be had."""
-    from lm_eval import simple_evaluate
-
-    harness = _harness()(
-        pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size
-    )
-    with _explained():
-        results = simple_evaluate(
-            model=harness,
-            tasks=tasks.specs,
-            task_manager=tasks.manager,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            bootstrap_iters=BOOTSTRAPS,
-            log_samples=True,
-        )
-    return _metrics(label, results, max_length)
-
-
-def _harness() -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    class QuietHFLM(HFLM):  # type: ignore[misc]
-        """HFLM without a progress bar for each window inside that of the whole text."""
-
-        def _loglikelihood_tokens(
-            self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
-        ) -> Any:
-            quiet = disable_tqdm or override_bs is not None
-            return super()._loglikelihood_tokens(requests, quiet, override_bs)
-
-    return QuietHFLM
-
-
-def _metrics(label: str, results: Mapping[str, Any], max_length: int) -> list[Metric]:
-    found = []
-    for task, values in results["results"].items():
-        conditions = {
-            "task_version": results["versions"].get(task),
-            "num_fewshot": results["n-shot"].get(task),
-            "samples": results["n-samples"].get(task, {}).get("effective"),
-            "context_length": max_length,
-        }
-        for key, value in values.items():
-            metric, _, filtered = key.partition(",")
-            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            better = bool(results["higher_is_better"].get(task, {}).get(metric, True))
-            one = _metric(label, task, metric, values, key, better, conditions)
-            logged = results["samples"].get(task, ())
-            found.append(replace(one, samples=_scores(logged, metric, filtered, one.value)))
-    return found
-
-
-def _scores(
-    logged: Sequence[Mapping[str, Any]], metric: str, filtered: str, value: float
-) -> list[list[float]]:
-    """The score of every item, where `value` is their mean; else nothing."""
-    scores = [sample.get(metric) for sample in logged if sample["filter"] == filtered]
-    if not scores or not all(isinstance(score, int | float) for score in scores):
-        return []
-    found = [float(score) for score in scores if score is not None]
-    return [[score, 1] for score in found] if math.isclose(fmean(found), value) else []
-
-
-def _metric(
-    label: str,
-    task: str,
-    metric: str,
-    values: Mapping[str, Any],
-    key: str,
-    better: bool,
-    conditions: Mapping[str, object],
-) -> Metric:
-    name, filtered = key.split(",", 1)
-    spread = values.get(f"{name}_stderr,{filtered}")
-    value = float(values[key])
-    low, high = (value - spread, value + spread) if isinstance(spread, float) else (None, None)
-    title = f"{task} {metric}" + ("" if filtered == "none" else f" ({filtered})")
-    return Metric(label, title, value, "", better, conditions, low, high)

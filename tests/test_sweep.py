@@ -124,9 +124,9 @@ def test_weights_are_those_of_single_runs_bit_for_bit(
 ) -> None:
     made: list[dict[str, torch.Tensor]] = []
 
-    def kept(label: str, loaded: Any, *_: Any) -> list[Metric]:
+    def kept(label: str, loaded: Any, *_: Any) -> compare.Measured:
         made.append(loaded[0].state_dict())
-        return []
+        return compare.Measured([], {})
 
     monkeypatch.setattr(compare, "quality", kept)
     sweep(recipe(source, methods=[method]), tmp_path / "out")
@@ -149,9 +149,9 @@ def test_one_decomposition_serves_every_keep_ratio(
         solved[0] += 1
         return eigh(matrix)
 
-    def noted(*_: Any) -> list[Metric]:
+    def noted(*_: Any) -> compare.Measured:
         before.append(solved[0])
-        return []
+        return compare.Measured([], {})
 
     monkeypatch.setattr(torch.linalg, "eigh", counted)
     monkeypatch.setattr(compare, "quality", noted)

@@ -30,6 +30,22 @@ class EvaluateSettings(Section):
         None, ge=1, description="At most this many windows of each text and documents of each task."
     )
     num_fewshot: int | None = Field(None, ge=0, description="Examples before each task question.")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        lt=2**32,
+        description="Of tasks: few-shot examples, order of choices; default is lm-eval's own.",
+    )
+    data_dir: str | None = Field(
+        None,
+        description="Folder with local copies of the data sets of built-in tasks; then none is "
+        "read from the hub.",
+    )
+    task_cache: str | None = Field(
+        None,
+        description="Folder that keeps the results of tasks, so that none is computed twice; "
+        "default is lrcompress/tasks in the user's cache, none keeps nothing.",
+    )
     batch_size: int = Field(
         1, ge=1, description="Sequences per forward pass in tasks and in training speed."
     )
