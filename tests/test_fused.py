@@ -1,0 +1,184 @@
+"""Optimized FFNs: the same outputs and gradients, the same checkpoints, and back bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import lrcompress
+from lrcompress.ffn import find_ffns
+from lrcompress.fused import FUSED, Shared, optimize
+from lrcompress.lowrank import compressed_layers
+from tests.tiny import FAMILIES, byte_tokenizer, logits, tiny_model, tokens
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def low_rank(family: str, form: str = "pivoted", **changes: Any) -> Any:
+    model = tiny_model(family, **changes)
+    lrcompress.factorize(model, rank=16, method="svd", form=form)
+    return model
+
+
+def fused_layers(model: nn.Module) -> dict[str, nn.Module]:
+    kinds = tuple(FUSED.values())
+    return {name: layer for name, layer in compressed_layers(model) if isinstance(layer, kinds)}
+
+
+@pytest.mark.parametrize("form", ["factored", "pivoted"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_same_and_goes_back(family: str, form: str) -> None:
+    model = low_rank(family, form)
+    expected = logits(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with optimize(model):
+        assert fused_layers(model).keys() == dict(compressed_layers(model)).keys()
+        torch.testing.assert_close(logits(model), expected, **CLOSE)
+        one = model(input_ids=tokens()[:1, :1]).logits  # few tokens take other kernels
+    assert not fused_layers(model)
+    torch.testing.assert_close(model(input_ids=tokens()[:1, :1]).logits, one, **CLOSE)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("method", ["nystrom", "auto"])
+def test_narrowed_and_mixed_ffns(family: str, method: str) -> None:
+    model = tiny_model(family)
+    settings: dict[str, Any] = {"num_samples": 4, "seq_len": 48, "rank_multiple": 2}
+    lrcompress.factorize(model, byte_tokenizer(), keep_ratio=0.5, method=method, **settings)
+    expected = logits(model)
+    optimize(model)
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+
+
+OUTER = {"factored": ("A.weight", "B.weight"), "pivoted": ("Z.weight", "C.weight")}
+
+
+def channel_orders(model: Any) -> dict[str, torch.Tensor]:
+    """Where the outputs of what makes the channels go if they come in the order of down's pivots;
+    both halves of gate and up in one matrix."""
+    found: dict[str, torch.Tensor] = {}
+    linears = find_ffns(model).linears
+    for down in (spec for spec in linears if spec.role == "down"):
+        order = getattr(model.get_submodule(down.name), "order", torch.empty(0)).long()
+        for spec in linears:
+            if spec.ffn == down.ffn and spec.role != "down":
+                both = torch.cat([order, order + len(order)])
+                found[spec.name] = both if spec.role == "gate_up" else order
+    return found
+
+
+@pytest.mark.parametrize("form", ["factored", "pivoted"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "starcoder2"])
+def test_gradients_are_the_same(family: str, form: str) -> None:
+    model = low_rank(family, form)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    moved = channel_orders(model)
+    expected = gradients()
+    with optimize(model):
+        found = gradients()
+    assert found.keys() == expected.keys()
+    assert all(f"{name}.{own}" in found for name in moved for own in OUTER[form])
+    for name, gradient in found.items():
+        linear, _, own = name.rpartition(".B." if form == "factored" else ".C.")
+        rows = moved[linear] if own and form == "pivoted" and linear in moved else slice(None)
+        torch.testing.assert_close(gradient, expected[name][rows], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["factored", "pivoted"])
+def test_training_and_saving_while_optimized(form: str, tmp_path: Path) -> None:
+    """What is saved loads without being optimized, and holds the steps that were made."""
+    model = low_rank("llama", form)
+    names = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    undo = optimize(model)
+    model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    trained = logits(model.eval())
+    lrcompress.save(model, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert {name: tensor.shape for name, tensor in loaded.state_dict().items()} == names
+    torch.testing.assert_close(logits(loaded), trained, **CLOSE)
+    undo.close()
+    torch.testing.assert_close(logits(model), trained, **CLOSE)
+
+
+def test_gate_and_up_read_their_input_once() -> None:
+    """One product gives both their inner activations; without room for it they are made apart."""
+    model = low_rank("llama", "factored")
+    optimize(model)
+    mlp = model.model.layers[0].mlp
+    seen: list[Any] = []
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        linear.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        mlp(x)
+    gate, up = seen
+    assert isinstance(gate, Shared)
+    assert gate is up
+    first, second = gate.inner
+    assert first.data_ptr() + first.nbytes == second.data_ptr()  # parts of one product
+    expected = mlp.gate_proj.A(x).flatten(0, 1).t()
+    torch.testing.assert_close(first, expected, **CLOSE)
+    model.double()  # moves every weight to memory of its own
+    with torch.no_grad():
+        moved = mlp(x.double())
+        first, second = seen[-1].inner
+    assert first.data_ptr() + first.nbytes != second.data_ptr()
+    torch.testing.assert_close(moved.float(), mlp.float()(x), **CLOSE)
+
+
+def test_the_order_of_pivots_is_absorbed() -> None:
+    model = low_rank("llama", "pivoted")
+    orders = {n: layer.order.clone() for n, layer in compressed_layers(model)}
+    assert any(not torch.equal(o, torch.arange(len(o))) for n, o in orders.items() if "down" in n)
+    optimize(model)
+    for name, layer in compressed_layers(model):
+        in_order = torch.equal(layer.order, torch.arange(len(layer.order)))  # type: ignore[arg-type]
+        assert in_order == name.endswith("down_proj")
+
+
+def test_nothing_is_absorbed_across_what_knows_the_channels() -> None:
+    """Such as a norm between the channels and down: its weights have the old order."""
+    model = low_rank("llama", "pivoted")
+    for block in model.model.layers:
+        mlp = block.mlp
+        scale = nn.Parameter(torch.rand(mlp.down_proj.in_features))
+        mlp.register_parameter("scale", scale)
+        mlp.down_proj.register_forward_pre_hook(lambda _, args, s=scale: (args[0] * s,))
+    expected = logits(model)
+    optimize(model)
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+
+
+def test_adapters_are_left_as_they_are() -> None:
+    from lrcompress.parametrization import with_adapters
+
+    model = with_adapters(low_rank("llama"), 2, 0)
+    expected = logits(model)
+    optimize(model.base_model.model)
+    assert not fused_layers(model)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", ["factored", "pivoted"])
+def test_compiles_as_one_graph(form: str) -> None:
+    model = low_rank("llama", form)
+    mlp, x = model.model.layers[0].mlp, torch.randn(2, 5, 32)
+    with torch.no_grad():
+        expected = mlp(x)
+        optimize(model)
+        compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected, **CLOSE)
