@@ -16,16 +16,18 @@ from lrcompress.protocols import InputError, MachineError
 if TYPE_CHECKING:
     from lrcompress.compare import evaluate
     from lrcompress.compress import factorize, save
+    from lrcompress.fused import optimize
     from lrcompress.models import load
     from lrcompress.pipeline import run
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "MachineError", "evaluate", "factorize", "load", "run", "save"]
+__all__ = ["InputError", "MachineError", "evaluate", "factorize", "load", "optimize", "run", "save"]
 
 _HOMES = {
     "evaluate": "compare",
     "factorize": "compress",
     "load": "models",
+    "optimize": "fused",
     "run": "pipeline",
     "save": "compress",
 }

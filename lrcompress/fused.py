@@ -1,14 +1,14 @@
 """Compressed FFNs as they run fastest: `optimize` puts low-rank layers into their fused forms.
 
 Nothing that a checkpoint holds changes in name or shape: the layers keep their parameters, and
-run them in another order. Inside a layer tokens are columns, so that an input is gathered by
-whole rows and the halves of a matrix are contiguous.
+run them in another order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -24,10 +24,14 @@ from lrcompress.lowrank import FactoredLinear, LowRankLinear, PivotedLinear, is_
 WHOLE = ({"gate", "up", "down"}, {"gate_up", "down"}, {"up", "down"})
 
 
-class Shared(NamedTuple):
-    """In the place of the input of gate and up: what each of them would make of it first.
+# from so many tokens on, the CPU's kernels are faster with the weight on the left
+COLUMNS = 16
 
-    `inner` are tensors (rank, tokens), `batch` is the shape of the tokens.
+
+class Shared(NamedTuple):
+    """In the place of the input of gate and up: what each of them makes of it first.
+
+    `inner` are tensors (tokens, rank), `batch` is the shape of the tokens.
     """
 
     batch: torch.Size
@@ -35,21 +39,21 @@ class Shared(NamedTuple):
 
 
 class FusedFactored(FactoredLinear):
-    """y = B A x, tokens as columns inside; reads a `Shared` at `position`."""
+    """y = B A x; reads a `Shared` at `position`. `ends` says that it is the FFN's last."""
 
     position: int
     ends: bool
 
-    def inner(self, columns: Tensor) -> Tensor:
-        """A x (rank, tokens) of x (in, tokens)."""
-        return self.A.weight @ columns
+    def inner(self, x: Tensor) -> Tensor:
+        """A x (tokens, rank) of x (tokens, in)."""
+        return _product(x, self.A.weight, None, _in_columns(x))
 
     def forward(self, x: Tensor | Shared) -> Tensor:
         return _forward(self, self.B, x)
 
 
 class FusedPivoted(PivotedLinear):
-    """y = C [I Z] Pᵀ x, tokens as columns inside; reads a `Shared` at `position`.
+    """y = C [I Z] Pᵀ x; reads a `Shared` at `position`. `ends` says that it is the FFN's last.
 
     `absorbed` says that the input comes in the order of the pivots.
     """
@@ -58,12 +62,13 @@ class FusedPivoted(PivotedLinear):
     ends: bool
     absorbed: bool
 
-    def inner(self, columns: Tensor) -> Tensor:
-        """[I Z] Pᵀ x (rank, tokens) of x (in, tokens): a gather of rows, and one fused product."""
+    def inner(self, x: Tensor) -> Tensor:
+        """[I Z] Pᵀ x (tokens, rank) of x (tokens, in)."""
+        columns = _in_columns(x)
         if not self.absorbed:
-            columns = columns.contiguous().index_select(0, self.order)
-        pivots, rest = columns.tensor_split([self.rank])
-        return torch.addmm(pivots, self.Z.weight, rest)
+            x = _gather(x, self.order, columns)
+        pivots, rest = x.tensor_split([self.rank], 1)
+        return _product(rest, self.Z.weight, pivots, columns)
 
     def forward(self, x: Tensor | Shared) -> Tensor:
         return _forward(self, self.C, x)
@@ -80,64 +85,82 @@ def _forward(layer: Fused, outer: nn.Linear, x: Tensor | Shared) -> Tensor:
     if isinstance(x, Shared):
         batch, inner = x.batch, x.inner[layer.position]
     else:
-        batch, inner = x.shape[:-1], layer.inner(_columns(x))
-    return _output(outer, inner, layer.ends).view(*batch, layer.out_features)
+        batch, inner = x.shape[:-1], layer.inner(_rows(x))
+    columns = not layer.ends and _in_columns(inner)
+    y = _product(inner, outer.weight, outer.bias, columns)
+    return y.view(*batch, layer.out_features)
 
 
-def _columns(x: Tensor) -> Tensor:
-    """x (..., in) as a view (in, tokens)."""
-    return x.reshape(-1, x.shape[-1]).t()
+def _rows(x: Tensor) -> Tensor:
+    """x (..., in) as (tokens, in)."""
+    return x.reshape(-1, x.shape[-1])
 
 
-def _output(outer: nn.Linear, inner: Tensor, ends: bool) -> Tensor:
-    """(tokens, out). On the CPU, intermediate channels stay (out, tokens) in memory: its kernels for
-    bfloat16 are faster with the weight on the left."""
-    weight, bias = outer.weight, outer.bias
-    if ends or inner.is_cuda:
-        return functional.linear(inner.t(), weight, bias)
-    made = weight @ inner if bias is None else torch.addmm(bias[:, None], weight, inner)
-    return made.t()
+def _in_columns(x: Tensor) -> bool:
+    """Whether tokens are to be columns in memory, for x (tokens, in)."""
+    return x.is_cpu and x.shape[0] >= COLUMNS
+
+
+def _product(x: Tensor, weight: Tensor, plus: Tensor | None, columns: bool) -> Tensor:
+    """x Wᵀ + plus (tokens, out), with tokens as columns in memory or as rows."""
+    if not columns:
+        if plus is None or plus.ndim == 1:
+            return functional.linear(x, weight, plus)
+        return torch.addmm(plus, x, weight.t())
+    if plus is None:
+        return torch.mm(weight, x.t()).t()
+    return torch.addmm(plus[:, None] if plus.ndim == 1 else plus.t(), weight, x.t()).t()
+
+
+def _gather(x: Tensor, order: Tensor, columns: bool) -> Tensor:
+    """x[:, order]: where tokens are columns whole rows of memory move, which is far faster."""
+    return x.t().contiguous().index_select(0, order).t() if columns else x.index_select(1, order)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The weights (rank, in) of two `linears`, one behind the other in `whole`."""
+
+    whole: Tensor
+    linears: tuple[nn.Linear, nn.Linear]
+
+    def is_current(self) -> bool:
+        """Whether the weights still lie there, and need no gradients of their own.
+
+        Not for a compiler, which cannot ask where a tensor lies.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        first, second = (linear.weight for linear in self.linears)
+        return (
+            not (torch.is_grad_enabled() and (first.requires_grad or second.requires_grad))
+            and first.data_ptr() == self.whole.data_ptr()
+            and second.data_ptr() == self.whole.data_ptr() + first.nbytes
+        )
 
 
 class SharesInput:
     """Forward pre-hook of an FFN: gate and up get a `Shared`, made once for both."""
 
-    def __init__(self, readers: Sequence[Fused]) -> None:
-        self.readers = tuple(readers)
+    def __init__(self, readers: tuple[Fused, Fused], packed: Packed | None) -> None:
+        self.readers = readers
+        self.packed = packed
 
     def __call__(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not arguments:
             return None  # given by keyword: gate and up read it one by one
         x, *others = arguments
-        return Shared(x.shape[:-1], self._inner(_columns(x))), *others
+        return Shared(x.shape[:-1], self._inner(_rows(x))), *others
 
-    def _inner(self, columns: Tensor) -> tuple[Tensor, ...]:
-        joined = _joined([r.A.weight for r in self.readers if isinstance(r, FusedFactored)])
-        if joined is not None:
-            return (joined @ columns).split([reader.rank for reader in self.readers])
-        if any(isinstance(reader, FusedPivoted) for reader in self.readers):
-            columns = columns.contiguous()  # once for all gathers
-        return tuple(reader.inner(columns) for reader in self.readers)
-
-
-def _joined(weights: Sequence[Tensor]) -> Tensor | None:
-    """Two matrices (rank, in) that lie one behind the other in memory as one, without a copy.
-
-    None where they do not, and where each needs a gradient of its own or is traced by a compiler.
-    """
-    if len(weights) != 2 or torch.compiler.is_compiling():
-        return None
-    first, second = weights
-    if torch.is_grad_enabled() and (first.requires_grad or second.requires_grad):
-        return None
-    if second.data_ptr() != first.data_ptr() + first.nbytes or not _same_storage(first, second):
-        return None
-    rows, columns = len(first) + len(second), first.shape[1]
-    return first.detach().as_strided((rows, columns), (columns, 1))
-
-
-def _same_storage(first: Tensor, second: Tensor) -> bool:
-    return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    def _inner(self, x: Tensor) -> tuple[Tensor, ...]:
+        first, second = self.readers
+        columns = _in_columns(x)
+        if self.packed is not None and self.packed.is_current():
+            both = _product(x, self.packed.whole, None, columns)
+            return both.tensor_split([first.rank], 1)
+        if columns and isinstance(first, FusedPivoted):
+            x = x.t().contiguous().t()  # once for both gathers
+        return first.inner(x), second.inner(x)
 
 
 def optimize(model: nn.Module) -> ExitStack:
@@ -152,7 +175,7 @@ def optimize(model: nn.Module) -> ExitStack:
     linears = find_ffns(model).linears
     with ExitStack() as undo, torch.no_grad():
         for name, specs in groupby(linears, key=lambda spec: spec.ffn):
-            modules = {spec.role: model.get_submodule(spec.name) for spec in specs}
+            modules = {str(spec.role): model.get_submodule(spec.name) for spec in specs}
             _optimize_ffn(model.get_submodule(name), modules, undo)
         return undo.pop_all()
 
@@ -164,10 +187,13 @@ def _optimize_ffn(ffn: nn.Module, linears: Mapping[str, nn.Module], undo: ExitSt
     down = linears.get("down")
     if isinstance(down, FusedPivoted) and _can_permute(ffn, linears, down.in_features):
         _absorb(down, [layer for role, layer in linears.items() if role != "down"], undo)
-    readers = [layer for r, layer in linears.items() if r != "down" and isinstance(layer, Fused)]
-    if len(readers) == 2:
-        _join([reader.A for reader in readers if isinstance(reader, FusedFactored)], undo)
-        undo.callback(ffn.register_forward_pre_hook(SharesInput(readers)).remove)
+    gate, up = linears.get("gate"), linears.get("up")
+    if isinstance(gate, Fused) and isinstance(up, Fused):
+        packed = None
+        if isinstance(gate, FusedFactored) and isinstance(up, FusedFactored):
+            packed = _packed(gate.A, up.A, undo)
+        hook = SharesInput((gate, up), packed)
+        undo.callback(ffn.register_forward_pre_hook(hook).remove)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -238,15 +264,13 @@ def _channels(maker: nn.Module) -> Iterator[tuple[Tensor, int]]:
         yield bias, 0
 
 
-def _join(matrices: Sequence[nn.Linear], undo: ExitStack) -> None:
+def _packed(first: nn.Linear, second: nn.Linear, undo: ExitStack) -> Packed:
     """Moves the weights behind each other in memory; each stays a parameter of its own."""
-    if len(matrices) != 2:
-        return
-    packed = torch.cat([matrix.weight for matrix in matrices])
-    parts = packed.split([len(matrix.weight) for matrix in matrices])
-    for matrix, part in zip(matrices, parts, strict=True):
-        matrix.weight.data = part
-        undo.callback(_own_memory, matrix.weight)
+    whole = torch.cat([first.weight.detach(), second.weight.detach()])
+    for linear, part in zip((first, second), whole.tensor_split([len(first.weight)]), strict=True):
+        linear.weight.data = part
+        undo.callback(_own_memory, linear.weight)
+    return Packed(whole, (first, second))
 
 
 def _own_memory(weight: Tensor) -> None:
