@@ -16,7 +16,7 @@ from lrcompress.protocols import InputError, MachineError
 if TYPE_CHECKING:
     from lrcompress.compare import evaluate
     from lrcompress.compress import factorize, save
-    from lrcompress.fused import optimize
+    from lrcompress.fusing import optimize
     from lrcompress.models import load
     from lrcompress.pipeline import run
 
@@ -27,7 +27,7 @@ _HOMES = {
     "evaluate": "compare",
     "factorize": "compress",
     "load": "models",
-    "optimize": "fused",
+    "optimize": "fusing",
     "run": "pipeline",
     "save": "compress",
 }

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrcompress.protocols import InputError, Metric, Progress, silent
 from lrcompress.sizes import maximum_length
-
-Measured = TypeVar("Measured")
+from lrcompress.timing import in_turn, machine
 
 
 def speed(
@@ -31,16 +30,16 @@ def speed(
     `new_tokens` from its cache. A prompt that does not fit the models' positions is shortened.
     Raises InputError where `new_tokens` alone do not fit.
     """
-    limits = _limits(models)
+    limits = position_limits(models)
     prompt_length = min([prompt_length, *(limit - new_tokens for limit in limits)])
     if prompt_length < 1:
         raise InputError(f"{new_tokens} new tokens do not fit the model's {min(limits)} positions")
 
     def run(model: Any) -> tuple[float, float]:
-        return _one_run(model, prompt_length, new_tokens)
+        return generation(model, _prompt(model, 1, prompt_length), new_tokens)
 
     found = []
-    for label, runs in _in_turn(models, repeats, run, progress, "Measuring speed").items():
+    for label, runs in in_turn(models, repeats, run, progress, "Measuring speed").items():
         conditions = _conditions(models[label], repeats, 1)
         rates = [prompt_length / prefill for prefill, _ in runs]
         about: dict[str, object] = {"prompt_length": prompt_length}
@@ -65,17 +64,17 @@ def training_speed(
     the models' positions. The loss is the mean cross-entropy of the next tokens. There is no step
     of an optimizer. Medians, with the slowest and the fastest run; no gradient is kept.
     """
-    length = min([length, *_limits(models)])
+    length = min([length, *position_limits(models)])
     if length < 2:
         raise InputError(f"a training step of {length} token predicts none: use more")
     vocabulary = min(model.get_input_embeddings().num_embeddings for model in models.values())
-    batch = _random_tokens(vocabulary, batch_size, length)
+    batch = random_tokens(vocabulary, batch_size, length)
 
     def run(model: Any) -> float:
-        return _training_step(model, batch)
+        return training_step(model, batch)
 
     found = []
-    for label, runs in _in_turn(models, repeats, run, progress, "Measuring training").items():
+    for label, runs in in_turn(models, repeats, run, progress, "Measuring training").items():
         about: dict[str, object] = {"of": "forward and backward", "sequence_length": length}
         conditions = about | _conditions(models[label], repeats, batch_size)
         rates = [batch.numel() / seconds for seconds in runs]
@@ -83,26 +82,7 @@ def training_speed(
     return found
 
 
-def _in_turn(
-    models: Mapping[str, Any],
-    repeats: int,
-    run: Callable[[Any], Measured],
-    progress: Progress,
-    description: str,
-) -> dict[str, list[Measured]]:
-    """The models take turns within every repeat, the order turning round each time, after one
-    uncounted run of each."""
-    measured: dict[str, list[Measured]] = {label: [] for label in models}
-    order = list(models)
-    for repeat in progress(range(repeats + 1), description, repeats + 1):
-        for label in order if repeat % 2 else reversed(order):
-            found = run(models[label])
-            if repeat:
-                measured[label].append(found)
-    return measured
-
-
-def _limits(models: Mapping[str, Any]) -> list[int]:
+def position_limits(models: Mapping[str, Any]) -> list[int]:
     return [limit for model in models.values() if (limit := maximum_length(model))]
 
 
@@ -111,22 +91,20 @@ def _metric(label: str, name: str, rates: list[float], conditions: dict[str, obj
 
 
 def _conditions(model: Any, repeats: int, batch_size: int) -> dict[str, object]:
-    device = model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {
-        "batch_size": batch_size,
-        "runs": repeats,
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
+    counts: dict[str, object] = {"batch_size": batch_size, "runs": repeats}
+    return counts | machine(model.device) | {"dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def _prompt(model: Any, batch_size: int, length: int) -> Tensor:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return random_tokens(vocabulary, batch_size, length)
 
 
 @torch.no_grad()
-def _one_run(model: Any, prompt_length: int, new_tokens: int) -> tuple[float, float]:
-    """Seconds of prefill and of decoding."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    prompt = _random_tokens(vocabulary, 1, prompt_length).to(model.device)
+def generation(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of the pass over `prompt` (sequences, tokens), and of `new_tokens` passes after it
+    that add one token to each sequence, the likeliest, from the cache."""
+    prompt = prompt.to(model.device)
     known = inspect.signature(model.forward).parameters
     keep = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     cache = "cache" if "cache" in known else "past_key_values"
@@ -139,8 +117,9 @@ def _one_run(model: Any, prompt_length: int, new_tokens: int) -> tuple[float, fl
     return prefilled - start, _now(model) - prefilled
 
 
-def _training_step(model: Any, batch: Tensor) -> float:
-    """Seconds of a forward and a backward pass; the gradients are dropped."""
+def training_step(model: Any, batch: Tensor) -> float:
+    """Seconds of a forward and a backward pass over `batch` (sequences, tokens); the gradients of
+    all parameters are dropped."""
     tokens = batch.to(model.device)
     with _all_trainable(model) as parameters, torch.enable_grad():
         start = _now(model)
@@ -165,7 +144,7 @@ def _all_trainable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
             parameter.requires_grad_(was)
 
 
-def _random_tokens(vocabulary: int, count: int, length: int) -> Tensor:
+def random_tokens(vocabulary: int, count: int, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (count, length), generator=generator)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lrcompress import __version__, processes
-from lrcompress.options import JSON, MAX_LOSS, SettingsCommand, build_recipe
+from lrcompress.bench_cli import bench
+from lrcompress.options import JSON, MAX_LOSS, SettingsCommand, build_recipe, out_option
 from lrcompress.protocols import InputError
 from lrcompress.settings import EvaluateSettings
 from lrcompress.shell import BEYOND_MAX_LOSS, Group, resumes
@@ -19,16 +19,13 @@ if TYPE_CHECKING:
     from lrcompress.report import Report
 
 
-def _out(required: bool) -> Callable[[Any], Any]:
-    return click.option(
-        "--out", type=click.Path(path_type=Path), required=required, help="New folder to write."
-    )
-
-
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lrcompress")
 def main() -> None:
     """Low-rank compression of the feed-forward layers of causal language models."""
+
+
+main.add_command(bench)
 
 
 FACTORIZE = ("factorize", "calibration", "refine", "model")
@@ -36,7 +33,7 @@ FACTORIZE = ("factorize", "calibration", "refine", "model")
 
 @main.command("factorize", cls=SettingsCommand, sections=FACTORIZE)
 @click.argument("source", metavar="MODEL")
-@_out(required=True)
+@out_option(required=True)
 def factorize_command(source: str, out: Path, **options: Any) -> None:
     """Factorize the FFN weights of MODEL and write a low-rank checkpoint.
 
@@ -55,7 +52,7 @@ FINETUNE = ("finetune", "model")
 
 @main.command("finetune", cls=SettingsCommand, sections=FINETUNE)
 @click.argument("source", metavar="DIR")
-@_out(required=True)
+@out_option(required=True)
 @click.option(
     "--resume/--no-resume", default=True, help="Go on from an interrupted run. [default: on]"
 )
@@ -95,7 +92,7 @@ EVALUATE = ("evaluate", "model")
 
 @main.command("eval", cls=SettingsCommand, sections=EVALUATE)
 @click.argument("source", metavar="MODEL")
-@_out(required=False)
+@out_option(required=False)
 @MAX_LOSS
 @JSON
 def eval_command(
@@ -140,7 +137,7 @@ EXPORT = ("model",)
 
 @main.command("export", cls=SettingsCommand, sections=EXPORT)
 @click.argument("source", metavar="DIR")
-@_out(required=True)
+@out_option(required=True)
 @click.option("--dense", "kind", flag_value="dense", help="Merge back into stock layers.")
 @click.option(
     "--standalone", "kind", flag_value="standalone", help="Ship the layers' code with the weights."

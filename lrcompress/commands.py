@@ -1,24 +1,32 @@
-"""What the commands factorize, eval and export do, from folder to folder."""
+"""What the commands factorize, eval, export and bench do, from folder to folder."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from lrcompress import checkpoint, compare, report, task_logs
+import torch
+
+from lrcompress import bench_report, checkpoint, compare, report, task_logs
+from lrcompress.bench_report import Bench
 from lrcompress.compress import apply
 from lrcompress.contamination import refuse_recorded
+from lrcompress.ffn_benchmark import bench_ffn, device_of
 from lrcompress.files import check_free, writing
+from lrcompress.fusing import optimize
 from lrcompress.lowrank import compressed_layers
+from lrcompress.model_benchmark import bench_models
 from lrcompress.models import locate
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.recipe import Recipe
 from lrcompress.report import Report
-from lrcompress.settings import ModelSettings
+from lrcompress.settings import FFNBenchSettings, ModelBenchSettings, ModelSettings
 from lrcompress.sources import Loaded, load_settings, other_source
 from lrcompress.tables import learned
+from lrcompress.timing import Timing, machine
 
 
 def factorize_to(
@@ -108,3 +116,45 @@ def export_to(settings: ModelSettings, out: Path, standalone: bool) -> None:
         raise InputError(f"{settings.source!r} has no low-rank layers: there is nothing to export")
     write = checkpoint.export_standalone if standalone else checkpoint.export_dense
     write(model, tokenizer, out, record)
+
+
+def bench_ffn_to(
+    settings: FFNBenchSettings, out: Path | None = None, progress: Progress = silent
+) -> Bench:
+    """Times an FFN alone; writes the report to `out`, if given."""
+    if out is not None:
+        check_free(out)
+    timings = bench_ffn(settings, progress)
+    gate = "gated" if settings.gated else "no gate"
+    title = f"FFN of width {settings.width}, {settings.channels} channels, {gate}"
+    return _bench(title, device_of(settings.device), timings, out)
+
+
+def bench_model_to(
+    source: ModelSettings,
+    settings: ModelBenchSettings,
+    out: Path | None = None,
+    progress: Progress = silent,
+) -> Bench:
+    """Times a model beside its dense baseline; writes the report to `out`, if given."""
+    if out is not None:
+        check_free(out)
+    record = _record(source) or {}
+    dense = settings.baseline or record.get("source")
+    others = [] if dense is None else [other_source(source, dense)]
+    found = [_Column.load(one) for one in (*others, source)]
+    names = [column.source.source for column in found]
+    titles = compare.labels([column.kind for column in found], names)
+    models = {t: column.loaded[0] for t, column in zip(titles, found, strict=True)}
+    if settings.optimize:
+        optimize(found[-1].loaded[0])
+    timings = bench_models(models, settings, progress)
+    return _bench(f"{source.source}: speed", found[-1].loaded[0].device, timings, out)
+
+
+def _bench(title: str, device: torch.device, timings: Sequence[Timing], out: Path | None) -> Bench:
+    found = Bench(title, machine(device) | checkpoint.versions(), timings)
+    if out is not None:
+        with writing(out) as partial:
+            bench_report.write(partial, found)
+    return found

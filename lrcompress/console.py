@@ -21,6 +21,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lrcompress import bench_report
+from lrcompress.bench_report import Bench
 from lrcompress.details import Details
 from lrcompress.inspection import Inspection
 from lrcompress.protocols import Status
@@ -154,6 +156,23 @@ def show_verdict(failed: Sequence[Comparison], max_loss: float, err: bool = Fals
         click.echo(f"{one.metric}: may have lost {one.worst:.2%} (95 % interval).", err=err)
     held = "FAIL: not every metric compared is" if failed else "PASS: every metric compared is"
     click.echo(f"{held} shown to have lost at most {max_loss:.3g}.", err=err)
+
+
+def show_bench(found: Bench, out: Path | None, as_json: bool) -> None:
+    if as_json:
+        click.echo(bench_report.to_json(found), nl=False)
+        return
+    click.echo(found.title)
+    rows = bench_report.rows(found)
+    titles = bench_report.columns(rows)
+    shown = Table(box=None, pad_edge=False)
+    for field, name in titles.items():
+        shown.add_column(name, justify="left" if field in {"setting", "name"} else "right")
+    for row in rows:
+        shown.add_row(*(getattr(row, field) for field in titles))
+    _print(shown)
+    if out is not None:
+        click.echo(f"Wrote {out}: {', '.join(bench_report.FILES)}.")
 
 
 def show_inspection(found: Inspection) -> None:

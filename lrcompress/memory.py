@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,21 +13,29 @@ RESET_PEAK = "5"
 
 @dataclass
 class Memory:
-    """`peak` in bytes of resident memory; None where the system does not tell."""
+    """Resident bytes at the `start`, and at the `peak`; None where the system does not tell."""
 
+    start: int | None = None
     peak: int | None = None
+
+    @property
+    def rise(self) -> int | None:
+        return None if self.start is None or self.peak is None else self.peak - self.start
 
 
 @contextmanager
 def peak_memory() -> Iterator[Memory]:
-    """Fills `peak` when the block ends. Linux only: elsewhere it stays None."""
-    memory, known = Memory(), True
-    try:
+    """Fills `peak` when the block ends. Linux only: elsewhere both stay None."""
+    memory = Memory()
+    with suppress(OSError):
         CLEAR.write_text(RESET_PEAK)
-    except OSError:
-        known = False
+        memory.start = _status("VmRSS:")
     yield memory
-    if known:
-        lines = STATUS.read_text().splitlines()
-        found = [line.split() for line in lines if line.startswith("VmHWM:")]
-        memory.peak = int(found[0][1]) * 1024 if found else None
+    if memory.start is not None:
+        memory.peak = _status("VmHWM:")
+
+
+def _status(field: str) -> int | None:
+    """Bytes."""
+    lines = (line.split() for line in STATUS.read_text().splitlines())
+    return next((int(line[1]) * 1024 for line in lines if line and line[0] == field), None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -56,7 +57,7 @@ def _option(flag: str, field: Any) -> click.Option:
 def _default_words(default: object) -> str:
     if default in (None, (), {}) or isinstance(default, bool):
         return " [default: on]" if default is True else ""
-    shown = ",".join(default) if isinstance(default, tuple) else default
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
     return f" [default: {shown}]"
 
 
@@ -79,12 +80,20 @@ def _say(flag: str) -> str:
     return "MODEL" if flag == "source" else f"--{flag.replace('_', '-')}"
 
 
+def build_sections(
+    sections: tuple[str, ...], options: Mapping[str, Any], **fixed: object
+) -> dict[str, Any]:
+    """Checked sections of a command's options; InputError names the flag that is wrong."""
+    from lrcompress import recipe
+
+    return recipe.from_flat(recipe.sections(*sections), _given(options) | fixed, _say)
+
+
 def build_recipe(sections: tuple[str, ...], source: str, options: Mapping[str, Any]) -> Any:
     """The recipe of a command's options; InputError names the flag that is wrong."""
     from lrcompress import recipe
 
-    flat = _given(options) | {"source": source}
-    return recipe.Recipe(**recipe.from_flat(recipe.sections(*sections), flat, _say))
+    return recipe.Recipe(**build_sections(sections, options, source=source))
 
 
 def _share(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
@@ -103,6 +112,12 @@ MAX_LOSS = click.option(
     help="Exit with 3 unless the 95 % interval of every loss against the first model stays "
     "below it: a share of a perplexity, points of an accuracy.",
 )
+
+
+def out_option(required: bool) -> Callable[[Any], Any]:
+    return click.option(
+        "--out", type=click.Path(path_type=Path), required=required, help="New folder to write."
+    )
 
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")

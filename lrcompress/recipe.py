@@ -14,7 +14,9 @@ from lrcompress.settings import (
     CalibrationSettings,
     EvaluateSettings,
     FactorizeSettings,
+    FFNBenchSettings,
     FinetuneSettings,
+    ModelBenchSettings,
     ModelSettings,
     RefineSettings,
     Section,
@@ -39,9 +41,17 @@ class Recipe(Section):
     sweep: SweepSettings = SweepSettings()
 
 
+# what a command can set that no recipe has
+BESIDE: dict[str, type[Section]] = {
+    "ffn_bench": FFNBenchSettings,
+    "model_bench": ModelBenchSettings,
+}
+
+
 def sections(*names: str) -> dict[str, type[Section]]:
-    """Name -> kind of the recipe's sections."""
-    return {name: Recipe.model_fields[name].annotation for name in names}  # type: ignore[misc]
+    """Name -> kind of the recipe's sections, and of those beside it."""
+    kinds = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    return {name: (kinds | BESIDE)[name] for name in names}  # type: ignore[misc]
 
 
 def flags(kind: type[Section]) -> dict[str, str]:

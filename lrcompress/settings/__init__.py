@@ -8,14 +8,17 @@ from lrcompress.settings.measuring import EvaluateSettings, SweepSettings
 from lrcompress.settings.section import Section
 from lrcompress.settings.shrinking import BUDGETS, FactorizeSettings, RefineSettings
 from lrcompress.settings.sources import CalibrationSettings, ModelSettings
+from lrcompress.settings.timing import FFNBenchSettings, ModelBenchSettings
 from lrcompress.settings.training import FinetuneSettings
 
 __all__ = [
     "BUDGETS",
     "CalibrationSettings",
     "EvaluateSettings",
+    "FFNBenchSettings",
     "FactorizeSettings",
     "FinetuneSettings",
+    "ModelBenchSettings",
     "ModelSettings",
     "RefineSettings",
     "Section",

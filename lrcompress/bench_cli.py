@@ -1,0 +1,45 @@
+"""The commands `bench ffn` and `bench model`: parse, call one function, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lrcompress.options import JSON, SettingsCommand, build_sections, out_option
+
+
+@click.group()
+def bench() -> None:
+    """Time an FFN alone, or a whole model, in turn with its dense baseline."""
+
+
+FFN_BENCH = ("ffn_bench",)
+
+
+@bench.command("ffn", cls=SettingsCommand, sections=FFN_BENCH)
+@out_option(required=False)
+@JSON
+def bench_ffn_command(out: Path | None, as_json: bool, **options: Any) -> None:
+    """Time one FFN with random weights, dense against compressed, beside the ideal speed-up."""
+    settings = build_sections(FFN_BENCH, options)["ffn_bench"]
+    from lrcompress import commands, console
+
+    console.show_bench(commands.bench_ffn_to(settings, out, console.progress), out, as_json)
+
+
+MODEL_BENCH = ("model_bench", "model")
+
+
+@bench.command("model", cls=SettingsCommand, sections=MODEL_BENCH)
+@click.argument("source", metavar="MODEL")
+@out_option(required=False)
+@JSON
+def bench_model_command(source: str, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Time MODEL: prefill, decode and a training step, with peak memory, beside its baseline."""
+    given = build_sections(MODEL_BENCH, options, source=source)
+    from lrcompress import commands, console
+
+    found = commands.bench_model_to(given["model"], given["model_bench"], out, console.progress)
+    console.show_bench(found, out, as_json)

@@ -1,0 +1,153 @@
+"""Timings -> a table, Markdown, JSON, and a plot of speed-ups against what would be ideal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+
+from matplotlib.figure import Figure
+
+from lrcompress.files import render, replace_text
+from lrcompress.timing import Speedup, Timing, speedups
+
+PLOTS = ("roofline.svg", "roofline.png")
+FILES = ("bench.json", "bench.md", *PLOTS)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was timed, and on what `machine`."""
+
+    title: str
+    machine: Mapping[str, object]
+    timings: Sequence[Timing]
+
+    @cached_property
+    def speedups(self) -> list[Speedup]:
+        return speedups(self.timings)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One timing as text; speed-up, ideals and share are empty for a baseline."""
+
+    setting: str
+    name: str
+    parameters: str
+    time: str
+    speedup: str = ""
+    by_flops: str = ""
+    by_bytes: str = ""
+    share: str = ""
+    peak: str = ""
+
+
+COLUMNS = {
+    "setting": "setting",
+    "name": "model",
+    "parameters": "parameters",
+    "time": "ms a pass",
+    "speedup": "speed-up",
+    "by_flops": "ideal by FLOPs",
+    "by_bytes": "ideal by bytes",
+    "share": "of ideal",
+    "peak": "peak MiB",
+}
+
+
+def rows(bench: Bench) -> list[Row]:
+    """In the order of the timings."""
+    found = {id(one.timing): one for one in bench.speedups}
+    return [_row(timing, found.get(id(timing))) for timing in bench.timings]
+
+
+def columns(shown: Sequence[Row]) -> dict[str, str]:
+    """Field -> title of what any row has."""
+    return {k: v for k, v in COLUMNS.items() if any(getattr(row, k) for row in shown)}
+
+
+def _row(timing: Timing, speedup: Speedup | None) -> Row:
+    ms = sorted(1000 * second for second in timing.seconds)
+    time = f"{median(ms):.4g} ({ms[0]:.4g}–{ms[-1]:.4g})"
+    peak = "" if timing.peak is None else f"{timing.peak / 2**20:,.0f}"
+    parameters = f"{timing.about['parameters']:,}"
+    start = Row(_setting(timing), timing.name, parameters, time, peak=peak)
+    if speedup is None:
+        return start
+    return Row(
+        *(start.setting, start.name, start.parameters, start.time),
+        f"{speedup.ratio:.2f}x ({speedup.low:.2f}–{speedup.high:.2f})",
+        f"{speedup.by_flops:.2f}x",
+        f"{speedup.by_bytes:.2f}x",
+        f"{speedup.share:.0%}",
+        peak,
+    )
+
+
+def _setting(timing: Timing) -> str:
+    """Such as "forward, tokens 1,024, bfloat16"."""
+    words = []
+    for key, value in timing.setting.items():
+        shown = f"{value:,}" if isinstance(value, int) else str(value)
+        words.append(shown if key in {"pass", "dtype"} else f"{key.replace('_', ' ')} {shown}")
+    return ", ".join(words)
+
+
+def markdown(bench: Bench) -> str:
+    shown = rows(bench)
+    titles = columns(shown)
+    cells = [[getattr(row, field) for field in titles] for row in shown]
+    values = {"bench": bench, "titles": list(titles.values()), "cells": cells}
+    return render("bench.md.jinja", escape=False, **values)
+
+
+def to_json(bench: Bench) -> str:
+    ratios = {id(one.timing): one for one in bench.speedups}
+    content = {
+        "title": bench.title,
+        "machine": bench.machine,
+        "timings": [_entry(timing, ratios.get(id(timing))) for timing in bench.timings],
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _entry(timing: Timing, speedup: Speedup | None) -> dict[str, object]:
+    own = asdict(timing) | {"median": median(timing.seconds)}
+    if speedup is None:
+        return own
+    fields = ("ratio", "low", "high", "by_flops", "by_bytes", "ideal", "share")
+    return own | {"speedup": {field: getattr(speedup, field) for field in fields}}
+
+
+def roofline(bench: Bench) -> Figure:
+    """Each speed-up against its ideal, with its spread; on the line all of the ideal is reached."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot()
+    settings = list(dict.fromkeys(_setting(one.timing) for one in bench.speedups))
+    for setting in settings:
+        group = [one for one in bench.speedups if _setting(one.timing) == setting]
+        spread = [[o.ratio - o.low for o in group], [o.high - o.ratio for o in group]]
+        x, y = [one.ideal for one in group], [one.ratio for one in group]
+        axes.errorbar(x, y, spread, fmt="o", capsize=2, label=setting)
+        for one in group:
+            axes.annotate(one.timing.name, (one.ideal, one.ratio), fontsize=6)
+    most = 1.05 * max([1.0, *(one.ideal for one in bench.speedups)])
+    axes.plot([1, most], [1, most], color="black", linewidth=1, label="ideal")
+    axes.axhline(1, color="grey", linewidth=1, linestyle="dashed", label="as fast as dense")
+    axes.set(xlabel="ideal speed-up over dense", ylabel="measured speed-up", title=bench.title)
+    axes.legend(fontsize=7)
+    return figure
+
+
+def write(folder: Path, bench: Bench) -> None:
+    """Writes bench.json, bench.md and, where there is a speed-up, its plots into `folder`."""
+    replace_text(folder / "bench.json", to_json(bench))
+    replace_text(folder / "bench.md", markdown(bench))
+    if bench.speedups:
+        figure = roofline(bench)
+        for name in PLOTS:
+            figure.savefig(folder / name)
