@@ -12,7 +12,7 @@ from statistics import median
 from matplotlib.figure import Figure
 
 from lrcompress.files import render, replace_text
-from lrcompress.timing import Speedup, Timing, speedups
+from lrcompress.timing import FEW_TOKENS, Speedup, Timing, speedups
 
 PLOTS = ("roofline.svg", "roofline.png")
 FILES = ("bench.json", "bench.md", *PLOTS)
@@ -20,9 +20,10 @@ FILES = ("bench.json", "bench.md", *PLOTS)
 
 @dataclass(frozen=True)
 class Bench:
-    """What was timed, and on what `machine`."""
+    """What was timed, by what `settings` and on what `machine`."""
 
     title: str
+    settings: Mapping[str, object]
     machine: Mapping[str, object]
     timings: Sequence[Timing]
 
@@ -73,7 +74,7 @@ def columns(shown: Sequence[Row]) -> dict[str, str]:
 def _row(timing: Timing, speedup: Speedup | None) -> Row:
     ms = sorted(1000 * second for second in timing.seconds)
     time = f"{median(ms):.4g} ({ms[0]:.4g}–{ms[-1]:.4g})"
-    peak = "" if timing.peak is None else f"{timing.peak / 2**20:,.0f}"
+    peak = "" if timing.peak is None else f"{timing.peak / 2**20:,.1f}"
     parameters = f"{timing.about['parameters']:,}"
     start = Row(_setting(timing), timing.name, parameters, time, peak=peak)
     if speedup is None:
@@ -101,7 +102,7 @@ def markdown(bench: Bench) -> str:
     shown = rows(bench)
     titles = columns(shown)
     cells = [[getattr(row, field) for field in titles] for row in shown]
-    values = {"bench": bench, "titles": list(titles.values()), "cells": cells}
+    values = {"bench": bench, "titles": list(titles.values()), "cells": cells, "few": FEW_TOKENS}
     return render("bench.md.jinja", escape=False, **values)
 
 
@@ -109,6 +110,7 @@ def to_json(bench: Bench) -> str:
     ratios = {id(one.timing): one for one in bench.speedups}
     content = {
         "title": bench.title,
+        "settings": bench.settings,
         "machine": bench.machine,
         "timings": [_entry(timing, ratios.get(id(timing))) for timing in bench.timings],
     }

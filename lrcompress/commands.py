@@ -23,7 +23,7 @@ from lrcompress.models import locate
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.recipe import Recipe
 from lrcompress.report import Report
-from lrcompress.settings import FFNBenchSettings, ModelBenchSettings, ModelSettings
+from lrcompress.settings import FFNBenchSettings, ModelBenchSettings, ModelSettings, Section
 from lrcompress.sources import Loaded, load_settings, other_source
 from lrcompress.tables import learned
 from lrcompress.timing import Timing, machine
@@ -127,7 +127,7 @@ def bench_ffn_to(
     timings = bench_ffn(settings, progress)
     gate = "gated" if settings.gated else "no gate"
     title = f"FFN of width {settings.width}, {settings.channels} channels, {gate}"
-    return _bench(title, device_of(settings.device), timings, out)
+    return _bench(title, settings, device_of(settings.device), timings, out)
 
 
 def bench_model_to(
@@ -149,11 +149,19 @@ def bench_model_to(
     if settings.optimize:
         optimize(found[-1].loaded[0])
     timings = bench_models(models, settings, progress)
-    return _bench(f"{source.source}: speed", found[-1].loaded[0].device, timings, out)
+    device = found[-1].loaded[0].device
+    return _bench(f"{source.source}: speed", settings, device, timings, out)
 
 
-def _bench(title: str, device: torch.device, timings: Sequence[Timing], out: Path | None) -> Bench:
-    found = Bench(title, machine(device) | checkpoint.versions(), timings)
+def _bench(
+    title: str,
+    settings: Section,
+    device: torch.device,
+    timings: Sequence[Timing],
+    out: Path | None,
+) -> Bench:
+    asked = settings.model_dump(mode="json")
+    found = Bench(title, asked, machine(device) | checkpoint.versions(), timings)
     if out is not None:
         with writing(out) as partial:
             bench_report.write(partial, found)

@@ -79,7 +79,7 @@ def bench_ffn(settings: FFNBenchSettings, progress: Progress = silent) -> list[T
     device = device_of(settings.device)
     timings: list[Timing] = []
     for dtype in settings.dtypes:
-        made = {a.name: (a, _make(a, settings, device, dtype)) for a in _alternatives(settings)}
+        made = {a.name: (a, make(a, settings, device, dtype)) for a in _alternatives(settings)}
         passes = list(PASSES) if settings.backward else ["forward"]
         for tokens, name in product(settings.tokens, passes):
             timings += _timed(made, settings, tokens, name, dtype, device, progress)
@@ -100,7 +100,7 @@ def _alternatives(settings: FFNBenchSettings) -> Iterator[Alternative]:
             yield Alternative(form, keep_ratio, path)
 
 
-def _make(
+def make(
     what: Alternative, settings: FFNBenchSettings, device: torch.device, dtype: str
 ) -> FeedForward:
     """With the random weights of a seed, in a scale that keeps values near 1."""
@@ -153,7 +153,8 @@ def _timed(
     device: torch.device,
     progress: Progress,
 ) -> Iterator[Timing]:
-    torch._dynamo.reset()  # a graph for each shape, and the number of graphs has a limit
+    if "compiled" in settings.paths:
+        torch._dynamo.reset()  # a graph for each shape, and the number of graphs has a limit
     x = torch.randn(tokens, settings.width, device=device, dtype=getattr(torch, dtype))
     x.requires_grad_(name != "forward")
     runs = {n: _pass(ffn, x, name) for n, (_, ffn) in made.items()}

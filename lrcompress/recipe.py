@@ -82,7 +82,13 @@ def _section(kind: type[Section], values: Mapping[str, Any], say: Callable[[str]
     names = flags(kind)
     words = {field: flag for flag, field in names.items()}
     given = {field: values[flag] for flag, field in names.items() if flag in values}
-    return checked(kind, given, lambda path: say(words.get(path, path)))
+
+    def said(path: str) -> str:
+        field, _, item = path.partition(".")
+        flag = say(words.get(field, field))
+        return flag if item.isdigit() or not item else f"{flag}.{item}"  # one of a list, or a key
+
+    return checked(kind, given, said)
 
 
 S = TypeVar("S", bound=BaseModel)

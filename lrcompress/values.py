@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BeforeValidator, Field
+
+T = TypeVar("T")
 
 
 def _split(value: object) -> object:
@@ -54,6 +56,12 @@ def all_of(names: Iterable[str]) -> Callable[[tuple[str, ...]], tuple[str, ...]]
         return tuple(check(name) for name in given)
 
     return check_all
+
+
+def not_empty(given: tuple[T, ...]) -> tuple[T, ...]:
+    if not given:
+        raise ValueError("give at least one")
+    return given
 
 
 def variant_name(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from lrcompress.settings.section import Section
-from lrcompress.values import Counts, Names, Ratios, all_of
+from lrcompress.values import Counts, Names, Ratios, all_of, not_empty
 
 FORMS = ("factored", "pivoted", "narrowed")
 PATHS = ("plain", "optimized", "compiled")
@@ -40,28 +40,26 @@ class FFNBenchSettings(Section):
         None, ge=32, description="Intermediate channels; default is 4 times the width."
     )
     gated: bool = Field(True, description="With gate, up and down; else with up and down.")
-    keep_ratios: Ratios = Field(
+    keep_ratios: Annotated[Ratios, AfterValidator(not_empty)] = Field(
         (0.32, 0.6, 0.8),
-        min_length=1,
         description="Shares of the FFN's parameters kept.",
         json_schema_extra={"flag": "keep_ratio"},
     )
-    tokens: Counts = Field((1, 1024), min_length=1, description="Tokens in a pass.")
-    dtypes: Annotated[Names, AfterValidator(all_of(PRECISIONS))] = Field(
+    tokens: Annotated[Counts, AfterValidator(not_empty)] = Field(
+        (1, 1024), description="Tokens in a pass."
+    )
+    dtypes: Annotated[Names, AfterValidator(all_of(PRECISIONS)), AfterValidator(not_empty)] = Field(
         ("float32", "bfloat16"),
-        min_length=1,
         description="Precisions: float32, bfloat16, float16.",
         json_schema_extra={"flag": "dtype"},
     )
-    forms: Annotated[Names, AfterValidator(all_of(FORMS))] = Field(
+    forms: Annotated[Names, AfterValidator(all_of(FORMS)), AfterValidator(not_empty)] = Field(
         FORMS,
-        min_length=1,
         description="Of factored, pivoted, narrowed.",
         json_schema_extra={"flag": "form"},
     )
-    paths: Annotated[Names, AfterValidator(all_of(PATHS))] = Field(
+    paths: Annotated[Names, AfterValidator(all_of(PATHS)), AfterValidator(not_empty)] = Field(
         ("optimized",),
-        min_length=1,
         description="How low-rank layers run: plain, as they load; optimized, as "
         "lrcompress.optimize makes them; compiled, by torch.compile after that, against the "
         "compiled dense FFN.",
@@ -88,9 +86,8 @@ class ModelBenchSettings(Section):
     baseline: str | None = Field(
         None, description="Dense model; default is the one that MODEL was made of."
     )
-    batch_sizes: Counts = Field(
+    batch_sizes: Annotated[Counts, AfterValidator(not_empty)] = Field(
         (1, 8),
-        min_length=1,
         description="Sequences in prefill and decode.",
         json_schema_extra={"flag": "batch_size"},
     )
