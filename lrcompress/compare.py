@@ -15,6 +15,7 @@ from lrcompress.continuations import continuations
 from lrcompress.corpora import read_corpus
 from lrcompress.details import BlockChange, Details, TokenChange
 from lrcompress.ffn import find_ffns
+from lrcompress.fusing import optimize
 from lrcompress.harness import Asking, run_tasks
 from lrcompress.lowrank import is_compressed
 from lrcompress.perplexity import perplexity
@@ -151,11 +152,15 @@ def common_length(models: Mapping[str, Loaded], settings: EvaluateSettings) -> i
 def speed(
     models: Mapping[str, Loaded], settings: EvaluateSettings, progress: Progress = silent
 ) -> list[Metric]:
-    """Speed in use and in training of all models in alternation, as the settings ask for it."""
+    """Speed in use and in training of all models in alternation, as the settings ask for it;
+    compressed models are optimized for it, and put back."""
     alone = {label: model for label, (model, _) in models.items()}
     length, repeats = settings.prompt_length, settings.repeats
     found: list[Metric] = []
-    with _evaluating(models):
+    with _evaluating(models), ExitStack() as stack:
+        if settings.speed or settings.training_speed:
+            for model in alone.values():
+                stack.enter_context(optimize(model))
         if settings.speed:
             found += benchmark.speed(alone, length, settings.new_tokens, repeats, progress)
         if settings.training_speed:
