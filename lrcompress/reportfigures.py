@@ -192,8 +192,8 @@ def _grid(linears: Linears, roles: Sequence[str], value: Any) -> Any:
 
 
 def _has_spectrum(linear: Mapping[str, Any]) -> bool:
-    values = linear.get("spectrum")
-    return bool(values) and values[0][1] > 0
+    values = linear.get("spectrum") or [[1, 0.0]]
+    return float(values[0][1]) > 0
 
 
 def _spectra(linears: Linears) -> Picture:
