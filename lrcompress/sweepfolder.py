@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lrcompress import stages, sweepreport
+from lrcompress import figures, stages, sweepreport
 from lrcompress.files import replace_text
 from lrcompress.points import DENSE, Point
 from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe, to_yaml
 
 RECIPE, POINTS = "recipe.yaml", "points"
+HIDDEN_FIGURES = f".{figures.FOLDER}."  # while they are written
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class SweepFolder:
         if recipe.exists() and recipe.read_text("utf-8") != text:
             for name in sweepreport.FORMATS:  # they are of other settings
                 (self.out / name).unlink(missing_ok=True)
+            shutil.rmtree(self.out / figures.FOLDER, ignore_errors=True)
         (self.out / POINTS).mkdir(parents=True, exist_ok=True)
         replace_text(recipe, text)
 
@@ -40,9 +43,10 @@ class SweepFolder:
         if not self.out.is_dir():
             return False
         names = {path.name for path in self.out.iterdir()}
-        own = {RECIPE, POINTS, *sweepreport.FORMATS}
+        own = {RECIPE, POINTS, figures.FOLDER, *sweepreport.FORMATS}
         partial = {f".{name}.partial" for name in own}
-        return not names or (POINTS in names and names <= own | partial)
+        left = {name for name in names - own - partial if not name.startswith(HIDDEN_FIGURES)}
+        return not names or (POINTS in names and not left)
 
     def point(
         self, variant: str, keep_ratio: float, inputs: Any, make: Callable[[], Point]

@@ -10,6 +10,8 @@ from lrcompress.protocols import Metric
 
 # conditions that may differ between two models whose numbers are still worth a ratio
 COMPARABLE = {"dtype", "device"}
+# what is left of a difference of equal numbers
+ROUNDING = 1e-15
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def cell(metric: Metric | None) -> str:
 
 
 def number(value: float) -> str:
+    value = 0.0 if abs(value) < ROUNDING else value
     if value == int(value) and abs(value) >= 1000:
         return f"{int(value):,}"
     if abs(value) >= 1e6:
