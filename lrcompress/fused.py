@@ -57,10 +57,11 @@ class FusedPivoted(PivotedLinear):
     def inner(self, x: Tensor) -> Tensor:
         """[I Z] Pᵀ x (tokens, rank) of x (tokens, in)."""
         columns = _in_columns(x)
-        if not self.absorbed:
-            x = _gather(x, self.order, columns)
-        pivots, rest = x.tensor_split([self.rank], 1)
-        return _product(rest, self.Z.weight, pivots, columns)
+        order, Z = None if self.absorbed else self.order, self.Z.weight
+        if _is_traced(x, Z):
+            inner: Tensor = PivotedProduct.apply(x, Z, order, columns)  # type: ignore[no-untyped-call]
+            return inner
+        return _pivoted_product(x, Z, order, columns)[0]
 
     def forward(self, x: Tensor | Shared) -> Tensor:
         return _forward(self, self.C, x)
@@ -107,6 +108,63 @@ def _product(x: Tensor, weight: Tensor, plus: Tensor | None, columns: bool) -> T
 def _gather(x: Tensor, order: Tensor, columns: bool) -> Tensor:
     """x[:, order]: where tokens are columns whole rows of memory move, which is far faster."""
     return x.t().contiguous().index_select(0, order).t() if columns else x.index_select(1, order)
+
+
+def _pivoted_product(
+    x: Tensor, Z: Tensor, order: Tensor | None, columns: bool
+) -> tuple[Tensor, Tensor]:
+    """[I Z] of x (tokens, in) in `order`, (tokens, rank), and the inputs that Z has read."""
+    if order is not None:
+        x = _gather(x, order, columns)
+    pivots, rest = x.tensor_split([len(Z)], 1)
+    return _product(rest, Z, pivots, columns), rest
+
+
+def _is_traced(x: Tensor, weight: Tensor) -> bool:
+    """Whether autograd, and neither a compiler nor autocast, asks for a backward pass."""
+    return (
+        torch.is_grad_enabled()
+        and (x.requires_grad or weight.requires_grad)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+class PivotedProduct(torch.autograd.Function):
+    """`_pivoted_product` whose backward pass writes both parts of the gradient of x into one piece
+    of memory, in the layout of the forward pass: autograd alone would fill, copy and add them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, Z: Tensor, order: Tensor | None, columns: bool) -> Tensor:
+        inner, rest = _pivoted_product(x, Z, order, columns)
+        ctx.save_for_backward(rest, Z, order)
+        ctx.columns = columns
+        return inner
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        rest, Z, order = ctx.saved_tensors
+        for_x = for_Z = None
+        if ctx.needs_input_grad[0]:
+            for_x = _unpivoted(gradient, Z, order, ctx.columns)
+        if ctx.needs_input_grad[1]:
+            for_Z = gradient.t() @ rest
+        return for_x, for_Z, None, None
+
+
+def _unpivoted(gradient: Tensor, Z: Tensor, order: Tensor | None, columns: bool) -> Tensor:
+    """The gradient of x (tokens, in) from that of [I Z] Pᵀ x (tokens, rank)."""
+    tokens, rank = gradient.shape
+    both = gradient.new_empty((sum(Z.shape), tokens) if columns else (tokens, sum(Z.shape)))
+    if columns:
+        both[:rank] = gradient.t()
+        torch.mm(Z.t(), gradient.t(), out=both[rank:])
+        both = both.t()
+    else:
+        both[:, :rank] = gradient
+        torch.mm(gradient, Z, out=both[:, rank:])
+    return both if order is None else _gather(both, order.argsort(), columns)
 
 
 @dataclass(frozen=True)
