@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 
 from matplotlib.figure import Figure
 
+from lrcompress import figures
+from lrcompress.figures import INK, Picture, draw, legend
 from lrcompress.files import render, replace_text
 from lrcompress.timing import FEW_TOKENS, Speedup, Timing, speedups
 
-PLOTS = ("roofline.svg", "roofline.png")
-FILES = ("bench.json", "bench.md", *PLOTS)
+ROOFLINE = "roofline"
+FILES = ("bench.json", "bench.md", f"{figures.FOLDER}/{ROOFLINE}.svg")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,13 @@ def markdown(bench: Bench) -> str:
     shown = rows(bench)
     titles = columns(shown)
     cells = [[getattr(row, field) for field in titles] for row in shown]
-    values = {"bench": bench, "titles": list(titles.values()), "cells": cells, "few": FEW_TOKENS}
+    values = {
+        "bench": bench,
+        "titles": list(titles.values()),
+        "cells": cells,
+        "few": FEW_TOKENS,
+        "plot": FILES[-1],
+    }
     return render("bench.md.jinja", escape=False, **values)
 
 
@@ -125,31 +133,39 @@ def _entry(timing: Timing, speedup: Speedup | None) -> dict[str, object]:
     return own | {"speedup": {field: getattr(speedup, field) for field in fields}}
 
 
-def roofline(bench: Bench) -> Figure:
+def roofline(bench: Bench) -> Picture | None:
     """Each speed-up against its ideal, with its spread; on the line all of the ideal is reached."""
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    if not bench.speedups:
+        return None
+    text = "Measured speed-ups over dense against the ideal ones: " + "; ".join(
+        f"{_setting(one.timing)}, {one.timing.name}: {one.ratio:.2f} of {one.ideal:.2f}"
+        for one in bench.speedups
+    )
+    title = f"{bench.title}: speed-up over dense"
+    return draw(ROOFLINE, "speed", title, text, partial(_draw, bench), (7.5, 5.5))
+
+
+def _draw(bench: Bench, figure: Figure) -> None:
     axes = figure.add_subplot()
-    settings = list(dict.fromkeys(_setting(one.timing) for one in bench.speedups))
-    for setting in settings:
-        group = [one for one in bench.speedups if _setting(one.timing) == setting]
+    groups: dict[str, list[Speedup]] = {}
+    for one in bench.speedups:
+        groups.setdefault(_setting(one.timing), []).append(one)
+    for setting, group in groups.items():
         spread = [[o.ratio - o.low for o in group], [o.high - o.ratio for o in group]]
         x, y = [one.ideal for one in group], [one.ratio for one in group]
         axes.errorbar(x, y, spread, fmt="o", capsize=2, label=setting)
         for one in group:
             axes.annotate(one.timing.name, (one.ideal, one.ratio), fontsize=6)
-    most = 1.05 * max([1.0, *(one.ideal for one in bench.speedups)])
-    axes.plot([1, most], [1, most], color="black", linewidth=1, label="ideal")
+    most = 1.05 * max(one.ideal for one in bench.speedups)
+    axes.plot([1, most], [1, most], color=INK, linewidth=1, label="ideal")
     axes.axhline(1, color="grey", linewidth=1, linestyle="dashed", label="as fast as dense")
-    axes.set(xlabel="ideal speed-up over dense", ylabel="measured speed-up", title=bench.title)
-    axes.legend(fontsize=7)
-    return figure
+    axes.set(xlabel="ideal speed-up over dense", ylabel="measured speed-up")
+    legend(figure)
 
 
 def write(folder: Path, bench: Bench) -> None:
-    """Writes bench.json, bench.md and, where there is a speed-up, its plots into `folder`."""
+    """Writes bench.json, bench.md and, where there is a speed-up, its plot into `folder`."""
     replace_text(folder / "bench.json", to_json(bench))
     replace_text(folder / "bench.md", markdown(bench))
-    if bench.speedups:
-        figure = roofline(bench)
-        for name in PLOTS:
-            figure.savefig(folder / name)
+    picture = roofline(bench)
+    figures.write(folder, [] if picture is None else [picture])
