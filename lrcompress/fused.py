@@ -41,7 +41,9 @@ class FusedFactored(FactoredLinear):
         return _product(x, self.A.weight, None, _in_columns(x))
 
     def forward(self, x: Tensor | Shared) -> Tensor:
-        return _forward(self, self.B, x)
+        if isinstance(x, Shared) or is_bare(self.A, self.B):
+            return _forward(self, self.B, x)
+        return super().forward(x)
 
 
 class FusedPivoted(PivotedLinear):
@@ -64,7 +66,9 @@ class FusedPivoted(PivotedLinear):
         return _pivoted_product(x, Z, order, columns)[0]
 
     def forward(self, x: Tensor | Shared) -> Tensor:
-        return _forward(self, self.C, x)
+        if isinstance(x, Shared) or is_bare(self.Z, self.C):
+            return _forward(self, self.C, x)
+        return super().forward(x)
 
 
 Fused = FusedFactored | FusedPivoted
@@ -72,6 +76,12 @@ FUSED: Mapping[type[nn.Module], type[Fused]] = {
     FactoredLinear: FusedFactored,
     PivotedLinear: FusedPivoted,
 }
+
+
+def is_bare(*matrices: nn.Module) -> bool:
+    """Whether the weights may be read directly: nothing has taken the place of the stock linears or
+    of their weights, as adapters and quantizers do."""
+    return all(type(m) is nn.Linear and type(m.weight) is nn.Parameter for m in matrices)
 
 
 def _forward(layer: Fused, outer: nn.Linear, x: Tensor | Shared) -> Tensor:
@@ -190,20 +200,28 @@ class Packed:
 
 
 class SharesInput:
-    """Forward pre-hook of an FFN: gate and up get a `Shared`, made once for both."""
+    """Forward pre-hook of an FFN: gate and up, `readers` by their names in it, get a `Shared`,
+    made once for both."""
 
-    def __init__(self, readers: tuple[Fused, Fused], packed: Packed | None) -> None:
-        self.readers = readers
+    def __init__(self, readers: Mapping[str, Fused], packed: Packed | None) -> None:
+        self.readers = dict(readers)
         self.packed = packed
 
-    def __call__(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not arguments:
-            return None  # given by keyword: gate and up read it one by one
+    def __call__(self, ffn: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not (arguments and self._can_share(ffn)):
+            return None  # gate and up read it one by one
         x, *others = arguments
         return Shared(x.shape[:-1], self._inner(_rows(x))), *others
 
+    def _can_share(self, ffn: nn.Module) -> bool:
+        """Whether the readers are still in their places, and bare."""
+        for name, reader in self.readers.items():
+            if getattr(ffn, name) is not reader or not is_bare(*reader.children()):
+                return False
+        return True
+
     def _inner(self, x: Tensor) -> tuple[Tensor, ...]:
-        first, second = self.readers
+        first, second = self.readers.values()
         columns = _in_columns(x)
         if self.packed is not None and self.packed.is_current():
             both = _product(x, self.packed.whole, None, columns)

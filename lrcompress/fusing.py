@@ -18,6 +18,7 @@ from lrcompress.fused import (
     FusedPivoted,
     Packed,
     SharesInput,
+    is_bare,
 )
 from lrcompress.lowrank import LowRankLinear, is_linear
 
@@ -55,18 +56,17 @@ def optimize_ffn(ffn: nn.Module, linears: Mapping[str, nn.Module], undo: ExitSta
         packed = None
         if isinstance(gate, FusedFactored) and isinstance(up, FusedFactored):
             packed = _packed(gate.A, up.A, undo)
-        hook = SharesInput((gate, up), packed)
+        places = {layer: name for name, layer in ffn.named_children()}
+        hook = SharesInput({places[gate]: gate, places[up]: up}, packed)
         undo.callback(ffn.register_forward_pre_hook(hook).remove)
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether the weights are what the layer's own products read: no hook, adapter or quantizer
-    has come between."""
-    leaves = [layer, *layer.children()]
-    return all(
-        not hasattr(leaf, "_hf_hook") and all(type(p) is nn.Parameter for p in leaf.parameters())
-        for leaf in leaves
-    ) and all(type(leaf) is nn.Linear for leaf in leaves[1:])
+    """Whether the layer's own forward pass reads its weights, and no loader brings them first."""
+    if any(hasattr(module, "_hf_hook") for module in layer.modules()):
+        return False
+    matrices = list(layer.children())
+    return is_bare(*matrices) if matrices else type(layer.weight) is nn.Parameter
 
 
 def _fuse(layer: LowRankLinear, role: str, undo: ExitStack) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lrcompress.ffn import find_ffns
 from lrcompress.fused import FUSED, Shared
 from lrcompress.fusing import optimize
 from lrcompress.lowrank import compressed_layers
+from lrcompress.stock import to_stock
 from tests.tiny import FAMILIES, byte_tokenizer, logits, tiny_model, tokens
 
 
@@ -180,6 +182,32 @@ def test_adapters_are_left_as_they_are() -> None:
     optimize(model.base_model.model)
     assert not fused_layers(model)
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("form", ["factored", "pivoted"])
+def test_adapters_that_come_later_are_not_passed_over(form: str) -> None:
+    from lrcompress.parametrization import with_adapters
+
+    model, other = low_rank("llama", form), low_rank("llama", form)
+    optimize(model)
+    model, other = with_adapters(model, 2, 0), with_adapters(other, 2, 0)
+    with torch.no_grad():
+        for adapted in (model, other):
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name and ".down_proj." in name:
+                    parameter.fill_(0.1)  # what LoRA starts from is zero
+    assert_close(logits(model), logits(other))
+    assert not torch.allclose(logits(model), logits(low_rank("llama", form)), atol=1e-2)
+
+
+@pytest.mark.parametrize("form", ["factored", "pivoted"])
+def test_copied_and_merged_while_optimized(form: str) -> None:
+    model = low_rank("llama", form)
+    expected = logits(model)
+    optimize(model)
+    assert_close(logits(copy.deepcopy(model)), expected)
+    to_stock(model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("form", ["factored", "pivoted"])
