@@ -23,30 +23,48 @@ COLUMNS = 16
 class Shared(NamedTuple):
     """In the place of the input of gate and up: what each of them makes of it first.
 
-    `inner` are tensors (tokens, rank), `batch` is the shape of the tokens.
+    `inner` are tensors (tokens, rank), `batch` is the shape of the tokens, and `columns` says that
+    these are columns in memory.
     """
 
     batch: torch.Size
     inner: tuple[Tensor, ...]
+    columns: bool
 
 
-class FusedFactored(FactoredLinear):
+class Bare(nn.Module):
+    """Knows whether the linears that it holds are still the stock ones, whose weights may be read
+    directly; an adapter or a quantizer puts others in their places."""
+
+    bare: bool
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            self.__dict__["bare"] = is_bare(*self.children())
+
+
+def is_bare(*linears: nn.Module) -> bool:
+    return all(type(one) is nn.Linear and type(one.weight) is nn.Parameter for one in linears)
+
+
+class FusedFactored(Bare, FactoredLinear):
     """y = B A x; reads a `Shared` at `position`. `ends` says that it is the FFN's last."""
 
     position: int
     ends: bool
 
-    def inner(self, x: Tensor) -> Tensor:
+    def inner(self, x: Tensor, columns: bool) -> Tensor:
         """A x (tokens, rank) of x (tokens, in)."""
-        return _product(x, self.A.weight, None, _in_columns(x))
+        return _product(x, self.A.weight, None, columns)
 
     def forward(self, x: Tensor | Shared) -> Tensor:
-        if isinstance(x, Shared) or is_bare(self.A, self.B):
+        if self.bare or isinstance(x, Shared):
             return _forward(self, self.B, x)
         return super().forward(x)
 
 
-class FusedPivoted(PivotedLinear):
+class FusedPivoted(Bare, PivotedLinear):
     """y = C [I Z] Pᵀ x; reads a `Shared` at `position`. `ends` says that it is the FFN's last.
 
     `absorbed` says that the input comes in the order of the pivots.
@@ -56,9 +74,8 @@ class FusedPivoted(PivotedLinear):
     ends: bool
     absorbed: bool
 
-    def inner(self, x: Tensor) -> Tensor:
+    def inner(self, x: Tensor, columns: bool) -> Tensor:
         """[I Z] Pᵀ x (tokens, rank) of x (tokens, in)."""
-        columns = _in_columns(x)
         order, Z = None if self.absorbed else self.order, self.Z.weight
         if _is_traced(x, Z):
             inner: Tensor = PivotedProduct.apply(x, Z, order, columns)  # type: ignore[no-untyped-call]
@@ -66,7 +83,7 @@ class FusedPivoted(PivotedLinear):
         return _pivoted_product(x, Z, order, columns)[0]
 
     def forward(self, x: Tensor | Shared) -> Tensor:
-        if isinstance(x, Shared) or is_bare(self.Z, self.C):
+        if self.bare or isinstance(x, Shared):
             return _forward(self, self.C, x)
         return super().forward(x)
 
@@ -78,19 +95,14 @@ FUSED: Mapping[type[nn.Module], type[Fused]] = {
 }
 
 
-def is_bare(*matrices: nn.Module) -> bool:
-    """Whether the weights may be read directly: nothing has taken the place of the stock linears or
-    of their weights, as adapters and quantizers do."""
-    return all(type(m) is nn.Linear and type(m.weight) is nn.Parameter for m in matrices)
-
-
 def _forward(layer: Fused, outer: nn.Linear, x: Tensor | Shared) -> Tensor:
     if isinstance(x, Shared):
-        batch, inner = x.batch, x.inner[layer.position]
+        batch, inner, columns = x.batch, x.inner[layer.position], x.columns
     else:
-        batch, inner = x.shape[:-1], layer.inner(_rows(x))
-    columns = not layer.ends and _in_columns(inner)
-    y = _product(inner, outer.weight, outer.bias, columns)
+        batch, rows = x.shape[:-1], _rows(x)
+        columns = _in_columns(rows)
+        inner = layer.inner(rows, columns)
+    y = _product(inner, outer.weight, outer.bias, columns and not layer.ends)
     return y.view(*batch, layer.out_features)
 
 
@@ -179,9 +191,11 @@ def _unpivoted(gradient: Tensor, Z: Tensor, order: Tensor | None, columns: bool)
 
 @dataclass(frozen=True)
 class Packed:
-    """The weights (rank, in) of two `linears`, one behind the other in `whole`."""
+    """The weights (rank, in) of two `linears`, one behind the other in `whole`: `rows` of the first
+    and then those of the second."""
 
     whole: Tensor
+    rows: int
     linears: tuple[nn.Linear, nn.Linear]
 
     def is_current(self) -> bool:
@@ -191,7 +205,7 @@ class Packed:
         """
         if torch.compiler.is_compiling():
             return False
-        first, second = (linear.weight for linear in self.linears)
+        first, second = self.linears[0].weight, self.linears[1].weight
         return (
             not (torch.is_grad_enabled() and (first.requires_grad or second.requires_grad))
             and first.data_ptr() == self.whole.data_ptr()
@@ -211,21 +225,22 @@ class SharesInput:
         if not (arguments and self._can_share(ffn)):
             return None  # gate and up read it one by one
         x, *others = arguments
-        return Shared(x.shape[:-1], self._inner(_rows(x))), *others
+        rows = _rows(x)
+        columns = _in_columns(rows)
+        return Shared(x.shape[:-1], self._inner(rows, columns), columns), *others
 
     def _can_share(self, ffn: nn.Module) -> bool:
         """Whether the readers are still in their places, and bare."""
         for name, reader in self.readers.items():
-            if getattr(ffn, name) is not reader or not is_bare(*reader.children()):
+            if ffn._modules[name] is not reader or not reader.bare:
                 return False
         return True
 
-    def _inner(self, x: Tensor) -> tuple[Tensor, ...]:
-        first, second = self.readers.values()
-        columns = _in_columns(x)
+    def _inner(self, x: Tensor, columns: bool) -> tuple[Tensor, ...]:
         if self.packed is not None and self.packed.is_current():
             both = _product(x, self.packed.whole, None, columns)
-            return both.tensor_split([first.rank], 1)
+            return both.tensor_split([self.packed.rows], 1)
+        first, second = self.readers.values()
         if columns and isinstance(first, FusedPivoted):
             x = x.t().contiguous().t()  # once for both gathers
-        return first.inner(x), second.inner(x)
+        return first.inner(x, columns), second.inner(x, columns)

@@ -72,7 +72,8 @@ def _is_plain(layer: nn.Module) -> bool:
 def _fuse(layer: LowRankLinear, role: str, undo: ExitStack) -> None:
     plain = type(layer)
     layer.__class__ = FUSED[plain]
-    about = {"position": int(role == "up"), "ends": role == "down", "absorbed": False}
+    about = {"position": int(role == "up"), "ends": role == "down"}
+    about |= {"absorbed": False, "bare": True}
     layer.__dict__.update(about)
 
     def back() -> None:
@@ -133,7 +134,7 @@ def _packed(first: nn.Linear, second: nn.Linear, undo: ExitStack) -> Packed:
     for linear, part in zip((first, second), whole.tensor_split([len(first.weight)]), strict=True):
         linear.weight.data = part
         undo.callback(_own_memory, linear.weight)
-    return Packed(whole, (first, second))
+    return Packed(whole, len(first.weight), (first, second))
 
 
 def _own_memory(weight: Tensor) -> None:
