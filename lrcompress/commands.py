@@ -18,7 +18,7 @@ from lrcompress.recipe import Recipe
 from lrcompress.report import Report
 from lrcompress.settings import ModelSettings
 from lrcompress.sources import Loaded, load_settings, other_source
-from lrcompress.tables import learned
+from lrcompress.tables import labels, learned
 
 
 def factorize_to(
@@ -60,7 +60,7 @@ def evaluate_to(recipe: Recipe, out: Path | None = None, progress: Progress = si
     others = [other_source(recipe.model, name) for name in settings.baseline]
     found = [_Column.load(source) for source in (*others, recipe.model)]
     names = [column.source.source for column in found]
-    titles = compare.labels([column.kind for column in found], names)
+    titles = labels([column.kind for column in found], names)
     columns = dict(zip(titles, found, strict=True))
     models = {title: column.loaded for title, column in columns.items()}
     length = compare.common_length(models, settings)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from lrcompress.protocols import InputError, Metric
+from lrcompress.protocols import PUBLISHED, InputError, Metric
 from lrcompress.tables import comparable, title
 
 ALPHA = 0.05
@@ -27,24 +27,33 @@ FEWEST = 6
 class Comparison:
     """A later model against the first, by one metric.
 
-    `difference` is the later model's less the first's: of a perplexity in nats per token, else in
-    the metric's unit. Where every sample is right or wrong, `low` and `high` are the 95 % interval
-    that combines those of the shares that changed (Newcombe 1998), and `p_value` is McNemar's exact
-    test; else a paired bootstrap, and the test that flips the signs of the samples' differences.
-    `p_value` is adjusted for all comparisons of a report (Holm 1979). `worst` is the largest loss
-    inside the interval: of a perplexity over the first's, else in the metric's unit.
+    Where every sample is right or wrong, the interval combines those of the shares that changed
+    (Newcombe 1998), and the test is McNemar's exact one; else a paired bootstrap, and the test that
+    flips the signs of the samples' differences.
     """
 
+    __pydantic_config__ = PUBLISHED
+
     metric: str
+    """Name and, where there is one, text or file of the metric."""
     baseline: str
     model: str
     samples: int
+    """Windows of a text, or items of a task."""
     difference: float
+    """The later model's less the first's: of a perplexity in nats per token, else in the metric's
+    unit."""
     low: float
+    """Lower end of the 95 % interval of the difference."""
     high: float
+    """Upper end of the 95 % interval of the difference."""
     worst: float
+    """The largest loss inside the interval: of a perplexity as a share of the first's, else in the
+    metric's unit."""
     p_value: float
+    """Adjusted for all comparisons of a report (Holm 1979)."""
     verdict: str
+    """better, worse, no difference seen, or not enough data, with how many samples would decide."""
 
 
 def comparisons(metrics: Sequence[Metric]) -> tuple[Comparison, ...]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrcompress import content
+from lrcompress.content import Sweep
 from lrcompress.files import render, replace_text
 from lrcompress.points import Point
 from lrcompress.protocols import PERPLEXITY, Metric
@@ -90,21 +91,13 @@ def markdown(source: str, points: Sequence[Point]) -> str:
 def to_json(source: str, points: Sequence[Point]) -> str:
     """All but the samples of the metrics, which are in the files of the points."""
     values = shown(source, points)
-    content = {
-        "source": source,
-        "points": [_summary(point) for point in points],
-        "comparisons": [asdict(one) for one in values["comparisons"]],
-        "fronts": [asdict(front) for front in values["fronts"]],
-    }
-    return json.dumps(content, indent=2, default=str) + "\n"
-
-
-def _summary(point: Point) -> dict[str, Any]:
-    metrics = {
-        part: [metric.summary() for metric in getattr(point, part)]
-        for part in ("metrics", "baseline")
-    }
-    return vars(point) | metrics
+    found = Sweep(
+        source=source,
+        points=tuple(points),
+        comparisons=values["comparisons"],
+        fronts=values["fronts"],
+    )
+    return content.to_json(found)
 
 
 COLUMNS = ("variant", "keep_ratio", "kept", "seconds", "memory")
@@ -133,7 +126,7 @@ def _rows(points: Sequence[Point]) -> Iterator[dict[str, object]]:
 
 
 # file name -> what writes it: a new format is one function and one row
-FORMATS = {"sweep.md": markdown, "sweep.json": to_json, "sweep.csv": to_csv}
+FORMATS = {"sweep.md": markdown, content.SWEEP: to_json, "sweep.csv": to_csv}
 
 
 def write(folder: Path, source: str, points: Sequence[Point]) -> None:
