@@ -21,8 +21,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lrcompress import sweepreport
+from lrcompress.content import SWEEP
 from lrcompress.details import Details
 from lrcompress.inspection import Inspection
+from lrcompress.points import Point
 from lrcompress.protocols import Status
 from lrcompress.report import FORMATS, Report, to_json
 from lrcompress.significance import Comparison
@@ -111,8 +114,23 @@ def show_report(found: Report, out: Path | None, as_json: bool) -> None:
         span = f"{one.difference:+.4f} ({one.low:+.4f} to {one.high:+.4f})"
         click.echo(f"{one.metric}: {one.model} against {one.baseline}: {span}: {one.verdict}.")
     _show_details(found.details)
+    for note in found.notes:
+        click.echo(f"Note: {note}.")
     if out is not None:
         click.echo(f"Wrote {out}: {', '.join(FORMATS)}.")
+
+
+def show_sweep(source: str, points: Sequence[Point], out: Path | None, as_json: bool) -> None:
+    """The report of a sweep, from the folder `out` if it is there, and where it is."""
+    name = SWEEP if as_json else "sweep.md"
+    text = (
+        sweepreport.FORMATS[name](source, points)
+        if out is None
+        else (out / name).read_text("utf-8")
+    )
+    click.echo(text, nl=not as_json)
+    if out is not None and not as_json:
+        click.echo(f"Wrote {out}: {', '.join(sweepreport.FORMATS)}; {len(points)} points.")
 
 
 def _show_metrics(found: Report) -> None:

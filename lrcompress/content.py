@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
 from lrcompress.details import Details
-from lrcompress.files import NOT_FINITE, json_text
+from lrcompress.files import NOT_FINITE, json_text, replace_text
 from lrcompress.points import PointSummary
 from lrcompress.protocols import PUBLISHED, InputError, Number, Summary
 from lrcompress.significance import Comparison
@@ -99,8 +99,8 @@ def read(kind: type[Content], file: Path) -> Content:
     found = _object(file)
     if (version := found.get("version")) != VERSION:
         raise InputError(
-            f"{str(file)!r} has the layout of version {version}, and this lrcompress reads "
-            f"{VERSION}: measure again, or use the lrcompress that wrote it"
+            f"{str(file)!r} has version {version or 'none'} of the layout, and this lrcompress "
+            f"reads {VERSION}: measure again, or use the lrcompress that wrote it"
         )
     try:
         return TypeAdapter(kind).validate_python(found)
@@ -140,6 +140,11 @@ def schemas() -> dict[str, str]:
     """File name -> JSON Schema of what is written, for docs/."""
     kinds: dict[str, Any] = {METRICS: Evaluation, SWEEP: Sweep}
     return {name.replace(".", ".schema."): _schema(kind) for name, kind in kinds.items()}
+
+
+def write_schemas(folder: str) -> None:
+    for name, text in schemas().items():
+        replace_text(Path(folder) / name, text)
 
 
 def _schema(kind: Any) -> str:

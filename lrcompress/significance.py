@@ -78,7 +78,8 @@ def not_shown(metrics: Sequence[Metric], max_loss: float) -> list[Comparison]:
     found = [one for one in comparisons(metrics) if one.model == last]
     if not found:
         raise InputError(
-            "max_loss needs a --baseline, and a text or task that both models are measured on"
+            "max_loss needs a first model to compare with, and a text or task that both models are "
+            "measured on"
         )
     compared = {one.metric for one in found}
     for metric in metrics:
