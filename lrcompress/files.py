@@ -168,17 +168,18 @@ NOT_FINITE = "^(NaN|-?Infinity)$"
 
 
 def json_text(content: Any) -> str:
-    """Valid JSON also where numbers are not finite: they become texts, as `NOT_FINITE` says."""
-    return json.dumps(_finite(content), indent=2, allow_nan=False, default=str) + "\n"
+    """Valid JSON, also where numbers are not finite."""
+    return json.dumps(finite(content), indent=2, allow_nan=False, default=str) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` with texts for the numbers in it that are not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         return json.dumps(float(value))
     if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return value
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from lrcompress import content
 from lrcompress.content import Evaluation, Samples
 from lrcompress.details import Details
-from lrcompress.files import render, replace_text
+from lrcompress.files import finite, render, replace_text
 from lrcompress.protocols import Metric
 from lrcompress.significance import Comparison, comparisons
 from lrcompress.tables import Text, table, texts, training
@@ -115,7 +115,7 @@ def to_csv(report: Report) -> str:
     rows = csv.writer(out, lineterminator="\n")
     rows.writerow(names)
     for m in report.metrics:
-        conditions = json.dumps(dict(m.conditions), default=str)
+        conditions = json.dumps(finite(m.conditions), default=str)
         better = str(m.higher_is_better).lower()
         rows.writerow([m.model, m.name, m.value, m.unit, m.low, m.high, better, conditions])
     return out.getvalue()

@@ -71,8 +71,8 @@ def not_shown(metrics: Sequence[Metric], max_loss: float) -> list[Comparison]:
     """Of the last model against the first, the metrics that may have lost more than `max_loss`.
 
     Non-inferiority: the whole 95 % interval has to lie within the margin, which is a share of a
-    perplexity, and points of an accuracy. Raises InputError where there is nothing to compare, or a
-    text or task was measured in another way on the first model.
+    perplexity, and points of an accuracy. Raises InputError where there is nothing to compare, a
+    text or task was measured in another way on the first model, or a value is not finite.
     """
     last = metrics[-1].model if metrics else ""
     found = [one for one in comparisons(metrics) if one.model == last]
@@ -82,8 +82,13 @@ def not_shown(metrics: Sequence[Metric], max_loss: float) -> list[Comparison]:
             "measured on"
         )
     compared = {one.metric for one in found}
-    for metric in metrics:
-        if metric.model == last and metric.samples and title(metric) not in compared:
+    for metric in (metric for metric in metrics if metric.model == last):
+        if not math.isfinite(metric.value):
+            raise InputError(
+                f"{title(metric)!r} of {last!r} is {metric.value}, which shows nothing: leave it "
+                "out of what max_loss decides"
+            )
+        if metric.samples and title(metric) not in compared:
             raise InputError(
                 f"{title(metric)!r} was measured in another way on {metrics[0].model!r}: leave it "
                 "out of what max_loss decides, or compare with a model of the same tokenizer"
@@ -105,7 +110,8 @@ def _paired(base: Metric, other: Metric) -> bool:
     if not base.samples or len(base.samples) != len(other.samples):
         return False
     same = all(a[1] == b[1] for a, b in zip(base.samples, other.samples, strict=True))
-    return same and comparable(base, other)
+    finite = bool(np.isfinite([base.samples, other.samples]).all())
+    return same and finite and comparable(base, other)
 
 
 def _compared(base: Metric, other: Metric) -> Comparison:
