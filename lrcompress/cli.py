@@ -113,6 +113,8 @@ def eval_command(
     from lrcompress import commands, console
 
     found = commands.evaluate_to(recipe, out, console.progress, write_card)
+    if write_card and not as_json:
+        click.echo(f"Wrote lrcompress.json and README.md of {source}.")
     _show(found, out, max_loss, as_json)
 
 
@@ -135,16 +137,16 @@ def report_command(
     console.show_sweep(*commands.sweep_report_to(folders, out), out, as_json)
 
 
-INSPECT = ("model",)
+MODEL = ("model",)
 
 
-@main.command("inspect", cls=SettingsCommand, sections=INSPECT)
+@main.command("inspect", cls=SettingsCommand, sections=MODEL)
 @click.argument("source", metavar="MODEL")
 @click.option("--energy", is_flag=True, help="Ranks that keep 90 % and 99 % of each weight.")
 @JSON
 def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) -> None:
     """List the FFN linears of MODEL, their size and their break-even rank."""
-    settings = build_recipe(INSPECT, source, options).model
+    settings = build_recipe(MODEL, source, options).model
     from lrcompress import console, models, sources
     from lrcompress.inspection import inspect
 
@@ -159,10 +161,7 @@ def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) ->
         console.show_inspection(found)
 
 
-EXPORT = ("model",)
-
-
-@main.command("export", cls=SettingsCommand, sections=EXPORT)
+@main.command("export", cls=SettingsCommand, sections=MODEL)
 @click.argument("source", metavar="DIR")
 @NEW_OUT
 @click.option("--dense", "kind", flag_value="dense", help="Merge back into stock layers.")
@@ -173,7 +172,7 @@ def export_command(source: str, out: Path, kind: str | None, **options: Any) -> 
     """Write the checkpoint DIR in a form that loads without lrcompress."""
     if kind is None:
         raise InputError("say which form to export: --dense or --standalone")
-    settings = build_recipe(EXPORT, source, options).model
+    settings = build_recipe(MODEL, source, options).model
     from lrcompress import commands
 
     commands.export_to(settings, out, standalone=kind == "standalone")

@@ -24,19 +24,19 @@ from lrcompress.tables import title as title_of
 @dataclass(frozen=True)
 class Report:
     """Of one evaluation. `record` is the lrcompress.json of the compressed model, if there is one,
-    whose texts, training, ranks and errors are listed; `read` are texts that were listed before,
-    also of other models, and `notes` sentences without a full stop."""
+    whose texts, training, ranks and errors are listed; `notes` are sentences without a full stop,
+    `listed` texts that are known besides, such as those of other records."""
 
     title: str
     metrics: tuple[Metric, ...]
     details: Details = field(default_factory=Details)
     record: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    read: tuple[Text, ...] = ()
+    listed: tuple[Text, ...] = ()
 
     @property
     def texts(self) -> tuple[Text, ...]:
-        return tuple(dict.fromkeys((*self.read, *texts(self.metrics, self.record))))
+        return tuple(dict.fromkeys((*self.listed, *texts(self.metrics, self.record))))
 
     @cached_property
     def comparisons(self) -> tuple[Comparison, ...]:

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
-from lrcompress import report, sources, sweepreport
+from lrcompress import report, sweepreport
 from lrcompress.details import BlockChange, Continuation, Details, TokenChange
 from lrcompress.join import join
+from lrcompress.points import Point
 from lrcompress.protocols import Metric
+from lrcompress.recipe import read_recipe
 from lrcompress.report import FORMATS, Report
+from lrcompress.sweepfolder import SweepFolder
 from tests.conftest import SMALL, invoke
 
 QUICK = ("--limit", "8", "--context-length", "64", "--compared-windows", "2")
@@ -60,7 +63,6 @@ def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def loads(*_: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(sources, "load_model", loads, raising=False)
     monkeypatch.setattr("lrcompress.commands.load_settings", loads)
     monkeypatch.setattr("lrcompress.sweep.load_settings", loads)
 
@@ -270,6 +272,23 @@ def test_a_sweep_without_its_points_or_with_others_is_refused(
         assert not (tmp_path / "out").exists()
 
 
+def test_points_that_change_take_the_report_with_them(
+    swept: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(swept[0], tmp_path / "sweep")
+
+    def interrupted() -> Point:
+        raise KeyboardInterrupt
+
+    sweep = SweepFolder(read_recipe(folder / "recipe.yaml"), folder)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.point("svd", 0.4, ["a point that is not there yet"], interrupted)
+    assert (folder / "sweep.json").is_file()
+    with pytest.raises(KeyboardInterrupt):
+        sweep.point("svd", 0.5, ["other inputs"], interrupted)
+    assert not (folder / "sweep.json").exists()
+
+
 def test_eval_writes_the_card_of_its_checkpoint(
     dense: Path, factorized: Path, words: Path, tmp_path: Path
 ) -> None:
@@ -285,8 +304,8 @@ def test_eval_writes_the_card_of_its_checkpoint(
     }
     assert record == json.loads((factorized / "lrcompress.json").read_text())
     card = (model / "README.md").read_text()
-    for words_ in ("token perplexity", "Is the difference real?", "from_pretrained("):
-        assert words_ in card
+    for shown_there in ("token perplexity", "Is the difference real?", "from_pretrained("):
+        assert shown_there in card
     assert not (base / "README.md").exists()
     assert (baseline / "README.md").read_bytes() == (factorized / "README.md").read_bytes()
 
