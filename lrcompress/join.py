@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 from lrcompress.details import BlockChange, Continuation, Details, TokenChange
@@ -18,12 +18,12 @@ Change = TypeVar("Change", TokenChange, BlockChange)
 
 @dataclass
 class _Model:
-    """A column of the comparison: its label, the first report that has it, and its metrics."""
+    """A column of the comparison: how reports call it, which they are, and its metrics."""
 
     label: str
-    place: str
+    places: list[str]
     metrics: dict[str, Metric]
-    places: list[str] = field(default_factory=list)
+    title: str = ""
 
     def is_same(self, other: _Model) -> bool:
         """Whether both are called alike and have the same numbers where both have one, at least
@@ -54,22 +54,16 @@ def join(reports: Mapping[str, Report]) -> Report:
 
 
 def _joined(reports: Mapping[str, Report]) -> Report:
-    models = list[_Model]()
-    for place, report in reports.items():
-        for model in _models(place, report):
-            _add(models, model)
-    titles = labels([model.label for model in models], [model.place for model in models])
-    named = list(zip(titles, models, strict=True))
-    metrics = (replace(m, model=name) for name, model in named for m in model.metrics.values())
+    models = _columns(reports)
     details = _united(
         [
-            _renamed(report.details, {m.label: name for name, m in named if place in m.places})
+            _renamed(report.details, {m.label: m.title for m in models if place in m.places})
             for place, report in reports.items()
         ]
     )
     return Report(
         f"{', '.join(reports)}: comparison",
-        tuple(metrics),
+        tuple(replace(one, model=m.title) for m in models for one in m.metrics.values()),
         details,
         list(reports.values())[-1].record,
         tuple(dict.fromkeys(_notes(reports, details))),
@@ -77,10 +71,20 @@ def _joined(reports: Mapping[str, Report]) -> Report:
     )
 
 
+def _columns(reports: Mapping[str, Report]) -> list[_Model]:
+    """Every model once, with a title of its own."""
+    found = list[_Model]()
+    for place, report in reports.items():
+        for model in _models(place, report):
+            _add(found, model)
+    titles = labels([model.label for model in found], [model.places[0] for model in found])
+    return [replace(model, title=name) for model, name in zip(found, titles, strict=True)]
+
+
 def _models(place: str, report: Report) -> Iterator[_Model]:
     for label in dict.fromkeys(metric.model for metric in report.metrics):
         own = (m for m in report.metrics if m.model == label and m.name not in SPEEDS)
-        yield _Model(label, place, {title(metric): metric for metric in own}, [place])
+        yield _Model(label, [place], {title(metric): metric for metric in own})
 
 
 def _add(models: list[_Model], model: _Model) -> None:
@@ -146,7 +150,7 @@ def _notes(reports: Mapping[str, Report], details: Details) -> Iterator[str]:
         )
     *others, _ = reports
     if elsewhere := [place for place in others if reports[place].record]:
-        yield f"training and ranks of {', '.join(elsewhere)} are in their own reports"
+        yield f"training and ranks of {', '.join(elsewhere)} are left out"
     if details.alike() != details:
         yield (
             "where models differ from another first model, or were compared on other windows, it "

@@ -113,7 +113,7 @@ def test_two_reports_become_one_comparison(
     assert {names[k]: v for k, v in prompt.texts.items()} == measured.details.continuations[0].texts
     for page in ("report.md", "report.html"):
         assert "speeds are left out" in (out / page).read_text()
-    assert "training and ranks of" in result.stdout
+    assert f"training and ranks of {folders[0]} are left out" in result.stdout
     assert invoke("report", out, "--json").stdout == (out / "metrics.json").read_text()
 
 
