@@ -143,13 +143,15 @@ class FFN:
 class Factors:
     """W ~ B A with A of shape (rank, in) and B of shape (out, rank).
 
-    `error` and `energy` are ‖W - BA‖² and ‖W‖² in the metric of the method that made them.
+    `error` and `energy` are ‖W - BA‖² and ‖W‖² in the metric of the method that made them,
+    `spectrum` the squared singular values of W there, descending, as many as are known.
     """
 
     A: Tensor
     B: Tensor
     error: float
     energy: float
+    spectrum: Tensor
 
 
 @dataclass(frozen=True)

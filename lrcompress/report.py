@@ -11,11 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lrcompress import content
+from lrcompress import content, figures
 from lrcompress.content import Evaluation, Samples
 from lrcompress.details import Details
+from lrcompress.figures import Picture
 from lrcompress.files import finite, render, replace_text
 from lrcompress.protocols import Metric
+from lrcompress.reportfigures import pictures
 from lrcompress.significance import Comparison, comparisons
 from lrcompress.tables import Text, table, texts, training
 from lrcompress.tables import title as title_of
@@ -42,14 +44,18 @@ class Report:
     def comparisons(self) -> tuple[Comparison, ...]:
         return comparisons(self.metrics)
 
+    @cached_property
+    def pictures(self) -> tuple[Picture, ...]:
+        return tuple(pictures(self.metrics, self.details.alike(), self.record))
+
 
 def markdown(report: Report) -> str:
     return render("report.md.jinja", escape=False, **_shown(report))
 
 
 def html(report: Report) -> str:
-    """One self-contained page: no network."""
-    return render("report.html.jinja", escape=True, **_shown(report))
+    """One self-contained page, with the pictures in it: no network."""
+    return render("report.html.jinja", escape=True, **_shown(report), pictures=report.pictures)
 
 
 def _shown(report: Report) -> dict[str, Any]:
@@ -131,6 +137,7 @@ FORMATS = {
 
 
 def write(folder: Path, report: Report) -> None:
-    """Writes the report in every format into `folder`, each file in one rename."""
+    """Writes the report in every format into `folder`, each file in one rename, and figures/."""
     for name, formatted in FORMATS.items():
         replace_text(folder / name, formatted(report))
+    figures.write(folder, report.pictures)

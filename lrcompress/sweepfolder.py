@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lrcompress import content, stages, sweepreport
+from lrcompress import content, figures, stages, sweepreport
 from lrcompress.files import replace_text
 from lrcompress.points import DENSE, Point, PointSummary
 from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe, to_yaml
 
 RECIPE, POINTS = "recipe.yaml", "points"
+HIDDEN_FIGURES = f".{figures.FOLDER}."  # while they are written
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,16 @@ class SweepFolder:
         """Those of other settings or inputs: a report is of the points that are there."""
         for name in sweepreport.FORMATS:
             (self.out / name).unlink(missing_ok=True)
+        shutil.rmtree(self.out / figures.FOLDER, ignore_errors=True)
 
     def _is_sweep(self) -> bool:
         if not self.out.is_dir():
             return False
         names = {path.name for path in self.out.iterdir()}
-        own = {RECIPE, POINTS, *sweepreport.FORMATS}
+        own = {RECIPE, POINTS, figures.FOLDER, *sweepreport.FORMATS}
         partial = {f".{name}.partial" for name in own}
-        return not names or (POINTS in names and names <= own | partial)
+        left = {name for name in names - own - partial if not name.startswith(HIDDEN_FIGURES)}
+        return not names or (POINTS in names and not left)
 
     def point(
         self, variant: str, keep_ratio: float, inputs: Any, make: Callable[[], Point]

@@ -1,4 +1,4 @@
-"""The points of a sweep -> one report, as Markdown, JSON and CSV."""
+"""The points of a sweep -> one report, as Markdown, HTML, JSON and CSV, with its pictures."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrcompress import content
+from lrcompress import content, figures
 from lrcompress.content import Sweep
 from lrcompress.files import render, replace_text
 from lrcompress.points import Point
 from lrcompress.protocols import PERPLEXITY, Metric
 from lrcompress.significance import comparisons
+from lrcompress.sweepfigures import pictures
 from lrcompress.tables import cell, comparable, conditions, number, title
 from lrcompress.tradeoff import SPEEDS, fronts, over_dense, qualities
 
@@ -38,7 +39,8 @@ def shown(source: str, points: Sequence[Point]) -> dict[str, Any]:
     tasks = [title(metric) for metric in found if metric.name != PERPLEXITY]
     speeds = [metric.name for metric in points[0].metrics if metric.name in SPEEDS]
     return {
-        "source": source,
+        "title": f"{source}: sweep",
+        "sizes": {point.label: cell(_titled(point, "parameters")) for point in points},
         "calibration": next((point.text for point in points if point.text), "no text"),
         "perplexities": _grid(points, texts, _with_ratio),
         "tasks": _grid(points, tasks, lambda point, _, name: cell(_titled(point, name))),
@@ -88,6 +90,13 @@ def markdown(source: str, points: Sequence[Point]) -> str:
     return render("sweep.md.jinja", escape=False, **shown(source, points))
 
 
+def html(source: str, points: Sequence[Point]) -> str:
+    """One self-contained page, with the pictures in it: no network."""
+    values = shown(source, points)
+    drawn = tuple(pictures(values["fronts"]))
+    return render("sweep.html.jinja", escape=True, **values, pictures=drawn)
+
+
 def to_json(source: str, points: Sequence[Point]) -> str:
     """All but the samples of the metrics, which are in the files of the points."""
     values = shown(source, points)
@@ -126,10 +135,16 @@ def _rows(points: Sequence[Point]) -> Iterator[dict[str, object]]:
 
 
 # file name -> what writes it: a new format is one function and one row
-FORMATS = {"sweep.md": markdown, content.SWEEP: to_json, "sweep.csv": to_csv}
+FORMATS = {
+    "sweep.md": markdown,
+    "sweep.html": html,
+    content.SWEEP: to_json,
+    "sweep.csv": to_csv,
+}
 
 
 def write(folder: Path, source: str, points: Sequence[Point]) -> None:
-    """Writes the report in every format into `folder`, each file in one rename."""
+    """Writes the report in every format into `folder`, each file in one rename, and figures/."""
     for name, formatted in FORMATS.items():
         replace_text(folder / name, formatted(source, points))
+    figures.write(folder, tuple(pictures(fronts(points))))

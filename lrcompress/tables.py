@@ -13,6 +13,8 @@ from lrcompress.protocols import PUBLISHED, Summary
 
 # conditions that may differ between two models whose numbers are still worth a ratio
 COMPARABLE = {"dtype", "device"}
+# what is left of a difference of equal numbers
+ROUNDING = 1e-15
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def cell(metric: Summary | None) -> str:
 def number(value: float) -> str:
     if not isfinite(value):
         return str(value)
+    value = 0.0 if abs(value) < ROUNDING else value
     if value == int(value) and abs(value) >= 1000:
         return f"{int(value):,}"
     if abs(value) >= 1e6:

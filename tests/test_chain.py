@@ -60,7 +60,7 @@ def test_run_shows_all_three_side_by_side(
     assert "finetuned / dense" in result.stdout
     assert {path.name for path in out.iterdir()} == {
         "recipe.yaml", "model", "finetuned", "stages", "metrics.json", "metrics.csv", "report.md",
-        "report.html",
+        "report.html", "figures",
     }  # fmt: skip
     report = json.loads((out / "metrics.json").read_text())
     assert list(dict.fromkeys(metric["model"] for metric in report["metrics"])) == MODELS

@@ -105,7 +105,7 @@ def test_eval_beside_a_baseline_writes_reports(
         page = (out / name).read_text()
         assert "token perplexity" in page
         assert "factorized / dense" in page
-    assert "http" not in (out / "report.html").read_text()
+    assert "http://" not in (out / "report.html").read_text()
 
 
 def test_reloaded_model_measures_the_same(dense: Path, tmp_path: Path, text: Path) -> None:

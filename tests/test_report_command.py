@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lrcompress import report, sweepreport
-from lrcompress.details import BlockChange, Continuation, Details, TokenChange
+from lrcompress.details import BlockChange, Continuation, Details, PositionLoss, TokenChange
 from lrcompress.join import join
 from lrcompress.points import Point
 from lrcompress.protocols import Metric
@@ -75,7 +75,7 @@ def test_a_report_is_written_again_byte_for_byte(
     result = invoke("report", folders[0], "--out", out)
     assert result.exit_code == 0, result.output
     assert "token perplexity" in result.stdout
-    assert {path.name for path in out.iterdir()} == set(FORMATS)
+    assert {path.name for path in out.iterdir()} == {*FORMATS, "figures"}
     for name in FORMATS:
         assert (out / name).read_bytes() == (folders[0] / name).read_bytes()
     twice = invoke("report", folders[0], out, "--json")
@@ -150,9 +150,10 @@ def test_numbers_that_are_none_are_equal_to_each_other() -> None:
 def test_details_of_all_are_kept_and_shown_where_they_fit_together(tmp_path: Path) -> None:
     def details(base: str, blocks: int) -> Details:
         change = (base, "small", "text")
-        tokens = TokenChange(*change, 64, 2, 128, 0.5, {"50": 0.1}, 0.9, (), ())
+        positions = (PositionLoss(1, 63, 126, 2.0, 2.1),)
+        tokens = TokenChange(*change, 64, 2, 126, 0.5, {"50": 0.1}, 0.9, positions, ())
         texts = (Continuation("Once", {base: f"upon {base}", "small": f" {blocks}"}),)
-        return Details((tokens,), (BlockChange(*change, 128, (0.5,) * blocks),), texts)
+        return Details((tokens,), (BlockChange(*change, 126, (0.5,) * blocks),), texts)
 
     def made(base: str, value: float, blocks: int) -> Report:
         metrics = (metric(base, 0.75), metric("small", value))

@@ -173,7 +173,7 @@ def test_reports_name_the_knee_and_hold_everything() -> None:
     stored = json.loads(to_json("model", points))
     assert stored["fronts"][0]["knee"]["keep_ratio"] == 0.8
     assert [point["metrics"][0]["value"] for point in stored["points"]] == [100, 80, 60, 50]
-    assert set(FORMATS) == {"sweep.md", "sweep.json", "sweep.csv"}
+    assert set(FORMATS) == {"sweep.md", "sweep.html", "sweep.json", "sweep.csv"}
 
 
 def test_csv_has_a_row_for_each_metric_with_its_conditions() -> None:
