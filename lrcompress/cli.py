@@ -134,7 +134,7 @@ def report_command(
         return
     if max_loss is not None:
         raise InputError("--max-loss decides on the report of an eval or a run, not of a sweep")
-    console.show_sweep(*commands.sweep_report_to(folders, out), out, as_json)
+    console.show_sweep(commands.sweep_report_to(folders, out), out, as_json)
 
 
 MODEL = ("model",)
@@ -233,8 +233,8 @@ def sweep_command(
     from lrcompress import console, sweep
 
     resumes()
-    points = sweep.sweep(recipe, out, console.progress)
-    console.show_sweep(recipe.model.source, points, out, as_json)
+    found = sweep.Sweep(recipe, out, console.progress).all()
+    console.show_sweep(found, out, as_json)
 
 
 @main.command("check")

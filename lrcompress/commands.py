@@ -16,13 +16,13 @@ from lrcompress.files import check_free, writing
 from lrcompress.join import join
 from lrcompress.lowrank import compressed_layers
 from lrcompress.models import locate
-from lrcompress.points import Point
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.recipe import Recipe
 from lrcompress.report import Report
 from lrcompress.settings import ModelSettings
 from lrcompress.sources import Loaded, load_settings, other_source
-from lrcompress.sweepfolder import read_points
+from lrcompress.sweepfolder import read_report
+from lrcompress.sweepreport import SweepReport
 from lrcompress.tables import labels, learned
 
 
@@ -121,10 +121,8 @@ def _name(folder: Path) -> str:
     return str(folder if folder.name not in ("", "..") else folder.resolve())
 
 
-def sweep_report_to(
-    folders: Sequence[Path], out: Path | None = None
-) -> tuple[str, Sequence[Point]]:
-    """The dense model's name and the points of a sweep; its report once more in `out`, if given.
+def sweep_report_to(folders: Sequence[Path], out: Path | None = None) -> SweepReport:
+    """The report of a sweep, once more in `out`, if given.
 
     Raises InputError where there is another folder, or no report that can be read.
     """
@@ -134,10 +132,10 @@ def sweep_report_to(
         )
     if out is not None:
         check_free(out)
-    found = read_points(folders[0])
+    found = read_report(folders[0])
     if out is not None:
         with writing(out) as partial:
-            sweepreport.write(partial, *found)
+            sweepreport.write(partial, found)
     return found
 
 

@@ -15,6 +15,7 @@ from lrcompress.files import replace_text
 from lrcompress.points import DENSE, Point, PointSummary
 from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe, to_yaml
+from lrcompress.sweepreport import SweepReport
 
 RECIPE, POINTS = "recipe.yaml", "points"
 HIDDEN_FIGURES = f".{figures.FOLDER}."  # while they are written
@@ -68,8 +69,10 @@ class SweepFolder:
             stages.write(file, known)
         return Point.from_dict(known["point"])
 
-    def write(self, points: Sequence[Point]) -> None:
-        sweepreport.write(self.out, self.recipe.model.source, points)
+    def write(self, points: Sequence[Point]) -> SweepReport:
+        report = SweepReport(self.recipe.model.source, tuple(points))
+        sweepreport.write(self.out, report)
+        return report
 
 
 def _file(out: Path, variant: str, keep_ratio: float) -> Path:
@@ -81,13 +84,13 @@ def is_sweep(folder: Path) -> bool:
     return (folder / POINTS).is_dir() or (folder / content.SWEEP).is_file()
 
 
-def read_points(folder: Path) -> tuple[str, list[Point]]:
-    """The dense model's name and the points of the report in `folder`, with their samples.
+def read_report(folder: Path) -> SweepReport:
+    """The report in `folder`, with the samples of its points.
 
     Raises InputError where there is no report, or a point of it is missing or damaged.
     """
-    report = content.read(content.Sweep, folder / content.SWEEP)
-    return report.source, [_point(folder, one) for one in report.points]
+    known = content.read(content.Sweep, folder / content.SWEEP)
+    return SweepReport(known.source, tuple(_point(folder, one) for one in known.points))
 
 
 def _point(folder: Path, summary: PointSummary) -> Point:

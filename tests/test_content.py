@@ -16,6 +16,7 @@ from lrcompress.points import Point
 from lrcompress.protocols import InputError, Metric
 from lrcompress.report import Report
 from lrcompress.significance import comparisons, not_shown
+from lrcompress.sweepreport import SweepReport
 
 NAN, INF = math.nan, math.inf
 
@@ -104,7 +105,7 @@ def test_a_sweep_with_them_has_its_report(tmp_path: Path) -> None:
         Point("dense", 1.0, 1.0, 0.0, None, "", dense),
         Point("svd", 0.8, 0.8, 1.0, None, "", broken),
     ]
-    sweepreport.write(tmp_path, "model", points)
+    sweepreport.write(tmp_path, SweepReport("model", tuple(points)))
     found = content.read(content.Sweep, tmp_path / "sweep.json")
     assert math.isnan(found.points[1].metrics[1].value)
     assert strict((tmp_path / "sweep.json").read_text())["fronts"][0]["left_out"] == ["svd at 0.8"]

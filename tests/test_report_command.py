@@ -247,7 +247,7 @@ def test_the_report_of_a_sweep_is_written_again(
     folder, out = swept[0], tmp_path / "again"
     result = invoke("report", folder, "--out", out)
     assert result.exit_code == 0, result.output
-    assert (folder / "sweep.md").read_text() in result.stdout
+    assert "svd at 0.5" in result.stdout
     for name in sweepreport.FORMATS:
         assert (out / name).read_bytes() == (folder / name).read_bytes()
     assert invoke("report", folder, "--json").stdout == swept[1]
