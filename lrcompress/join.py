@@ -13,6 +13,9 @@ from lrcompress.report import Report
 from lrcompress.tables import labels, title
 from lrcompress.tradeoff import NO_QUALITY, SPEEDS
 
+# parts of a record that a report shows of one model only
+SHOWN_OF_LAST = {"linears", "finetuned"}
+
 Change = TypeVar("Change", TokenChange, BlockChange)
 
 
@@ -54,7 +57,7 @@ def join(reports: Mapping[str, Report]) -> Report:
 
 
 def _joined(reports: Mapping[str, Report]) -> Report:
-    models = _columns(reports)
+    models, last = _columns(reports), list(reports.values())[-1]
     details = _united(
         [
             _renamed(report.details, {m.label: m.title for m in models if place in m.places})
@@ -65,7 +68,7 @@ def _joined(reports: Mapping[str, Report]) -> Report:
         f"{', '.join(reports)}: comparison",
         tuple(replace(one, model=m.title) for m in models for one in m.metrics.values()),
         details,
-        list(reports.values())[-1].record,
+        {key: part for key, part in last.record.items() if key != "notes"},
         tuple(dict.fromkeys(_notes(reports, details))),
         tuple(text for report in reports.values() for text in report.texts),
     )
@@ -141,15 +144,16 @@ def _beside(continuations: Iterable[Continuation]) -> list[Continuation]:
 
 
 def _notes(reports: Mapping[str, Report], details: Details) -> Iterator[str]:
-    for report in reports.values():
+    for place, report in reports.items():
         yield from report.notes
+        yield from (f"{place}: {note}" for note in report.record.get("notes", ()))
     if any(metric.name in SPEEDS for report in reports.values() for metric in report.metrics):
         yield (
             "speeds are left out: a speed is a ratio within one run, and these were measured in "
             "several"
         )
     *others, _ = reports
-    if elsewhere := [place for place in others if reports[place].record]:
+    if elsewhere := [place for place in others if {*reports[place].record} & SHOWN_OF_LAST]:
         yield f"training and ranks of {', '.join(elsewhere)} are left out"
     if details.alike() != details:
         yield (

@@ -127,7 +127,8 @@ def metric(model: str, value: float, name: str = "task acc", **more: Any) -> Met
 
 def test_only_equal_numbers_of_quality_make_one_model() -> None:
     sizes = [Metric(name, "parameters", 10, "", False) for name in ("dense", "small")]
-    first = Report("a", (sizes[0], metric("dense", 0.5), sizes[1], metric("small", 0.25)))
+    measured = (sizes[0], metric("dense", 0.5), sizes[1], metric("small", 0.25))
+    first = Report("a", measured, record={"notes": ["39 % are kept"]})
     more = (metric("dense", 0.75, "more acc"), metric("small", 0.75, "more acc"))
     second = Report("b", (metric("dense", 0.5), more[0], sizes[1], more[1]))
     joined = join({"runs/a": first, "runs/b": second})
@@ -136,6 +137,7 @@ def test_only_equal_numbers_of_quality_make_one_model() -> None:
         ("small a", "parameters"), ("small a", "task acc"),
         ("small b", "parameters"), ("small b", "more acc"),
     ]  # fmt: skip
+    assert joined.notes == ("runs/a: 39 % are kept",)
     shots = Report("c", (metric("dense", 0.5, num_fewshot=5),))
     assert models(join({"a": first, "c": shots})) == ("dense a", "small", "dense c")
 
