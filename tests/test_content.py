@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
+from jsonschema import ValidationError as SchemaError
 
 from lrcompress import checkpoint, content, report, sweepreport, task_logs
 from lrcompress.details import BlockChange, Details, PositionLoss, TokenChange
@@ -17,6 +19,7 @@ from lrcompress.protocols import InputError, Metric
 from lrcompress.report import Report
 from lrcompress.significance import comparisons, not_shown
 from lrcompress.sweepreport import SweepReport
+from tests import samples
 
 NAN, INF = math.nan, math.inf
 
@@ -50,6 +53,20 @@ def test_the_published_schemas_are_those_of_the_code() -> None:
     """`make schemas` writes them anew."""
     for name, text in content.schemas().items():
         assert (Path("docs") / name).read_text("utf-8") == text
+
+
+def test_what_is_written_fits_the_published_schemas() -> None:
+    evaluated = Report("title", samples.METRICS, samples.DETAILS, samples.RECORD)
+    swept = SweepReport("model", tuple(samples.points()))
+    written = {
+        "metrics.schema.json": report.to_json(evaluated),
+        "sweep.schema.json": sweepreport.to_json(swept),
+    }
+    for name, text in written.items():
+        schema, found = json.loads(content.schemas()[name]), strict(text)
+        Draft202012Validator(schema).validate(found)
+        with pytest.raises(SchemaError, match="1 was expected"):
+            Draft202012Validator(schema).validate(found | {"version": 2})
 
 
 @pytest.mark.parametrize("name", ["metrics.schema.json", "sweep.schema.json"])
