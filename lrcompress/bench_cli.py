@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lrcompress.options import JSON, SettingsCommand, build_sections, out_option
+from lrcompress.options import JSON, OUT, SettingsCommand, build_sections
 
 
 @click.group()
@@ -19,7 +19,7 @@ FFN_BENCH = ("ffn_bench",)
 
 
 @bench.command("ffn", cls=SettingsCommand, sections=FFN_BENCH)
-@out_option(required=False)
+@OUT
 @JSON
 def bench_ffn_command(out: Path | None, as_json: bool, **options: Any) -> None:
     """Time one FFN with random weights, dense against compressed, beside the ideal speed-up."""
@@ -34,7 +34,7 @@ MODEL_BENCH = ("model_bench", "model")
 
 @bench.command("model", cls=SettingsCommand, sections=MODEL_BENCH)
 @click.argument("source", metavar="MODEL")
-@out_option(required=False)
+@OUT
 @JSON
 def bench_model_command(source: str, out: Path | None, as_json: bool, **options: Any) -> None:
     """Time MODEL: prefill, decode and a training step, with peak memory, beside its baseline."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lrcompress import compare, pipeline, sources
+from lrcompress import compare, pipeline, sources, tables
 from lrcompress.distill import DistillationTrainer
 from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe, read_recipe
@@ -278,9 +278,9 @@ def test_a_damaged_sketch_is_said(factorized: Path, text: Path, tmp_path: Path) 
 
 def test_columns_of_one_kind_get_names() -> None:
     dense = ["a/base", "b/small"]
-    assert compare.labels(["dense", "factorized"], dense) == ["dense", "factorized"]
-    assert compare.labels(["dense", "dense"], dense) == ["dense base", "dense small"]
-    assert compare.labels(["dense", "finetuned", "finetuned"], ["m", "a/model", "b/model"]) == [
+    assert tables.labels(["dense", "factorized"], dense) == ["dense", "factorized"]
+    assert tables.labels(["dense", "dense"], dense) == ["dense base", "dense small"]
+    assert tables.labels(["dense", "finetuned", "finetuned"], ["m", "a/model", "b/model"]) == [
         "dense", "finetuned a/model", "finetuned b/model",
     ]  # fmt: skip
-    assert compare.labels(["dense", "dense"], ["m", "m"]) == ["dense m 1", "dense m 2"]
+    assert tables.labels(["dense", "dense"], ["m", "m"]) == ["dense m 1", "dense m 2"]

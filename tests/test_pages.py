@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from lrcompress import report, sweepreport
 from lrcompress.report import Report
+from lrcompress.sweepreport import SweepReport
 from tests.samples import DETAILS, METRICS, RECORD, SCRIPT, points
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -34,7 +35,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     made = Report(f"{SCRIPT} & report", METRICS, DETAILS, RECORD)
     (folder / "report.html").write_text(report.html(made), "utf-8")
-    (folder / "sweep.html").write_text(sweepreport.html(SCRIPT, points()), "utf-8")
+    swept = SweepReport(SCRIPT, tuple(points()))
+    (folder / "sweep.html").write_text(sweepreport.html(swept), "utf-8")
     return {name: folder / f"{name}.html" for name in ("report", "sweep")}
 
 
