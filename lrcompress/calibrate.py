@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lrcompress.blocks import Forward, replaced_forwards, summed_loss
 from lrcompress.ffn import find_blocks
 from lrcompress.protocols import InputError, LinearSpec, Progress, Statistics, silent
 from lrcompress.sizes import evaluation_mode
@@ -134,10 +135,8 @@ def _forward(model: Any, sample: Tensor) -> None:
 
 @torch.enable_grad()
 def _with_gradients(model: Any, sample: Tensor, moments: Moments) -> None:
-    with _frozen(model), _checkpointed(model):
-        logits = model(input_ids=sample, use_cache=False).logits[0, :-1]
-        loss = nn.functional.cross_entropy(logits.float(), sample[0, 1:], reduction="sum")
-        del logits
+    with _frozen(model), replaced_forwards(list(find_blocks(model)[1]), _checkpointing):
+        loss = summed_loss(model, sample)
         moments.backward = True
         try:
             loss.backward()  # type: ignore[no-untyped-call]
@@ -162,23 +161,9 @@ def _frozen(model: Any) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@contextmanager
-def _checkpointed(model: Any) -> Iterator[None]:
+def _checkpointing(_: int, forward: Forward) -> Forward:
     """Keeps the activations of one block at a time; works in eval mode, unlike the model's own."""
-    blocks = find_blocks(model)[1]
-    before = [vars(block).get("forward") for block in blocks]  # accelerate sets one of its own
-    for block in blocks:
-        block.forward = _checkpointing(block.forward)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
 
-
-def _checkpointing(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any, **keywords: Any) -> Any:
         return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
 
