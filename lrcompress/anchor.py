@@ -80,7 +80,7 @@ def shrink_anchored(
         return tuple(anchoring.blocks(progress))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Anchoring:
     """The walk through the blocks: `streams` are moved on, layers are installed."""
 

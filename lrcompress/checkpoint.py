@@ -6,13 +6,14 @@ import inspect
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lrcompress import lowrank
 from lrcompress.files import render, replace_text, writing
@@ -34,16 +35,20 @@ def save(
     record: Mapping[str, Any],
     replace: bool = False,
     state: Mapping[str, Tensor] | None = None,
+    shards: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Writes model, tokenizer, provenance and model card to the folder `out`.
 
     `record` is completed with versions and the counts of what was saved, and returned. `state` has
-    the weights where the model holds only a part of them. Raises
+    the weights where the model holds only a part of them; `shards` are files with others, which
+    are moved to `out`. Raises
     InputError if `out` exists and is not to be replaced, MachineError if it cannot be written.
     """
     record_layout(model)
     with writing(out, replace) as folder:
         _write_weights(model, tokenizer, folder, state)
+        if shards:
+            _join(folder, shards)
         complete = dict(record) | {"versions": versions(), "saved": saved_tensors(folder)}
         write_record(folder, complete)
     return complete
@@ -59,6 +64,21 @@ def _write_weights(
         tokenizer.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)
+
+
+def _join(folder: Path, shards: Sequence[Path]) -> None:
+    """Moves `shards` beside the weights in `folder`, and writes the index of all."""
+    files = [*sorted(folder.glob("*.safetensors")), *shards]
+    places: dict[str, str] = {}
+    size = 0
+    for number, file in enumerate(files, 1):
+        name = f"model-{number:05}-of-{len(files):05}.safetensors"
+        file.replace(folder / name)
+        with safe_open(folder / name, "pt") as tensors:  # type: ignore[no-untyped-call,unused-ignore]
+            places |= dict.fromkeys(tensors.keys(), name)
+        size += (folder / name).stat().st_size
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    replace_text(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -45,7 +45,7 @@ def factorize_command(source: str, out: Path, **options: Any) -> None:
     recipe = build_recipe(FACTORIZE, source, options)
     from lrcompress import commands, console
 
-    resumes(recipe.refine.enabled)
+    resumes(recipe.refine.enabled or recipe.factorize.streaming)
     record = commands.factorize_to(recipe, out, console.progress)
     console.show_factorization(record, out)
 

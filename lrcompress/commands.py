@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from lrcompress import checkpoint, compare, report, task_logs
+from lrcompress import checkpoint, compare, report, stages, task_logs
 from lrcompress.compress import apply
 from lrcompress.contamination import refuse_recorded
+from lrcompress.factorization import Factorization
 from lrcompress.files import check_free, writing
 from lrcompress.lowrank import compressed_layers
 from lrcompress.models import locate
+from lrcompress.offload import OffloadedModel
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.recipe import Recipe
 from lrcompress.report import Report
 from lrcompress.settings import ModelSettings
 from lrcompress.sources import Loaded, load_settings, other_source
+from lrcompress.streaming import Streaming
 from lrcompress.tables import learned
 
 
@@ -30,11 +33,36 @@ def factorize_to(
     """
     if not replace:
         check_free(out)
+    make = _streamed if recipe.factorize.streaming else _in_memory
+    return make(recipe, out, progress, replace)
+
+
+def _in_memory(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> dict[str, Any]:
     model, tokenizer = load_settings(recipe.model)
     work = out.with_name(f".{out.name}.refine")  # refined blocks, until the whole is saved
     done = apply(
         model, tokenizer, recipe.calibration, recipe.factorize, recipe.refine, progress, work
     )
+    saved = checkpoint.save(model, tokenizer, out, _made(recipe, done), replace)
+    shutil.rmtree(work, ignore_errors=True)
+    return saved
+
+
+def _streamed(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> dict[str, Any]:
+    work = out.with_name(f".{out.name}.streaming")  # of this output: blocks of all settings
+    own = work / stages.digest(stages.factorizing(recipe))[:16]
+    source = OffloadedModel.load(recipe.model, own / "converted")
+    run = Streaming(recipe, source, own, progress)
+    record = _made(recipe, run.run())
+    saved = checkpoint.save(
+        source.model, source.tokenizer, out, record, replace, source.outside(), run.shards
+    )
+    shutil.rmtree(work, ignore_errors=True)
+    return saved
+
+
+def _made(recipe: Recipe, done: Factorization) -> dict[str, Any]:
+    """The record of what was done, and of what had been learned before."""
     record = {
         "source": recipe.model.source,
         "recipe": recipe.model_dump(mode="json"),
@@ -42,9 +70,7 @@ def factorize_to(
     }
     if before := learned(_record(recipe.model) or {}):
         record["before"] = before
-    saved = checkpoint.save(model, tokenizer, out, record, replace)
-    shutil.rmtree(work, ignore_errors=True)
-    return saved
+    return record
 
 
 def evaluate_to(recipe: Recipe, out: Path | None = None, progress: Progress = silent) -> Report:

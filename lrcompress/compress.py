@@ -20,7 +20,7 @@ from lrcompress.factorization import Counts, Factorization, counts, notes
 from lrcompress.ffn import find_ffns, select
 from lrcompress.lowrank import install
 from lrcompress.prepare import Prepared, check_weights, prepare, selected_share
-from lrcompress.protocols import Plan, Progress, silent
+from lrcompress.protocols import InputError, Plan, Progress, silent
 from lrcompress.quantizer import record_layout
 from lrcompress.recipe import from_flat, sections
 from lrcompress.refine import refine
@@ -80,6 +80,11 @@ class Compression:
     def text(self) -> Calibration:
         """What may be measured; nothing is before it is needed."""
         settings = self.settings
+        if settings.streaming:
+            raise InputError(
+                "streaming reads the model's folder block by block and this model is in memory: "
+                "use `lrcompress factorize` or `lrcompress run`, or leave streaming out"
+            )
         linears = select(self.model, settings.include, settings.exclude, settings.dense_first)
         check_weights(self.model, linears)
         return Calibration(self.model, self.tokenizer, linears, self.calibration, self.progress)

@@ -106,10 +106,7 @@ class Run:
     def _making(self, stage: str) -> list[Any]:
         """What the model of a stage depends on."""
         if stage == "factorize":
-            made_of = {"model", "calibration", "factorize", "refine"}
-            settings = self.recipe.model_dump(mode="json", include=made_of)
-            texts = [stages.data_state(spec) for spec in self.recipe.calibration.data]
-            return [settings, stages.model_state(self.recipe.model), texts]
+            return stages.factorizing(self.recipe)
         tuning = self.recipe.finetune
         texts = [stages.data_state(spec) for spec in tuning.data]
         teacher = tuning.teacher and stages.model_inputs(

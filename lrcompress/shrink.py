@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,26 @@ class ShrunkLinear:
             "relative_error": self.error,
             "largest_coefficient": self.largest_coefficient,
         }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], spec: LinearSpec) -> Self:
+        """What `to_dict` gave for `spec`."""
+        form, (rows, columns) = content["form"], content["shape"]
+        return cls(
+            spec,
+            None if form == "dense" else form,
+            (rows, columns),
+            content["rank"],
+            content["parameters_kept"],
+            content["relative_error"],
+            content["largest_coefficient"],
+        )
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What a checkpoint's config keeps of the layer, as in `lowrank.layout`."""
+        rank = {} if self.rank is None else {"rank": self.rank}
+        return {"form": self.form, "shape": list(self.shape)} | rank
 
 
 Shrunk = tuple[ShrunkLinear, nn.Module | None]  # what was done, and the new layer if there is one
