@@ -47,7 +47,8 @@ def factorize_command(source: str, out: Path, **options: Any) -> None:
 
     resumes(recipe.refine.enabled or recipe.factorize.streaming)
     record = commands.factorize_to(recipe, out, console.progress)
-    console.show_factorization(record, out)
+    if processes.is_main():
+        console.show_factorization(record, out)
 
 
 FINETUNE = ("finetune", "model")

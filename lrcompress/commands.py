@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from lrcompress import checkpoint, compare, report, stages, task_logs
+from lrcompress import checkpoint, compare, processes, report, stages, task_logs
 from lrcompress.compress import apply
 from lrcompress.contamination import refuse_recorded
 from lrcompress.factorization import Factorization
@@ -15,6 +15,7 @@ from lrcompress.files import check_free, writing
 from lrcompress.lowrank import compressed_layers
 from lrcompress.models import locate
 from lrcompress.offload import OffloadedModel
+from lrcompress.processes import agreed, from_main
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.recipe import Recipe
 from lrcompress.report import Report
@@ -29,35 +30,41 @@ def factorize_to(
 ) -> dict[str, Any]:
     """Loads, factorizes and saves to `out`; returns what lrcompress.json holds.
 
-    Raises InputError if `out` exists, unless an older result there is to be replaced.
+    Under torchrun every process calls it, and the main one writes. Raises InputError if `out`
+    exists, unless an older result there is to be replaced.
     """
-    if not replace:
-        check_free(out)
     make = _streamed if recipe.factorize.streaming else _in_memory
-    return make(recipe, out, progress, replace)
+    with processes.group(recipe.model.device):
+        if not replace:
+            agreed(lambda: check_free(out))
+        return make(recipe, out, progress if processes.is_main() else silent, replace)
 
 
 def _in_memory(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> dict[str, Any]:
-    model, tokenizer = load_settings(recipe.model)
+    device = agreed(lambda: processes.own_device(recipe.model.device))
+    model, tokenizer = agreed(lambda: load_settings(recipe.model, device=device))
     work = out.with_name(f".{out.name}.refine")  # refined blocks, until the whole is saved
     done = apply(
         model, tokenizer, recipe.calibration, recipe.factorize, recipe.refine, progress, work
     )
-    saved = checkpoint.save(model, tokenizer, out, _made(recipe, done), replace)
-    shutil.rmtree(work, ignore_errors=True)
+    saved = from_main(lambda: checkpoint.save(model, tokenizer, out, _made(recipe, done), replace))
+    from_main(lambda: shutil.rmtree(work, ignore_errors=True))
     return saved
 
 
 def _streamed(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> dict[str, Any]:
     work = out.with_name(f".{out.name}.streaming")  # of this output: blocks of all settings
-    own = work / stages.digest(stages.factorizing(recipe))[:16]
-    source = OffloadedModel.load(recipe.model, own / "converted")
+    own = work / from_main(lambda: stages.digest(stages.factorizing(recipe)))[:16]
+    processes.check_shared(own)
+    source = agreed(lambda: OffloadedModel.load(recipe.model, own))
     run = Streaming(recipe, source, own, progress)
     record = _made(recipe, run.run())
-    saved = checkpoint.save(
-        source.model, source.tokenizer, out, record, replace, source.outside(), run.shards
+    saved = from_main(
+        lambda: checkpoint.save(
+            source.model, source.tokenizer, out, record, replace, source.outside(), run.shards
+        )
     )
-    shutil.rmtree(work, ignore_errors=True)
+    from_main(lambda: shutil.rmtree(work, ignore_errors=True))
     return saved
 
 

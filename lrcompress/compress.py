@@ -20,6 +20,7 @@ from lrcompress.factorization import Counts, Factorization, counts, notes
 from lrcompress.ffn import find_ffns, select
 from lrcompress.lowrank import install
 from lrcompress.prepare import Prepared, check_weights, prepare, selected_share
+from lrcompress.processes import from_main
 from lrcompress.protocols import InputError, Plan, Progress, silent
 from lrcompress.quantizer import record_layout
 from lrcompress.recipe import from_flat, sections
@@ -130,7 +131,8 @@ class Compression:
         if settings.sequential == "independent":
             return shrink(self.model, prepared, plan, form, self.progress)
         tokens, damping = text.tokens, settings.anchor_damping
-        return shrink_anchored(self.model, prepared, plan, form, tokens, damping, self.progress)
+        parts = (self.model, prepared, plan, form, tokens, damping, self.progress)
+        return from_main(lambda: shrink_anchored(*parts))
 
     def _refine(
         self, originals: Mapping[str, nn.Module], prepared: Prepared, plan: Plan, text: Calibration
@@ -141,7 +143,8 @@ class Compression:
         if self.work is not None:
             work = self.work / self._identity(originals, text, plan)
         settings, progress = self.refinement, self.progress
-        return refine(self.model, originals, prepared, text.tokens, settings, work, progress)
+        parts = (self.model, originals, prepared, text.tokens, settings, work, progress)
+        return from_main(lambda: refine(*parts))
 
     def _identity(self, originals: Mapping[str, nn.Module], text: Calibration, plan: Plan) -> str:
         """Names what refined blocks depend on; work of another model or setting is not used."""

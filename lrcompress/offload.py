@@ -13,6 +13,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
+from lrcompress import processes
 from lrcompress.ffn import find_blocks
 from lrcompress.models import checked_device, load, locate, skeleton
 from lrcompress.protocols import InputError
@@ -44,11 +45,14 @@ class OffloadedModel:
             )
         bare = skeleton(source.source, None, source.trust_remote_code)
         prefix, _ = find_blocks(bare)
-        device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        if source.device != "auto":
-            device = checked_device(source.device)
-        places = dict.fromkeys(_outside(bare, prefix), device) | {prefix: "disk"}
-        placement = {"device_map": places, "offload_folder": str(work)}
+        device = processes.own_device(source.device)
+        if device == "auto":
+            device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        places = dict.fromkeys(_outside(bare, prefix), checked_device(device)) | {prefix: "disk"}
+        placement = {
+            "device_map": places,
+            "offload_folder": str(work / f"converted-{processes.rank()}"),
+        }
         arguments = source.model_dump(exclude={"source", "gguf_file", "device"})
         model, tokenizer = load(source.source, **arguments, placement=placement)
         weights = _reader(find_blocks(model)[1])

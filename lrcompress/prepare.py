@@ -15,6 +15,7 @@ from lrcompress.choices import Grid, ffn_choices
 from lrcompress.decompositions import Decompositions
 from lrcompress.ffn import find_ffns
 from lrcompress.lowrank import dense_weight
+from lrcompress.processes import divided
 from lrcompress.protocols import (
     FFN,
     Allocator,
@@ -92,7 +93,7 @@ class Planning:
             choices, order = ffn_choices(ffn, self.method, self.grid, self.allocator.needs_errors)
             found.append(choices)
             if order is not None:
-                channels[ffn.name] = order
+                channels[ffn.name] = order.cpu()
         return tuple(found), channels
 
     def plan(self, choices: Sequence[Choices]) -> Plan | None:
@@ -121,9 +122,15 @@ def prepare(
     if planning.reads_text(plan):
         moments = get_moments(planning.gradients)
     if not planning.is_early:
-        count = len({linear.ffn for linear in linears})
-        ffns = progress(ffns_of(model, linears, moments), "Measuring choices", count)
-        choices, channels = planning.choices(ffns)
+        groups = by_ffn(linears)
+        found = divided(
+            groups,
+            lambda specs: planning.choices(ffns_of(model, specs, moments)),
+            progress,
+            "Measuring choices",
+        )
+        choices = tuple(one for part, _ in found for one in part)
+        channels = {name: order for _, orders in found for name, order in orders.items()}
         plan = planning.plan(choices)
     method, shared = planning.method, (moments, choices, channels)
     return Prepared(
@@ -165,12 +172,17 @@ def check_weights(model: nn.Module, linears: Iterable[LinearSpec]) -> None:
             raise InputError(f"the weight of {spec.name} is not finite: get an intact copy")
 
 
+def by_ffn(linears: Iterable[LinearSpec]) -> list[tuple[LinearSpec, ...]]:
+    """The linears of each FFN, in order."""
+    return [tuple(group) for _, group in groupby(linears, key=lambda linear: linear.ffn)]
+
+
 def ffns_of(model: Any, linears: Sequence[LinearSpec], moments: Moments | None) -> Iterator[FFN]:
     """The FFNs of `linears` one by one, with weights and what was measured."""
     sizes = Counter(linear.ffn for linear in find_ffns(model).linears)
-    for name, group in groupby(linears, key=lambda linear: linear.ffn):
-        specs = tuple(group)
+    for specs in by_ffn(linears):
         modules = {spec.name: model.get_submodule(spec.name) for spec in specs}
+        name = specs[0].ffn
         yield FFN(
             name,
             specs,

@@ -25,7 +25,7 @@ from lrcompress.ffn import find_ffns, select
 from lrcompress.lowrank import rebuild
 from lrcompress.offload import OffloadedModel
 from lrcompress.prepare import Planning, Prepared, check_weights, ffns_of, selected_share
-from lrcompress.processes import agreed, is_main, own_part
+from lrcompress.processes import agreed, count, is_main, own_part
 from lrcompress.protocols import Choices, InputError, LinearSpec, Plan, Progress
 from lrcompress.recipe import Recipe
 from lrcompress.refined import RefinedBlock
@@ -98,6 +98,15 @@ class Streaming:
         made.run(self.progress)
         return made
 
+    @property
+    def _once(self) -> bool:
+        """Whether moments are measured once, in the order of the blocks."""
+        return self.planning.is_early and not self.planning.gradients and count() == 1
+
+    def _reach(self, index: int) -> None:
+        if self.measured is not None:
+            self.measured.reach(index)
+
     def _moments(self, index: int) -> Moments | None:
         return None if self.measured is None else self.measured.moments(index)
 
@@ -105,6 +114,7 @@ class Streaming:
         missing = [index for index in blocks if not self.files.has_choices(index)]
         for index in self.progress(missing, "Measuring choices", len(missing)):
             specs = self._specs(index)
+            self._reach(index)
             with self.source.resident(index):
                 check_weights(self.source.model, specs)
                 ffns = ffns_of(self.source.model, specs, self._moments(index))
@@ -124,9 +134,13 @@ class Streaming:
         for index in self.progress(missing, "Factorizing", len(missing)):
             self._shrink_block(index, prepared, walk)
             walk.finish(index)
+            if self.measured is not None and self._once:
+                self.measured.drop(index)
 
     def _shrink_block(self, index: int, prepared: Prepared, walk: Walk) -> None:
         specs = self._specs(index)
+        if specs:
+            self._reach(index)
         with self.source.resident(index) as block:
             check_weights(self.source.model, specs)
             moments = self._moments(index) if specs else None
