@@ -46,7 +46,7 @@ def factorize_command(source: str, out: Path, **options: Any) -> None:
     from lrcompress import commands, console
 
     resumes(recipe.refine.enabled or recipe.factorize.streaming)
-    record = commands.factorize_to(recipe, out, console.progress)
+    record = commands.factorize_to(recipe, out, console.progress, say=console.say)
     if processes.is_main():
         console.show_factorization(record, out)
 
@@ -186,7 +186,7 @@ def run_command(
     from lrcompress import checkpoint, console, pipeline, runfolder
 
     resumes()
-    found = pipeline.Run(recipe, out, console.progress).all(overwrite)
+    found = pipeline.Run(recipe, out, console.progress, console.say).all(overwrite)
     model, tuned = out / runfolder.MODEL, out / runfolder.FINETUNED
     if not as_json:
         console.show_factorization(checkpoint.read_record(model) or {}, model)

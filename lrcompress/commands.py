@@ -16,7 +16,7 @@ from lrcompress.lowrank import compressed_layers
 from lrcompress.models import locate
 from lrcompress.offload import OffloadedModel
 from lrcompress.processes import agreed, from_main
-from lrcompress.protocols import InputError, Progress, silent
+from lrcompress.protocols import InputError, Progress, Say, silent, unsaid
 from lrcompress.recipe import Recipe
 from lrcompress.report import Report
 from lrcompress.settings import ModelSettings
@@ -26,18 +26,26 @@ from lrcompress.tables import learned
 
 
 def factorize_to(
-    recipe: Recipe, out: Path, progress: Progress = silent, replace: bool = False
+    recipe: Recipe,
+    out: Path,
+    progress: Progress = silent,
+    replace: bool = False,
+    say: Say = unsaid,
 ) -> dict[str, Any]:
     """Loads, factorizes and saves to `out`; returns what lrcompress.json holds.
 
+    `say` is told what streaming will need, before it starts.
     Under torchrun every process calls it, and the main one writes. Raises InputError if `out`
     exists, unless an older result there is to be replaced.
     """
-    make = _streamed if recipe.factorize.streaming else _in_memory
+    if not processes.is_main():
+        progress, say = silent, unsaid
     with processes.group(recipe.model.device):
         if not replace:
             agreed(lambda: check_free(out))
-        return make(recipe, out, progress if processes.is_main() else silent, replace)
+        if recipe.factorize.streaming:
+            return _streamed(recipe, out, progress, replace, say)
+        return _in_memory(recipe, out, progress, replace)
 
 
 def _in_memory(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> dict[str, Any]:
@@ -52,12 +60,14 @@ def _in_memory(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> 
     return saved
 
 
-def _streamed(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> dict[str, Any]:
+def _streamed(
+    recipe: Recipe, out: Path, progress: Progress, replace: bool, say: Say
+) -> dict[str, Any]:
     work = out.with_name(f".{out.name}.streaming")  # of this output: blocks of all settings
     own = work / from_main(lambda: stages.digest(stages.factorizing(recipe)))[:16]
     processes.check_shared(own)
     source = agreed(lambda: OffloadedModel.load(recipe.model, own))
-    run = Streaming(recipe, source, own, progress)
+    run = Streaming(recipe, source, own, progress, say)
     record = _made(recipe, run.run())
     saved = from_main(
         lambda: checkpoint.save(

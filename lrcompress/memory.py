@@ -1,4 +1,4 @@
-"""The largest memory that a process held while something ran."""
+"""The memory that the process holds, and the largest that it held while something ran."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ def peak_memory() -> Iterator[Memory]:
         known = False
     yield memory
     if known:
-        lines = STATUS.read_text().splitlines()
-        found = [line.split() for line in lines if line.startswith("VmHWM:")]
-        memory.peak = int(found[0][1]) * 1024 if found else None
+        memory.peak = _status("VmHWM:")
+
+
+def resident() -> int:
+    """Bytes of memory that the process holds now; 0 where the system does not tell."""
+    return (_status("VmRSS:") or 0) if STATUS.is_file() else 0
+
+
+def _status(key: str) -> int | None:
+    lines = STATUS.read_text().splitlines()
+    found = [line.split() for line in lines if line.startswith(key)]
+    return int(found[0][1]) * 1024 if found else None

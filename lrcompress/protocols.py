@@ -44,6 +44,16 @@ def silent(items: Iterable[T], description: str, total: int | None = None) -> It
     return items
 
 
+class Say(Protocol):
+    """Tells the user one sentence before the work starts."""
+
+    def __call__(self, sentence: str) -> None: ...
+
+
+def unsaid(sentence: str) -> None:
+    """The `Say` that tells nothing."""
+
+
 @dataclass(frozen=True)
 class LinearSpec:
     """One linear layer that may be factorized: y = W x (+ b), W of shape (out, in).

@@ -22,11 +22,12 @@ from lrcompress.corpora import SELF
 from lrcompress.decompositions import Decompositions
 from lrcompress.factorization import Counts, Factorization, counts, notes
 from lrcompress.ffn import find_ffns, select
+from lrcompress.footprint import Footprint, Sizes
 from lrcompress.lowrank import rebuild
 from lrcompress.offload import OffloadedModel
 from lrcompress.prepare import Planning, Prepared, check_weights, ffns_of, selected_share
 from lrcompress.processes import agreed, count, is_main, own_part
-from lrcompress.protocols import Choices, InputError, LinearSpec, Plan, Progress
+from lrcompress.protocols import Choices, InputError, LinearSpec, Plan, Progress, Say
 from lrcompress.recipe import Recipe
 from lrcompress.refined import RefinedBlock
 from lrcompress.shrink import ShrunkLinear
@@ -38,7 +39,12 @@ class Streaming:
     """One model on its way through the stages; `work` is a folder of this run's own."""
 
     def __init__(
-        self, recipe: Recipe, source: OffloadedModel, work: Path, progress: Progress
+        self,
+        recipe: Recipe,
+        source: OffloadedModel,
+        work: Path,
+        progress: Progress,
+        say: Say,
     ) -> None:
         self.recipe, self.source, self.work, self.progress = recipe, source, work, progress
         self.settings, self.started = recipe.factorize, time.perf_counter()
@@ -50,6 +56,7 @@ class Streaming:
         calibration = recipe.calibration
         self.text = Calibration(model, source.tokenizer, self.linears, calibration, progress)
         self.measured: Blockwise | None = None
+        self.say = say
 
     def run(self) -> Factorization:
         """Leaves the finished blocks in the work folder, and the model with empty layers."""
@@ -75,7 +82,10 @@ class Streaming:
         if planning.is_early:
             choices, channels = planning.choices(ffns_of(model, self.linears, None))
             plan = planning.plan(choices)
-        if planning.reads_text(plan):
+        walks = self.settings.sequential == "anchored" or self.recipe.refine.enabled
+        reads = planning.reads_text(plan)
+        self.say(f"Streaming needs {self._footprint(reads or walks)}.")
+        if reads:
             self.measured = self._measure()
         if not planning.is_early:
             used = sorted({spec.block for spec in self.linears})
@@ -87,12 +97,18 @@ class Streaming:
         method, shared = planning.method, (None, choices, channels, self.share, plan)
         return Prepared(self.linears, method, planning.allocator, *shared, Decompositions(method))
 
-    def _measure(self) -> Blockwise:
-        if SELF in self.recipe.calibration.data:
+    def _footprint(self, reads_text: bool) -> Footprint:
+        """Reads the text, if any stage will."""
+        if reads_text and SELF in self.recipe.calibration.data:
             raise InputError(
                 "--streaming cannot calibrate on text that the model writes, as every token takes "
                 "the whole model: name a text with --calibration, such as pydoc or FILE.txt"
             )
+        samples, length = self.text.tokens.shape if reads_text else (0, 0)
+        parts = (self.source.model, self.linears, self.planning, self.recipe)
+        return Sizes(*parts, samples, length).footprint()
+
+    def _measure(self) -> Blockwise:
         samples = self.recipe.calibration.gradient_samples if self.planning.gradients else 0
         made = Blockwise(self.source, self.linears, self.text.tokens, samples, self.work)
         made.run(self.progress)
