@@ -113,17 +113,24 @@ class Anchoring:
         streams.compressed = [streams.run(index, h).output for h in streams.compressed]
 
     def _fit(self, index: int, ffn: FFN, dense: list[Pass]) -> Iterator[ShrunkLinear]:
-        """First the linears that read the block's hidden state, then the one that reads theirs."""
+        """First the linears that read the block's hidden state, then the one that reads theirs.
+
+        Until its turn that one is dense, or narrowed.
+        """
         first = [spec for spec in ffn.linears if spec.role != "down"]
         ffn = self._refitted(index, ffn, first, dense)
-        shrunk = shrunk_ffn(self.model, ffn, self.prepared, self.plan, self.form)
+        names = {spec.name for spec in first}
+        ranks = {name: rank for name, rank in self.plan.ranks.items() if name in names}
+        plan = replace(self.plan, ranks=ranks)
+        shrunk = shrunk_ffn(self.model, ffn, self.prepared, plan, self.form)
         found = {what.spec.name: (what, layer) for what, layer in shrunk}
         for name, (_, layer) in found.items():
             if layer is not None:
                 install(self.model, name, layer)
         for spec in ffn.linears:
-            what, layer = found[spec.name]
-            if spec.role == "down" and layer is not None:
+            what = found[spec.name][0]
+            changes = spec.name in self.plan.ranks or ffn.name in self.plan.widths
+            if spec.role == "down" and changes:
                 what = self._fit_down(index, ffn, spec, dense)
             yield what
 

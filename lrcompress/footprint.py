@@ -17,6 +17,8 @@ from lrcompress.protocols import LinearSpec
 from lrcompress.recipe import Recipe
 
 FLOAT32, FLOAT64 = 4, 8
+# libraries that are loaded later, and what the allocator keeps
+ALLOWANCE = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Sizes:
     def footprint(self) -> Footprint:
         outside = self._bytes(self.model) - sum(map(self._bytes, self._blocks))
         steps = (self._activations(), self._algebra(), self._training())
-        memory = resident() + outside + 2 * self._block + self._moments() + max(steps)
+        memory = resident() + ALLOWANCE + outside + 2 * self._block + self._moments() + max(steps)
         return Footprint(memory, self._states(kept=True) + sum(map(self._bytes, self._blocks)))
 
     @property
@@ -68,23 +70,25 @@ class Sizes:
 
     def _states(self, kept: bool) -> int:
         """Of all samples in front of one block; `kept` are those of all blocks, and gradients."""
-        width = self.model.config.get_text_config(decoder=True).hidden_size
-        one = self.length * width * self.model.dtype.itemsize
+        config, size = self.model.config, int(self.model.dtype.itemsize)
+        one = self.length * int(config.get_text_config(decoder=True).hidden_size) * size
         if not kept:
             return self.samples * one
         asked = self.recipe.calibration.gradient_samples if self._gradients else 0
         blocks = len(self._blocks) + 1 if not self.planning.is_early or self._gradients else 2
         streams = 4 * (self.recipe.factorize.sequential == "anchored")
-        streams += 8 * FLOAT32 // self.model.dtype.itemsize * self.recipe.refine.enabled
-        return one * (blocks * (self.samples + min(asked, self.samples)) + streams * self.samples)
+        streams += 8 * FLOAT32 // size * self.recipe.refine.enabled
+        kept_gradients = min(asked, self.samples)
+        return one * (blocks * (self.samples + kept_gradients) + streams * self.samples)
 
     def _activations(self) -> int:
         """Of one sample in a block, with what a backward pass keeps; and its logits."""
         config = self.model.config.get_text_config(decoder=True)
         passed = sum(sum(p.shape) for p in self._blocks[0].parameters() if p.ndim == 2)
-        inside = self.length * passed * 2 * FLOAT32
+        inside: int = self.length * passed * 2 * FLOAT32
         inside += self.length**2 * config.num_attention_heads * FLOAT32
-        return max(inside, self.length * config.vocab_size * 4 * FLOAT32 * self._gradients)
+        logits: int = self.length * config.vocab_size * 4 * FLOAT32 * self._gradients
+        return max(inside, logits)
 
     def _moments(self) -> int:
         """Sums and means of one block."""
@@ -109,8 +113,8 @@ class Sizes:
 
     def _training(self) -> int:
         """Of the streams and, for a refined block, its optimizer and the copies of its weights."""
-        ratio = FLOAT32 // self.model.dtype.itemsize
-        held = 6 * self._states(kept=False) * (self.recipe.factorize.sequential == "anchored")
+        ratio: int = FLOAT32 // self.model.dtype.itemsize
+        held: int = 6 * self._states(kept=False) * (self.recipe.factorize.sequential == "anchored")
         if self.recipe.refine.enabled:
             held += 4 * ratio * self._states(kept=False) + 8 * ratio * self._block
         return held

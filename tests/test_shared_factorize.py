@@ -103,7 +103,7 @@ def test_shared_streaming_is_the_same_bit_for_bit(jobs: Jobs, name: str) -> None
 
 def test_what_goes_from_block_to_block_is_done_by_the_main_process(jobs: Jobs) -> None:
     main, other = jobs.linears("refined")
-    assert len({*main}) == 9
+    assert len(main) == len({*main}) == 9
     assert not other
     first, second = (record(f) for f in (jobs.alone("refined"), jobs.folder / "refined"))
     for one, two in zip(first["refined"], second["refined"], strict=True):
