@@ -29,10 +29,8 @@ class Footprint:
     disk: int
 
     def __str__(self) -> str:
-        return (
-            f"at most {self.memory / 2**20:,.0f} MiB of memory and {self.disk / 2**20:,.0f} MiB "
-            "of disk beside the output"
-        )
+        memory, disk = (f"{size / 2**20:,.1f} MiB" for size in (self.memory, self.disk))
+        return f"at most {memory} of memory, and {disk} of disk beside the output"
 
 
 @dataclass(frozen=True)

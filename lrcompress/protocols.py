@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
@@ -44,10 +44,7 @@ def silent(items: Iterable[T], description: str, total: int | None = None) -> It
     return items
 
 
-class Say(Protocol):
-    """Tells the user one sentence before the work starts."""
-
-    def __call__(self, sentence: str) -> None: ...
+Say = Callable[[str], None]  # tells the user one sentence before the work starts
 
 
 def unsaid(sentence: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import lrcompress
 from lrcompress.blockfiles import Activations, BlockFiles
 from lrcompress.blocks import Blocks
 from lrcompress.blockwise import Blockwise
 from lrcompress.models import load
+from lrcompress.offload import OffloadedModel
+from lrcompress.protocols import InputError, silent
+from lrcompress.recipe import Recipe
+from lrcompress.streaming import Streaming
 from lrcompress.walk import Walk
-from tests.conftest import interrupt, invoke
+from tests.conftest import interrupt, invoke, small_recipe
 from tests.tiny import byte_tokenizer, logits, saved_model, tiny_model
 
 TEXT = ("--calibration", "pydoc", "--num-samples", "4", "--seq-len", "64")
@@ -114,3 +120,69 @@ def test_an_interrupted_run_goes_on(
     first, second = weights(again), weights(undisturbed)
     assert all(torch.equal(first[name], second[name]) for name in second)
     assert record(again) == record(undisturbed)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"method": "auto"}, {"method": "whitened", "sequential": "anchored"}, {"method": "svd"}],
+    ids=str,
+)
+def test_what_is_kept_stays_within_what_is_said(tmp_path: Path, flags: dict[str, str]) -> None:
+    dense = saved_model(tmp_path / "dense", num_hidden_layers=4)
+    text = {"data": "pydoc", "num_samples": 4, "seq_len": 256, "gradient_samples": 2}
+    settings = {"keep_ratio": 0.6, "streaming": True} | flags
+    recipe = Recipe(model={"source": str(dense)}, calibration=text, factorize=settings)
+    said: list[str] = []
+    source, work = OffloadedModel.load(recipe.model, tmp_path), tmp_path / "work"
+    Streaming(recipe, source, work, silent, said.append).run()
+    kept = sum(file.stat().st_size for file in work.rglob("*.safetensors"))
+    (disk,) = (
+        float(number.replace(",", "")) for number in re.findall(r"and ([\d,.]+) MiB", said[0])
+    )
+    assert kept / 2**20 < disk < 3 * kept / 2**20
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--keep-ratio", "0.6"), "name a text with --calibration"),
+        (("--max-perplexity-increase", "1%", *TEXT), "with streaming use keep_ratio"),
+        (("--rank", "500", *TEXT), "rank 500 does not fit"),
+    ],
+)
+def test_what_cannot_be_streamed_is_said(
+    tmp_path: Path, flags: tuple[str, ...], words: str
+) -> None:
+    dense = saved_model(tmp_path / "dense")
+    result = invoke("factorize", dense, "--out", tmp_path / "out", "--streaming", *flags)
+    assert result.exit_code == 2
+    assert words in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_memory_is_refused() -> None:
+    with pytest.raises(InputError, match="use `lrcompress factorize`"):
+        lrcompress.factorize(tiny_model(), byte_tokenizer(), keep_ratio=0.6, streaming=True)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("inf")
+    model.save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    flags = ("--streaming", "--keep-ratio", "0.6", "--method", "svd")
+    result = invoke("factorize", tmp_path / "dense", "--out", tmp_path / "out", *flags)
+    assert result.exit_code == 2
+    assert "weight of model.layers.1.mlp.up_proj is not finite" in result.output
+
+
+def test_a_run_streams(tmp_path: Path, text: Path) -> None:
+    dense = saved_model(tmp_path / "dense")
+    recipe = small_recipe(tmp_path / "recipe.yaml", dense, text)
+    sets = ("--set", "factorize.streaming=true", "--set", "calibration.data=pydoc")
+    result = invoke("run", recipe, tmp_path / "out", *sets)
+    assert result.exit_code == 0, result.output
+    assert "Streaming needs at most" in result.output
+    assert weights(tmp_path / "out" / "model")
+    assert not [*(tmp_path / "out").glob(".model*")]
