@@ -11,6 +11,7 @@ where streaming takes more than `--limit` MiB or than it says before it starts.
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
