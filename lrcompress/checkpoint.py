@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +42,7 @@ def save(
 
     `record` is completed with versions and the counts of what was saved, and returned. `state` has
     the weights where the model holds only a part of them; `shards` are files with others, which
-    are moved to `out`. Raises
+    stay where they are. Raises
     InputError if `out` exists and is not to be replaced, MachineError if it cannot be written.
     """
     record_layout(model)
@@ -67,18 +68,30 @@ def _write_weights(
 
 
 def _join(folder: Path, shards: Sequence[Path]) -> None:
-    """Moves `shards` beside the weights in `folder`, and writes the index of all."""
-    files = [*sorted(folder.glob("*.safetensors")), *shards]
+    """Puts `shards` beside the weights in `folder`, and writes the index of all."""
+    own = sorted(folder.glob("*.safetensors"))
     places: dict[str, str] = {}
-    size = 0
-    for number, file in enumerate(files, 1):
-        name = f"model-{number:05}-of-{len(files):05}.safetensors"
-        file.replace(folder / name)
-        with safe_open(folder / name, "pt") as tensors:  # type: ignore[no-untyped-call,unused-ignore]
-            places |= dict.fromkeys(tensors.keys(), name)
-        size += (folder / name).stat().st_size
+    size, total = 0, len(own) + len(shards)
+    for number, file in enumerate((*own, *shards), 1):
+        named = folder / f"model-{number:05}-of-{total:05}.safetensors"
+        if file in own:
+            file.replace(named)
+        else:
+            _link(file, named)
+        with safe_open(named, "pt") as tensors:  # type: ignore[no-untyped-call,unused-ignore]
+            places |= dict.fromkeys(tensors.keys(), named.name)
+        size += named.stat().st_size
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
     replace_text(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+def _link(file: Path, other: Path) -> None:
+    """The same content without a copy, where the file system can; `file` stays if all fails."""
+    try:
+        other.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, other)
+    other.chmod(0o644)
 
 
 def versions() -> dict[str, str]:

@@ -52,9 +52,8 @@ def _in_memory(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> 
     device = agreed(lambda: processes.own_device(recipe.model.device))
     model, tokenizer = agreed(lambda: load_settings(recipe.model, device=device))
     work = out.with_name(f".{out.name}.refine")  # refined blocks, until the whole is saved
-    done = apply(
-        model, tokenizer, recipe.calibration, recipe.factorize, recipe.refine, progress, work
-    )
+    parts = (recipe.calibration, recipe.factorize, recipe.refine, progress, work)
+    done = agreed(lambda: apply(model, tokenizer, *parts))
     saved = from_main(lambda: checkpoint.save(model, tokenizer, out, _made(recipe, done), replace))
     from_main(lambda: shutil.rmtree(work, ignore_errors=True))
     return saved
@@ -67,8 +66,8 @@ def _streamed(
     own = work / from_main(lambda: stages.digest(stages.factorizing(recipe)))[:16]
     processes.check_shared(own)
     source = agreed(lambda: OffloadedModel.load(recipe.model, own))
-    run = Streaming(recipe, source, own, progress, say)
-    record = _made(recipe, run.run())
+    run = agreed(lambda: Streaming(recipe, source, own, progress, say))
+    record = _made(recipe, agreed(run.run))
     saved = from_main(
         lambda: checkpoint.save(
             source.model, source.tokenizer, out, record, replace, source.outside(), run.shards

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import lrcompress
+from lrcompress import checkpoint
 from lrcompress.blockfiles import Activations, BlockFiles
 from lrcompress.blocks import Blocks
 from lrcompress.blockwise import Blockwise
@@ -97,6 +99,7 @@ STEPS: list[tuple[type, str, int]] = [
     (BlockFiles, "write_choices", 2),
     (BlockFiles, "write", 2),
     (Walk, "finish", 2),
+    (Streaming, "_finished", 1),
 ]
 
 
@@ -158,6 +161,26 @@ def test_what_cannot_be_streamed_is_said(
     assert result.exit_code == 2
     assert words in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_at_the_end_costs_no_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, out = saved_model(tmp_path / "dense"), tmp_path / "out"
+    flags = ("--streaming", "--keep-ratio", "0.6", "--method", "whitened")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_record", full)
+        result = invoke("factorize", dense, "--out", out, *TEXT, *GRADIENTS, *flags)
+        assert result.exit_code == 1
+        assert "the disk is full" in result.output
+    assert not out.exists()
+    calls = interrupt(monkeypatch, Walk, "block", 0)
+    factorized(dense, out, *flags)
+    assert not calls
 
 
 def test_a_model_in_memory_is_refused() -> None:
