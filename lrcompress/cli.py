@@ -43,10 +43,10 @@ def factorize_command(source: str, out: Path, **options: Any) -> None:
     MODEL is a folder, a .gguf file or a hub id. Give --rank or --keep-ratio.
     """
     recipe = build_recipe(FACTORIZE, source, options)
-    from lrcompress import commands, console
+    from lrcompress import console, factorizing
 
     resumes(recipe.refine.enabled or recipe.factorize.streaming)
-    record = commands.factorize_to(recipe, out, console.progress, say=console.say)
+    record = factorizing.factorize_to(recipe, out, console.progress, say=console.say)
     if processes.is_main():
         console.show_factorization(record, out)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress import checkpoint, compare, report, stages, task_logs
-from lrcompress.commands import factorize_to
 from lrcompress.contamination import refuse_planned, refuse_recorded
 from lrcompress.details import Details
+from lrcompress.factorizing import factorize_to
 from lrcompress.models import locate
 from lrcompress.protocols import Metric, Progress, Say, silent, unsaid
 from lrcompress.recipe import Recipe, read_recipe

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from lrcompress import commands, processes, tune
+from lrcompress import factorizing, processes, tune
 from lrcompress.decompositions import Decompositions
 from lrcompress.distill import DistillationTrainer
 from lrcompress.protocols import InputError
@@ -57,7 +57,7 @@ def factorize(job: dict[str, Any]) -> dict[str, Any]:
 
     with mock.patch.object(Decompositions, "factors", recorded):
         try:
-            commands.factorize_to(Recipe(**job["recipe"]), Path(job["out"]))
+            factorizing.factorize_to(Recipe(**job["recipe"]), Path(job["out"]))
         except (InputError, processes.SaidElsewhereError) as caught:
             error = [type(caught).__name__, str(caught)]
     return {"linears": linears, "error": error}
