@@ -12,7 +12,7 @@ from lrcompress.factorization import Factorization
 from lrcompress.files import check_free
 from lrcompress.offload import OffloadedModel
 from lrcompress.processes import agreed, from_main
-from lrcompress.protocols import Progress, Say, silent, unsaid
+from lrcompress.protocols import InputError, Progress, Say, silent, unsaid
 from lrcompress.recipe import Recipe
 from lrcompress.sources import load_settings, record_of
 from lrcompress.streaming import Streaming
@@ -59,9 +59,13 @@ def _streamed(
     work = out.with_name(f".{out.name}.streaming")  # of this output: blocks of all settings
     own = work / from_main(lambda: stages.digest(stages.factorizing(recipe)))[:16]
     processes.check_shared(own)
-    source = agreed(lambda: OffloadedModel.load(recipe.model, own))
-    run = agreed(lambda: Streaming(recipe, source, own, progress, say))
-    record = _made(recipe, agreed(run.run))
+    try:
+        source = agreed(lambda: OffloadedModel.load(recipe.model, own))
+        run = agreed(lambda: Streaming(recipe, source, own, progress, say))
+        record = _made(recipe, agreed(run.run))
+    except InputError:
+        _remove_empty(work)
+        raise
     saved = from_main(
         lambda: checkpoint.save(
             source.model, source.tokenizer, out, record, replace, source.outside(), run.shards
@@ -69,6 +73,14 @@ def _streamed(
     )
     from_main(lambda: shutil.rmtree(work, ignore_errors=True))
     return saved
+
+
+def _remove_empty(folder: Path) -> None:
+    """Removes the folders below `folder`, and itself, in which there is no file."""
+    below = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
+    for one in (*below, folder):
+        if not any(one.iterdir()):
+            one.rmdir()
 
 
 def _made(recipe: Recipe, done: Factorization) -> dict[str, Any]:
