@@ -8,7 +8,7 @@ DEMO := runs/quickstart
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test test-real results clean
+.PHONY: setup demo test test-real results schemas clean
 
 setup: $(READY)
 
@@ -40,6 +40,10 @@ TEST ?= wikitext2,c4
 results: setup
 	HF_HUB_OFFLINE=0 $(BIN)/lrcompress sweep recipes/results.yaml runs/results \
 		--set calibration.data=[$(TRAIN)] --set evaluate.perplexity=[$(TEST)]
+
+# what tests/test_content.py holds equal to the code
+schemas: setup
+	$(BIN)/python -c "from lrcompress.content import write_schemas; write_schemas('docs')"
 
 clean:
 	rm -rf $(VENV) runs

@@ -7,19 +7,21 @@ import json
 import math
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lrcompress import lowrank
-from lrcompress.files import render, replace_text, writing
-from lrcompress.protocols import InputError, Metric
+from lrcompress.files import json_text, render, replace_text, writing
+from lrcompress.protocols import InputError, Metric, Summary
 from lrcompress.quantizer import record_layout
+from lrcompress.significance import Comparison
 from lrcompress.stock import to_stock
 from lrcompress.tables import table, training
 
@@ -131,12 +133,37 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes lrcompress.json and the model card that tells the same, each in one rename."""
-    replace_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
-    measured = table([Metric(**metric) for metric in record.get("metrics", ())])
-    shown = {"record": record, "table": measured, "training": training(record)}
-    shown |= {"comparisons": record.get("comparisons", ())}
-    replace_text(folder / "README.md", render("card.md.jinja", escape=False, **shown))
+    """Writes lrcompress.json and the model card that tells the same, each in one rename.
+
+    Raises InputError where what `record` says was measured is damaged.
+    """
+    card = _card(folder, record)
+    replace_text(folder / RECORD, json_text(record))
+    replace_text(folder / "README.md", card)
+
+
+def _card(folder: Path, record: Mapping[str, Any]) -> str:
+    try:
+        metrics = TypeAdapter(list[Summary]).validate_python(record.get("metrics", ()))
+        found = TypeAdapter(list[Comparison]).validate_python(record.get("comparisons", ()))
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].lower()
+        raise InputError(
+            f"the metrics of {str(folder / RECORD)!r} are damaged ({reason}): remove them"
+        ) from None
+    shown = {"record": record, "table": table(metrics), "training": training(record)}
+    return render("card.md.jinja", escape=False, **shown, comparisons=found)
+
+
+def write_measured(
+    folder: Path, metrics: Iterable[Metric], comparisons: Iterable[Comparison]
+) -> None:
+    """Adds to the record and the model card of a checkpoint what was measured of it."""
+    measured = {
+        "metrics": [metric.summary() for metric in metrics],
+        "comparisons": [vars(one) for one in comparisons],
+    }
+    write_record(folder, (read_record(folder) or {}) | measured)
 
 
 def export_dense(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:

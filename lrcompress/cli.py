@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lrcompress import __version__, processes
-from lrcompress.options import JSON, MAX_LOSS, SettingsCommand, build_recipe
+from lrcompress.options import (
+    FOLDERS,
+    JSON,
+    MAX_LOSS,
+    NEW_OUT,
+    OUT,
+    RECIPE,
+    SET,
+    WRITE_CARD,
+    SettingsCommand,
+    build_recipe,
+    check_max_loss,
+    sweep_overrides,
+)
 from lrcompress.protocols import InputError
-from lrcompress.settings import EvaluateSettings
 from lrcompress.shell import BEYOND_MAX_LOSS, Group, resumes
 
 if TYPE_CHECKING:
     from lrcompress.report import Report
-
-
-def _out(required: bool) -> Callable[[Any], Any]:
-    return click.option(
-        "--out", type=click.Path(path_type=Path), required=required, help="New folder to write."
-    )
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,7 +41,7 @@ FACTORIZE = ("factorize", "calibration", "refine", "model")
 
 @main.command("factorize", cls=SettingsCommand, sections=FACTORIZE)
 @click.argument("source", metavar="MODEL")
-@_out(required=True)
+@NEW_OUT
 def factorize_command(source: str, out: Path, **options: Any) -> None:
     """Factorize the FFN weights of MODEL and write a low-rank checkpoint.
 
@@ -56,7 +61,7 @@ FINETUNE = ("finetune", "model")
 
 @main.command("finetune", cls=SettingsCommand, sections=FINETUNE)
 @click.argument("source", metavar="DIR")
-@_out(required=True)
+@NEW_OUT
 @click.option(
     "--resume/--no-resume", default=True, help="Go on from an interrupted run. [default: on]"
 )
@@ -74,17 +79,12 @@ def finetune_command(source: str, out: Path, resume: bool, **options: Any) -> No
         console.show_recovery(record["finetuned"], out)
 
 
-def _check_max_loss(measured: EvaluateSettings, compared: bool, max_loss: float | None) -> None:
-    """Raises InputError where there will be nothing to decide it by."""
-    if max_loss is not None and not (compared and (measured.perplexity or measured.tasks)):
-        raise InputError("--max-loss needs a --baseline to compare with, and a text or task")
-
-
-def _hold(found: Report, max_loss: float | None, as_json: bool) -> None:
-    if max_loss is None:
-        return
+def _show(found: Report, out: Path | None, max_loss: float | None, as_json: bool) -> None:
     from lrcompress import console, significance
 
+    console.show_report(found, out, as_json)
+    if max_loss is None:
+        return
     failed = significance.not_shown(found.metrics, max_loss)
     console.show_verdict(failed, max_loss, err=as_json)
     if failed:
@@ -96,32 +96,58 @@ EVALUATE = ("evaluate", "model")
 
 @main.command("eval", cls=SettingsCommand, sections=EVALUATE)
 @click.argument("source", metavar="MODEL")
-@_out(required=False)
+@OUT
+@WRITE_CARD
 @MAX_LOSS
 @JSON
 def eval_command(
-    source: str, out: Path | None, max_loss: float | None, as_json: bool, **options: Any
+    source: str,
+    out: Path | None,
+    write_card: bool,
+    max_loss: float | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure MODEL: perplexity, tasks, size and speed, beside --baseline if given."""
     recipe = build_recipe(EVALUATE, source, options)
-    _check_max_loss(recipe.evaluate, bool(recipe.evaluate.baseline), max_loss)
+    check_max_loss(recipe.evaluate, bool(recipe.evaluate.baseline), max_loss)
     from lrcompress import commands, console
 
-    found = commands.evaluate_to(recipe, out, console.progress)
-    console.show_report(found, out, as_json)
-    _hold(found, max_loss, as_json)
+    found = commands.evaluate_to(recipe, out, console.progress, write_card)
+    if write_card and not as_json:
+        click.echo(f"Wrote lrcompress.json and README.md of {source}.")
+    _show(found, out, max_loss, as_json)
 
 
-INSPECT = ("model",)
+@main.command("report")
+@FOLDERS
+@OUT
+@MAX_LOSS
+@JSON
+def report_command(
+    folders: tuple[Path, ...], out: Path | None, max_loss: float | None, as_json: bool
+) -> None:
+    """Show the report of an eval, run or sweep again; several are joined into one comparison."""
+    from lrcompress import commands, console, sweepfolder
+
+    if not any(map(sweepfolder.is_sweep, folders)):
+        _show(commands.report_to(folders, out), out, max_loss, as_json)
+        return
+    if max_loss is not None:
+        raise InputError("--max-loss decides on the report of an eval or a run, not of a sweep")
+    console.show_sweep(commands.sweep_report_to(folders, out), out, as_json)
 
 
-@main.command("inspect", cls=SettingsCommand, sections=INSPECT)
+MODEL = ("model",)
+
+
+@main.command("inspect", cls=SettingsCommand, sections=MODEL)
 @click.argument("source", metavar="MODEL")
 @click.option("--energy", is_flag=True, help="Ranks that keep 90 % and 99 % of each weight.")
 @JSON
 def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) -> None:
     """List the FFN linears of MODEL, their size and their break-even rank."""
-    settings = build_recipe(INSPECT, source, options).model
+    settings = build_recipe(MODEL, source, options).model
     from lrcompress import console, models, sources
     from lrcompress.inspection import inspect
 
@@ -136,12 +162,9 @@ def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) ->
         console.show_inspection(found)
 
 
-EXPORT = ("model",)
-
-
-@main.command("export", cls=SettingsCommand, sections=EXPORT)
+@main.command("export", cls=SettingsCommand, sections=MODEL)
 @click.argument("source", metavar="DIR")
-@_out(required=True)
+@NEW_OUT
 @click.option("--dense", "kind", flag_value="dense", help="Merge back into stock layers.")
 @click.option(
     "--standalone", "kind", flag_value="standalone", help="Ship the layers' code with the weights."
@@ -150,23 +173,17 @@ def export_command(source: str, out: Path, kind: str | None, **options: Any) -> 
     """Write the checkpoint DIR in a form that loads without lrcompress."""
     if kind is None:
         raise InputError("say which form to export: --dense or --standalone")
-    settings = build_recipe(EXPORT, source, options).model
+    settings = build_recipe(MODEL, source, options).model
     from lrcompress import commands
 
     commands.export_to(settings, out, standalone=kind == "standalone")
     click.echo(f"Wrote {out}.")
 
 
-_RECIPE = click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
-_SET = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key."
-)
-
-
 @main.command("run")
-@_RECIPE
+@RECIPE
 @click.argument("out", type=click.Path(path_type=Path))
-@_SET
+@SET
 @click.option("--overwrite", is_flag=True, help="Redo changed stages of another recipe's run.")
 @MAX_LOSS
 @JSON
@@ -182,7 +199,7 @@ def run_command(
     from lrcompress.recipe import read_recipe
 
     recipe = read_recipe(recipe_file, overrides)
-    _check_max_loss(recipe.evaluate, True, max_loss)  # without a baseline: its own dense model
+    check_max_loss(recipe.evaluate, True, max_loss)  # without a baseline: its own dense model
     from lrcompress import checkpoint, console, pipeline, runfolder
 
     resumes()
@@ -192,42 +209,38 @@ def run_command(
         console.show_factorization(checkpoint.read_record(model) or {}, model)
         if recipe.finetune.data:
             console.show_recovery((checkpoint.read_record(tuned) or {})["finetuned"], tuned)
-    console.show_report(found, out, as_json)
-    _hold(found, max_loss, as_json)
+    _show(found, out, max_loss, as_json)
 
 
 @main.command("sweep")
-@_RECIPE
+@RECIPE
 @click.argument("out", type=click.Path(path_type=Path))
-@_SET
+@SET
 @click.option("--keep-ratio", metavar="X,...", help="Shares of the FFN parameters kept.")
 @click.option("--method", metavar="NAME,...", help="Methods, instead of the recipe's variants.")
+@JSON
 def sweep_command(
     recipe_file: Path,
     out: Path,
     overrides: tuple[str, ...],
     keep_ratio: str | None,
     method: str | None,
+    as_json: bool,
 ) -> None:
     """Measure RECIPE at several keep ratios and by several methods, in the folder OUT; resumes."""
     from lrcompress.recipe import read_recipe
 
-    given = {"keep_ratios": keep_ratio, "methods": method}
-    more = [f"sweep.{key}={value}" for key, value in given.items() if value is not None]
-    if method is not None:
-        more.append("sweep.variants={}")
-    recipe = read_recipe(recipe_file, (*overrides, *more))
-    from lrcompress import console, sweep, sweepreport
+    recipe = read_recipe(recipe_file, (*overrides, *sweep_overrides(keep_ratio, method)))
+    from lrcompress import console, sweep
 
     resumes()
-    points = sweep.sweep(recipe, out, console.progress)
-    click.echo((out / "sweep.md").read_text("utf-8"))
-    click.echo(f"Wrote {out}: {', '.join(sweepreport.FORMATS)}; {len(points)} points.")
+    found = sweep.Sweep(recipe, out, console.progress).all()
+    console.show_sweep(found, out, as_json)
 
 
 @main.command("check")
-@_RECIPE
-@_SET
+@RECIPE
+@SET
 def check_command(recipe_file: Path, overrides: tuple[str, ...]) -> None:
     """Check RECIPE and print it with every default filled in."""
     from lrcompress.recipe import read_recipe, to_yaml

@@ -1,36 +1,48 @@
-"""What the commands eval and export do, from folder to folder."""
+"""What the commands eval, report and export do, from folder to folder."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from lrcompress import checkpoint, compare, report, task_logs
+from lrcompress import checkpoint, compare, report, sweepreport, task_logs
 from lrcompress.contamination import refuse_recorded
 from lrcompress.files import check_free, writing
+from lrcompress.join import join
 from lrcompress.lowrank import compressed_layers
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.recipe import Recipe
 from lrcompress.report import Report
 from lrcompress.settings import ModelSettings
 from lrcompress.sources import Loaded, load_settings, other_source, record_of
+from lrcompress.sweepfolder import read_report
+from lrcompress.sweepreport import SweepReport
+from lrcompress.tables import labels
 
 
-def evaluate_to(recipe: Recipe, out: Path | None = None, progress: Progress = silent) -> Report:
+def evaluate_to(
+    recipe: Recipe, out: Path | None = None, progress: Progress = silent, card: bool = False
+) -> Report:
     """Measures a model, beside its baselines if it has any; writes the report to `out`, if given,
-    with what the tasks asked and the models answered.
+    with what the tasks asked and the models answered, and with `card` the numbers into the model's
+    own lrcompress.json and README.md.
 
-    Raises InputError where a model was made from a text that it would be measured on.
+    Raises InputError where a model was made from a text that it would be measured on, and with
+    `card` where it is no checkpoint of lrcompress.
     """
     settings = recipe.evaluate
     if out is not None:
         check_free(out)
+    if card:
+        _check_card(recipe.model.source)
     tasks = compare.resolve_tasks(settings)
     others = [other_source(recipe.model, name) for name in settings.baseline]
     found = [_Column.load(source) for source in (*others, recipe.model)]
     names = [column.source.source for column in found]
-    titles = compare.labels([column.kind for column in found], names)
+    titles = labels([column.kind for column in found], names)
     columns = dict(zip(titles, found, strict=True))
     models = {title: column.loaded for title, column in columns.items()}
     length = compare.common_length(models, settings)
@@ -45,7 +57,57 @@ def evaluate_to(recipe: Recipe, out: Path | None = None, progress: Progress = si
             report.write(partial, made)
             for model, place in task_logs.places(models).items():
                 task_logs.write(partial / task_logs.FOLDER / place, measured.logs[model])
+    if card:
+        checkpoint.write_measured(Path(recipe.model.source), made.metrics, made.comparisons)
     return made
+
+
+def _check_card(source: str) -> None:
+    folder = Path(source)
+    if not folder.is_dir() or checkpoint.read_record(folder) is None:
+        raise InputError(
+            f"{source!r} is no checkpoint of lrcompress, which could keep the numbers: leave out "
+            f"--write-card, or evaluate a folder with a {checkpoint.RECORD}"
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{source!r} cannot be written to: leave out --write-card")
+
+
+def report_to(folders: Sequence[Path], out: Path | None = None) -> Report:
+    """The report of an evaluation or a run once more, or those of several as one comparison;
+    written to `out`, if given.
+
+    Raises InputError where a folder has no report that can be read.
+    """
+    if out is not None:
+        check_free(out)
+    made = join({_name(folder): report.read(folder) for folder in folders})
+    if out is not None:
+        with writing(out) as partial:
+            report.write(partial, made)
+    return made
+
+
+def _name(folder: Path) -> str:
+    return str(folder if folder.name not in ("", "..") else folder.resolve())
+
+
+def sweep_report_to(folders: Sequence[Path], out: Path | None = None) -> SweepReport:
+    """The report of a sweep, once more in `out`, if given.
+
+    Raises InputError where there is another folder, or no report that can be read.
+    """
+    if len(folders) > 1:
+        raise InputError(
+            f"the report of a sweep cannot be joined with others: give {str(folders[0])!r} alone"
+        )
+    if out is not None:
+        check_free(out)
+    found = read_report(folders[0])
+    if out is not None:
+        with writing(out) as partial:
+            sweepreport.write(partial, found)
+    return found
 
 
 @dataclass(frozen=True)

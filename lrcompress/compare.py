@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 from lrcompress import benchmark
@@ -23,6 +21,7 @@ from lrcompress.recipe import from_flat
 from lrcompress.settings import EvaluateSettings
 from lrcompress.sizes import evaluation_mode, parameter_count, sequence_length
 from lrcompress.sources import Loaded
+from lrcompress.tables import labels
 from lrcompress.task_cache import TaskCache
 from lrcompress.task_logs import Logs
 from lrcompress.tasks import Tasks, resolve
@@ -66,22 +65,6 @@ def kind(model: Any, trained: bool = False) -> str:
     if not is_compressed(model):
         return "dense"
     return "finetuned" if trained else "factorized"
-
-
-def labels(kinds: Sequence[str], sources: Sequence[str]) -> list[str]:
-    """Distinct column titles of a report: the kind of model where it is the only one of its kind,
-    else with the name of its folder or file, the whole source, or a number."""
-    short = [f"{one} {PurePath(source).name}" for one, source in zip(kinds, sources, strict=True)]
-    whole = [f"{one} {source}" for one, source in zip(kinds, sources, strict=True)]
-    found = list(kinds)
-    for longer in (short, whole, [f"{name} {i}" for i, name in enumerate(whole, 1)]):
-        counts = Counter(found)
-        clash = {one for one, name in zip(kinds, found, strict=True) if counts[name] > 1}
-        found = [
-            better if one in clash else name
-            for one, name, better in zip(kinds, found, longer, strict=True)
-        ]
-    return found
 
 
 def resolve_tasks(settings: EvaluateSettings) -> Tasks | None:

@@ -21,11 +21,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lrcompress import sweepreport
 from lrcompress.details import Details
 from lrcompress.inspection import Inspection
 from lrcompress.protocols import Status
 from lrcompress.report import FORMATS, Report, to_json
 from lrcompress.significance import Comparison
+from lrcompress.sweepreport import Grid, SweepReport
 from lrcompress.tables import table as report_table
 
 T = TypeVar("T")
@@ -116,8 +118,39 @@ def show_report(found: Report, out: Path | None, as_json: bool) -> None:
         span = f"{one.difference:+.4f} ({one.low:+.4f} to {one.high:+.4f})"
         click.echo(f"{one.metric}: {one.model} against {one.baseline}: {span}: {one.verdict}.")
     _show_details(found.details)
+    for note in found.notes:
+        click.echo(f"Note: {note}.")
     if out is not None:
         click.echo(f"Wrote {out}: {', '.join(FORMATS)}.")
+
+
+def show_sweep(found: SweepReport, out: Path | None, as_json: bool) -> None:
+    """Every point, the knees of its fronts, and where the report is; or its JSON alone."""
+    if as_json:
+        click.echo(sweepreport.to_json(found), nl=False)
+        return
+    kept = [f"{point.kept:.4f}" for point in found.points]
+    sizes = [found.size(point) for point in found.points]
+    _show_grid(found.perplexities, {"kept": kept, "parameters": sizes})
+    for grid in (found.tasks, found.speeds):
+        if grid.titles:
+            _show_grid(grid, {})
+    for front in found.fronts:
+        if front.knee:
+            click.echo(f"Knee of {front.quality.title}, {front.cost.title}: {front.knee.label}.")
+    if out is not None:
+        click.echo(f"Wrote {out}: {', '.join(sweepreport.FORMATS)}; {len(found.points)} points.")
+
+
+def _show_grid(grid: Grid, first: Mapping[str, Sequence[str]]) -> None:
+    """A point a row; `first` are columns before those of the grid."""
+    shown = Table(box=None, pad_edge=False)
+    shown.add_column("point", overflow="fold")
+    for title in (*first, *grid.titles):
+        shown.add_column(title, justify="right")
+    for index, (point, cells) in enumerate(grid.rows):
+        shown.add_row(point.label, *(column[index] for column in first.values()), *cells)
+    _print(shown)
 
 
 def _show_metrics(found: Report) -> None:

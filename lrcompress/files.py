@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import re
 import shutil
@@ -159,6 +161,26 @@ def replace_text(file: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+# of the texts that stand for numbers which JSON lacks
+NOT_FINITE = "^(NaN|-?Infinity)$"
+
+
+def json_text(content: Any) -> str:
+    """Valid JSON, also where numbers are not finite."""
+    return json.dumps(finite(content), indent=2, allow_nan=False, default=str) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """`value` with texts for the numbers in it that are not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(float(value))
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return value
 
 
 def safe_name(text: str) -> str:

@@ -130,7 +130,7 @@ class Decomposition:
         balance = (A.norm(dim=1) / B.norm(dim=0)).sqrt()
         balance = torch.where(balance.isfinite() & (balance > 0), balance, 1.0)
         A, B = (A / balance[:, None]).contiguous(), (B * balance).contiguous()
-        return Factors(A, B, self.error(rank), self.total)
+        return Factors(A, B, self.error(rank), self.total, self.energies)
 
     def _terms(self, W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         left, right = self.left[:, :rank], self.right[:, :rank]

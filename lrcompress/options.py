@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 from pydantic import TypeAdapter, ValidationError
 
 from lrcompress.protocols import InputError
+from lrcompress.settings import EvaluateSettings
 from lrcompress.values import Percent
 
 
@@ -105,4 +107,36 @@ MAX_LOSS = click.option(
 )
 
 
+def check_max_loss(measured: EvaluateSettings, compared: bool, max_loss: float | None) -> None:
+    """Raises InputError where there will be nothing to decide it by."""
+    if max_loss is not None and not (compared and (measured.perplexity or measured.tasks)):
+        raise InputError("--max-loss needs a --baseline to compare with, and a text or task")
+
+
+_NEW: dict[str, Any] = {"type": click.Path(path_type=Path), "help": "New folder to write."}
+OUT = click.option("--out", **_NEW)
+NEW_OUT = click.option("--out", required=True, **_NEW)
+RECIPE = click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
+SET = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key."
+)
+
+
+def sweep_overrides(keep_ratio: str | None, method: str | None) -> Iterator[str]:
+    """What the flags of `sweep` are as overrides; methods take the place of the variants."""
+    for key, value in {"keep_ratios": keep_ratio, "methods": method}.items():
+        if value is not None:
+            yield f"sweep.{key}={value}"
+    if method is not None:
+        yield "sweep.variants={}"
+
+
+FOLDERS = click.argument(
+    "folders", metavar="FOLDER...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
+WRITE_CARD = click.option(
+    "--write-card",
+    is_flag=True,
+    help="Write the numbers into lrcompress.json and README.md of the checkpoint MODEL.",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lrcompress.runfolder import RunFolder
 from lrcompress.settings import ModelSettings
 from lrcompress.sizes import sequence_length
 from lrcompress.sources import Loaded, load_settings, other_source
+from lrcompress.tables import labels
 from lrcompress.tasks import Tasks
 from lrcompress.tune import check_settings, finetune_to
 
@@ -121,7 +121,7 @@ class Run:
         names, model = self.recipe.evaluate.baseline, self.recipe.model
         found = dict(
             zip(
-                compare.labels(["baseline"] * len(names), names),
+                labels(["baseline"] * len(names), names),
                 [other_source(model, name) for name in names],
                 strict=True,
             )
@@ -183,19 +183,12 @@ class Run:
 
     def _report(self, metrics: list[Metric], details: Details) -> Report:
         """Into the record and card of each model, and into the report, which is of the last."""
-        records = {
-            stage: checkpoint.read_record(self.folder.model(stage)) or {} for stage in self.stages
-        }
-        last = records[self.stages[-1]]
+        last = checkpoint.read_record(self.folder.model(self.stages[-1])) or {}
         kept = last["counts"]["selected"]["keep_ratio"]
         title = f"{self.recipe.model.source}: {self.recipe.factorize.method}, {kept:.1%} kept"
         made = Report(title, tuple(metrics), details, last)
-        measured = {
-            "metrics": [metric.summary() for metric in metrics],
-            "comparisons": [asdict(one) for one in made.comparisons],
-        }
-        for stage, record in records.items():
-            checkpoint.write_record(self.folder.model(stage), record | measured)
+        for stage in self.stages:
+            checkpoint.write_measured(self.folder.model(stage), metrics, made.comparisons)
         if "finetune" not in self.stages:
             self.folder.drop("finetune")
         self.folder.keep_logs(self._columns)

@@ -6,27 +6,40 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lrcompress.protocols import Metric
+from lrcompress.protocols import PUBLISHED, Metric, Summary
 
 DENSE = "dense"
 
 
 @dataclass(frozen=True)
-class Point:
-    """One variant at one keep_ratio.
+class PointSummary:
+    """One variant at one keep_ratio."""
 
-    `seconds` of calibration, choices and factorization, as if it had been made alone but for
-    gradients that another variant needed; `memory`, the peak in bytes of resident memory; `text`
-    says what it was calibrated on, if anything. `baseline` are the speeds of the dense model,
-    measured in turn with those among `metrics`; the dense model's own point has none.
-    """
+    __pydantic_config__ = PUBLISHED
 
     variant: str
+    """`dense`, or the name of a method or variant."""
     keep_ratio: float
+    """As it was asked for."""
     kept: float
+    """Share of the selected parameters that was kept."""
     seconds: float
+    """Of calibration, choices and factorization, as if the point had been made alone but for
+    gradients that another variant needed."""
     memory: int | None
+    """Peak of the process in bytes while it made the point; null where unknown."""
     text: str
+    """What it was calibrated on; empty where that was nothing."""
+    metrics: tuple[Summary, ...]
+    baseline: tuple[Summary, ...] = ()
+    """Speeds of the dense model, measured in turn with those among the metrics; none for the dense
+    model's own point."""
+
+
+@dataclass(frozen=True)
+class Point(PointSummary):
+    """A point whose metrics have their samples."""
+
     metrics: tuple[Metric, ...]
     baseline: tuple[Metric, ...] = ()
 

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# of dataclasses that are published as JSON: a field's meaning is the docstring after it
+PUBLISHED = {"use_attribute_docstrings": True, "json_schema_serialization_defaults_required": True}
+Number = int | float  # what is counted stays an int when it is read back
+
 Role = Literal["gate", "up", "gate_up", "down"]
 Statistic = Literal["second_moment", "gradient_moment"]
 Form = Literal["factored", "pivoted"]
@@ -146,13 +150,15 @@ class FFN:
 class Factors:
     """W ~ B A with A of shape (rank, in) and B of shape (out, rank).
 
-    `error` and `energy` are ‖W - BA‖² and ‖W‖² in the metric of the method that made them.
+    `error` and `energy` are ‖W - BA‖² and ‖W‖² in the metric of the method that made them,
+    `spectrum` the squared singular values of W there, descending, as many as are known.
     """
 
     A: Tensor
     B: Tensor
     error: float
     energy: float
+    spectrum: Tensor
 
 
 @dataclass(frozen=True)
@@ -282,22 +288,35 @@ PERPLEXITY = "token perplexity"
 
 
 @dataclass(frozen=True)
-class Metric:
-    """One measured number of one model, with everything needed to repeat the measurement.
+class Summary:
+    """One measured number of one model, with everything needed to repeat the measurement."""
 
-    `samples`, where they are known, are what it is a mean of: the sum and the weight of each window
-    (nats, tokens) or the score and 1 of each item of a task.
-    """
+    __pydantic_config__ = PUBLISHED
 
     model: str
+    """What the model is called in this report."""
     name: str
-    value: float
+    value: Number
     unit: str
+    """Empty where the name says it all."""
     higher_is_better: bool
     conditions: Mapping[str, object] = field(default_factory=dict)
-    low: float | None = None
-    high: float | None = None
-    samples: Sequence[Sequence[float]] = field(default_factory=list)
+    """How it was measured; `data` is the text or the file of questions."""
+    low: Number | None = None
+    """The slowest run of a speed, one standard error below a score; null where unknown."""
+    high: Number | None = None
+    """The fastest run of a speed, one standard error above a score; null where unknown."""
+
+
+@dataclass(frozen=True)
+class Metric(Summary):
+    """A number with its samples, where they are known.
+
+    They are what it is a mean of: the sum and the weight of each window (nats, tokens) or the score
+    and 1 of each item of a task.
+    """
+
+    samples: Sequence[Sequence[Number]] = field(default_factory=list)
 
     @property
     def is_exponential(self) -> bool:

@@ -1,4 +1,4 @@
-"""What an evaluation found -> one report, as Markdown, HTML, JSON and CSV."""
+"""What an evaluation found <-> one report: Markdown, HTML, CSV, and JSON, which is read again."""
 
 from __future__ import annotations
 
@@ -6,32 +6,47 @@ import csv
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lrcompress import content, figures
+from lrcompress.content import Evaluation, Samples
 from lrcompress.details import Details
-from lrcompress.files import render, replace_text
+from lrcompress.figures import Picture
+from lrcompress.files import finite, render, replace_text
 from lrcompress.protocols import Metric
+from lrcompress.reportfigures import pictures
 from lrcompress.significance import Comparison, comparisons
-from lrcompress.tables import table, texts, training
+from lrcompress.tables import Text, table, texts, training
 from lrcompress.tables import title as title_of
 
 
 @dataclass(frozen=True)
 class Report:
     """Of one evaluation. `record` is the lrcompress.json of the compressed model, if there is one,
-    whose texts, training, ranks and errors are listed."""
+    whose texts, training, ranks and errors are listed; `notes` are sentences without a full stop,
+    `listed` texts that are known besides, such as those of other records."""
 
     title: str
     metrics: tuple[Metric, ...]
     details: Details = field(default_factory=Details)
     record: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    listed: tuple[Text, ...] = ()
+
+    @property
+    def texts(self) -> tuple[Text, ...]:
+        return tuple(dict.fromkeys((*self.listed, *texts(self.metrics, self.record))))
 
     @cached_property
     def comparisons(self) -> tuple[Comparison, ...]:
         return comparisons(self.metrics)
+
+    @cached_property
+    def pictures(self) -> tuple[Picture, ...]:
+        return tuple(pictures(self.metrics, self.details.alike(), self.record))
 
 
 def markdown(report: Report) -> str:
@@ -39,13 +54,14 @@ def markdown(report: Report) -> str:
 
 
 def html(report: Report) -> str:
-    """One self-contained page: no network."""
-    return render("report.html.jinja", escape=True, **_shown(report))
+    """One self-contained page, with the pictures in it: no network."""
+    return render("report.html.jinja", escape=True, **_shown(report), pictures=report.pictures)
 
 
 def _shown(report: Report) -> dict[str, Any]:
-    known = {"title": report.title, "record": report.record, "details": report.details}
-    shown = {"table": table(report.metrics), "texts": texts(report.metrics, report.record)}
+    record = {**report.record, "notes": [*report.record.get("notes", ()), *report.notes]}
+    known = {"title": report.title, "record": record, "details": report.details.alike()}
+    shown = {"table": table(report.metrics), "texts": report.texts}
     return (
         known
         | shown
@@ -59,21 +75,33 @@ def _shown(report: Report) -> dict[str, Any]:
 def to_json(report: Report) -> str:
     """`factorization` and `training` are the record's, less what stands elsewhere or is no news."""
     known: dict[str, Any] = _without_sketches(report.record)
-    content = {
-        "title": report.title,
-        "metrics": [metric.summary() for metric in report.metrics],
-        "comparisons": [asdict(one) for one in report.comparisons],
-        "details": asdict(report.details),
-        "texts": [asdict(text) for text in texts(report.metrics, report.record)],
-        "training": known.pop("finetuned", None),
-        "factorization": {k: v for k, v in known.items() if k not in NOT_FACTORIZATION} or None,
-    }
-    content["samples"] = [
-        {"model": metric.model, "metric": title_of(metric), "values": metric.samples}
-        for metric in report.metrics
-        if metric.samples
-    ]
-    return json.dumps(content, indent=2, default=str) + "\n"
+    found = Evaluation(
+        title=report.title,
+        notes=report.notes,
+        metrics=report.metrics,
+        comparisons=report.comparisons,
+        details=report.details,
+        texts=report.texts,
+        training=known.pop("finetuned", None),
+        factorization={k: v for k, v in known.items() if k not in NOT_FACTORIZATION} or None,
+        samples=tuple(
+            Samples(m.model, title_of(m), m.samples) for m in report.metrics if m.samples
+        ),
+    )
+    return content.to_json(found)
+
+
+def read(folder: Path) -> Report:
+    """The report whose metrics.json is in `folder`; raises InputError where that cannot be read."""
+    found = content.read(Evaluation, folder / content.METRICS)
+    samples = {(one.model, one.metric): one.values for one in found.samples}
+    metrics = tuple(
+        Metric(**vars(metric), samples=samples.get((metric.model, title_of(metric)), []))
+        for metric in found.metrics
+    )
+    training = {"finetuned": found.training} if found.training else {}
+    record = {**(found.factorization or {}), **training}
+    return Report(found.title, metrics, found.details, record, found.notes, found.texts)
 
 
 # parts of a record that a report has elsewhere
@@ -93,7 +121,7 @@ def to_csv(report: Report) -> str:
     rows = csv.writer(out, lineterminator="\n")
     rows.writerow(names)
     for m in report.metrics:
-        conditions = json.dumps(dict(m.conditions), default=str)
+        conditions = json.dumps(finite(m.conditions), default=str)
         better = str(m.higher_is_better).lower()
         rows.writerow([m.model, m.name, m.value, m.unit, m.low, m.high, better, conditions])
     return out.getvalue()
@@ -101,7 +129,7 @@ def to_csv(report: Report) -> str:
 
 # file name -> what writes it: a new format is one function and one row
 FORMATS = {
-    "metrics.json": to_json,
+    content.METRICS: to_json,
     "metrics.csv": to_csv,
     "report.md": markdown,
     "report.html": html,
@@ -109,6 +137,7 @@ FORMATS = {
 
 
 def write(folder: Path, report: Report) -> None:
-    """Writes the report in every format into `folder`, each file in one rename."""
+    """Writes the report in every format into `folder`, each file in one rename, and figures/."""
     for name, formatted in FORMATS.items():
         replace_text(folder / name, formatted(report))
+    figures.write(folder, report.pictures)

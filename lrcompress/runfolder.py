@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from lrcompress import report, stages, task_logs
+from lrcompress import figures, report, stages, task_logs
 from lrcompress.files import replace_text
 from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe, to_yaml
@@ -52,6 +52,7 @@ class RunFolder:
         if self._is_other():
             for name in report.FORMATS:
                 (self.out / name).unlink(missing_ok=True)
+            shutil.rmtree(self.out / figures.FOLDER, ignore_errors=True)
             replace_text(self.out / RECIPE, to_yaml(self.recipe))
 
     def _is_taken(self) -> bool:
@@ -64,8 +65,8 @@ class RunFolder:
         if self._file("finetune").is_file():  # else somebody put it there by hand
             own.add(FINETUNED)
         if (self.out / STAGES).is_dir():
-            own.add(task_logs.FOLDER)
-        hidden = tuple(f".{name}." for name in MADE.values())
+            own |= {task_logs.FOLDER, figures.FOLDER}
+        hidden = tuple(f".{name}." for name in (*MADE.values(), figures.FOLDER))
         return all(p.name in own or p.name.startswith(hidden) for p in self.out.iterdir())
 
     def _is_other(self) -> bool:

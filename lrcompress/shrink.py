@@ -27,13 +27,17 @@ from lrcompress.processes import divided
 from lrcompress.protocols import FFN, Form, LinearSpec, Plan, Progress
 from lrcompress.sizes import parameter_count
 
+# singular values of a linear that are kept for its picture
+SPECTRUM = 32
+
 
 @dataclass(frozen=True)
 class ShrunkLinear:
     """What became of one linear: `form` is None where it stayed dense.
 
     `error` is the squared error relative to the weight, in the metric of the method, of the
-    truncation; `largest_coefficient` that of the pivoted form.
+    truncation; `largest_coefficient` that of the pivoted form. `spectrum` has singular values of
+    the weight in that metric, each with its number from 1 on, down to the smallest known.
     """
 
     spec: LinearSpec
@@ -43,6 +47,7 @@ class ShrunkLinear:
     kept: int
     error: float | None = None
     largest_coefficient: float | None = None
+    spectrum: tuple[tuple[int, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         spec = self.spec
@@ -59,6 +64,7 @@ class ShrunkLinear:
             "parameters_kept": self.kept,
             "relative_error": self.error,
             "largest_coefficient": self.largest_coefficient,
+            "spectrum": [list(value) for value in self.spectrum],
         }
 
     @classmethod
@@ -73,6 +79,7 @@ class ShrunkLinear:
             content["parameters_kept"],
             content["relative_error"],
             content["largest_coefficient"],
+            tuple((number, value) for number, value in content["spectrum"]),
         )
 
     @property
@@ -138,6 +145,7 @@ def shrunk_linear(
     dense = model.get_submodule(spec.name)
     layer = empty_like(dense, NARROWED if rank is None else form, shape, rank)
     error = largest = None
+    spectrum: tuple[tuple[int, float], ...] = ()
     if isinstance(layer, NarrowedLinear):
         _fill_narrowed(layer, left.weights[spec.name])
     else:
@@ -145,10 +153,18 @@ def shrunk_linear(
         factors = decompositions.factors(left, spec, rank)
         largest = fill(layer, factors.A, factors.B)
         error = factors.error / factors.energy if factors.energy > 0 else 0.0
+        spectrum = _sampled(factors.spectrum)
     finished = _finished(layer, dense, left.biases[spec.name])
     kind = NARROWED if rank is None else form
     kept = parameter_count(layer)
-    return ShrunkLinear(spec, kind, shape, rank, kept, error, largest), finished
+    return ShrunkLinear(spec, kind, shape, rank, kept, error, largest, spectrum), finished
+
+
+def _sampled(energies: Tensor) -> tuple[tuple[int, float], ...]:
+    """Singular values of some evenly spread numbers, the first and the last among them."""
+    values = energies.clamp_min(0).sqrt()
+    numbers = torch.linspace(0, len(values) - 1, min(len(values), SPECTRUM)).round().long()
+    return tuple((int(n) + 1, float(f"{float(values[n]):.4g}")) for n in numbers)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from lrcompress.protocols import InputError, Metric
+from lrcompress.protocols import PUBLISHED, InputError, Metric
 from lrcompress.tables import comparable, title
 
 ALPHA = 0.05
@@ -27,24 +27,33 @@ FEWEST = 6
 class Comparison:
     """A later model against the first, by one metric.
 
-    `difference` is the later model's less the first's: of a perplexity in nats per token, else in
-    the metric's unit. Where every sample is right or wrong, `low` and `high` are the 95 % interval
-    that combines those of the shares that changed (Newcombe 1998), and `p_value` is McNemar's exact
-    test; else a paired bootstrap, and the test that flips the signs of the samples' differences.
-    `p_value` is adjusted for all comparisons of a report (Holm 1979). `worst` is the largest loss
-    inside the interval: of a perplexity over the first's, else in the metric's unit.
+    Where every sample is right or wrong, the interval combines those of the shares that changed
+    (Newcombe 1998), and the test is McNemar's exact one; else a paired bootstrap, and the test that
+    flips the signs of the samples' differences.
     """
 
+    __pydantic_config__ = PUBLISHED
+
     metric: str
+    """Name and, where there is one, text or file of the metric."""
     baseline: str
     model: str
     samples: int
+    """Windows of a text, or items of a task."""
     difference: float
+    """The later model's less the first's: of a perplexity in nats per token, else in the metric's
+    unit."""
     low: float
+    """Lower end of the 95 % interval of the difference."""
     high: float
+    """Upper end of the 95 % interval of the difference."""
     worst: float
+    """The largest loss inside the interval: of a perplexity as a share of the first's, else in the
+    metric's unit."""
     p_value: float
+    """Adjusted for all comparisons of a report (Holm 1979)."""
     verdict: str
+    """better, worse, no difference seen, or not enough data, with how many samples would decide."""
 
 
 def comparisons(metrics: Sequence[Metric]) -> tuple[Comparison, ...]:
@@ -62,18 +71,24 @@ def not_shown(metrics: Sequence[Metric], max_loss: float) -> list[Comparison]:
     """Of the last model against the first, the metrics that may have lost more than `max_loss`.
 
     Non-inferiority: the whole 95 % interval has to lie within the margin, which is a share of a
-    perplexity, and points of an accuracy. Raises InputError where there is nothing to compare, or a
-    text or task was measured in another way on the first model.
+    perplexity, and points of an accuracy. Raises InputError where there is nothing to compare, a
+    text or task was measured in another way on the first model, or a value is not finite.
     """
     last = metrics[-1].model if metrics else ""
     found = [one for one in comparisons(metrics) if one.model == last]
     if not found:
         raise InputError(
-            "max_loss needs a --baseline, and a text or task that both models are measured on"
+            "max_loss needs a first model to compare with, and a text or task that both models are "
+            "measured on"
         )
     compared = {one.metric for one in found}
-    for metric in metrics:
-        if metric.model == last and metric.samples and title(metric) not in compared:
+    for metric in (metric for metric in metrics if metric.model == last):
+        if not math.isfinite(metric.value):
+            raise InputError(
+                f"{title(metric)!r} of {last!r} is {metric.value}, which shows nothing: leave it "
+                "out of what max_loss decides"
+            )
+        if metric.samples and title(metric) not in compared:
             raise InputError(
                 f"{title(metric)!r} was measured in another way on {metrics[0].model!r}: leave it "
                 "out of what max_loss decides, or compare with a model of the same tokenizer"
@@ -95,7 +110,8 @@ def _paired(base: Metric, other: Metric) -> bool:
     if not base.samples or len(base.samples) != len(other.samples):
         return False
     same = all(a[1] == b[1] for a, b in zip(base.samples, other.samples, strict=True))
-    return same and comparable(base, other)
+    finite = bool(np.isfinite([base.samples, other.samples]).all())
+    return same and finite and comparable(base, other)
 
 
 def _compared(base: Metric, other: Metric) -> Comparison:

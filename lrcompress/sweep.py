@@ -28,6 +28,7 @@ from lrcompress.settings import BUDGETS
 from lrcompress.sizes import sequence_length
 from lrcompress.sources import Loaded, load_settings
 from lrcompress.sweepfolder import SweepFolder
+from lrcompress.sweepreport import SweepReport
 from lrcompress.tasks import Tasks
 from lrcompress.variants import Variant, variants
 
@@ -41,7 +42,7 @@ def sweep(recipe: Recipe, out: Path, progress: Progress = silent) -> list[Point]
     Points that `out` already holds, made of the same inputs, are not made again. The first point
     is the dense model. Raises InputError where `out` is something else.
     """
-    return Sweep(recipe, out, progress).all()
+    return list(Sweep(recipe, out, progress).all().points)
 
 
 class Sweep:
@@ -52,15 +53,15 @@ class Sweep:
         self.folder = SweepFolder(recipe, out)
         self.variants = list(variants(recipe))
 
-    def all(self) -> list[Point]:
+    def all(self) -> SweepReport:
         self.folder.claim()
         for spec in self.recipe.evaluate.perplexity:
             read_corpus(spec, "test")
         points = [self._dense()]
         for variant in self.variants:
             points += self._of(variant)
-            self.folder.write(points)
-        return points
+            report = self.folder.write(points)
+        return report
 
     def _dense(self) -> Point:
         make = partial(self._measured, DENSE, 1.0, None)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lrcompress import stages, sweepreport
+from pydantic import TypeAdapter, ValidationError
+
+from lrcompress import content, figures, stages, sweepreport
 from lrcompress.files import replace_text
-from lrcompress.points import DENSE, Point
+from lrcompress.points import DENSE, Point, PointSummary
 from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe, to_yaml
+from lrcompress.sweepreport import SweepReport
 
 RECIPE, POINTS = "recipe.yaml", "points"
+HIDDEN_FIGURES = f".{figures.FOLDER}."  # while they are written
 
 
 @dataclass(frozen=True)
@@ -31,31 +36,69 @@ class SweepFolder:
             )
         recipe, text = self.out / RECIPE, to_yaml(self.recipe)
         if recipe.exists() and recipe.read_text("utf-8") != text:
-            for name in sweepreport.FORMATS:  # they are of other settings
-                (self.out / name).unlink(missing_ok=True)
+            self._drop_reports()
         (self.out / POINTS).mkdir(parents=True, exist_ok=True)
         replace_text(recipe, text)
+
+    def _drop_reports(self) -> None:
+        """Those of other settings or inputs: a report is of the points that are there."""
+        for name in sweepreport.FORMATS:
+            (self.out / name).unlink(missing_ok=True)
+        shutil.rmtree(self.out / figures.FOLDER, ignore_errors=True)
 
     def _is_sweep(self) -> bool:
         if not self.out.is_dir():
             return False
         names = {path.name for path in self.out.iterdir()}
-        own = {RECIPE, POINTS, *sweepreport.FORMATS}
+        own = {RECIPE, POINTS, figures.FOLDER, *sweepreport.FORMATS}
         partial = {f".{name}.partial" for name in own}
-        return not names or (POINTS in names and names <= own | partial)
+        left = {name for name in names - own - partial if not name.startswith(HIDDEN_FIGURES)}
+        return not names or (POINTS in names and not left)
 
     def point(
         self, variant: str, keep_ratio: float, inputs: Any, make: Callable[[], Point]
     ) -> Point:
         """The point if the folder has it, made of the same inputs; else it is made, and kept."""
-        name = DENSE if variant == DENSE else f"{variant}-{keep_ratio:g}"
-        file = self.out / POINTS / f"{name}.json"
+        file = _file(self.out, variant, keep_ratio)
         digest = stages.digest([inputs, keep_ratio])
         known = stages.read(file)
         if known.get("inputs") != digest:
+            if known:
+                self._drop_reports()
             known = {"inputs": digest, "point": asdict(make())}
             stages.write(file, known)
         return Point.from_dict(known["point"])
 
-    def write(self, points: Sequence[Point]) -> None:
-        sweepreport.write(self.out, self.recipe.model.source, points)
+    def write(self, points: Sequence[Point]) -> SweepReport:
+        report = SweepReport(self.recipe.model.source, tuple(points))
+        sweepreport.write(self.out, report)
+        return report
+
+
+def _file(out: Path, variant: str, keep_ratio: float) -> Path:
+    name = DENSE if variant == DENSE else f"{variant}-{keep_ratio:g}"
+    return out / POINTS / f"{name}.json"
+
+
+def is_sweep(folder: Path) -> bool:
+    return (folder / POINTS).is_dir() or (folder / content.SWEEP).is_file()
+
+
+def read_report(folder: Path) -> SweepReport:
+    """The report in `folder`, with the samples of its points.
+
+    Raises InputError where there is no report, or a point of it is missing or damaged.
+    """
+    known = content.read(content.Sweep, folder / content.SWEEP)
+    return SweepReport(known.source, tuple(_point(folder, one) for one in known.points))
+
+
+def _point(folder: Path, summary: PointSummary) -> Point:
+    file = _file(folder, summary.variant, summary.keep_ratio)
+    try:
+        return TypeAdapter(Point).validate_python(stages.read(file).get("point"))
+    except ValidationError:
+        raise InputError(
+            f"{str(file)!r} is missing or damaged: give the folder of the sweep itself, and run "
+            "the sweep again to have the point made anew"
+        ) from None

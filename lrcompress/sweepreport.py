@@ -1,21 +1,24 @@
-"""The points of a sweep -> one report, as Markdown, JSON and CSV."""
+"""The points of a sweep -> one report, as Markdown, HTML, JSON and CSV, with its pictures."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from lrcompress import content, figures
+from lrcompress.content import Sweep
+from lrcompress.figures import Picture
 from lrcompress.files import render, replace_text
 from lrcompress.points import Point
 from lrcompress.protocols import PERPLEXITY, Metric
-from lrcompress.significance import comparisons
+from lrcompress.significance import Comparison, comparisons
+from lrcompress.sweepfigures import pictures
 from lrcompress.tables import cell, comparable, conditions, number, title
-from lrcompress.tradeoff import SPEEDS, fronts, over_dense, qualities
+from lrcompress.tradeoff import SPEEDS, Front, fronts, over_dense, qualities
 
 
 @dataclass(frozen=True)
@@ -27,24 +30,53 @@ class Grid:
     measured: Mapping[str, str]
 
 
-def shown(source: str, points: Sequence[Point]) -> dict[str, Any]:
-    """The values that templates are rendered with; `points` begin with the dense model's.
+@dataclass(frozen=True)
+class SweepReport:
+    """Of the points of one sweep, which begin with the dense model's; `source` is its name."""
 
-    `perplexities`, `tasks` and `speeds` are Grids.
-    """
-    found = qualities(points)
-    texts = [title(metric) for metric in found if metric.name == PERPLEXITY]
-    tasks = [title(metric) for metric in found if metric.name != PERPLEXITY]
-    speeds = [metric.name for metric in points[0].metrics if metric.name in SPEEDS]
-    return {
-        "source": source,
-        "calibration": next((point.text for point in points if point.text), "no text"),
-        "perplexities": _grid(points, texts, _with_ratio),
-        "tasks": _grid(points, tasks, lambda point, _, name: cell(_titled(point, name))),
-        "speeds": _grid(points, speeds, _speed),
-        "comparisons": comparisons([metric for point in points for metric in point.metrics]),
-        "fronts": fronts(points),
-    }
+    source: str
+    points: tuple[Point, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.source}: sweep"
+
+    @property
+    def calibration(self) -> str:
+        return next((point.text for point in self.points if point.text), "no text")
+
+    @cached_property
+    def perplexities(self) -> Grid:
+        """Each with its ratio to the dense model's."""
+        titles = [title(found) for found in qualities(self.points) if found.name == PERPLEXITY]
+        return _grid(self.points, titles, _with_ratio)
+
+    @cached_property
+    def tasks(self) -> Grid:
+        titles = [title(found) for found in qualities(self.points) if found.name != PERPLEXITY]
+        return _grid(self.points, titles, lambda point, _, name: cell(_titled(point, name)))
+
+    @cached_property
+    def speeds(self) -> Grid:
+        """Each as a ratio to the dense model's of the same run."""
+        titles = [found.name for found in self.points[0].metrics if found.name in SPEEDS]
+        return _grid(self.points, titles, _speed)
+
+    @cached_property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        return comparisons([metric for point in self.points for metric in point.metrics])
+
+    @cached_property
+    def fronts(self) -> tuple[Front, ...]:
+        return fronts(self.points)
+
+    @cached_property
+    def pictures(self) -> tuple[Picture, ...]:
+        return tuple(pictures(self.fronts))
+
+    def size(self, point: Point) -> str:
+        """Parameters of the whole model."""
+        return cell(_titled(point, "parameters"))
 
 
 def _grid(
@@ -83,40 +115,36 @@ def _speed(point: Point, dense: Point, name: str) -> str:
     return f"{words} ({number(found.value)}{beside})"
 
 
-def markdown(source: str, points: Sequence[Point]) -> str:
-    return render("sweep.md.jinja", escape=False, **shown(source, points))
+def markdown(report: SweepReport) -> str:
+    return render("sweep.md.jinja", escape=False, report=report)
 
 
-def to_json(source: str, points: Sequence[Point]) -> str:
+def html(report: SweepReport) -> str:
+    """One self-contained page, with the pictures in it: no network."""
+    return render("sweep.html.jinja", escape=True, report=report, title=report.title)
+
+
+def to_json(report: SweepReport) -> str:
     """All but the samples of the metrics, which are in the files of the points."""
-    values = shown(source, points)
-    content = {
-        "source": source,
-        "points": [_summary(point) for point in points],
-        "comparisons": [asdict(one) for one in values["comparisons"]],
-        "fronts": [asdict(front) for front in values["fronts"]],
-    }
-    return json.dumps(content, indent=2, default=str) + "\n"
-
-
-def _summary(point: Point) -> dict[str, Any]:
-    metrics = {
-        part: [metric.summary() for metric in getattr(point, part)]
-        for part in ("metrics", "baseline")
-    }
-    return vars(point) | metrics
+    found = Sweep(
+        source=report.source,
+        points=report.points,
+        comparisons=report.comparisons,
+        fronts=report.fronts,
+    )
+    return content.to_json(found)
 
 
 COLUMNS = ("variant", "keep_ratio", "kept", "seconds", "memory")
 VALUES = ("model", "name", "value", "unit", "higher_is_better", "low", "high")
 
 
-def to_csv(source: str, points: Sequence[Point]) -> str:
+def to_csv(report: SweepReport) -> str:
     """One row a point and metric, the speeds of the dense model beside it included.
 
     Every condition of any metric is a column, empty where a metric has none of that name.
     """
-    rows = list(_rows(points))
+    rows = list(_rows(report.points))
     names = dict.fromkeys(key for row in rows for key in row)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(names), lineterminator="\n")
@@ -133,10 +161,16 @@ def _rows(points: Sequence[Point]) -> Iterator[dict[str, object]]:
 
 
 # file name -> what writes it: a new format is one function and one row
-FORMATS = {"sweep.md": markdown, "sweep.json": to_json, "sweep.csv": to_csv}
+FORMATS = {
+    "sweep.md": markdown,
+    "sweep.html": html,
+    content.SWEEP: to_json,
+    "sweep.csv": to_csv,
+}
 
 
-def write(folder: Path, source: str, points: Sequence[Point]) -> None:
-    """Writes the report in every format into `folder`, each file in one rename."""
+def write(folder: Path, report: SweepReport) -> None:
+    """Writes the report in every format into `folder`, each file in one rename, and figures/."""
     for name, formatted in FORMATS.items():
-        replace_text(folder / name, formatted(source, points))
+        replace_text(folder / name, formatted(report))
+    figures.write(folder, report.pictures)

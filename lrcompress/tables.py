@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
+from pathlib import PurePath
 from typing import Any
 
-from lrcompress.protocols import Metric
+from lrcompress.protocols import PUBLISHED, Summary
 
 # conditions that may differ between two models whose numbers are still worth a ratio
 COMPARABLE = {"dtype", "device"}
+# what is left of a difference of equal numbers
+ROUNDING = 1e-15
 
 
 @dataclass(frozen=True)
@@ -29,26 +34,42 @@ class Table:
     rows: tuple[Row, ...]
 
 
-def table(metrics: Sequence[Metric]) -> Table:
+def table(metrics: Sequence[Summary]) -> Table:
     """Models as columns in the order in which they were measured, metrics as rows."""
     labels = tuple(dict.fromkeys(m.model for m in metrics))
-    groups: dict[tuple[str, object], dict[str, Metric]] = {}
+    groups: dict[tuple[str, object], dict[str, Summary]] = {}
     for metric in metrics:
         groups.setdefault((metric.name, metric.conditions.get("data")), {})[metric.model] = metric
     return Table(labels, tuple(_row(labels, by_model) for by_model in groups.values()))
 
 
-def title(metric: Metric) -> str:
+def labels(kinds: Sequence[str], sources: Sequence[str]) -> list[str]:
+    """Distinct column titles of a report: the kind of model where it is the only one of its kind,
+    else with the name of its folder or file, the whole source, or a number."""
+    short = [f"{one} {PurePath(source).name}" for one, source in zip(kinds, sources, strict=True)]
+    whole = [f"{one} {source}" for one, source in zip(kinds, sources, strict=True)]
+    found = list(kinds)
+    for longer in (short, whole, [f"{name} {i}" for i, name in enumerate(whole, 1)]):
+        counts = Counter(found)
+        clash = {one for one, name in zip(kinds, found, strict=True) if counts[name] > 1}
+        found = [
+            better if one in clash else name
+            for one, name, better in zip(kinds, found, longer, strict=True)
+        ]
+    return found
+
+
+def title(metric: Summary) -> str:
     data = metric.conditions.get("data")
     return metric.name + (f", {data}" if data else "")
 
 
-def comparable(base: Metric, metric: Metric) -> bool:
+def comparable(base: Summary, metric: Summary) -> bool:
     both = {*base.conditions.items()} ^ {*metric.conditions.items()}
     return not {name for name, _ in both} - COMPARABLE
 
 
-def _row(labels: Sequence[str], by_model: Mapping[str, Metric]) -> Row:
+def _row(labels: Sequence[str], by_model: Mapping[str, Summary]) -> Row:
     first = next(iter(by_model.values()))
     base = by_model.get(labels[0])
     unit = f" ({first.unit})" if first.unit else ""
@@ -61,7 +82,7 @@ def _row(labels: Sequence[str], by_model: Mapping[str, Metric]) -> Row:
     )
 
 
-def conditions(by_model: Mapping[str, Metric]) -> str:
+def conditions(by_model: Mapping[str, Summary]) -> str:
     """The conditions of a row, once if all models share them, else model by model.
 
     The hash of a text is left to `texts`.
@@ -77,7 +98,7 @@ def conditions(by_model: Mapping[str, Metric]) -> str:
     return "; ".join(f"{label}: {text}" for label, text in words.items())
 
 
-def cell(metric: Metric | None) -> str:
+def cell(metric: Summary | None) -> str:
     if metric is None:
         return "–"
     spread = ""
@@ -87,6 +108,9 @@ def cell(metric: Metric | None) -> str:
 
 
 def number(value: float) -> str:
+    if not isfinite(value):
+        return str(value)
+    value = 0.0 if abs(value) < ROUNDING else value
     if value == int(value) and abs(value) >= 1000:
         return f"{int(value):,}"
     if abs(value) >= 1e6:
@@ -94,8 +118,10 @@ def number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
-def _ratio(base: Metric | None, metric: Metric | None) -> str:
+def _ratio(base: Summary | None, metric: Summary | None) -> str:
     if base is None or metric is None or base.value == 0:
+        return "–"
+    if not (isfinite(base.value) and isfinite(metric.value)):
         return "–"
     if not comparable(base, metric):
         return "not comparable"
@@ -104,15 +130,21 @@ def _ratio(base: Metric | None, metric: Metric | None) -> str:
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens that a model met, and for what: equal hashes mean equal tokens."""
+    """Tokens that a model met, and for what."""
+
+    __pydantic_config__ = PUBLISHED
 
     use: str
+    """calibration, training or evaluation."""
     data: str
+    """The text as it was named; several with commas between them."""
     tokens: int
+    """Of an evaluation those that were predicted, of a training all that were read."""
     sha256: str
+    """Of the tokens: equal hashes mean equal tokens."""
 
 
-def texts(metrics: Sequence[Metric], record: Mapping[str, Any] | None) -> tuple[Text, ...]:
+def texts(metrics: Sequence[Summary], record: Mapping[str, Any] | None) -> tuple[Text, ...]:
     """Of calibration and training, as `record` (lrcompress.json) names them, and of evaluation."""
     found = [text for part in history(record or {}) for text in _made_of(part)]
     for metric in metrics:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lrcompress.files import safe_name, writing
+from lrcompress.files import finite, safe_name, writing
 
 FOLDER = "samples"
 Logs = Mapping[str, Sequence[Mapping[str, Any]]]  # task -> its questions as lm-eval logs them
@@ -21,7 +21,7 @@ def write(folder: Path, logs: Logs) -> None:
         return
     with writing(folder, replace=True) as partial:
         for task, name in places(logs).items():
-            lines = [json.dumps(one, ensure_ascii=False) for one in logs[task]]
+            lines = [json.dumps(finite(one), ensure_ascii=False) for one in logs[task]]
             (partial / f"{name}.jsonl").write_text("\n".join([*lines, ""]), "utf-8")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lrcompress.points import DENSE, Point, label
-from lrcompress.protocols import Metric
+from lrcompress.protocols import PUBLISHED, Metric, Number
 from lrcompress.tables import comparable, title
 
 SIZES = ("parameters", "weight bytes")
@@ -22,10 +22,15 @@ Value = tuple[float, float | None, float | None]  # with the ends of its spread,
 
 @dataclass(frozen=True)
 class Axis:
+    """One of the two numbers that a front sets against each other."""
+
+    __pydantic_config__ = PUBLISHED
+
     title: str
     unit: str
     higher_is_better: bool
     scale: Literal["linear", "log"]
+    """That of distances, for the knee."""
 
     def goodness(self, value: float) -> float:
         """`value` on the axis's scale, turned so that more is better."""
@@ -35,21 +40,26 @@ class Axis:
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """A point of a sweep by one cost `x` and one quality `y`, on the axes' units.
+    """A point of a sweep by one cost and one quality, in the units of the axes."""
 
-    `low` and `high` are where the metrics know them: of an accuracy one standard error, of a speed
-    the slowest run over the dense model's fastest and the other way round.
-    """
+    __pydantic_config__ = PUBLISHED
 
     variant: str
     keep_ratio: float
-    x: float
-    y: float
-    x_low: float | None
-    x_high: float | None
-    y_low: float | None
-    y_high: float | None
+    x: Number
+    """The cost."""
+    y: Number
+    """The quality."""
+    x_low: Number | None
+    """Of a speed, the slowest run over the dense model's fastest; null where unknown."""
+    x_high: Number | None
+    """Of a speed, the fastest run over the dense model's slowest; null where unknown."""
+    y_low: Number | None
+    """Of an accuracy, one standard error below; null where unknown."""
+    y_high: Number | None
+    """Of an accuracy, one standard error above; null where unknown."""
     on_front: bool
+    """Whether no other point is at least as good in both and better in one."""
 
     @property
     def label(self) -> str:
@@ -58,17 +68,17 @@ class FrontPoint:
 
 @dataclass(frozen=True)
 class Front:
-    """All points by one cost and one quality; which of them no other one dominates.
+    """All points by one cost and one quality; which of them no other one dominates."""
 
-    A point dominates another if it is at least as good on both axes and better on one. `left_out`
-    are the labels of points that were measured in another way than the dense model, or not at all.
-    """
+    __pydantic_config__ = PUBLISHED
 
     quality: Axis
     cost: Axis
     points: tuple[FrontPoint, ...]
     knee: FrontPoint | None
+    """The point of the front furthest from the chord between its ends; null where there is none."""
     left_out: tuple[str, ...]
+    """Points that were measured in another way than the dense model, or not at all."""
 
     @property
     def on_front(self) -> tuple[FrontPoint, ...]:

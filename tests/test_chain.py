@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lrcompress import compare, pipeline, sources
+from lrcompress import compare, pipeline, sources, tables
 from lrcompress.distill import DistillationTrainer
 from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe, read_recipe
@@ -60,7 +60,7 @@ def test_run_shows_all_three_side_by_side(
     assert "finetuned / dense" in result.stdout
     assert {path.name for path in out.iterdir()} == {
         "recipe.yaml", "model", "finetuned", "stages", "metrics.json", "metrics.csv", "report.md",
-        "report.html",
+        "report.html", "figures",
     }  # fmt: skip
     report = json.loads((out / "metrics.json").read_text())
     assert list(dict.fromkeys(metric["model"] for metric in report["metrics"])) == MODELS
@@ -278,9 +278,9 @@ def test_a_damaged_sketch_is_said(factorized: Path, text: Path, tmp_path: Path) 
 
 def test_columns_of_one_kind_get_names() -> None:
     dense = ["a/base", "b/small"]
-    assert compare.labels(["dense", "factorized"], dense) == ["dense", "factorized"]
-    assert compare.labels(["dense", "dense"], dense) == ["dense base", "dense small"]
-    assert compare.labels(["dense", "finetuned", "finetuned"], ["m", "a/model", "b/model"]) == [
+    assert tables.labels(["dense", "factorized"], dense) == ["dense", "factorized"]
+    assert tables.labels(["dense", "dense"], dense) == ["dense base", "dense small"]
+    assert tables.labels(["dense", "finetuned", "finetuned"], ["m", "a/model", "b/model"]) == [
         "dense", "finetuned a/model", "finetuned b/model",
     ]  # fmt: skip
-    assert compare.labels(["dense", "dense"], ["m", "m"]) == ["dense m 1", "dense m 2"]
+    assert tables.labels(["dense", "dense"], ["m", "m"]) == ["dense m 1", "dense m 2"]

@@ -38,7 +38,10 @@ def test_help_is_fast_and_needs_no_torch() -> None:
     assert time.perf_counter() - started < 1.0  # 0.2 s here; room for a busy machine
 
 
-@pytest.mark.parametrize("command", ["factorize", "eval", "inspect", "export", "run", "check"])
+COMMANDS = ["factorize", "eval", "report", "inspect", "export", "run", "sweep", "check"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0
@@ -102,7 +105,7 @@ def test_eval_beside_a_baseline_writes_reports(
         page = (out / name).read_text()
         assert "token perplexity" in page
         assert "factorized / dense" in page
-    assert "http" not in (out / "report.html").read_text()
+    assert "http://" not in (out / "report.html").read_text()
 
 
 def test_reloaded_model_measures_the_same(dense: Path, tmp_path: Path, text: Path) -> None:

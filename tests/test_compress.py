@@ -217,6 +217,19 @@ def test_merge_is_exact_and_training_moves_every_part(form: str) -> None:
                 assert linear.largest_coefficient < 10
 
 
+def test_spectrum_is_of_the_singular_values() -> None:
+    model = tiny_model()
+    dense = {name: weight.clone() for name, weight in model.named_parameters()}
+    done = lrcompress.factorize(model, byte_tokenizer(), keep_ratio=0.6, method="svd", **SETTINGS)
+    for linear in done.linears:
+        numbers, values = zip(*linear.spectrum, strict=True)
+        expected = torch.linalg.svdvals(dense[f"{linear.spec.name}.weight"])
+        assert (numbers[0], numbers[-1]) == (1, len(expected))
+        torch.testing.assert_close(
+            torch.tensor(values), expected[torch.tensor(numbers) - 1], rtol=1e-3, atol=1e-5
+        )
+
+
 def test_zero_weight_survives_every_form() -> None:
     for method in ("svd", "fisher", "auto"):
         model = tiny_model()

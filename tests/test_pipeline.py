@@ -30,6 +30,7 @@ def test_run_leaves_a_model_and_a_report(recipe_file: Path, tmp_path: Path) -> N
     assert "token perplexity" in result.stdout
     assert {path.name for path in out.iterdir()} == {
         "recipe.yaml", "model", "stages", "metrics.json", "metrics.csv", "report.md", "report.html",
+        "figures",
     }  # fmt: skip
     metrics = json.loads((out / "metrics.json").read_text())["metrics"]
     assert {metric["model"] for metric in metrics} == {"dense", "factorized"}

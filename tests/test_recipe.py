@@ -45,7 +45,7 @@ def test_every_recipe_key_is_a_flag_and_the_other_way_round() -> None:
             }
     for command_name, sections, of_the_command in (
         ("factorize", ("model", "calibration", "factorize", "refine"), {"source", "out"}),
-        ("eval", ("model", "evaluate"), {"source", "out", "max_loss", "as_json"}),
+        ("eval", ("model", "evaluate"), {"source", "out", "write_card", "max_loss", "as_json"}),
     ):
         kinds = [Recipe.model_fields[section].annotation for section in sections]
         keys = {flag for kind in kinds for flag in flags(kind)}  # type: ignore[arg-type]

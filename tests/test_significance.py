@@ -139,5 +139,5 @@ def test_a_loss_has_to_be_shown_to_be_within_the_margin() -> None:
     another = replace(tasks[1], conditions={"num_fewshot": 5})
     with pytest.raises(InputError, match="'piqa acc' was measured in another way on 'dense'"):
         not_shown([pair[0], tasks[0], pair[1], another], 0.5)
-    with pytest.raises(InputError, match="needs a --baseline"):
+    with pytest.raises(InputError, match="needs a first model"):
         not_shown(pair[:1], 0.01)

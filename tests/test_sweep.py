@@ -353,7 +353,9 @@ def test_command(source: Path, tmp_path: Path) -> None:
         main, ["sweep", str(file), out, "--keep-ratio", "0.6", "--method", "svd,whitened"]
     )
     assert done.exit_code == 0, done.output
-    assert done.output.count("\n| whitened |") == 1
+    for point in ("dense ", "svd at 0.6", "whitened at 0.6"):
+        assert point in done.stdout
+    assert "sweep.html" in done.stdout
     wrong = CliRunner().invoke(main, ["sweep", str(file), out, "--keep-ratio", "1.5"])
     assert wrong.exit_code == 2
     assert "keep_ratios" in wrong.output

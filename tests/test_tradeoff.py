@@ -13,7 +13,7 @@ import pytest
 
 from lrcompress.points import Point
 from lrcompress.protocols import PERPLEXITY, Metric
-from lrcompress.sweepreport import FORMATS, markdown, to_csv, to_json
+from lrcompress.sweepreport import FORMATS, SweepReport, markdown, to_csv, to_json
 from lrcompress.tradeoff import Front, fronts, knee, non_dominated, over_dense
 
 TEXT = {"data": "t.txt", "windows": 8}
@@ -44,6 +44,10 @@ def sized(*pairs: tuple[int, float]) -> list[Point]:
         metrics = (size("m", parameters), quality("m", perplexity))
         found.append(point("m", parameters / pairs[0][0], *metrics))
     return found
+
+
+def report(points: list[Point]) -> SweepReport:
+    return SweepReport("model", tuple(points))
 
 
 def only(points: list[Point]) -> Front:
@@ -133,7 +137,7 @@ def test_what_does_not_compare_is_left_out_and_named(other: Point) -> None:
     front = only([*sized((100, 10.0), (80, 11.0)), other])
     assert front.left_out == ("m at 0.5",)
     assert [p.x for p in front.points] == [100, 80]
-    text = markdown("model", [*sized((100, 10.0), (80, 11.0)), other])
+    text = markdown(report([*sized((100, 10.0), (80, 11.0)), other]))
     assert "conditions: m at 0.5." in text
 
 
@@ -143,7 +147,7 @@ def test_speeds_of_other_conditions_are_left_out(changed: dict[str, Any]) -> Non
     beside = (speed("dense", 50.0, **changed),)
     made = point("m", 0.5, quality("m", 20.0), speed("m", 60.0, **changed), baseline=beside)
     assert only([dense, made]).left_out == ("m at 0.5",)
-    assert "| m at 0.5 | not comparable (60 against 50) |" in markdown("model", [dense, made])
+    assert "| m at 0.5 | not comparable (60 against 50) |" in markdown(report([dense, made]))
 
 
 def test_every_quality_meets_every_cost() -> None:
@@ -168,18 +172,18 @@ def test_every_quality_meets_every_cost() -> None:
 
 def test_reports_name_the_knee_and_hold_everything() -> None:
     points = sized((100, 10.0), (80, 11.0), (60, 40.0), (50, 160.0))
-    text = markdown("model", points)
+    text = markdown(report(points))
     assert "| m at 0.5, m at 0.6, m at 0.8, dense | knee: m at 0.8 |" in text
-    stored = json.loads(to_json("model", points))
+    stored = json.loads(to_json(report(points)))
     assert stored["fronts"][0]["knee"]["keep_ratio"] == 0.8
     assert [point["metrics"][0]["value"] for point in stored["points"]] == [100, 80, 60, 50]
-    assert set(FORMATS) == {"sweep.md", "sweep.json", "sweep.csv"}
+    assert set(FORMATS) == {"sweep.md", "sweep.html", "sweep.json", "sweep.csv"}
 
 
 def test_csv_has_a_row_for_each_metric_with_its_conditions() -> None:
     beside = (speed("dense", 50.0),)
     made = point("a, b", 0.5, quality("a, b at 0.5", 20.0), baseline=beside)
-    rows = list(csv.DictReader(io.StringIO(to_csv("model", [*sized((100, 10.0)), made]))))
+    rows = list(csv.DictReader(io.StringIO(to_csv(report([*sized((100, 10.0)), made])))))
     assert [row["name"] for row in rows] == ["parameters", PERPLEXITY, PERPLEXITY, "decode"]
     assert [row["variant"] for row in rows] == ["dense", "dense", "a, b", "a, b"]
     assert [row["model"] for row in rows][2:] == ["a, b at 0.5", "dense"]

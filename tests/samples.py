@@ -1,0 +1,98 @@
+"""Hand-made findings with something of every kind, for reports and pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lrcompress.details import (
+    BlockChange,
+    Continuation,
+    Details,
+    PositionLoss,
+    Token,
+    TokenChange,
+)
+from lrcompress.points import Point
+from lrcompress.protocols import PERPLEXITY, Metric
+
+SCRIPT = "<script>window.broken = true</script>"
+TEXT = {"data": "t.txt", "windows": 8, "tokens": 512, "sha256": "0" * 64}
+TASK = {"task_version": 1.0, "num_fewshot": 0, "samples": 8}
+LN2, LN3 = 0.6931471805599453, 1.0986122886681098
+
+
+def _windows(loss: float) -> list[list[float]]:
+    return [[64 * (loss + index / 100), 64] for index in range(8)]
+
+
+def _metrics(model: str, parameters: int, loss: float, right: int) -> list[Metric]:
+    score, spread = right / 10, 0.1
+    items = [[float(index < right), 1.0] for index in range(10)]
+    return [
+        Metric(model, "parameters", parameters, "", False),
+        Metric(model, PERPLEXITY, 2.718281828**loss, "", False, TEXT, samples=_windows(loss)),
+        Metric(model, "q acc", score, "", True, TASK, score - spread, score + spread, items),
+    ]
+
+
+METRICS = (*_metrics("dense", 1200, 2.0, 6), *_metrics("low", 800, 2.5, 5))
+
+
+def _position(first: int, last: int, loss: float) -> PositionLoss:
+    return PositionLoss(first, last, 30, 1.0, 1.0 + loss)
+
+
+_WORST = Token(0, 3, f"so {SCRIPT}", "|", "`a`", 0.5, "b", 0.25, 4.0)
+DETAILS = Details(
+    tokens=(
+        TokenChange(
+            "dense", "low", "t.txt", 64, 2, 128, 0.25, {"50": 0.1, "99": 2.0}, 0.75,
+            (_position(1, 15, LN2), _position(16, 63, LN3 - LN2)), (_WORST,),
+        ),
+    ),
+    blocks=(BlockChange("dense", "low", "t.txt", 128, (0.25, 0.5)),),
+    continuations=(Continuation(SCRIPT, {"dense": "one\ntwo", "low": f"{SCRIPT}!"}),),
+)  # fmt: skip
+
+
+def _linear(block: int, role: str, rank: int | None, error: float | None) -> dict[str, Any]:
+    return {
+        "name": f"layers.{block}.{role}", "block": block, "role": role, "in_features": 8,
+        "out_features": 8, "form": "dense" if rank is None else "factored", "shape": [8, 8],
+        "rank": rank, "parameters_dense": 64, "parameters_kept": 16 * (rank or 4),
+        "relative_error": error, "largest_coefficient": None,
+        "spectrum": [[1, 4.0], [4, 2.0], [8, 0.5]] if rank else [],
+    }  # fmt: skip
+
+
+RECORD: dict[str, Any] = {
+    "linears": [
+        _linear(0, "gate", None, None), _linear(0, "down", 2, 0.3),
+        _linear(1, "gate", 6, 0.1), _linear(1, "down", 3, 0.2),
+    ],
+    "refined": [
+        {"block": 0, "before": 0.5, "after": 0.25}, {"block": 1, "before": 0.5, "after": 0.5},
+    ],
+    "finetuned": {
+        "steps": 10, "tokens": 640, "trained_parameters": 800, "best_step": 10, "before": 0.5,
+        "best": 0.3, "after": 0.3, "losses": [[0, 0.5], [5, 0.4], [10, 0.3]], "seconds": 2.0,
+        "tokens_per_second": 320.0, "sequences": 10, "length": 64, "sha256": "1" * 64,
+        "settings": {
+            "data": ["train.txt"], "learning_rate": 1e-4, "train": "factors", "held_out": 2,
+        },
+    },
+    "notes": [f"{SCRIPT} is no note"],
+}  # fmt: skip
+
+
+def points() -> list[Point]:
+    """A dense model and three points, of which one is not on the front."""
+    sizes = {"dense": (1.0, 1200, 2.0), "small": (0.8, 1000, 2.1), "large": (0.9, 1100, 2.4)}
+    found = [_point(variant, *values) for variant, values in sizes.items()]
+    return [*found, _point("small", 0.5, 700, 3.0)]
+
+
+def _point(variant: str, ratio: float, parameters: int, loss: float) -> Point:
+    name = variant if variant == "dense" else f"{variant} at {ratio:g}"
+    metrics = tuple(_metrics(name, parameters, loss, 5)[:2])
+    return Point(variant, ratio, ratio, 1.0, 2**30, "8 x 64 tokens of train.txt", metrics)

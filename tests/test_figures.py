@@ -1,0 +1,103 @@
+"""Pictures: which there are, what they say in words, and that equal numbers give equal files."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from lrcompress import figures, reportfigures, sweepfigures
+from lrcompress.details import Details
+from lrcompress.figures import Picture
+from lrcompress.tradeoff import fronts
+from tests.samples import DETAILS, METRICS, RECORD, SCRIPT, points
+
+
+@cache
+def drawn() -> dict[str, Picture]:
+    return {p.name: p for p in reportfigures.pictures(METRICS, DETAILS, RECORD)}
+
+
+def test_every_kind_of_number_has_its_picture() -> None:
+    found = drawn()
+    assert list(found) == [
+        "tasks", "positions", "blocks", "refined", "ranks", "spectra", "training",
+    ]  # fmt: skip
+    assert {p.section for p in found.values()} == {
+        "metrics", "tokens", "blocks", "refinement", "ranks", "training",
+    }  # fmt: skip
+    assert not list(reportfigures.pictures(METRICS[:1], Details(), {}))
+
+
+def test_the_words_have_the_numbers() -> None:
+    found = drawn()
+    assert "q acc: dense 0.600, low 0.500" in found["tasks"].text
+    assert "low 2x after few tokens, 1.5x after many" in found["positions"].text
+    assert "low: most in block 1, 0.5" in found["blocks"].text
+    assert "lower after it in 1 of 2 blocks" in found["refined"].text
+    assert "ranks 2 to 6; energy kept 0.7000 to 1.0000" in found["ranks"].text
+    assert "from 0.5000 to 0.3000, the best at step 10" in found["training"].text
+
+
+def test_svg_is_an_element_in_the_colour_of_its_page() -> None:
+    for picture in drawn().values():
+        assert picture.svg.startswith("<svg role=")
+        assert "currentColor" in picture.svg
+        assert figures.INK not in picture.svg
+        assert "http" not in picture.svg
+        root = ElementTree.fromstring(picture.file)
+        assert root.attrib["aria-label"] == picture.text
+        assert Image.open(io.BytesIO(picture.png)).width > 800
+
+
+def test_names_from_outside_are_text_and_no_formulas() -> None:
+    scores = [metric for metric in METRICS if metric.low is not None]
+    named = [replace(score, name=f"{SCRIPT} $x$") for score in scores]
+    (picture,) = reportfigures.pictures(named, Details(), {})
+    assert SCRIPT not in picture.svg
+    assert "&lt;script&gt;" in picture.svg
+    assert "$x$" in picture.svg
+
+
+def test_equal_numbers_give_equal_files() -> None:
+    again = reportfigures.pictures(METRICS, DETAILS, {"refined": RECORD["refined"]})
+    for picture in again:
+        assert picture == drawn()[picture.name]
+
+
+def test_files_take_the_place_of_older_ones(tmp_path: Path) -> None:
+    pictures = list(drawn().values())
+    figures.write(tmp_path, pictures)
+    figures.write(tmp_path, pictures[:1])
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["tasks.png", "tasks.svg"]
+    figures.write(tmp_path, [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_ids_of_one_page_differ() -> None:
+    ids = [found for p in drawn().values() for found in re.findall(r' id="([^"]+)"', p.svg)]
+    assert ids
+    assert len(set(ids)) == len(ids)
+
+
+def test_a_sweep_has_a_picture_for_each_quality() -> None:
+    found = list(sweepfigures.pictures(fronts(points())))
+    assert [p.name for p in found] == ["front-token_perplexity_t.txt"]
+    assert "against parameters: small at 0.5, small at 0.8, dense" in found[0].text
+
+
+def test_a_single_point_has_no_front_to_draw() -> None:
+    assert not list(sweepfigures.pictures(fronts(points()[:1])))
+
+
+@pytest.mark.parametrize("errors", [(0.0, 0.0), (0.0, 0.3)])
+def test_blocks_without_any_error_are_drawn(errors: tuple[float, ...]) -> None:
+    blocks = tuple(replace(block, errors=errors) for block in DETAILS.blocks)
+    (picture,) = reportfigures.pictures([], Details(blocks=blocks), {})
+    assert picture.name == "blocks"

@@ -1,0 +1,127 @@
+"""The report pages in a real browser: what they show, sort, load, print, and never run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from lrcompress import report, sweepreport
+from lrcompress.report import Report
+from lrcompress.sweepreport import SweepReport
+from tests.samples import DETAILS, METRICS, RECORD, SCRIPT, points
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        assert not os.environ.get("CI"), "CI has to install chromium"
+        pytest.skip("needs chromium on the PATH")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    made = Report(f"{SCRIPT} & report", METRICS, DETAILS, RECORD)
+    (folder / "report.html").write_text(report.html(made), "utf-8")
+    swept = SweepReport(SCRIPT, tuple(points()))
+    (folder / "sweep.html").write_text(sweepreport.html(swept), "utf-8")
+    return {name: folder / f"{name}.html" for name in ("report", "sweep")}
+
+
+@pytest.fixture(params=["report", "sweep"])
+def page(
+    request: pytest.FixtureRequest, browser: Browser, pages: dict[str, Path]
+) -> Iterator[Page]:
+    """A page that fails the test for any message, error or request."""
+    context = browser.new_context()
+    page, trouble = context.new_page(), list[str]()
+    file = f"file://{pages[request.param]}"
+    page.on("console", lambda message: trouble.append(message.text))
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.on("request", lambda asked: trouble.append(asked.url))
+    page.goto(file)
+    yield page
+    context.close()
+    assert [one for one in trouble if one != file and not one.startswith("data:")] == []
+
+
+def test_what_comes_from_outside_is_text(page: Page) -> None:
+    assert page.evaluate("window.broken") is None
+    assert SCRIPT in page.inner_text("h1")
+    assert page.locator("script").count() == 1
+
+
+def test_every_figure_has_words_and_a_size(page: Page) -> None:
+    figures = page.locator("figure svg")
+    assert figures.count() >= 1
+    for figure in figures.all():
+        assert figure.get_attribute("role") == "img"
+        assert len(figure.get_attribute("aria-label") or "") > 30
+        box = figure.bounding_box()
+        assert box is not None
+        assert box["width"] > 500
+        assert box["height"] > 100
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_of_figures_is_read_on_the_page(page: Page, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    colour = "el => getComputedStyle(el).fill"
+    text = page.locator("figure svg text").first.evaluate(colour)
+    body = page.locator("h1").evaluate("el => getComputedStyle(el).color")
+    assert text == body
+    assert body == ("rgb(0, 0, 0)" if scheme == "light" else "rgb(255, 255, 255)")
+
+
+def test_nothing_is_wider_than_a_phone(page: Page) -> None:
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_prints(page: Page) -> None:
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.querySelector('.wide')).overflowX") == "visible"
+    assert page.pdf().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize("page", ["sweep"], indirect=True)
+def test_tables_sort_by_number_and_back(page: Page) -> None:
+    table = page.locator("table").first
+    names, sizes = (table.locator(f"tbody td:nth-child({n})") for n in (1, 3))
+    assert sizes.all_inner_texts() == ["1,200", "1,000", "1,100", "700"]
+    button = table.locator("th:nth-child(3) button")
+    button.click()
+    assert sizes.all_inner_texts() == ["700", "1,000", "1,100", "1,200"]
+    assert names.first.inner_text() == "small at 0.5"
+    assert table.locator("th:nth-child(3)").get_attribute("aria-sort") == "ascending"
+    button.press("Enter")
+    assert sizes.all_inner_texts() == ["1,200", "1,100", "1,000", "700"]
+    table.locator("th:nth-child(1) button").click()
+    assert names.all_inner_texts() == ["dense", "large at 0.9", "small at 0.5", "small at 0.8"]
+    assert table.locator("th[aria-sort]").count() == 1
+
+
+@pytest.mark.parametrize("page", ["report"], indirect=True)
+def test_the_report_shows_all_that_was_found(page: Page) -> None:
+    headings = page.locator("h2").all_inner_texts()
+    assert headings == [
+        "Is the difference real?", "Token by token", "Block by block", "Refinement",
+        "Continuations", "How it was measured", "Texts", "Training", "Ranks",
+    ]  # fmt: skip
+    assert page.locator("figure").count() == 7
+    first = page.locator("table").first
+    assert first.locator("tbody tr").nth(1).inner_text().split("\t")[:4] == [
+        "token perplexity, t.txt", "7.389", "12.18", "1.65x",
+    ]  # fmt: skip
