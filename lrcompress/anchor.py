@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lrcompress.blocks import Pass
 from lrcompress.decompositions import Decompositions
 from lrcompress.linalg import to_float64
 from lrcompress.lowrank import install
@@ -24,7 +26,7 @@ from lrcompress.prepare import Prepared
 from lrcompress.protocols import FFN, Form, LinearSpec, Plan, Progress
 from lrcompress.shrink import ShrunkLinear, shrunk_ffn, shrunk_linear
 from lrcompress.sizes import evaluation_mode
-from lrcompress.streams import Pass, Streams
+from lrcompress.streams import Streams
 
 
 class Fit:
@@ -78,7 +80,7 @@ def shrink_anchored(
         return tuple(anchoring.blocks(progress))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Anchoring:
     """The walk through the blocks: `streams` are moved on, layers are installed."""
 
@@ -90,33 +92,45 @@ class Anchoring:
     damping: float
 
     def blocks(self, progress: Progress) -> Iterator[ShrunkLinear]:
-        streams, ffns = self.streams, self.prepared.ffns(self.model)
-        ffn = next(ffns, None)
-        for index in progress(range(len(streams.blocks)), "Anchoring", len(streams.blocks)):
-            here = []
-            while ffn is not None and ffn.linears[0].block == index:
-                here.append(ffn)
-                ffn = next(ffns, None)
-            reads = [found.linears[0].name for found in here]
-            gives = [s.name for found in here for s in found.linears if s.role == "down"]
-            dense = [streams.run(index, hidden, reads, gives) for hidden in streams.dense]
-            for found in here:
-                yield from self._fit(index, found, dense)
-            streams.dense = [done.output for done in dense]
-            streams.compressed = [streams.run(index, h).output for h in streams.compressed]
+        count = len(self.streams.blocks)
+        by_block = groupby(self.prepared.ffns(self.model), lambda ffn: ffn.linears[0].block)
+        block, ffns = next(by_block, (count, iter(())))
+        for index in progress(range(count), "Anchoring", count):
+            here = list(ffns) if index == block else []
+            yield from self.block(index, here)
+            if here:
+                block, ffns = next(by_block, (count, iter(())))
+
+    def block(self, index: int, ffns: Sequence[FFN]) -> Iterator[ShrunkLinear]:
+        """What becomes of the linears of one block; then both streams are behind it."""
+        streams = self.streams
+        reads = [found.linears[0].name for found in ffns]
+        gives = [s.name for found in ffns for s in found.linears if s.role == "down"]
+        dense = [streams.run(index, hidden, reads, gives) for hidden in streams.dense]
+        for found in ffns:
+            yield from self._fit(index, found, dense)
+        streams.dense = [done.output for done in dense]
+        streams.compressed = [streams.run(index, h).output for h in streams.compressed]
 
     def _fit(self, index: int, ffn: FFN, dense: list[Pass]) -> Iterator[ShrunkLinear]:
-        """First the linears that read the block's hidden state, then the one that reads theirs."""
+        """First the linears that read the block's hidden state, then the one that reads theirs.
+
+        Until its turn that one is dense, or narrowed.
+        """
         first = [spec for spec in ffn.linears if spec.role != "down"]
         ffn = self._refitted(index, ffn, first, dense)
-        shrunk = shrunk_ffn(self.model, ffn, self.prepared, self.plan, self.form)
+        names = {spec.name for spec in first}
+        ranks = {name: rank for name, rank in self.plan.ranks.items() if name in names}
+        plan = replace(self.plan, ranks=ranks)
+        shrunk = shrunk_ffn(self.model, ffn, self.prepared, plan, self.form)
         found = {what.spec.name: (what, layer) for what, layer in shrunk}
         for name, (_, layer) in found.items():
             if layer is not None:
                 install(self.model, name, layer)
         for spec in ffn.linears:
-            what, layer = found[spec.name]
-            if spec.role == "down" and layer is not None:
+            what = found[spec.name][0]
+            changes = spec.name in self.plan.ranks or ffn.name in self.plan.widths
+            if spec.role == "down" and changes:
                 what = self._fit_down(index, ffn, spec, dense)
             yield what
 

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lrcompress import processes
+from lrcompress.blocks import Forward, replaced_forwards, summed_loss
 from lrcompress.ffn import find_blocks
+from lrcompress.processes import own_part
 from lrcompress.protocols import InputError, LinearSpec, Progress, Statistics, silent
 from lrcompress.sizes import evaluation_mode
 
@@ -61,6 +64,15 @@ class Moments:
 
         return watch
 
+    def add_up(self, linears: Sequence[LinearSpec], device: torch.device) -> None:
+        """Sums over all processes in place of those over the samples of this one."""
+        inputs = {spec.input_group: spec.in_features for spec in linears}
+        outputs = {spec.name: spec.out_features for spec in linears}
+        processes.add_up(self.sums, lambda group: _zeros(inputs[group], torch.float64, device))
+        processes.add_up(
+            self.gradient_sums, lambda name: _zeros(outputs[name], torch.float32, device)
+        )
+
     def statistics(self, linear: LinearSpec) -> Statistics:
         """The moments of `linear`. Raises InputError where one is missing or not finite."""
         if linear.input_group not in self.sums:
@@ -89,12 +101,16 @@ def _add(sums: dict[str, Tensor], key: str, rows: Tensor, dtype: torch.dtype) ->
     v = rows.detach().flatten(0, -2).float()
     size = v.shape[1]
     if key not in sums:
-        device = "cpu" if v.device.type == "mps" and dtype == torch.float64 else v.device
-        sums[key] = torch.zeros(size, size, dtype=dtype, device=device)
+        sums[key] = _zeros(size, dtype, v.device)
     total = sums[key]
     for begin in range(0, size, COLUMNS):
         product = v[:, begin : begin + COLUMNS].T @ v[:, begin:]
         total[begin : begin + COLUMNS, begin:] += product.to(total.device)
+
+
+def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    place = "cpu" if device.type == "mps" and dtype == torch.float64 else device
+    return torch.zeros(size, size, dtype=dtype, device=place)
 
 
 def _symmetric(upper: Tensor) -> Tensor:
@@ -112,18 +128,20 @@ def measure_moments(
 
     In the first `gradient_samples` of them a backward pass of the language-model loss, summed
     over the sample, follows the forward pass; blocks are checkpointed, parameters get no gradients
-    and stay as they are.
+    and stay as they are. Several processes share the samples, and all get the sums.
     """
-    moments = Moments(linears, gradient_samples > 0)
+    samples, length = tokens.shape
+    gradient_samples = min(gradient_samples, samples)
+    moments, own = Moments(linears, gradient_samples > 0), own_part(range(samples))
     with evaluation_mode(model), moments.watching(model):
-        for index, sample in enumerate(progress(tokens, "Calibrating", len(tokens))):
-            batch = sample[None].to(model.device)
+        for index in progress(own, "Calibrating", len(own)):
+            batch = tokens[index][None].to(model.device)
             if index < gradient_samples:
                 _with_gradients(model, batch, moments)
-                moments.gradient_tokens += len(sample)
             else:
                 _forward(model, batch)
-            moments.tokens += len(sample)
+    moments.add_up(linears, model.device)
+    moments.tokens, moments.gradient_tokens = samples * length, gradient_samples * length
     return moments
 
 
@@ -134,10 +152,8 @@ def _forward(model: Any, sample: Tensor) -> None:
 
 @torch.enable_grad()
 def _with_gradients(model: Any, sample: Tensor, moments: Moments) -> None:
-    with _frozen(model), _checkpointed(model):
-        logits = model(input_ids=sample, use_cache=False).logits[0, :-1]
-        loss = nn.functional.cross_entropy(logits.float(), sample[0, 1:], reduction="sum")
-        del logits
+    with _frozen(model), replaced_forwards(list(find_blocks(model)[1]), _checkpointing):
+        loss = summed_loss(model, sample)
         moments.backward = True
         try:
             loss.backward()  # type: ignore[no-untyped-call]
@@ -162,23 +178,9 @@ def _frozen(model: Any) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@contextmanager
-def _checkpointed(model: Any) -> Iterator[None]:
+def _checkpointing(_: int, forward: Forward) -> Forward:
     """Keeps the activations of one block at a time; works in eval mode, unlike the model's own."""
-    blocks = find_blocks(model)[1]
-    before = [vars(block).get("forward") for block in blocks]  # accelerate sets one of its own
-    for block in blocks:
-        block.forward = _checkpointing(block.forward)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
 
-
-def _checkpointing(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any, **keywords: Any) -> Any:
         return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lrcompress.calibrate import Moments, measure_moments
 from lrcompress.corpora import SELF, read_corpus
 from lrcompress.data import Fingerprint, bos_token, fingerprint, in_turn, token_blocks
+from lrcompress.processes import from_main
 from lrcompress.protocols import InputError, LinearSpec, Progress, silent
 from lrcompress.sampling import sampled_blocks
 from lrcompress.settings import CalibrationSettings
@@ -42,7 +43,8 @@ class Calibration:
     @cached_property
     def _text(self) -> tuple[Tensor, Fingerprint]:
         started = time.perf_counter()
-        found = calibration_tokens(self.model, self.tokenizer, self.settings, self.progress)
+        parts = (self.model, self.tokenizer, self.settings, self.progress)
+        found = from_main(lambda: calibration_tokens(*parts))
         self.reading = time.perf_counter() - started
         return found
 

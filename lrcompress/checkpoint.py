@@ -6,7 +6,8 @@ import inspect
 import json
 import math
 import platform
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lrcompress import lowrank
 from lrcompress.files import json_text, render, replace_text, writing
@@ -36,16 +38,20 @@ def save(
     record: Mapping[str, Any],
     replace: bool = False,
     state: Mapping[str, Tensor] | None = None,
+    shards: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Writes model, tokenizer, provenance and model card to the folder `out`.
 
     `record` is completed with versions and the counts of what was saved, and returned. `state` has
-    the weights where the model holds only a part of them. Raises
+    the weights where the model holds only a part of them; `shards` are files with others, which
+    stay where they are. Raises
     InputError if `out` exists and is not to be replaced, MachineError if it cannot be written.
     """
     record_layout(model)
     with writing(out, replace) as folder:
         _write_weights(model, tokenizer, folder, state)
+        if shards:
+            _join(folder, shards)
         complete = dict(record) | {"versions": versions(), "saved": saved_tensors(folder)}
         write_record(folder, complete)
     return complete
@@ -61,6 +67,33 @@ def _write_weights(
         tokenizer.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)
+
+
+def _join(folder: Path, shards: Sequence[Path]) -> None:
+    """Puts `shards` beside the weights in `folder`, and writes the index of all."""
+    own = sorted(folder.glob("*.safetensors"))
+    places: dict[str, str] = {}
+    size, total = 0, len(own) + len(shards)
+    for number, file in enumerate((*own, *shards), 1):
+        named = folder / f"model-{number:05}-of-{total:05}.safetensors"
+        if file in own:
+            file.replace(named)
+        else:
+            _link(file, named)
+        with safe_open(named, "pt") as tensors:  # type: ignore[no-untyped-call,unused-ignore]
+            places |= dict.fromkeys(tensors.keys(), named.name)
+        size += named.stat().st_size
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    replace_text(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+def _link(file: Path, other: Path) -> None:
+    """The same content without a copy, where the file system can; `file` stays if all fails."""
+    try:
+        other.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, other)
+    other.chmod(0o644)
 
 
 def versions() -> dict[str, str]:

@@ -51,11 +51,12 @@ def factorize_command(source: str, out: Path, **options: Any) -> None:
     MODEL is a folder, a .gguf file or a hub id. Give --rank or --keep-ratio.
     """
     recipe = build_recipe(FACTORIZE, source, options)
-    from lrcompress import commands, console
+    from lrcompress import console, factorizing
 
-    resumes(recipe.refine.enabled)
-    record = commands.factorize_to(recipe, out, console.progress)
-    console.show_factorization(record, out)
+    resumes(recipe.refine.enabled or recipe.factorize.streaming)
+    record = factorizing.factorize_to(recipe, out, console.progress, say=console.say)
+    if processes.is_main():
+        console.show_factorization(record, out)
 
 
 FINETUNE = ("finetune", "model")
@@ -205,7 +206,7 @@ def run_command(
     from lrcompress import checkpoint, console, pipeline, runfolder
 
     resumes()
-    found = pipeline.Run(recipe, out, console.progress).all(overwrite)
+    found = pipeline.Run(recipe, out, console.progress, console.say).all(overwrite)
     model, tuned = out / runfolder.MODEL, out / runfolder.FINETUNED
     if not as_json:
         console.show_factorization(checkpoint.read_record(model) or {}, model)

@@ -1,9 +1,8 @@
-"""What the commands factorize, eval, report, export and bench do, from folder to folder."""
+"""What the commands eval, report, export and bench do, from folder to folder."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 
 from lrcompress import bench_report, checkpoint, compare, report, sweepreport, task_logs
 from lrcompress.bench_report import Bench
-from lrcompress.compress import apply
 from lrcompress.contamination import refuse_recorded
 from lrcompress.ffn_benchmark import bench_ffn, device_of
 from lrcompress.files import check_free, writing
@@ -21,42 +19,15 @@ from lrcompress.fusing import optimize
 from lrcompress.join import join
 from lrcompress.lowrank import compressed_layers
 from lrcompress.model_benchmark import bench_models
-from lrcompress.models import locate
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.recipe import Recipe
 from lrcompress.report import Report
 from lrcompress.settings import FFNBenchSettings, ModelBenchSettings, ModelSettings, Section
-from lrcompress.sources import Loaded, load_settings, other_source
+from lrcompress.sources import Loaded, load_settings, other_source, record_of
 from lrcompress.sweepfolder import read_report
 from lrcompress.sweepreport import SweepReport
-from lrcompress.tables import labels, learned
+from lrcompress.tables import labels
 from lrcompress.timing import Timing, machine
-
-
-def factorize_to(
-    recipe: Recipe, out: Path, progress: Progress = silent, replace: bool = False
-) -> dict[str, Any]:
-    """Loads, factorizes and saves to `out`; returns what lrcompress.json holds.
-
-    Raises InputError if `out` exists, unless an older result there is to be replaced.
-    """
-    if not replace:
-        check_free(out)
-    model, tokenizer = load_settings(recipe.model)
-    work = out.with_name(f".{out.name}.refine")  # refined blocks, until the whole is saved
-    done = apply(
-        model, tokenizer, recipe.calibration, recipe.factorize, recipe.refine, progress, work
-    )
-    record = {
-        "source": recipe.model.source,
-        "recipe": recipe.model_dump(mode="json"),
-        **done.to_dict(),
-    }
-    if before := learned(_record(recipe.model) or {}):
-        record["before"] = before
-    saved = checkpoint.save(model, tokenizer, out, record, replace)
-    shutil.rmtree(work, ignore_errors=True)
-    return saved
 
 
 def evaluate_to(
@@ -156,21 +127,17 @@ class _Column:
 
     @classmethod
     def load(cls, source: ModelSettings) -> Self:
-        return cls(source, _record(source), load_settings(source))
+        return cls(source, record_of(source), load_settings(source))
 
     @property
     def kind(self) -> str:
         return compare.kind(self.loaded[0], "finetuned" in (self.record or {}))
 
 
-def _record(source: ModelSettings) -> dict[str, Any] | None:
-    return checkpoint.read_record(Path(locate(source.source, source.gguf_file).path))
-
-
 def export_to(settings: ModelSettings, out: Path, standalone: bool) -> None:
     """Writes a compressed model as stock layers, or with the code that loads it."""
     check_free(out)
-    record = _record(settings) or {}
+    record = record_of(settings) or {}
     model, tokenizer = load_settings(settings)
     if not any(compressed_layers(model)):
         raise InputError(f"{settings.source!r} has no low-rank layers: there is nothing to export")
@@ -199,7 +166,7 @@ def bench_model_to(
     """Times a model beside its dense baseline; writes the report to `out`, if given."""
     if out is not None:
         check_free(out)
-    record = _record(source) or {}
+    record = record_of(source) or {}
     dense = settings.baseline or record.get("source")
     others = [] if dense is None else [other_source(source, dense)]
     found = [_Column.load(one) for one in (*others, source)]

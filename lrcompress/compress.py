@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from lrcompress.anchor import shrink_anchored
 from lrcompress.calibration import Calibration
 from lrcompress.factorization import Counts, Factorization, counts, notes
 from lrcompress.ffn import find_ffns, select
-from lrcompress.lowrank import dense_weight, install
-from lrcompress.prepare import Prepared, prepare
-from lrcompress.protocols import InputError, LinearSpec, Plan, Progress, silent
+from lrcompress.lowrank import install
+from lrcompress.prepare import Prepared, check_weights, prepare, selected_share
+from lrcompress.processes import from_main
+from lrcompress.protocols import InputError, Plan, Progress, silent
 from lrcompress.quantizer import record_layout
 from lrcompress.recipe import from_flat, sections
 from lrcompress.refine import refine
@@ -80,12 +81,17 @@ class Compression:
     def text(self) -> Calibration:
         """What may be measured; nothing is before it is needed."""
         settings = self.settings
+        if settings.streaming:
+            raise InputError(
+                "streaming reads the model's folder block by block and this model is in memory: "
+                "use `lrcompress factorize` or `lrcompress run`, or leave streaming out"
+            )
         linears = select(self.model, settings.include, settings.exclude, settings.dense_first)
-        _check_weights(self.model, linears)
+        check_weights(self.model, linears)
         return Calibration(self.model, self.tokenizer, linears, self.calibration, self.progress)
 
     def prepared(self, text: Calibration) -> Prepared:
-        ratio = _keep_ratio(self.model, text.linears, self.settings)
+        ratio = selected_share(self.model, text.linears, self.settings)
         return prepare(self.model, text.linears, self.settings, ratio, text.moments, self.progress)
 
     def carry_out(self, prepared: Prepared, text: Calibration) -> Factorization:
@@ -125,7 +131,8 @@ class Compression:
         if settings.sequential == "independent":
             return shrink(self.model, prepared, plan, form, self.progress)
         tokens, damping = text.tokens, settings.anchor_damping
-        return shrink_anchored(self.model, prepared, plan, form, tokens, damping, self.progress)
+        parts = (self.model, prepared, plan, form, tokens, damping, self.progress)
+        return from_main(lambda: shrink_anchored(*parts))
 
     def _refine(
         self, originals: Mapping[str, nn.Module], prepared: Prepared, plan: Plan, text: Calibration
@@ -136,7 +143,8 @@ class Compression:
         if self.work is not None:
             work = self.work / self._identity(originals, text, plan)
         settings, progress = self.refinement, self.progress
-        return refine(self.model, originals, prepared, text.tokens, settings, work, progress)
+        parts = (self.model, originals, prepared, text.tokens, settings, work, progress)
+        return from_main(lambda: refine(*parts))
 
     def _identity(self, originals: Mapping[str, nn.Module], text: Calibration, plan: Plan) -> str:
         """Names what refined blocks depend on; work of another model or setting is not used."""
@@ -151,36 +159,6 @@ class Compression:
                 digest.update(f"{owner} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
-
-
-def _keep_ratio(
-    model: Any, linears: Sequence[LinearSpec], settings: FactorizeSettings
-) -> float | None:
-    """The budget as a share of the selected parameters; None for a rank or a search."""
-    total, target = parameter_count(model), settings.target_params
-    if settings.target_size is not None:
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        target = int(settings.target_size * total / size)
-    if target is None:
-        return settings.keep_ratio
-    selected = sum(linear.dense_parameters for linear in linears)
-    if target <= total - selected:
-        raise InputError(
-            f"a target of {target:,} parameters is out of reach: {total - selected:,} are "
-            "outside the selected linears; ask for more"
-        )
-    return min((target - total + selected) / selected, 1.0)
-
-
-def _check_weights(model: nn.Module, linears: Iterable[LinearSpec]) -> None:
-    for spec in linears:
-        weight = dense_weight(model.get_submodule(spec.name))
-        if weight.is_meta:
-            raise InputError(
-                f"the weights of {spec.name} are offloaded: load the model on --device cpu"
-            )
-        if not bool(weight.isfinite().all()):
-            raise InputError(f"the weight of {spec.name} is not finite: get an intact copy")
 
 
 def save(model: Any, out: str | Path, tokenizer: Any = None, **record: Any) -> dict[str, Any]:

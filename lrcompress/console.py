@@ -42,6 +42,11 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
     return (_bar if sys.stderr.isatty() else _lines)(items, description, total)
 
 
+def say(sentence: str) -> None:
+    """What is to be known before the work starts; to stderr, as progress is."""
+    click.echo(sentence, err=True)
+
+
 def _bar(items: Iterable[T], description: str, total: int | None) -> Iterable[T]:
     columns = (
         TextColumn("{task.description}"),

@@ -44,12 +44,9 @@ def damped(moment: Tensor, damping: float) -> Tensor:
 def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
     """metric^1/2 and metric^-1/2 of a symmetric positive definite matrix, by eigh.
 
-    A metric given by its diagonal, shape (n,), has diagonal roots. Eigenvalues are floored at
-    float64 rounding of the largest, so a nearly singular metric gives large, finite inverses.
+    Eigenvalues are floored at float64 rounding of the largest, so a nearly singular metric gives
+    large, finite inverses.
     """
-    if metric.ndim == 1:
-        root = metric.clamp_min(_floor(metric)).sqrt()
-        return torch.diag(root), torch.diag(1 / root)
     values, vectors = torch.linalg.eigh(metric)
     root = values.clamp_min(_floor(values)).sqrt()
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
@@ -61,20 +58,49 @@ def _floor(values: Tensor) -> float:
 
 
 class Metric:
-    """A metric, as a symmetric matrix (n, n) or its diagonal (n,), whose roots are taken once."""
+    """A metric M, as a symmetric positive definite matrix (n, n) or its diagonal (n,).
+
+    Its root L, with L Lᵀ = M, is taken once: any root gives the same factors, as two of them
+    differ by an orthogonal matrix on the right. It is the Cholesky factor, or the symmetric root
+    where rounding would make that one fail or its inverse overflow.
+    """
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = to_float64(matrix)
 
     @cached_property
-    def roots(self) -> tuple[Tensor, Tensor]:
-        return roots(self.matrix)
+    def _root(self) -> tuple[Tensor, Tensor | None]:
+        """L, and its inverse where L is not triangular; the roots of a diagonal as vectors."""
+        matrix = self.matrix
+        if matrix.ndim == 1:
+            root = matrix.clamp_min(_floor(matrix)).sqrt()
+            return root, 1 / root
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        least = _floor(matrix.diagonal())
+        if not bool(failed) and float(lower.diagonal().min()) ** 2 > least:
+            return lower, None
+        return roots(matrix)
 
     def after(self, W: Tensor) -> Tensor:
         """W times the metric."""
         matrix = self.matrix.to(W.device)
         scaled: Tensor = W * matrix if matrix.ndim == 1 else W @ matrix
         return scaled
+
+    def scaled(self, W: Tensor) -> Tensor:
+        """Lᵀ W."""
+        root = self._root[0].to(W.device)
+        return root[:, None] * W if root.ndim == 1 else root.T @ W
+
+    def both(self, U: Tensor) -> tuple[Tensor, Tensor]:
+        """L⁻ᵀ U and L U."""
+        root, inverse = self._root
+        root = root.to(U.device)
+        if root.ndim == 1:
+            return U / root[:, None], root[:, None] * U
+        if inverse is None:
+            return torch.linalg.solve_triangular(root.T, U, upper=True), root @ U
+        return inverse.to(U.device) @ U, root @ U
 
 
 @dataclass(frozen=True)
@@ -123,9 +149,9 @@ def decompose(
     """Terms of W (out, in) ordered by ‖G^1/2 (W - BA) X^1/2‖², X the input, G the output metric.
 
     None stands for the identity. Only the eigenproblem of the smaller side is solved, and only
-    that side's metric needs a root. For
-    out <= in: G^1/2 W X Wᵀ G^1/2 = U S² Uᵀ, and the best approximation is G^-1/2 U Uᵀ G^1/2 W.
-    Otherwise: X^1/2 Wᵀ G W X^1/2 = V S² Vᵀ, with W X^1/2 V Vᵀ X^-1/2. With `rank` far below the
+    that side's metric needs a root L. For
+    out <= in: Lᵀ W X Wᵀ L = U S² Uᵀ with L Lᵀ = G, and the best approximation is L⁻ᵀ U Uᵀ Lᵀ W.
+    Otherwise: Lᵀ Wᵀ G W L = V S² Vᵀ with L Lᵀ = X, and W L V Vᵀ L⁻¹. With `rank` far below the
     full rank the leading terms come from a randomized range finder instead of a full eigh.
     """
     W, wide, narrow, turned = _sides(weight, input_metric, output_metric)
@@ -133,8 +159,7 @@ def decompose(
     energies, U = leading_eigenpairs(gram, rank)
     left, right = U, U
     if narrow is not None:
-        root, inverse = (found.to(W.device) for found in narrow.roots)
-        left, right = inverse @ U, root @ U
+        left, right = narrow.both(U)
     return Decomposition(left, right, energies, float(gram.trace()), turned)
 
 
@@ -158,8 +183,8 @@ def _sides(
 
 
 def _gram(W: Tensor, wide: Metric | None, narrow: Metric | None) -> Tensor:
-    """N^1/2 W M Wᵀ N^1/2, M the columns' metric and N the rows'."""
-    scaled = W if narrow is None else narrow.roots[0].to(W.device) @ W
+    """Lᵀ W M Wᵀ L, M the columns' metric and L the root of the rows'."""
+    scaled = W if narrow is None else narrow.scaled(W)
     return (scaled if wide is None else wide.after(scaled)) @ scaled.T
 
 

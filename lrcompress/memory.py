@@ -1,4 +1,4 @@
-"""The largest memory that a process held while something ran."""
+"""The memory that the process holds, and the largest that it held while something ran."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def peak_memory() -> Iterator[Memory]:
     yield memory
     if memory.start is not None:
         memory.peak = _status("VmHWM:")
+
+
+def resident() -> int:
+    """Bytes of memory that the process holds now; 0 where the system does not tell."""
+    return (_status("VmRSS:") or 0) if STATUS.is_file() else 0
 
 
 def _status(field: str) -> int | None:

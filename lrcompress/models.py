@@ -116,14 +116,14 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
-    distributed: Any = None,
+    placement: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Loads (model, tokenizer) from a folder, a .gguf file or a hub id.
 
     A GGUF is de-quantized into an ordinary model. `device` is a torch device or `auto`: GPUs,
     spread over several by accelerate where one does not hold the model, else the CPU. The
-    tokenizer is None where the folder has none. `distributed`, a DistributedConfig of
-    transformers, takes the place of `device`. Only safetensors and GGUF weights are read.
+    tokenizer is None where the folder has none. `placement`, arguments of from_pretrained, takes
+    the place of `device`. Only safetensors and GGUF weights are read.
     Raises InputError where the model is missing, unsupported, incomplete or damaged.
     """
     source, dtype = str(source), str(dtype).removeprefix("torch.")
@@ -131,8 +131,7 @@ def load(
         raise InputError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     location = locate(source, gguf_file)
     with _explained(source):
-        placement = {"distributed_config": distributed} if distributed else _placement(device)
-        model = _load_model(location, dtype, placement, trust_remote_code)
+        model = _load_model(location, dtype, placement or _placement(device), trust_remote_code)
         return model, _load_tokenizer(location, trust_remote_code)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress import checkpoint, compare, report, stages, task_logs
-from lrcompress.commands import factorize_to
 from lrcompress.contamination import refuse_planned, refuse_recorded
 from lrcompress.details import Details
+from lrcompress.factorizing import factorize_to
 from lrcompress.models import locate
-from lrcompress.protocols import Metric, Progress, silent
+from lrcompress.protocols import Metric, Progress, Say, silent, unsaid
 from lrcompress.recipe import Recipe, read_recipe
 from lrcompress.report import Report
 from lrcompress.runfolder import RunFolder
@@ -49,8 +49,8 @@ def run(
 class Run:
     """One recipe over one folder."""
 
-    def __init__(self, recipe: Recipe, out: Path, progress: Progress) -> None:
-        self.recipe, self.progress = recipe, progress
+    def __init__(self, recipe: Recipe, out: Path, progress: Progress, say: Say = unsaid) -> None:
+        self.recipe, self.progress, self.say = recipe, progress, say
         self.folder = RunFolder(recipe, out)
         self._kept: dict[ModelSettings, Loaded] = {}
 
@@ -82,7 +82,7 @@ class Run:
 
     def _factorize(self, out: Path) -> None:
         """An older model, and its recipe and reports, stay until the new is whole."""
-        factorize_to(self.recipe, out, self.progress, replace=True)
+        factorize_to(self.recipe, out, self.progress, replace=True, say=self.say)
 
     def _finetune(self, out: Path) -> None:
         source, settings = self._made("factorize"), self.recipe.finetune
@@ -106,10 +106,7 @@ class Run:
     def _making(self, stage: str) -> list[Any]:
         """What the model of a stage depends on."""
         if stage == "factorize":
-            made_of = {"model", "calibration", "factorize", "refine"}
-            settings = self.recipe.model_dump(mode="json", include=made_of)
-            texts = [stages.data_state(spec) for spec in self.recipe.calibration.data]
-            return [settings, stages.model_state(self.recipe.model), texts]
+            return stages.factorizing(self.recipe)
         tuning = self.recipe.finetune
         texts = [stages.data_state(spec) for spec in tuning.data]
         teacher = tuning.teacher and stages.model_inputs(

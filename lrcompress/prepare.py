@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrcompress.calibrate import Moments
 from lrcompress.choices import Grid, ffn_choices
 from lrcompress.decompositions import Decompositions
 from lrcompress.ffn import find_ffns
 from lrcompress.lowrank import dense_weight
+from lrcompress.processes import divided
 from lrcompress.protocols import (
     FFN,
     Allocator,
     Budget,
     Choices,
+    InputError,
     LinearSpec,
     Method,
     Plan,
@@ -27,6 +29,7 @@ from lrcompress.protocols import (
     Statistics,
 )
 from lrcompress.settings import FactorizeSettings
+from lrcompress.sizes import parameter_count
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,51 @@ class Prepared:
 
     def ffns(self, model: Any) -> Iterator[FFN]:
         """The FFNs of `model`, block by block, with weights and statistics."""
-        return _ffns(model, self.linears, self.moments)
+        return ffns_of(model, self.linears, self.moments)
+
+
+@dataclass(frozen=True)
+class Planning:
+    """The method, the policy and the budget of a run: from FFNs to choices to a plan."""
+
+    method: Method
+    allocator: Allocator
+    grid: Grid
+    budget: Budget
+
+    @classmethod
+    def of(cls, settings: FactorizeSettings, keep_ratio: float | None) -> Self:
+        grid = Grid(settings.form, settings.rank_multiple, settings.rank)
+        budget = Budget(settings.rank, keep_ratio)
+        return cls(settings.compressor(), settings.allocator(), grid, budget)
+
+    @property
+    def is_early(self) -> bool:
+        """Whether a plan takes neither errors nor narrowing, so that nothing has to be measured."""
+        return not (self.allocator.needs_errors or self.method.narrows)
+
+    def reads_text(self, plan: Plan | None) -> bool:
+        """Whether moments are needed for `plan`, or to find one."""
+        return bool(self.method.requires) and not (plan is not None and not plan.ranks)
+
+    @property
+    def gradients(self) -> bool:
+        return "gradient_moment" in self.method.requires
+
+    def choices(self, ffns: Iterable[FFN]) -> tuple[tuple[Choices, ...], dict[str, Tensor]]:
+        """Of each FFN, and the order of its channels where the method narrows."""
+        found, channels = [], {}
+        for ffn in ffns:
+            choices, order = ffn_choices(ffn, self.method, self.grid, self.allocator.needs_errors)
+            found.append(choices)
+            if order is not None:
+                channels[ffn.name] = order.cpu()
+        return tuple(found), channels
+
+    def plan(self, choices: Sequence[Choices]) -> Plan | None:
+        if self.budget.rank is None and self.budget.keep_ratio is None:
+            return None
+        return self.allocator.allocate(choices, self.budget)
 
 
 def prepare(
@@ -68,49 +115,74 @@ def prepare(
     A plan that takes neither errors nor narrowing comes first, so that a rank that does not fit
     is refused before anything is measured.
     """
-    method, allocator = settings.compressor(), settings.allocator()
-    grid = Grid(settings.form, settings.rank_multiple, settings.rank)
-    budget = Budget(settings.rank, keep_ratio)
-    early = not (allocator.needs_errors or method.narrows)
-    plan = None
-    if early:
-        choices, channels = _choices(_ffns(model, linears, None), method, grid, False)
-        plan = _allocate(allocator, choices, budget)
-    moments = None
-    if method.requires and not (plan is not None and not plan.ranks):
-        moments = get_moments("gradient_moment" in method.requires)
-    if not early:
-        count = len({linear.ffn for linear in linears})
-        ffns = progress(_ffns(model, linears, moments), "Measuring choices", count)
-        choices, channels = _choices(ffns, method, grid, allocator.needs_errors)
-        plan = _allocate(allocator, choices, budget)
-    shared = (moments, choices, channels)
-    return Prepared(linears, method, allocator, *shared, keep_ratio, plan, Decompositions(method))
+    planning, moments, plan = Planning.of(settings, keep_ratio), None, None
+    if planning.is_early:
+        choices, channels = planning.choices(ffns_of(model, linears, None))
+        plan = planning.plan(choices)
+    if planning.reads_text(plan):
+        moments = get_moments(planning.gradients)
+    if not planning.is_early:
+        groups = by_ffn(linears)
+        found = divided(
+            groups,
+            lambda specs: planning.choices(ffns_of(model, specs, moments)),
+            progress,
+            "Measuring choices",
+        )
+        choices = tuple(one for part, _ in found for one in part)
+        channels = {name: order for _, orders in found for name, order in orders.items()}
+        plan = planning.plan(choices)
+    method, shared = planning.method, (moments, choices, channels)
+    return Prepared(
+        linears, method, planning.allocator, *shared, keep_ratio, plan, Decompositions(method)
+    )
 
 
-def _allocate(allocator: Allocator, choices: Sequence[Choices], budget: Budget) -> Plan | None:
-    if budget.rank is None and budget.keep_ratio is None:
-        return None
-    return allocator.allocate(choices, budget)
+def selected_share(
+    model: Any, linears: Sequence[LinearSpec], settings: FactorizeSettings
+) -> float | None:
+    """The budget as a share of the selected parameters; None for a rank or a search.
+
+    Raises InputError for a target that the rest of the model alone exceeds.
+    """
+    total, target = parameter_count(model), settings.target_params
+    if settings.target_size is not None:
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        target = int(settings.target_size * total / size)
+    if target is None:
+        return settings.keep_ratio
+    selected = sum(linear.dense_parameters for linear in linears)
+    if target <= total - selected:
+        raise InputError(
+            f"a target of {target:,} parameters is out of reach: {total - selected:,} are "
+            "outside the selected linears; ask for more"
+        )
+    return min((target - total + selected) / selected, 1.0)
 
 
-def _choices(
-    ffns: Any, method: Method, grid: Grid, errors: bool
-) -> tuple[tuple[Choices, ...], dict[str, Tensor]]:
-    found, channels = [], {}
-    for ffn in ffns:
-        choices, order = ffn_choices(ffn, method, grid, errors)
-        found.append(choices)
-        if order is not None:
-            channels[ffn.name] = order
-    return tuple(found), channels
+def check_weights(model: nn.Module, linears: Iterable[LinearSpec]) -> None:
+    """Raises InputError where a weight is not here or not finite."""
+    for spec in linears:
+        weight = dense_weight(model.get_submodule(spec.name))
+        if weight.is_meta:
+            raise InputError(
+                f"the weights of {spec.name} are offloaded: load the model on --device cpu"
+            )
+        if not bool(weight.isfinite().all()):
+            raise InputError(f"the weight of {spec.name} is not finite: get an intact copy")
 
 
-def _ffns(model: Any, linears: Sequence[LinearSpec], moments: Moments | None) -> Iterator[FFN]:
+def by_ffn(linears: Iterable[LinearSpec]) -> list[tuple[LinearSpec, ...]]:
+    """The linears of each FFN, in order."""
+    return [tuple(group) for _, group in groupby(linears, key=lambda linear: linear.ffn)]
+
+
+def ffns_of(model: Any, linears: Sequence[LinearSpec], moments: Moments | None) -> Iterator[FFN]:
+    """The FFNs of `linears` one by one, with weights and what was measured."""
     sizes = Counter(linear.ffn for linear in find_ffns(model).linears)
-    for name, group in groupby(linears, key=lambda linear: linear.ffn):
-        specs = tuple(group)
+    for specs in by_ffn(linears):
         modules = {spec.name: model.get_submodule(spec.name) for spec in specs}
+        name = specs[0].ffn
         yield FFN(
             name,
             specs,

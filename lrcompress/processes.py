@@ -12,16 +12,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from lrcompress.protocols import InputError, MachineError
+from lrcompress.protocols import InputError, MachineError, Progress
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+S = TypeVar("S")
 T = TypeVar("T")
 
 # a dead process is torchrun's to find: this is for one that is only slow
 TIMEOUT = timedelta(hours=2)
 # commands that share their work between processes
-SHARED_COMMANDS = ("finetune",)
+SHARED_COMMANDS = ("factorize", "finetune")
 
 
 class SaidElsewhereError(Exception):
@@ -36,9 +40,14 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """The number of this process."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main() -> bool:
     """Whether this process writes and speaks for all."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def check_command(name: str | None) -> None:
@@ -61,7 +70,37 @@ def share(batch_size: int, passes: int) -> int:
 
 def own_part(items: Sequence[T]) -> Sequence[T]:
     """Those of `items` that this process does; the others do the others."""
-    return items[int(os.environ.get("RANK", "0")) :: count()]
+    return items[rank() :: count()]
+
+
+def divided(items: Sequence[S], work: Callable[[S], T], progress: Progress, what: str) -> list[T]:
+    """`work` of each item, done by one process for all of them, which get all results in order.
+
+    Results are sent: tensors have to be on the CPU. Errors as in `agreed`.
+    """
+    own = own_part(items)
+    found = agreed(lambda: [work(item) for item in progress(own, what, len(own))])
+    if count() == 1:
+        return found
+    import torch.distributed as dist
+
+    parts: list[list[T]] = [[] for _ in range(count())]
+    dist.all_gather_object(parts, found)
+    return [parts[index % count()][index // count()] for index in range(len(items))]
+
+
+def add_up(sums: dict[str, Tensor], zeros: Callable[[str], Tensor]) -> None:
+    """Makes `sums` those over all processes, in place; `zeros` gives one that a process lacks."""
+    if count() == 1:
+        return
+    import torch.distributed as dist
+
+    known: list[list[str]] = [[] for _ in range(count())]
+    dist.all_gather_object(known, list(sums))
+    for name in sorted({name for names in known for name in names}):
+        if name not in sums:
+            sums[name] = zeros(name)
+        dist.all_reduce(sums[name])
 
 
 def own_device(device: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
@@ -46,6 +46,13 @@ class Progress(Protocol):
 def silent(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
     """The `Progress` that reports nothing."""
     return items
+
+
+Say = Callable[[str], None]  # tells the user one sentence before the work starts
+
+
+def unsaid(sentence: str) -> None:
+    """The `Say` that tells nothing."""
 
 
 @dataclass(frozen=True)

@@ -81,16 +81,20 @@ class Refinement:
     def blocks(self, work: Path | None, progress: Progress) -> Iterator[RefinedBlock]:
         count = len(self.streams.blocks)
         for index in progress(range(count), "Refining", count):
-            specs = [spec for spec in self.prepared.linears if spec.block == index]
-            with in_float32(self.streams.blocks[index]):
-                targets = self._dense_outputs(index, specs)
-                layers = self._compressed(specs)
-                if layers:
-                    yield self._refined(index, specs, layers, targets, work)
-                self.streams.compressed = [
-                    self.streams.run(index, hidden).output for hidden in self.streams.compressed
-                ]
-                self.streams.dense = targets
+            yield from self.block(index, work)
+
+    def block(self, index: int, work: Path | None) -> Iterator[RefinedBlock]:
+        """What was done to one block, if it was compressed; then both streams are behind it."""
+        specs = [spec for spec in self.prepared.linears if spec.block == index]
+        with in_float32(self.streams.blocks[index]):
+            targets = self._dense_outputs(index, specs)
+            layers = self._compressed(specs)
+            if layers:
+                yield self._refined(index, specs, layers, targets, work)
+            self.streams.compressed = [
+                self.streams.run(index, hidden).output for hidden in self.streams.compressed
+            ]
+            self.streams.dense = targets
 
     def _compressed(self, specs: Sequence[LinearSpec]) -> dict[str, nn.Module]:
         found = {spec.name: self.model.get_submodule(spec.name) for spec in specs}

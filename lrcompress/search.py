@@ -8,6 +8,7 @@ from typing import Any
 from lrcompress.corpora import read_corpus
 from lrcompress.perplexity import perplexity
 from lrcompress.prepare import Prepared
+from lrcompress.processes import from_main
 from lrcompress.protocols import Budget, InputError, Plan, Progress, silent
 from lrcompress.settings import FactorizeSettings
 from lrcompress.shrink import shrink
@@ -58,4 +59,6 @@ def _measure(model: Any, tokenizer: Any, settings: FactorizeSettings) -> float:
     corpus = read_corpus(settings.validation, "test")
     length = sequence_length(model, None)
     with evaluation_mode(model):
-        return perplexity("trial", model, tokenizer, corpus, length, limit=WINDOWS).value
+        return from_main(
+            lambda: perplexity("trial", model, tokenizer, corpus, length, limit=WINDOWS).value
+        )

@@ -59,7 +59,8 @@ def placement(source: ModelSettings, shard: bool) -> dict[str, Any]:
         return {"device": processes.own_device(source.device)}
     blocks, _ = find_blocks(skeleton(source.source, source.gguf_file, source.trust_remote_code))
     plan = {f"{blocks}.*": "free_full_weight"}  # one block at a time is whole, then given up
-    return {"distributed": DistributedConfig(fsdp_size=processes.count(), fsdp_plan=plan)}
+    split = DistributedConfig(fsdp_size=processes.count(), fsdp_plan=plan)
+    return {"placement": {"distributed_config": split}}
 
 
 def check_trainable(model: Any, train: str) -> None:

@@ -82,4 +82,5 @@ def _quiet_libraries() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     logging.captureWarnings(True)
-    logging.getLogger("py.warnings").setLevel(logging.ERROR)
+    for name in ("py.warnings", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)

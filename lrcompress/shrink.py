@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from lrcompress import processes
 from lrcompress.decompositions import Decompositions
 from lrcompress.linalg import pivot
 from lrcompress.lowrank import (
@@ -17,10 +18,12 @@ from lrcompress.lowrank import (
     LowRankLinear,
     NarrowedLinear,
     PivotedLinear,
+    dense_weight,
     empty_like,
     install,
 )
-from lrcompress.prepare import Prepared
+from lrcompress.prepare import Prepared, by_ffn
+from lrcompress.processes import divided
 from lrcompress.protocols import FFN, Form, LinearSpec, Plan, Progress
 from lrcompress.sizes import parameter_count
 
@@ -64,6 +67,27 @@ class ShrunkLinear:
             "spectrum": [list(value) for value in self.spectrum],
         }
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], spec: LinearSpec) -> Self:
+        """What `to_dict` gave for `spec`."""
+        form, (rows, columns) = content["form"], content["shape"]
+        return cls(
+            spec,
+            None if form == "dense" else form,
+            (rows, columns),
+            content["rank"],
+            content["parameters_kept"],
+            content["relative_error"],
+            content["largest_coefficient"],
+            tuple((number, value) for number, value in content["spectrum"]),
+        )
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What a checkpoint's config keeps of the layer, as in `lowrank.layout`."""
+        rank = {} if self.rank is None else {"rank": self.rank}
+        return {"form": self.form, "shape": list(self.shape)} | rank
+
 
 Shrunk = tuple[ShrunkLinear, nn.Module | None]  # what was done, and the new layer if there is one
 
@@ -74,13 +98,22 @@ def shrink(
     """Replaces the linears of `model` as `plan` says, in place.
 
     All layers are computed before the first is installed: whatever fails, the model is whole.
+    Several processes share the FFNs, and all install all layers.
     """
-    done: list[Shrunk] = []
-    for ffn in progress(prepared.ffns(model), "Factorizing", len(prepared.choices)):
-        done += shrunk_ffn(model, ffn, prepared, plan, form)
+
+    def shrunk(specs: tuple[LinearSpec, ...]) -> list[Shrunk]:
+        own = replace(prepared, linears=specs)
+        found = [one for ffn in own.ffns(model) for one in shrunk_ffn(model, ffn, own, plan, form)]
+        return (
+            found if processes.count() == 1 else [(w, layer and layer.cpu()) for w, layer in found]
+        )
+
+    groups = by_ffn(prepared.linears)
+    done = [one for part in divided(groups, shrunk, progress, "Factorizing") for one in part]
     for what, layer in done:
         if layer is not None:
-            install(model, what.spec.name, layer)
+            dense = dense_weight(model.get_submodule(what.spec.name))
+            install(model, what.spec.name, layer.to(dense.device))
     return tuple(what for what, _ in done)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from lrcompress.models import load
+from lrcompress.checkpoint import read_record
+from lrcompress.models import load, locate
 from lrcompress.settings import ModelSettings
 
 Loaded = tuple[Any, Any]  # a model and its tokenizer
@@ -19,3 +21,8 @@ def load_settings(settings: ModelSettings, **placement: Any) -> Loaded:
 def other_source(settings: ModelSettings, source: str) -> ModelSettings:
     """The same loading settings for another model; a GGUF file belongs to its own model."""
     return settings.model_copy(update={"source": source, "gguf_file": None})
+
+
+def record_of(settings: ModelSettings) -> dict[str, Any] | None:
+    """lrcompress.json of the model's folder; None where it has none."""
+    return read_record(Path(locate(settings.source, settings.gguf_file).path))

@@ -11,6 +11,7 @@ from typing import Any
 from lrcompress import checkpoint
 from lrcompress.files import replace_text
 from lrcompress.models import locate
+from lrcompress.recipe import Recipe
 from lrcompress.settings import ModelSettings
 
 
@@ -24,6 +25,13 @@ def model_state(settings: ModelSettings) -> list[list[Any]]:
 def model_inputs(settings: ModelSettings) -> list[Any]:
     """How the model is named and loaded, and the state of its files: a hub's are not here."""
     return [settings.model_dump(mode="json"), model_state(settings)]
+
+
+def factorizing(recipe: Recipe) -> list[Any]:
+    """What a factorized model depends on."""
+    made_of = {"model", "calibration", "factorize", "refine"}
+    texts = [data_state(spec) for spec in recipe.calibration.data]
+    return [recipe.model_dump(mode="json", include=made_of), model_state(recipe.model), texts]
 
 
 def data_state(spec: str) -> list[list[Any]]:

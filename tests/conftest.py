@@ -62,11 +62,11 @@ def interrupt(patch: pytest.MonkeyPatch, kind: type, method: str, at: int) -> li
     """The call number `at` of a method presses Ctrl-C; returns a list that grows with the calls."""
     original, calls = getattr(kind, method), list[int]()
 
-    def breaks(self: Any, *arguments: Any) -> Any:
+    def breaks(self: Any, *arguments: Any, **keywords: Any) -> Any:
         calls.append(len(calls) + 1)
         if len(calls) == at:
             raise KeyboardInterrupt
-        return original(self, *arguments)
+        return original(self, *arguments, **keywords)
 
     patch.setattr(kind, method, breaks)
     return calls

@@ -121,8 +121,7 @@ def runs(
     ]
     _kill_a_run(factorized, folder / "killed")
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    code, _, said = _ended(_started("-m", "tests.worker", str(folder)))
-    assert code == 0, said
+    run_torchrun("-m", "tests.worker", str(folder))
     return Runs(folder, {job["name"]: job for job in jobs})
 
 
@@ -154,6 +153,12 @@ def _ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     finally:
         process.terminate()
     return process.returncode, output, errors
+
+
+def run_torchrun(*command: str) -> None:
+    """Runs a module in two processes, to a good end."""
+    code, _, said = _ended(_started(*command))
+    assert code == 0, said
 
 
 def _finetune(source: Path, out: Path, *flags: str) -> subprocess.Popen[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrcompress.factorizers import FACTORIZERS
 from lrcompress.factorizers.svd import DiagonalSVD, FisherSVD, PlainSVD, WhitenedSVD
-from lrcompress.linalg import decompose, pivot, roots, spectrum
+from lrcompress.linalg import Metric, decompose, pivot, spectrum
 from lrcompress.protocols import Factors, InputError, Statistics
 
 SHAPES = [(24, 16), (16, 24), (20, 20)]
@@ -180,12 +180,25 @@ def test_method_without_its_statistics_says_so() -> None:
         factors_of(WhitenedSVD(), torch.ones(4, 4), Statistics(), 2)
 
 
-def test_roots_of_a_matrix_and_of_a_diagonal_agree() -> None:
-    values = torch.tensor([4.0, 1.0, 0.25], dtype=torch.float64)
-    for diagonal, matrix in zip(roots(values), roots(torch.diag(values)), strict=True):
-        torch.testing.assert_close(diagonal, matrix)
-    root, inverse = roots(problem((8, 8))[1].second_moment)  # type: ignore[arg-type]
-    torch.testing.assert_close(root @ inverse, torch.eye(8, dtype=torch.float64))
+def singular(size: int) -> torch.Tensor:
+    """A moment of half the rank, damped so little that its Cholesky factor is not to be trusted."""
+    half = torch.randn(
+        size, size // 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    return half @ half.T + 1e-17 * torch.eye(size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "plain", "singular"])
+def test_a_root_and_its_inverse_belong_to_the_metric(kind: str) -> None:
+    moment = problem((8, 8))[1].second_moment
+    assert moment is not None
+    given = {"diagonal": moment.diagonal().double(), "plain": moment, "singular": singular(8)}[kind]
+    matrix = torch.diag(given) if given.ndim == 1 else given.double()
+    metric, eye = Metric(given), torch.eye(8, dtype=torch.float64)
+    left, right = metric.both(eye)
+    torch.testing.assert_close(right @ right.T, matrix)
+    torch.testing.assert_close(right.T, metric.scaled(eye))
+    torch.testing.assert_close(left.T @ right, eye, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("last", [-4, -0.2], ids=["decaying", "flat"])

@@ -31,7 +31,7 @@ def test_python_example_runs(dense: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_commands_run(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^lrcompress (\w+ .*?) +#", README, re.MULTILINE)
-    assert len(lines) == 9
+    assert len(lines) == 10
     Path("TRAIN.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
     for line in lines[:-1]:
         arguments = line.replace("MODEL", str(dense)).split()

@@ -1,7 +1,8 @@
-"""What each process of tests/test_devices.py does: several finetunings, one after another.
+"""What each process of tests that start torchrun does: several jobs, one after another.
 
-Its argument is a folder with jobs.json, a list of {name, source, out, settings, stop}. With `stop`
-every process is interrupted in that pass. What a process saw goes to NAME.RANK.json there.
+Its argument is a folder with jobs.json, a list of {name, source, out, settings, stop} for
+finetunings, where with `stop` every process is interrupted in that pass, or of {name, out, recipe}
+for factorizations. What a process saw goes to NAME.RANK.json there.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from lrcompress import processes, tune
+from lrcompress import factorizing, processes, tune
+from lrcompress.decompositions import Decompositions
 from lrcompress.distill import DistillationTrainer
 from lrcompress.protocols import InputError
+from lrcompress.recipe import Recipe
 from lrcompress.settings import FinetuneSettings, ModelSettings
 
 
@@ -43,11 +47,27 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return {"passes": passes, "error": error}
 
 
+def factorize(job: dict[str, Any]) -> dict[str, Any]:
+    """The error that ended the job, and the linears that this process decomposed."""
+    original, linears, error = Decompositions.factors, list[str](), None
+
+    def recorded(self: Any, ffn: Any, linear: Any, rank: int) -> Any:
+        linears.append(linear.name)
+        return original(self, ffn, linear, rank)
+
+    with mock.patch.object(Decompositions, "factors", recorded):
+        try:
+            factorizing.factorize_to(Recipe(**job["recipe"]), Path(job["out"]))
+        except (InputError, processes.SaidElsewhereError) as caught:
+            error = [type(caught).__name__, str(caught)]
+    return {"linears": linears, "error": error}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     with processes.group("auto"):
         for job in json.loads((folder / "jobs.json").read_text()):
-            seen = run(job)
+            seen = factorize(job) if "recipe" in job else run(job)
             (folder / f"{job['name']}.{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
 

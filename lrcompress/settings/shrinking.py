@@ -61,6 +61,10 @@ class FactorizeSettings(Section):
     anchor_damping: float = Field(
         1e-3, gt=0, le=1, description="Pull of anchored fits towards the original weights."
     )
+    streaming: bool = Field(
+        False,
+        description="Hold one block in memory at a time, for models larger than memory; resumes.",
+    )
     rank_multiple: int = Field(8, ge=1, description="Ranks and widths are multiples of this.")
     include: Names = Field((), description="Only linears whose names match these patterns.")
     exclude: Names = Field((), description="No linears whose names match these patterns.")
@@ -85,6 +89,10 @@ class FactorizeSettings(Section):
     def _check(self) -> Self:
         if sum(getattr(self, budget) is not None for budget in BUDGETS) != 1:
             raise ValueError(f"set exactly one of {', '.join(BUDGETS)}")
+        if self.streaming and self.max_perplexity_increase is not None:
+            raise ValueError(
+                "max_perplexity_increase measures whole models: with streaming use keep_ratio"
+            )
         method, policy = self.compressor(), self.allocator()
         if self.rank is not None and (policy.needs_errors or not method.truncates):
             raise ValueError(

@@ -1,0 +1,138 @@
+"""Peak memory of `factorize --streaming` on a model of 1.5 GiB, and the same weights as in memory.
+
+    python benchmarks/streaming.py [--gib 1.5] [--method whitened] [--folder FOLDER]
+
+A llama with random float32 weights and many blocks is written to FOLDER, which needs some four
+times its size. Each way runs in a process of its own; what is compared is the peak of its resident
+memory less that of a bare interpreter with torch imported. Ends with 1 where the weights differ, or
+where streaming takes more than `--limit` MiB or than it says before it starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WIDTH, INNER, HEADS = 512, 1408, 8
+BLOCK = 4 * (4 * WIDTH**2 + 3 * WIDTH * INNER)  # bytes
+ARGUMENTS = (
+    *("--keep-ratio", "0.6", "--calibration", "pydoc", "--num-samples", "8"),
+    *("--gradient-samples", "4", "--seq-len", "256", "--device", "cpu"),
+)
+
+
+def make(folder: Path, size: float) -> None:
+    """A random model of `size` bytes, in shards."""
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_attention_heads=HEADS,
+        num_hidden_layers=round(size / BLOCK),
+        max_position_embeddings=1024,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="400MB")
+    _tokenizer().save_pretrained(folder)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0} | {character: i for i, character in enumerate(alphabet, 1)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<s>")
+
+
+# what a process says of itself when it ends: the system's own record of a child begins with
+# the memory of its parent
+TELL = """
+import atexit, runpy, sys, torch
+from pathlib import Path
+peak = lambda: Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+file, *sys.argv = sys.argv[1:]
+atexit.register(lambda: Path(file).write_text(peak()))
+if sys.argv:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def measured(folder: Path, *command: str) -> tuple[float, float, str]:
+    """Peak of resident memory in MiB, seconds, and stderr of a process that runs a module."""
+    started, file = time.perf_counter(), folder / "peak"
+    words = [sys.executable, "-c", TELL, str(file), *command]
+    ended = subprocess.run(words, check=False, stderr=subprocess.PIPE, text=True)
+    if ended.returncode:
+        raise SystemExit(ended.stderr)
+    return int(file.read_text()) / 1024, time.perf_counter() - started, ended.stderr
+
+
+def differing(one: Path, other: Path) -> tuple[int, int]:
+    """Number of tensors, and of those that are not equal bit for bit."""
+    first, second = (_places(folder) for folder in (one, other))
+    if first.keys() != second.keys():
+        raise SystemExit(f"not the same tensors: {sorted(first.keys() ^ second.keys())[:3]}")
+    unequal = sum(not torch.equal(_read(first[n], n), _read(second[n], n)) for n in first)
+    return len(first), unequal
+
+
+def _places(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            found |= dict.fromkeys(tensors.keys(), file)
+    return found
+
+
+def _read(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, "pt") as tensors:
+        tensor: torch.Tensor = tensors.get_tensor(name)
+        return tensor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--gib", type=float, default=1.5)
+    parser.add_argument("--method", default="whitened")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--limit", type=float, default=600.0, help="MiB")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=asked.folder) as name:
+        folder = Path(name)
+        make(folder / "dense", asked.gib * 2**30)
+        size = sum(f.stat().st_size for f in (folder / "dense").glob("*.safetensors")) / 2**20
+        bare, _, _ = measured(folder)
+        click.echo(f"weights {size:,.0f} MiB; bare interpreter with torch {bare:,.0f} MiB")
+        peaks, limit = {}, asked.limit
+        for way in ("streaming", "no-streaming"):
+            out = str(folder / way)
+            command = ("lrcompress", "factorize", str(folder / "dense"), "--out", out, *ARGUMENTS)
+            flags = ("--method", asked.method, f"--{way}")
+            peak, seconds, errors = measured(folder, *command, *flags)
+            peaks[way] = peak - bare
+            click.echo(f"--{way}: {peaks[way]:,.0f} MiB above it, {seconds:,.0f} s")
+            if said := re.search(r"at most ([\d,.]+) MiB", errors):
+                stated = float(said[1].replace(",", "")) - bare
+                click.echo(f"--{way} said: at most {stated:,.0f} MiB above it")
+                limit = min(limit, stated)
+        count, unequal = differing(folder / "streaming", folder / "no-streaming")
+        click.echo(f"{count} tensors, {unequal} of them not equal bit for bit")
+    if unequal or peaks["streaming"] > limit:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Streaming gives the checkpoint that `factorize` in memory gives, block by block, resumable."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import lrcompress
+from lrcompress import checkpoint
+from lrcompress.blockfiles import Activations, BlockFiles
+from lrcompress.blocks import Blocks
+from lrcompress.blockwise import Blockwise
+from lrcompress.models import load
+from lrcompress.offload import OffloadedModel
+from lrcompress.protocols import InputError, silent
+from lrcompress.recipe import Recipe
+from lrcompress.streaming import Streaming
+from lrcompress.walk import Walk
+from tests.conftest import interrupt, invoke, small_recipe
+from tests.tiny import STANDARD, byte_tokenizer, logits, saved_model, tiny_model
+
+TEXT = ("--calibration", "pydoc", "--num-samples", "4", "--seq-len", "64")
+GRADIENTS = ("--gradient-samples", "2")
+# what differs between two runs of the same settings
+OWN = ("seconds", "recipe", "saved")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for f in folder.glob("*.safetensors") for n, t in load_file(f).items()}
+
+
+def record(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "lrcompress.json").read_text())
+    for block in found["refined"]:
+        block.pop("seconds")
+    return {key: value for key, value in found.items() if key not in OWN}
+
+
+def factorized(dense: Path, out: Path, *flags: str) -> Path:
+    result = invoke("factorize", dense, "--out", out, *TEXT, *GRADIENTS, *flags)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def check_same(dense: Path, folder: Path, *flags: str) -> None:
+    plain = factorized(dense, folder / "plain", *flags)
+    streamed = factorized(dense, folder / "streamed", "--streaming", *flags)
+    first, second = weights(plain), weights(streamed)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    assert record(plain) == record(streamed)
+    config, other = ((f / "config.json").read_text() for f in (plain, streamed))
+    assert config == other
+    assert not [*folder.glob(".*")]
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        ("llama", ("--method", "auto")),
+        ("llama", ("--method", "svd", "--exclude", "*.gate_proj", "--dense-first", "1")),
+        ("gpt2", ("--method", "fisher", "--form", "factored")),
+        ("gemma2", ("--method", "nystrom", "--dtype", "bfloat16")),
+        ("phi3", ("--method", "whitened", "--sequential", "anchored")),
+        ("opt", ("--method", "auto", "--refine", "--dtype", "bfloat16")),
+        ("falcon", ("--method", "auto", "--refine", "--sequential", "anchored")),
+    ],
+)
+def test_the_same_bit_for_bit(tmp_path: Path, family: str, flags: tuple[str, ...]) -> None:
+    dense = saved_model(tmp_path / "dense", family)
+    check_same(dense, tmp_path, "--keep-ratio", "0.6", *flags)
+
+
+def test_shards_and_tied_embeddings(tmp_path: Path) -> None:
+    """Weights in many files on the way in, and from_pretrained on the way out."""
+    model = tiny_model(num_hidden_layers=3, tie_word_embeddings=True)
+    dense = tmp_path / "dense"
+    model.save_pretrained(dense, max_shard_size="50KB")
+    byte_tokenizer().save_pretrained(dense)
+    assert len([*dense.glob("*.safetensors")]) > 3
+    check_same(dense, tmp_path, "--keep-ratio", "0.6", "--method", "whitened")
+    plain, streamed = (load(tmp_path / name)[0] for name in ("plain", "streamed"))
+    assert len([*(tmp_path / "streamed").glob("*.safetensors")]) == 1 + 3
+    assert torch.equal(logits(plain), logits(streamed))
+    assert streamed.lm_head.weight is streamed.model.embed_tokens.weight
+
+
+def test_weights_that_are_stored_otherwise_than_computed(tmp_path: Path) -> None:
+    """Experts are one tensor in the model and many in the files."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mixtral", **STANDARD, vocab_size=257, num_local_experts=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    flags = ("--keep-ratio", "0.6", "--method", "whitened", "--include", "*.q_proj")
+    check_same(tmp_path / "dense", tmp_path, *flags)
+
+
+STEPS: list[tuple[type, str, int]] = [
+    (Activations, "write", 7),
+    (Blockwise, "_input_gradient", 3),
+    (BlockFiles, "write_choices", 2),
+    (BlockFiles, "write", 2),
+    (Walk, "finish", 2),
+    (Streaming, "_finished", 1),
+]
+
+
+@pytest.mark.parametrize(("kind", "method", "at"), STEPS)
+def test_an_interrupted_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type, method: str, at: int
+) -> None:
+    dense = saved_model(tmp_path / "dense", num_hidden_layers=3)
+    flags = ("--keep-ratio", "0.6", "--streaming", "--refine", "--sequential", "anchored")
+    with monkeypatch.context() as patch:
+        interrupt(patch, kind, method, at)
+        result = invoke("factorize", dense, "--out", tmp_path / "out", *TEXT, *GRADIENTS, *flags)
+        assert result.exit_code == 130
+        assert "goes on from what was finished" in result.output
+    assert not (tmp_path / "out").exists()
+    calls = interrupt(monkeypatch, Blocks, "run", 0)
+    again = factorized(dense, tmp_path / "out", *flags)
+    resumed = len(calls)
+    undisturbed = factorized(dense, tmp_path / "undisturbed", *flags)
+    assert resumed < len(calls) - resumed  # what was finished was not done again
+    first, second = weights(again), weights(undisturbed)
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    assert record(again) == record(undisturbed)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"method": "auto"}, {"method": "whitened", "sequential": "anchored"}, {"method": "svd"}],
+    ids=str,
+)
+def test_what_is_kept_stays_within_what_is_said(tmp_path: Path, flags: dict[str, str]) -> None:
+    dense = saved_model(tmp_path / "dense", num_hidden_layers=4)
+    text = {"data": "pydoc", "num_samples": 4, "seq_len": 256, "gradient_samples": 2}
+    settings = {"keep_ratio": 0.6, "streaming": True} | flags
+    recipe = Recipe(model={"source": str(dense)}, calibration=text, factorize=settings)
+    said: list[str] = []
+    source, work = OffloadedModel.load(recipe.model, tmp_path), tmp_path / "work"
+    Streaming(recipe, source, work, silent, said.append).run()
+    kept = sum(file.stat().st_size for file in work.rglob("*.safetensors"))
+    (disk,) = (
+        float(number.replace(",", "")) for number in re.findall(r"and ([\d,.]+) MiB", said[0])
+    )
+    assert kept / 2**20 < disk < 3 * kept / 2**20
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--keep-ratio", "0.6"), "name a text with --calibration"),
+        (("--max-perplexity-increase", "1%", *TEXT), "with streaming use keep_ratio"),
+        (("--rank", "500", *TEXT), "rank 500 does not fit"),
+    ],
+)
+def test_what_cannot_be_streamed_is_said(
+    tmp_path: Path, flags: tuple[str, ...], words: str
+) -> None:
+    dense = saved_model(tmp_path / "dense")
+    result = invoke("factorize", dense, "--out", tmp_path / "out", "--streaming", *flags)
+    assert result.exit_code == 2
+    assert words in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_full_disk_at_the_end_costs_no_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, out = saved_model(tmp_path / "dense"), tmp_path / "out"
+    flags = ("--streaming", "--keep-ratio", "0.6", "--method", "whitened")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_record", full)
+        result = invoke("factorize", dense, "--out", out, *TEXT, *GRADIENTS, *flags)
+        assert result.exit_code == 1
+        assert "the disk is full" in result.output
+    assert not out.exists()
+    calls = interrupt(monkeypatch, Walk, "block", 0)
+    factorized(dense, out, *flags)
+    assert not calls
+
+
+def test_a_model_in_memory_is_refused() -> None:
+    with pytest.raises(InputError, match="use `lrcompress factorize`"):
+        lrcompress.factorize(tiny_model(), byte_tokenizer(), keep_ratio=0.6, streaming=True)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("inf")
+    model.save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    flags = ("--streaming", "--keep-ratio", "0.6", "--method", "svd")
+    result = invoke("factorize", tmp_path / "dense", "--out", tmp_path / "out", *flags)
+    assert result.exit_code == 2
+    assert "weight of model.layers.1.mlp.up_proj is not finite" in result.output
+
+
+def test_a_run_streams(tmp_path: Path, text: Path) -> None:
+    dense = saved_model(tmp_path / "dense")
+    recipe = small_recipe(tmp_path / "recipe.yaml", dense, text)
+    sets = ("--set", "factorize.streaming=true", "--set", "calibration.data=pydoc")
+    result = invoke("run", recipe, tmp_path / "out", *sets)
+    assert result.exit_code == 0, result.output
+    assert "Streaming needs at most" in result.output
+    assert weights(tmp_path / "out" / "model")
+    assert not [*(tmp_path / "out").glob(".model*")]
