@@ -102,8 +102,13 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     replace_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
     measured = table([Metric(**metric) for metric in record.get("metrics", ())])
     shown = {"record": record, "table": measured, "training": training(record)}
-    shown |= {"comparisons": record.get("comparisons", ())}
+    shown |= {"comparisons": record.get("comparisons", ()), "title": _title(record)}
     replace_text(folder / "README.md", render("card.md.jinja", escape=False, **shown))
+
+
+def _title(record: Mapping[str, Any]) -> str:
+    kind = "Low-rank" if record.get("counts") or not record.get("pretrained") else "Dense"
+    return f"{kind} {record.get('source') or record.get('trained_from') or 'causal language model'}"
 
 
 def export_dense(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrcompress import __version__, processes
-from lrcompress.options import JSON, MAX_LOSS, SettingsCommand, build_recipe
+from lrcompress.options import JSON, MAX_LOSS, SettingsCommand, build_recipe, build_settings
 from lrcompress.protocols import InputError
 from lrcompress.settings import EvaluateSettings
 from lrcompress.shell import BEYOND_MAX_LOSS, Group, resumes
@@ -71,6 +71,30 @@ def finetune_command(source: str, out: Path, resume: bool, **options: Any) -> No
     record = tune.finetune_to(recipe.model, recipe.finetune, out, console.progress, resume=resume)
     if processes.is_main():
         console.show_recovery(record["finetuned"], out)
+
+
+PRETRAIN = ("pretrain",)
+
+
+@main.command("pretrain", cls=SettingsCommand, sections=PRETRAIN)
+@click.argument("source", metavar="CONFIG")
+@_out(required=True)
+@click.option(
+    "--resume/--no-resume", default=True, help="Go on from an interrupted run. [default: on]"
+)
+def pretrain_command(source: str, out: Path, resume: bool, **options: Any) -> None:
+    """Train a new model by CONFIG on text, dense or low-rank from the first step.
+
+    CONFIG is a config.json, a folder with one, or a preset. An interrupted run goes on from its
+    last checkpoint when the same command is given again.
+    """
+    settings = build_settings(PRETRAIN, source, options)["pretrain"]
+    from lrcompress import console, pretrain
+
+    resumes()
+    record = pretrain.pretrain_to(settings, out, console.progress, resume=resume)
+    if processes.is_main():
+        console.show_recovery(record["pretrained"], out)
 
 
 def _check_max_loss(measured: EvaluateSettings, compared: bool, max_loss: float | None) -> None:

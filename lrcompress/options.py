@@ -83,8 +83,17 @@ def build_recipe(sections: tuple[str, ...], source: str, options: Mapping[str, A
     """The recipe of a command's options; InputError names the flag that is wrong."""
     from lrcompress import recipe
 
+    return recipe.Recipe(**build_settings(sections, source, options))
+
+
+def build_settings(
+    sections: tuple[str, ...], source: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The sections of a command's options, by their names."""
+    from lrcompress import recipe
+
     flat = _given(options) | {"source": source}
-    return recipe.Recipe(**recipe.from_flat(recipe.sections(*sections), flat, _say))
+    return recipe.from_flat(recipe.sections(*sections), flat, _say)
 
 
 def _share(_: click.Context, __: click.Parameter, value: str | None) -> float | None:

@@ -16,7 +16,9 @@ from lrcompress.settings import (
     FactorizeSettings,
     FinetuneSettings,
     ModelSettings,
+    PretrainSettings,
     RefineSettings,
+    ScalingSettings,
     Section,
     SweepSettings,
 )
@@ -39,9 +41,17 @@ class Recipe(Section):
     sweep: SweepSettings = SweepSettings()
 
 
+class ScalingRecipe(Section):
+    """A ladder of models trained from scratch: `lrcompress scaling RECIPE OUT`."""
+
+    pretrain: PretrainSettings = PretrainSettings()
+    scaling: ScalingSettings
+
+
 def sections(*names: str) -> dict[str, type[Section]]:
-    """Name -> kind of the recipe's sections."""
-    return {name: Recipe.model_fields[name].annotation for name in names}  # type: ignore[misc]
+    """Name -> kind of the sections of recipes."""
+    known = Recipe.model_fields | ScalingRecipe.model_fields
+    return {name: known[name].annotation for name in names}  # type: ignore[misc]
 
 
 def flags(kind: type[Section]) -> dict[str, str]:

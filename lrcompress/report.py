@@ -15,7 +15,7 @@ from lrcompress.details import Details
 from lrcompress.files import render, replace_text
 from lrcompress.protocols import Metric
 from lrcompress.significance import Comparison, comparisons
-from lrcompress.tables import table, texts, training
+from lrcompress.tables import TRAININGS, table, texts, training
 from lrcompress.tables import title as title_of
 
 
@@ -65,7 +65,7 @@ def to_json(report: Report) -> str:
         "comparisons": [asdict(one) for one in report.comparisons],
         "details": asdict(report.details),
         "texts": [asdict(text) for text in texts(report.metrics, report.record)],
-        "training": known.pop("finetuned", None),
+        "training": next((found for key in TRAININGS if (found := known.pop(key, None))), None),
         "factorization": {k: v for k, v in known.items() if k not in NOT_FACTORIZATION} or None,
     }
     content["samples"] = [

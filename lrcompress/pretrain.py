@@ -1,0 +1,240 @@
+"""Trains a new model on text, dense or with low-rank FFNs from the first step, and saves it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from lrcompress import processes, stages
+from lrcompress.compress import apply
+from lrcompress.corpora import read_corpus
+from lrcompress.ffn import select
+from lrcompress.guidance import Guidance, Pairs, guides
+from lrcompress.models import checked_device, load_tokenizer
+from lrcompress.presets import LLAMAS, preset
+from lrcompress.processes import from_main
+from lrcompress.protocols import InputError, Progress, silent
+from lrcompress.settings import (
+    CalibrationSettings,
+    FactorizeSettings,
+    PretrainSettings,
+    RefineSettings,
+)
+from lrcompress.tokenizing import train_tokenizer
+from lrcompress.trainer import BlockDataset, TextTrainer
+from lrcompress.training import Trained, run
+from lrcompress.training_run import Text, TrainingRun, check_device, check_settings
+from lrcompress.values import allowed_words
+
+
+@dataclass(frozen=True)
+class NewModel:
+    """A model before its first step. `pairs` are its low-rank layers with the dense ones that
+    they were made of; `described` is what its record says of them."""
+
+    model: Any
+    pairs: Pairs = ()
+    described: dict[str, Any] = field(default_factory=dict)
+
+
+def pretrain_to(
+    settings: PretrainSettings, out: Path, progress: Progress = silent, *, resume: bool = True
+) -> dict[str, Any]:
+    """Trains a new model and saves it to `out`; returns what lrcompress.json holds.
+
+    Resumes and runs under torchrun as `finetune_to` does. Raises InputError if `out` exists, where
+    config, tokenizer or text do not fit, and where training diverged; the best weights before
+    that are saved.
+    """
+    with processes.group(settings.device):
+        shown = progress if processes.is_main() else silent
+        return Pretraining(settings, shown).whole(out, resume, replace=False)
+
+
+class Pretraining(TrainingRun):
+    """Of a new model."""
+
+    command = "pretrain"
+    record_key = "pretrained"
+    settings: PretrainSettings
+
+    def __init__(self, settings: PretrainSettings, progress: Progress) -> None:
+        super().__init__(settings, progress)
+        self.config: Any = None
+        self.new: NewModel | None = None
+
+    def checked(self) -> dict[str, Any]:
+        settings = self.settings
+        check_settings(settings)
+        check_device(settings.device, self.command)
+        self.config = read_config(settings.source)
+        return {"trained_from": settings.source}
+
+    def loaded(self) -> tuple[Any, Any]:
+        tokenizer = from_main(lambda: make_tokenizer(self.settings))
+        fit_config(self.config, tokenizer, self.settings)
+        self.new = new_model(self.config, self.settings, self.progress)
+        return self.new.model, tokenizer
+
+    def trained(self, model: Any, text: Text, run: Path) -> Trained:
+        assert self.new is not None
+        held = self.settings.held_out
+        data = BlockDataset(text.tokens[held:]), BlockDataset(text.tokens[:held])
+        return train(self.new, *data, self.settings, run, self.progress)
+
+    def inputs(self) -> list[Any]:
+        asked = self.settings.model_dump(mode="json", exclude={"tensorboard"})
+        return [self.config.to_dict(), stages.folder_state(self.settings.tokenizer), asked]
+
+    def described(self) -> dict[str, Any]:
+        return {} if self.new is None else self.new.described
+
+
+def train(
+    new: NewModel,
+    blocks: BlockDataset,
+    held_out: BlockDataset,
+    settings: PretrainSettings,
+    work: Path,
+    progress: Progress = silent,
+) -> Trained:
+    """Trains every parameter of the new model in place; the best measurement's stay.
+
+    With self-guidance the dense layers train beside the low-rank ones, and go at the end.
+    """
+    guidance = Guidance(settings.max_steps, settings.self_guided == "reduced", settings.seed)
+    prepared = _guided(new, settings, guidance)
+    return run(
+        new.model,
+        prepared,
+        TextTrainer,
+        blocks,
+        held_out,
+        settings,
+        work,
+        progress,
+        callbacks=[guidance],
+    )
+
+
+@contextmanager
+def _guided(new: NewModel, settings: PretrainSettings, guidance: Guidance) -> Iterator[Any]:
+    with ExitStack() as stack:
+        if settings.self_guided != "off":
+            stack.enter_context(guidance.guiding(new.pairs, training=True))
+        yield new.model
+
+
+def read_config(source: str) -> Any:
+    """The transformers config that SOURCE names: a preset, a config.json, or a folder with one.
+
+    Raises InputError where it names none.
+    """
+    if source in LLAMAS:
+        return _config(preset(source), source)
+    path = Path(source).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"config {source!r} is no file, folder or preset{_presets(source)}")
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"config {str(file)!r} is not JSON ({error}): restore it") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise InputError(f"config {str(file)!r} names no model_type: give a transformers config")
+    return _config(values, source)
+
+
+def _presets(source: str) -> str:
+    return allowed_words(source, LLAMAS)
+
+
+def _config(values: dict[str, Any], source: str) -> PreTrainedConfig:
+    left = {key: value for key, value in values.items() if key not in NOT_OF_A_NEW_MODEL}
+    try:
+        return AutoConfig.for_model(left.pop("model_type"), **left)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"config {source!r} cannot be used: {reason}") from None
+
+
+# keys of a config that speak of weights that exist already
+NOT_OF_A_NEW_MODEL = ("quantization_config", "auto_map", "dtype", "torch_dtype", "architectures")
+
+
+def make_tokenizer(settings: PretrainSettings) -> Any:
+    """The one that is given, or one trained on the data."""
+    if settings.tokenizer is not None:
+        found = load_tokenizer(settings.tokenizer, None, False)
+        if found is None:
+            raise InputError(f"{settings.tokenizer!r} holds no tokenizer: add tokenizer.json")
+        return found
+    corpora = [read_corpus(spec, "calibration") for spec in settings.data]
+    return train_tokenizer(corpora, settings.vocab_size)
+
+
+def fit_config(config: Any, tokenizer: Any, settings: PretrainSettings) -> None:
+    """Gives `config` the special tokens, and the number of tokens where that is not its own.
+
+    Raises InputError where a given tokenizer has more tokens than a given config.
+    """
+    own = settings.source not in LLAMAS and settings.tokenizer is not None
+    if own and config.vocab_size < len(tokenizer):
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens and the config a vocab_size of "
+            f"{config.vocab_size}: set it to {len(tokenizer)}"
+        )
+    if not own:
+        config.vocab_size = len(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+
+
+def new_model(config: Any, settings: PretrainSettings, progress: Progress = silent) -> NewModel:
+    """A random model by `config`, the same for equal seeds.
+
+    Its FFN linears are truncated by the SVD of their random weights where `keep_ratio` says so;
+    both factors share the singular values (spectral initialization).
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.to(_device(settings.device))
+    if settings.keep_ratio is None:
+        return NewModel(model)
+    dense = {
+        spec.name: model.get_submodule(spec.name)
+        for spec in select(model, dense_first=settings.dense_first)
+    }
+    done = apply(
+        model, None, CalibrationSettings(), _truncation(settings), RefineSettings(), progress
+    )
+    return NewModel(model, _pairs(model, dense, settings), done.to_dict())
+
+
+def _truncation(settings: PretrainSettings) -> FactorizeSettings:
+    return FactorizeSettings(
+        method="svd",
+        keep_ratio=settings.keep_ratio,
+        dense_first=settings.dense_first,
+        rank_multiple=settings.rank_multiple,
+    )
+
+
+def _pairs(model: Any, dense: dict[str, nn.Module], settings: PretrainSettings) -> Pairs:
+    return () if settings.self_guided == "off" else guides(model, dense)
+
+
+def _device(asked: str) -> str:
+    own = processes.own_device(asked)
+    if own == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return checked_device(own)
