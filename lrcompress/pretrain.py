@@ -18,7 +18,9 @@ from lrcompress.compress import apply
 from lrcompress.corpora import read_corpus
 from lrcompress.ffn import select
 from lrcompress.guidance import Guidance, Pairs, guides
+from lrcompress.lowrank import rebuild
 from lrcompress.models import checked_device, load_tokenizer
+from lrcompress.prepare import prepare
 from lrcompress.presets import LLAMAS, preset
 from lrcompress.processes import from_main
 from lrcompress.protocols import InputError, Progress, silent
@@ -218,6 +220,31 @@ def new_model(config: Any, settings: PretrainSettings, progress: Progress = sile
         model, None, CalibrationSettings(), _truncation(settings), RefineSettings(), progress
     )
     return NewModel(model, _pairs(model, dense, settings), done.to_dict())
+
+
+def bare_model(config: Any, settings: PretrainSettings) -> Any:
+    """The same model on the meta device: its shapes and ranks, without weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if settings.keep_ratio is not None:
+        rebuild(model, _records(model, settings))
+    return model
+
+
+def _records(model: Any, settings: PretrainSettings) -> dict[str, dict[str, Any]]:
+    """What `rebuild` is told of each linear that gets a rank."""
+    linears, truncation = select(model, dense_first=settings.dense_first), _truncation(settings)
+    prepared = prepare(model, linears, truncation, settings.keep_ratio, _no_moments, silent)
+    assert prepared.plan is not None
+    shapes = {spec.name: [spec.out_features, spec.in_features] for spec in linears}
+    return {
+        name: {"form": truncation.form, "rank": rank, "shape": shapes[name]}
+        for name, rank in prepared.plan.ranks.items()
+    }
+
+
+def _no_moments(_: bool) -> Any:
+    raise AssertionError("plain truncation needs no moments")
 
 
 def _truncation(settings: PretrainSettings) -> FactorizeSettings:

@@ -45,17 +45,17 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_dense_model_is_an_ordinary_folder(config: Path, tmp_path: Path, text: Path) -> None:
-    done = pretrained(config, tmp_path / "out", data=[str(text)])["pretrained"]
+    done = pretrained(config, tmp_path / "out", data=[str(text)], train_length=64)["pretrained"]
     assert done["after"] < done["before"]
     assert [step for step, _ in done["losses"]] == [0, 4, 8, 12]
-    assert done["tokens"] == 12 * 4 * 32
+    assert done["tokens"] == 12 * 4 * 64
     stored = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in stored
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"Trained from scratch, on {text}" in card
     assert "low-rank" not in card.lower()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", text.name]
-    flags = ("--perplexity", text, "--no-speed", "--context-length", 32)
+    flags = ("--perplexity", text, "--no-speed", "--context-length", 64)
     result = invoke("eval", tmp_path / "out", *flags)
     assert result.exit_code == 2
     assert "was trained on" in result.output
@@ -165,3 +165,12 @@ def test_what_is_wrong_is_said(config: Path, tmp_path: Path) -> None:
         assert result.exit_code == 2, result.output
         assert words in result.output
         assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_weights_has_the_same_shapes(config: Path) -> None:
+    given = QUICK | {"source": str(config), "keep_ratio": 0.5}
+    settings = PretrainSettings(**given)
+    model = pretrain.new_model(pretrain.read_config(str(config)), settings).model
+    bare = pretrain.bare_model(pretrain.read_config(str(config)), settings)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in bare.state_dict().items()} == shapes
