@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrcompress import __version__, processes
-from lrcompress.options import JSON, MAX_LOSS, SettingsCommand, build_recipe, build_settings
+from lrcompress.options import (
+    JSON,
+    MAX_LOSS,
+    SettingsCommand,
+    build_recipe,
+    build_settings,
+    read_shard,
+)
 from lrcompress.protocols import InputError
 from lrcompress.settings import EvaluateSettings
 from lrcompress.shell import BEYOND_MAX_LOSS, Group, resumes
@@ -248,11 +255,35 @@ def sweep_command(
     click.echo(f"Wrote {out}: {', '.join(sweepreport.FORMATS)}; {len(points)} points.")
 
 
+@main.command("scaling")
+@_RECIPE
+@click.argument("out", type=click.Path(path_type=Path))
+@_SET
+@click.option("--shard", metavar="I/N", help="Train every N-th model only, from the I-th.")
+def scaling_command(
+    recipe_file: Path, out: Path, overrides: tuple[str, ...], shard: str | None
+) -> None:
+    """Train the ladder of RECIPE from scratch and fit its scaling laws, in OUT; resumes.
+
+    With --shard I/N, I from 1, the work is shared: by processes on one folder, or by machines whose
+    folders' points/ are copied together. The same command without it then writes the report.
+    """
+    from lrcompress.recipe import read_scaling
+
+    recipe, part = read_scaling(recipe_file, overrides), read_shard(shard)
+    from lrcompress import console, scaling, scalingreport
+
+    resumes()
+    points = scaling.scaling(recipe, out, console.progress, part)
+    click.echo((out / "scaling.md").read_text("utf-8"))
+    click.echo(f"Wrote {out}: {', '.join(scalingreport.NAMES)}; {len(points)} models.")
+
+
 @main.command("check")
 @_RECIPE
 @_SET
 def check_command(recipe_file: Path, overrides: tuple[str, ...]) -> None:
     """Check RECIPE and print it with every default filled in."""
-    from lrcompress.recipe import read_recipe, to_yaml
+    from lrcompress.recipe import read_any, to_yaml
 
-    click.echo(to_yaml(read_recipe(recipe_file, overrides)), nl=False)
+    click.echo(to_yaml(read_any(recipe_file, overrides)), nl=False)

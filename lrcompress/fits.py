@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import least_squares
 from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
 from lrcompress.protocols import InputError
 
@@ -227,3 +228,35 @@ def _crossing(found: Fit, baseline: Fit) -> Interval | None:
     value = gap / (found.parameters[1] - baseline.parameters[1])
     limits = [float(base ** np.clip(e, -300, 300 / np.log10(base))) for e in (value, low, high)]
     return Interval(*limits)
+
+
+def gap(found: Fit, baseline: Fit, x: float) -> Interval:
+    """The loss of one fitted law less that of another of the same law, at x."""
+    at = np.array([x])
+    value = float(found.loss(at)[0] - baseline.loss(at)[0])
+    spreads = [float(predicted(one.law, one.draws, at).std(ddof=1)) for one in (found, baseline)]
+    freedom = min(found.freedom, baseline.freedom)
+    reach = float(student.ppf((1 + CONFIDENCE) / 2, freedom)) * float(np.linalg.norm(spreads))
+    return Interval(value, value - reach, value + reach)
+
+
+def mean(values: Points) -> tuple[Interval, float]:
+    """Of independent differences, with Student's interval, and the p-value of their being zero.
+
+    Raises InputError for less than two.
+    """
+    if len(values) < 2:
+        raise InputError("a mean of one difference has no interval: add sizes or seeds")
+    found = ttest_1samp(np.asarray(values, float), 0.0)
+    span = found.confidence_interval(CONFIDENCE)
+    return Interval(float(np.mean(values)), float(span.low), float(span.high)), float(found.pvalue)
+
+
+def shown(interval: Interval, sign: str = "") -> str:
+    """With no more digits than the interval allows: two of its half-width."""
+    half = (interval.high - interval.low) / 2
+    if not np.isfinite(half):
+        return f"{interval.value:{sign}.3g} (no interval)"
+    decimals = 12 if half == 0 else int(np.clip(1 - np.floor(np.log10(half)), 0, 12))
+    numbers = [f"{v:{sign}.{decimals}f}" for v in (interval.value, interval.low, interval.high)]
+    return f"{numbers[0]} ({numbers[1]} to {numbers[2]})"

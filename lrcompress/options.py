@@ -114,4 +114,12 @@ MAX_LOSS = click.option(
 )
 
 
+def read_shard(text: str | None) -> tuple[int, int]:
+    """'2/3' -> (2, 3); the whole where it is None."""
+    number, slash, count = (text or "1/1").partition("/")
+    if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise InputError(f"--shard {text!r} is no part: write one such as 1/3, from 1/3 to 3/3")
+    return int(number), int(count)
+
+
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")

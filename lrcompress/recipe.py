@@ -124,6 +124,28 @@ def _fields_at(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
 
 def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe in a YAML file, with KEY=VALUE overrides of dotted keys."""
+    return _read(path, overrides, Recipe)
+
+
+def read_scaling(path: Path, overrides: Iterable[str] = ()) -> ScalingRecipe:
+    """The same of a ladder's recipe."""
+    return _read(path, overrides, ScalingRecipe)
+
+
+def read_any(path: Path, overrides: Iterable[str] = ()) -> Recipe | ScalingRecipe:
+    """The same of either kind: a recipe with a section `scaling` is a ladder's."""
+    read = read_scaling if "scaling" in _values(path) else read_recipe
+    return read(path, overrides)
+
+
+def _read(path: Path, overrides: Iterable[str], kind: type[S]) -> S:
+    values = _values(path)
+    for override in overrides:
+        _override(values, override)
+    return checked(kind, values)
+
+
+def _values(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"recipe {str(path)!r} does not exist: give a YAML file")
     try:
@@ -134,9 +156,7 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         ) from None
     if not isinstance(values, dict):
         raise InputError(f"recipe {str(path)!r} holds no keys: start with 'model: {{source: ...}}'")
-    for override in overrides:
-        _override(values, override)
-    return checked(Recipe, values)
+    return values
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -154,6 +174,6 @@ def _override(values: dict[str, Any], override: str) -> None:
         values[last] = text
 
 
-def to_yaml(recipe: Recipe) -> str:
+def to_yaml(recipe: Section) -> str:
     """The resolved recipe, every key written out; reading it back gives an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
