@@ -97,7 +97,6 @@ def ffn_training_speed(
     Medians, with the slowest and the fastest run. Raises InputError where a model has no FFN that
     is known.
     """
-    layers = {label: _last_ffn(model) for label, model in models.items()}
     widths = {model.config.get_text_config(decoder=True).hidden_size for model in models.values()}
     if len(widths) > 1:
         raise InputError(f"models of widths {sorted(widths)} have no FFN input in common")
@@ -109,9 +108,8 @@ def ffn_training_speed(
 
     found = []
     for label, runs in _in_turn(models, repeats, run, progress, "Measuring FFNs").items():
-        count = sum(parameter.numel() for parameter in layers[label].parameters())
         about: dict[str, object] = {"of": "forward and backward", "sequence_length": length}
-        conditions = about | {"parameters": count} | _conditions(models[label], repeats, batch_size)
+        conditions = about | _conditions(models[label], repeats, batch_size)
         rates = [batch_size * length / seconds for seconds in runs]
         found.append(_metric(label, "FFN training", rates, conditions))
     return found

@@ -20,7 +20,6 @@ from lrcompress.fits import (
     mean,
     shown,
 )
-from lrcompress.protocols import InputError
 from lrcompress.scalingpoint import DENSE, ScalingPoint
 
 Axis = Literal["flops", "non_embedding", "seconds"]
@@ -29,6 +28,10 @@ TITLES: dict[Axis, str] = {
     "non_embedding": "non-embedding parameters",
     "seconds": "seconds of training",
 }
+
+
+# sizes without which a law is not fitted: one more than it can pass through
+SIZES: dict[Law, int] = {"power": 3, "decade": 3, "offset": 4}
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,9 @@ def _fits(
 ) -> Iterator[tuple[str, Fit]]:
     for index, variant in enumerate(variants(points)):
         own = [point for point in points if point.variant == variant]
-        try:
+        if len({point.size for point in own}) >= SIZES[law]:
             x, y = [getattr(point, axis) for point in own], [point.loss for point in own]
             yield variant, fit(x, y, law, resamples, seed=index)
-        except InputError:
-            continue  # too few points: the report says how many there are
 
 
 def verdicts(found: Sequence[FittedLaw], points: Sequence[ScalingPoint]) -> Iterator[str]:
@@ -138,7 +139,7 @@ def _crossing(against: SlopeComparison, axis: Axis, points: Sequence[ScalingPoin
     beyond = where.value > largest
     times = f", {where.value / largest:.2g} times the largest measured" if beyond else ""
     return (
-        f"The fitted lines cross at {where.value:.1e} ({where.low:.0e} to {where.high:.0e})"
+        f"The fitted lines cross at {where.value:.2g} ({where.low:.1g} to {where.high:.1g})"
         f"{times}{': an extrapolation' if beyond else ''}."
     )
 

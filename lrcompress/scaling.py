@@ -39,7 +39,7 @@ def scaling(
 
     Models that `out` already holds, trained from the same inputs, are not trained again. With a
     `shard` (i, n) every n-th of the models is trained, from the i-th. Raises InputError where `out`
-    is something else, where a variant or the text does not fit, and where a test text is trained on.
+    is something else, where a variant or text does not fit, and where a test text is trained on.
     """
     return Scaling(recipe, out, progress, Shard(*shard)).all()
 

@@ -158,7 +158,7 @@ def test_what_is_wrong_is_said(config: Path, tmp_path: Path) -> None:
         ((tmp_path / "torn.json", *data), "is not JSON"),
         ((tmp_path / "small.json", *data, "--tokenizer", config), "set it to 257"),
         (("llama-0.3m", *data, "--self-guided", "full"), "give keep_ratio"),
-        (("llama-0.3m", *data, "--tokenizer", tmp_path), "config.json"),
+        (("llama-0.3m", *data, "--tokenizer", tmp_path), "holds no tokenizer"),
         (("llama-0.3m", *data, "--vocab-size", "900000"), "--vocab-size"),
     ):
         result = invoke("pretrain", *arguments, "--out", tmp_path / "out")

@@ -21,7 +21,7 @@ class ScalingSettings(Section):
     """Every size with every variant and seed, at equal tokens per parameter."""
 
     sizes: dict[Annotated[str, AfterValidator(size_name)], SizeSettings] = Field(
-        min_length=2, description="Preset, or folder with a config.json -> seeds, learning_rate."
+        min_length=3, description="Preset, or folder with a config.json -> seeds, learning_rate."
     )
     variants: dict[Annotated[str, AfterValidator(variant_name)], dict[str, Any]] = Field(
         description="Name -> keys of pretrain that differ; the dense models are there anyway.",
