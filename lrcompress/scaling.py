@@ -10,6 +10,7 @@ import copy
 import shutil
 from collections.abc import Mapping
 from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,18 @@ class Scaling:
             raise InputError("scaling needs text to train on: set pretrain.data")
         variant_settings(self.recipe)  # refuses what does not fit
         self.folder.claim()
-        for rung in self.shard.of(self._rungs):
-            self.folder.point(rung.name, self._inputs(rung), partial(self._made, rung))
-            self._report()
+        for _, same_size in groupby(self.shard.of(self._rungs), lambda rung: rung.size):
+            for rung in same_size:
+                self.folder.point(rung.name, self._inputs(rung), partial(self._made, rung))
+            self._report(pictures=False)
         if self.shard.number == 1:
             self.folder.speeds(self._speed_inputs(), self._speeds)
-        return self._report()
+        return self._report(pictures=True)
 
-    def _report(self) -> list[ScalingPoint]:
+    def _report(self, pictures: bool) -> list[ScalingPoint]:
         """Of all points that the folder has, those of other shards too."""
         known = {rung.name: self._inputs(rung) for rung in self._rungs}
-        return self.folder.write(known, self._speed_inputs())
+        return self.folder.write(known, self._speed_inputs(), pictures)
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -13,6 +13,7 @@ from lrcompress.files import replace_text, writing
 from lrcompress.protocols import InputError, Metric
 from lrcompress.recipe import ScalingRecipe, to_yaml
 from lrcompress.scalingpoint import ScalingPoint
+from lrcompress.scalingreport import ScalingReport
 
 RECIPE, POINTS, TOKENIZER, WORK, SPEED = (
     "recipe.yaml", "points", "tokenizer", "training", "speed.json",
@@ -98,11 +99,14 @@ class ScalingFolder:
             return None
         return [Metric(**metric) for metric in known["metrics"]]
 
-    def write(self, wanted: Mapping[str, Any], speed_inputs: Any) -> list[ScalingPoint]:
+    def write(
+        self, wanted: Mapping[str, Any], speed_inputs: Any, pictures: bool
+    ) -> list[ScalingPoint]:
         """The report of those points, by name and inputs, that are there; returns them."""
         found = {name: self._known(name, inputs) for name, inputs in wanted.items()}
         points = [point for point in found.values() if point is not None]
         missing = [name for name, point in found.items() if point is None]
         speeds = self._speeds(speed_inputs) or []
-        scalingreport.write(self.out, self.recipe.scaling, points, missing, speeds)
+        report = ScalingReport(self.recipe.scaling, points, missing, speeds)
+        scalingreport.write(self.out, report, pictures)
         return points

@@ -146,16 +146,9 @@ def series(report: ScalingReport, axis: Axis) -> list[Series]:
     return found
 
 
-def write(
-    folder: Path,
-    settings: ScalingSettings,
-    points: Sequence[ScalingPoint],
-    missing: Sequence[str],
-    speeds: Sequence[Metric],
-) -> None:
-    """Writes the report in every format and its pictures into `folder`."""
-    report = ScalingReport(settings, points, missing, speeds)
-    for name, axis in PICTURES.items() if usable(points) else ():
+def write(folder: Path, report: ScalingReport, pictures: bool) -> None:
+    """Writes the report in every format into `folder`, and its pictures, which take seconds."""
+    for name, axis in PICTURES.items() if pictures and usable(report.points) else ():
         for kind in KINDS:
             drawn = scalingfigures.picture(
                 series(report, axis), TITLES[axis], "loss (nats per token)", kind
