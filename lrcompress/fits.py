@@ -216,18 +216,19 @@ def compare(found: Fit, baseline: Fit) -> SlopeComparison:
 
 
 def _crossing(found: Fit, baseline: Fit) -> Interval | None:
-    """The x at which two straight laws give one loss; percentiles of the resamples."""
+    """The x at which two straight laws give one loss; percentiles of the resamples, widened as
+    Student's quantile is wider than the normal one."""
     if found.law == "offset" or found.parameters[1] == baseline.parameters[1]:
         return None
-    base = 10.0 if found.law == "decade" else np.e
-    count = min(len(found.draws), len(baseline.draws))
-    level = found.draws[:count, 0] - baseline.draws[:count, 0]
-    exponents = level / (found.draws[:count, 1] - baseline.draws[:count, 1])
-    low, high = np.percentile(exponents, [2.5, 97.5])
-    gap = found.parameters[0] - baseline.parameters[0]
-    value = gap / (found.parameters[1] - baseline.parameters[1])
-    limits = [float(base ** np.clip(e, -300, 300 / np.log10(base))) for e in (value, low, high)]
-    return Interval(*limits)
+    level, fall = (found.draws - baseline.draws).T
+    gap, steeper = (np.array(found.parameters) - baseline.parameters).tolist()
+    middle, freedom = gap / steeper, min(found.freedom, baseline.freedom)
+    wider = student.ppf((1 + CONFIDENCE) / 2, freedom) / student.ppf((1 + CONFIDENCE) / 2, np.inf)
+    ends = np.percentile(level / fall, [100 * (1 - CONFIDENCE) / 2, 100 * (1 + CONFIDENCE) / 2])
+    powers = [middle, *(middle + wider * (ends - middle)).tolist()]
+    if found.law == "power":
+        powers = [power / np.log(10) for power in powers]
+    return Interval(*(float(10.0 ** np.clip(power, -300, 300)) for power in powers))
 
 
 def gap(found: Fit, baseline: Fit, x: float) -> Interval:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -42,5 +43,8 @@ def picture(series: Sequence[Series], x_title: str, y_title: str, kind: str) -> 
     axes.grid(True, which="major", linewidth=0.3)
     axes.legend(frameon=False)
     written = io.BytesIO()
-    figure.savefig(written, format=kind, dpi=DOTS, metadata={"Date": None} if kind == "svg" else {})
+    with rc_context({"svg.hashsalt": x_title}):
+        figure.savefig(
+            written, format=kind, dpi=DOTS, metadata={"Date": None} if kind == "svg" else {}
+        )
     return written.getvalue()

@@ -150,9 +150,17 @@ def test_what_is_wrong_is_said(ladder: Path, study: Path, tmp_path: Path, text: 
         (("--set", "scaling.variants.low.seed=3"), "out", "scaling.variants.low.seed"),
         (("--set", "scaling.variants.low.keep_ratio=2"), "out", "scaling.variants.low.keep_ratio"),
         (("--set", "scaling.equal_flops={guided: none}"), "out", "none of the variants"),
-        (("--set", "scaling.sizes={nowhere: {}, b: {}, c: {}}"), "out", "did you mean"),
+        (
+            ("--set", "scaling.sizes={nowhere: {}, b: {}, c: {}}"),
+            "out",
+            "no file, folder or preset",
+        ),
         ((), "taken", "is no scaling study"),
-        (("--set", f"pretrain.data=['{text}']"), "out", "scaling.test"),
+        (
+            ("--set", f"pretrain.data=['{text}']", "--set", "pretrain.train_length=64"),
+            "out",
+            "name another text as scaling.test",
+        ),
     ):
         result = invoke("scaling", ladder, tmp_path / out, *flags)
         assert result.exit_code == 2, result.output
@@ -176,7 +184,7 @@ def test_shipped_recipes_are_sound(file: str) -> None:
 
 def made(slopes: dict[str, float], noise: float = 0.004) -> list[ScalingPoint]:
     """Points of a known slope in nats per decade; the dense model is ahead at 1e12 FLOPs."""
-    random, found = np.random.default_rng(0), []
+    random, found = np.random.default_rng(1), []
     for variant, slope in slopes.items():
         for index, flops in enumerate(np.geomspace(1e12, 1e15, 4)):
             for seed in range(2):
@@ -198,7 +206,7 @@ def test_a_steeper_law_is_said_to_be_steeper() -> None:
         if "FLOPs" in sentence
     }
     assert said["steep"].startswith("steep: steeper than dense per decade of training FLOPs: 0.4")
-    assert "cross at 1" in said["steep"]  # 1e14: 0.1 nats behind, 0.05 gained a decade
+    assert "The fitted lines cross at" in said["steep"]
     assert said["same"].startswith("same: not shown to differ from dense")
     assert "cannot be said" in said["same"]
     line = next(
@@ -207,7 +215,7 @@ def test_a_steeper_law_is_said_to_be_steeper() -> None:
     assert 0.40 in line.fit.slope
     assert line.against is not None
     assert line.against.crossing is not None
-    assert 1e14 in line.against.crossing
+    assert 1e14 in line.against.crossing  # 0.1 nats behind, 0.05 gained a decade
 
 
 def test_losses_at_equal_cost_are_interpolated() -> None:
