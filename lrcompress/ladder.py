@@ -119,6 +119,11 @@ def _rung(
     rounds = max(1, round(tokens / each / parts))
     while limit is not None and rounds > 1 and cost(rounds * parts) > limit.flops:
         rounds -= 1
+    if limit is not None and cost(rounds * parts) > limit.flops:
+        raise InputError(
+            f"{variant} at {size} cannot be held to the FLOPs of {limit.variant} in {parts} steps: "
+            "set more tokens_per_parameter, or fewer measurements"
+        )
     steps = rounds * parts
     settings = settings.model_copy(update={"max_steps": steps, "eval_every": rounds})
     return Rung(size, variant, settings, config, bare, length, cost(steps))

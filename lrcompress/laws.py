@@ -20,7 +20,7 @@ from lrcompress.fits import (
     mean,
     shown,
 )
-from lrcompress.scalingpoint import DENSE, ScalingPoint
+from lrcompress.scalingpoint import DENSE, ScalingPoint, size_name
 
 Axis = Literal["flops", "non_embedding", "seconds"]
 TITLES: dict[Axis, str] = {
@@ -156,7 +156,7 @@ def matched(points: Sequence[ScalingPoint], found: Sequence[FittedLaw]) -> Itera
             for size, (x, loss) in dense.items():
                 base = fits.get((axis, DENSE))
                 span = gap(one, base, x) if one is not None and base is not None else None
-                yield Matched(axis, size, variant, loss, _at(own, x), span)
+                yield Matched(axis, size_name(size), variant, loss, _at(own, x), span)
 
 
 def _by_size(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
@@ -35,18 +36,14 @@ class ScalingPoint:
     diverged: str | None
 
     @property
-    def label(self) -> str:
-        return label(self.size, self.variant, self.seed)
-
-    @classmethod
-    def from_dict(cls, known: Mapping[str, Any]) -> Self:
-        curve = tuple((int(step), loss) for step, loss in known["curve"])
-        return cls(**{**known, "curve": curve})
+    def label(size: str, variant: str, seed: int) -> str:
+    """The point's name, in files too."""
+    return f"{size_name(size)}-{variant}-{seed}"
 
 
-def label(size: str, variant: str, seed: int) -> str:
-    """The point's name, in files too: of a size that is a path, its last part."""
-    return f"{size.replace(chr(92), '/').rpartition('/')[2]}-{variant}-{seed}"
+def size_name(size: str) -> str:
+    """A preset, or of a path its last part."""
+    return Path(size).name
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def ladder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "guided": {"keep_ratio": 0.5, "self_guided": "full"},
             },
             "equal_flops": {"guided": "low"},
-            "tokens_per_parameter": 0.05,
+            "tokens_per_parameter": 0.2,
             "test_sequences": 4,
             "measurements": 2,
             "resamples": 50,
@@ -77,7 +77,7 @@ def test_the_ladder_has_equal_tokens_per_parameter(ladder: Path) -> None:
     for name, rung in found.items():
         own = sum(p.numel() for p in rung.bare.parameters())
         own -= 2 * rung.bare.get_input_embeddings().weight.numel()
-        steps = 0.05 * own / (4 * 32)
+        steps = 0.2 * own / (4 * 32)
         if rung.variant == "guided":
             assert rung.flops <= found[name.replace("guided", "low")].flops
             assert (
@@ -170,7 +170,7 @@ def test_what_is_wrong_is_said(ladder: Path, study: Path, tmp_path: Path, text: 
 def test_check_reads_both_kinds(ladder: Path) -> None:
     result = invoke("check", ladder)
     assert result.exit_code == 0, result.output
-    assert yaml.safe_load(result.output)["scaling"]["tokens_per_parameter"] == 0.05
+    assert yaml.safe_load(result.output)["scaling"]["tokens_per_parameter"] == 0.2
 
 
 @pytest.mark.parametrize("file", ["recipes/scaling.yaml", "recipes/scaling-tiny.yaml"])
