@@ -36,7 +36,16 @@ class ScalingPoint:
     diverged: str | None
 
     @property
-    def label(size: str, variant: str, seed: int) -> str:
+    def label(self) -> str:
+        return label(self.size, self.variant, self.seed)
+
+    @classmethod
+    def from_dict(cls, known: Mapping[str, Any]) -> Self:
+        curve = tuple((int(step), loss) for step, loss in known["curve"])
+        return cls(**{**known, "curve": curve})
+
+
+def label(size: str, variant: str, seed: int) -> str:
     """The point's name, in files too."""
     return f"{size_name(size)}-{variant}-{seed}"
 
