@@ -15,38 +15,23 @@ Student's quantile for the few points that there are, gives the interval.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from scipy.optimize import least_squares
 from scipy.stats import t as student
-from scipy.stats import ttest_1samp
 
+from lrcompress.intervals import CONFIDENCE, Interval, Points
 from lrcompress.protocols import InputError
 
 Law = Literal["power", "offset", "decade"]
-Points = Sequence[float] | np.ndarray
 # residuals beyond this count by their size, not their square: relative, or nats for decades
 HUBER: dict[Law, float] = {"power": 0.03, "offset": 0.03, "decade": 0.1}
-CONFIDENCE = 0.95
 # exponents beyond this are of no use
 STEEPEST = 5.0
 # shares of the lowest loss that are tried as the irreducible one
 FLOORS = (0.0, 0.5, 0.9)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A number with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high
 
 
 @dataclass(frozen=True)
@@ -239,25 +224,3 @@ def gap(found: Fit, baseline: Fit, x: float) -> Interval:
     freedom = min(found.freedom, baseline.freedom)
     reach = float(student.ppf((1 + CONFIDENCE) / 2, freedom)) * float(np.linalg.norm(spreads))
     return Interval(value, value - reach, value + reach)
-
-
-def mean(values: Points) -> tuple[Interval, float]:
-    """Of independent differences, with Student's interval, and the p-value of their being zero.
-
-    Raises InputError for less than two.
-    """
-    if len(values) < 2:
-        raise InputError("a mean of one difference has no interval: add sizes or seeds")
-    found = ttest_1samp(np.asarray(values, float), 0.0)
-    span = found.confidence_interval(CONFIDENCE)
-    return Interval(float(np.mean(values)), float(span.low), float(span.high)), float(found.pvalue)
-
-
-def shown(interval: Interval, sign: str = "") -> str:
-    """With no more digits than the interval allows: two of its half-width."""
-    half = (interval.high - interval.low) / 2
-    if not np.isfinite(half):
-        return f"{interval.value:{sign}.3g} (no interval)"
-    decimals = 12 if half == 0 else int(np.clip(1 - np.floor(np.log10(half)), 0, 12))
-    numbers = [f"{v:{sign}.{decimals}f}" for v in (interval.value, interval.low, interval.high)]
-    return f"{numbers[0]} ({numbers[1]} to {numbers[2]})"

@@ -11,7 +11,7 @@ from typing import Any
 from lrcompress import flops
 from lrcompress.guidance import Guidance
 from lrcompress.lowrank import compressed_layers
-from lrcompress.pretrain import bare_model, fit_config, read_config
+from lrcompress.newmodel import bare_model, fit_config, read_config
 from lrcompress.protocols import InputError
 from lrcompress.recipe import ScalingRecipe, checked
 from lrcompress.scalingpoint import DENSE, label

@@ -9,17 +9,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from lrcompress.fits import (
-    Fit,
-    Interval,
-    Law,
-    SlopeComparison,
-    compare,
-    fit,
-    gap,
-    mean,
-    shown,
-)
+from lrcompress.fits import Fit, Law, SlopeComparison, compare, fit, gap
+from lrcompress.intervals import Interval, mean, shown
 from lrcompress.scalingpoint import DENSE, ScalingPoint, size_name
 
 Axis = Literal["flops", "non_embedding", "seconds"]

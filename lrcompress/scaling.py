@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lrcompress import benchmark, pretrain
+from lrcompress import benchmark, newmodel, pretrain
 from lrcompress.ffn import find_ffns
 from lrcompress.ladder import Rung, non_embedding, rungs, variant_settings
 from lrcompress.models import load_tokenizer
@@ -75,7 +75,7 @@ class Scaling:
         """Kept in the folder, so that all points and shards have the same."""
         kept = self.folder.tokenizer
         if not kept.is_dir():
-            made = pretrain.make_tokenizer(self.recipe.pretrain)
+            made = newmodel.make_tokenizer(self.recipe.pretrain)
             self.folder.keep_tokenizer(made)
         return load_tokenizer(str(kept), None, False)
 
@@ -101,7 +101,7 @@ class Scaling:
 
     def _made(self, rung: Rung) -> ScalingPoint:
         text = self._text
-        new = pretrain.new_model(copy.deepcopy(rung.config), rung.settings)
+        new = newmodel.new_model(copy.deepcopy(rung.config), rung.settings)
         work = self.folder.work(rung.name, self._inputs(rung))
         blocks = BlockDataset(text.training[: rung.sequences])
         done = pretrain.train(
@@ -137,7 +137,7 @@ class Scaling:
         if not repeats:
             return []
         models = {
-            name: pretrain.new_model(copy.deepcopy(rung.config), rung.settings).model
+            name: newmodel.new_model(copy.deepcopy(rung.config), rung.settings).model
             for name, rung in sorted(self._largest.items(), key=lambda one: one[0] != DENSE)
         }
         shape = (settings.batch_size, self._rungs[-1].length, repeats, self.progress)

@@ -15,7 +15,7 @@ import numpy as np
 
 from lrcompress import scalingfigures
 from lrcompress.files import render, replace_text
-from lrcompress.fits import shown
+from lrcompress.intervals import shown
 from lrcompress.laws import (
     TITLES,
     Axis,
