@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrcompress.ffn import find_ffns
 from lrcompress.protocols import InputError, Metric, Progress, silent
 from lrcompress.sizes import maximum_length
 from lrcompress.timing import in_turn, machine
@@ -80,6 +81,53 @@ def training_speed(
         rates = [batch.numel() / seconds for seconds in runs]
         found.append(_metric(label, "training", rates, conditions))
     return found
+
+
+def ffn_training_speed(
+    models: Mapping[str, Any],
+    batch_size: int,
+    length: int,
+    repeats: int,
+    progress: Progress = silent,
+) -> list[Metric]:
+    """Tokens per second of the forward and backward pass of the last block's FFN alone.
+
+    Every FFN gets the same random input (batch_size, length, width), which wants a gradient too.
+    Medians, with the slowest and the fastest run. Raises InputError where a model has no FFN that
+    is known.
+    """
+    widths = {model.config.get_text_config(decoder=True).hidden_size for model in models.values()}
+    if len(widths) > 1:
+        raise InputError(f"models of widths {sorted(widths)} have no FFN input in common")
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(batch_size, length, widths.pop(), generator=generator)
+
+    def run(model: Any) -> float:
+        return _ffn_step(model, _last_ffn(model), states)
+
+    found = []
+    for label, runs in in_turn(models, repeats, run, progress, "Measuring FFNs").items():
+        about: dict[str, object] = {"of": "forward and backward", "sequence_length": length}
+        conditions = about | _conditions(models[label], repeats, batch_size)
+        rates = [batch_size * length / seconds for seconds in runs]
+        found.append(_metric(label, "FFN training", rates, conditions))
+    return found
+
+
+def _last_ffn(model: Any) -> nn.Module:
+    found = find_ffns(model).linears
+    if not found:
+        raise InputError(f"no feed-forward linears known for {model.config.model_type!r}")
+    ffn: nn.Module = model.get_submodule(found[-1].ffn)
+    return ffn
+
+
+def _ffn_step(model: Any, ffn: nn.Module, states: Tensor) -> float:
+    entry = states.to(model.device, model.dtype).requires_grad_()
+    with _all_trainable(ffn) as parameters, torch.enable_grad():
+        start = _now(model)
+        torch.autograd.grad(ffn(entry).float().square().mean(), [entry, *parameters])
+        return _now(model) - start
 
 
 def position_limits(models: Mapping[str, Any]) -> list[int]:

@@ -152,6 +152,7 @@ def _card(folder: Path, record: Mapping[str, Any]) -> str:
             f"the metrics of {str(folder / RECORD)!r} are damaged ({reason}): remove them"
         ) from None
     shown = {"record": record, "table": table(metrics), "training": training(record)}
+    shown["title"] = _title(record)
     return render("card.md.jinja", escape=False, **shown, comparisons=found)
 
 
@@ -164,6 +165,11 @@ def write_measured(
         "comparisons": [vars(one) for one in comparisons],
     }
     write_record(folder, (read_record(folder) or {}) | measured)
+
+
+def _title(record: Mapping[str, Any]) -> str:
+    kind = "Low-rank" if record.get("counts") or not record.get("pretrained") else "Dense"
+    return f"{kind} {record.get('source') or record.get('trained_from') or 'causal language model'}"
 
 
 def export_dense(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from lrcompress.options import (
     NEW_OUT,
     OUT,
     RECIPE,
+    RESUME,
     SET,
     WRITE_CARD,
     SettingsCommand,
@@ -25,6 +26,7 @@ from lrcompress.options import (
     sweep_overrides,
 )
 from lrcompress.protocols import InputError
+from lrcompress.scratch_cli import pretrain_command, scaling_command
 from lrcompress.shell import BEYOND_MAX_LOSS, Group, resumes
 
 if TYPE_CHECKING:
@@ -37,7 +39,8 @@ def main() -> None:
     """Low-rank compression of the feed-forward layers of causal language models."""
 
 
-main.add_command(bench)
+for command in (bench, pretrain_command, scaling_command):
+    main.add_command(command)
 
 FACTORIZE = ("factorize", "calibration", "refine", "model")
 
@@ -65,9 +68,7 @@ FINETUNE = ("finetune", "model")
 @main.command("finetune", cls=SettingsCommand, sections=FINETUNE)
 @click.argument("source", metavar="DIR")
 @NEW_OUT
-@click.option(
-    "--resume/--no-resume", default=True, help="Go on from an interrupted run. [default: on]"
-)
+@RESUME
 def finetune_command(source: str, out: Path, resume: bool, **options: Any) -> None:
     """Train the compressed checkpoint DIR towards its dense teacher.
 
@@ -246,6 +247,6 @@ def sweep_command(
 @SET
 def check_command(recipe_file: Path, overrides: tuple[str, ...]) -> None:
     """Check RECIPE and print it with every default filled in."""
-    from lrcompress.recipe import read_recipe, to_yaml
+    from lrcompress.recipe import read_any, to_yaml
 
-    click.echo(to_yaml(read_recipe(recipe_file, overrides)), nl=False)
+    click.echo(to_yaml(read_any(recipe_file, overrides)), nl=False)

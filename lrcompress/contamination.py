@@ -17,10 +17,10 @@ from lrcompress.recipe import Recipe
 from lrcompress.settings import EvaluateSettings
 from lrcompress.sizes import sequence_length
 from lrcompress.tables import history
-from lrcompress.tune import training_tokens
+from lrcompress.training_run import training_text
 
 # part of a record (lrcompress.json) -> what a model was with the text that it names
-USES = {"calibration": "calibrated on", "finetuned": "trained on"}
+USES = {"calibration": "calibrated on", "pretrained": "trained on", "finetuned": "trained on"}
 
 
 def refuse_recorded(
@@ -79,7 +79,8 @@ def _planned(recipe: Recipe, bare: Any, tokenizer: Any) -> Iterator[tuple[str, n
     if reads_text(recipe) and set(recipe.calibration.data) != {SELF}:
         yield USES["calibration"], shingles(read_blocks(bare, tokenizer, recipe.calibration))
     if recipe.finetune.data:
-        yield USES["finetuned"], shingles([training_tokens(bare, tokenizer, recipe.finetune)[0]])
+        text = training_text(bare, tokenizer, recipe.finetune, "finetune")
+        yield USES["finetuned"], shingles([text.tokens])
 
 
 def reads_text(recipe: Recipe) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
+import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +16,15 @@ from lrcompress.protocols import InputError
 Use = Literal["calibration", "test"]
 
 EMBEDDED = "pydoc"
+# sources of installed packages
+PACKAGE = "package"
+STANDARD_LIBRARY = "python"
 # text that the model writes: for calibration alone
 SELF = "self"
 # where the parts of the embedded text end, as shares of its characters
 EMBEDDED_PARTS = {"calibration": 0.65, "validation": 0.75, "test": 1.0}
+# the same of the files of a package
+SOURCE_PARTS = {"calibration": 0.9, "validation": 0.95, "test": 1.0}
 # characters of a paragraph that no two parts of the embedded text may share
 REPEATED = 80
 # name -> hub path, config, test split
@@ -39,14 +47,18 @@ def read_corpus(spec: str, use: Use) -> Corpus:
     """The documents that SPEC names.
 
     SPEC is FILE.txt, FILE.jsonl[:field], `pydoc` (the calibration or the test part of CPython's
-    texts, by `use`; pydoc:calibration, pydoc:validation and pydoc:test name one), or a hub data
-    set name[:config[:split[:field]]]. Raises InputError where it cannot be read.
+    texts, by `use`; pydoc:calibration, pydoc:validation and pydoc:test name one), package:NAME (the
+    sources of an installed package, in the same parts: package:NAME:test), or a hub data set
+    name[:config[:split[:field]]]. Raises InputError where it cannot be read.
     """
     name, _, rest = spec.partition(":")
     if spec == SELF:
         raise InputError("data 'self' is for calibration alone: name a text to measure on")
     if name == EMBEDDED:
         return Corpus(spec, _embedded(rest or use))
+    if name == PACKAGE:
+        package, _, part = rest.partition(":")
+        return Corpus(spec, _sources(package, part or use))
     if name.endswith(".jsonl"):
         return Corpus(spec, _read_jsonl(Path(name), rest or DEFAULT_FIELD))
     if name.endswith(".txt") or Path(name).exists():
@@ -54,10 +66,63 @@ def read_corpus(spec: str, use: Use) -> Corpus:
     return Corpus(spec, _hub_documents(name, rest.split(":") if rest else [], use))
 
 
-def _embedded(part: str) -> list[str]:
+def _check_part(name: str, part: str) -> None:
     if part not in EMBEDDED_PARTS:
-        known = ", ".join(f"pydoc:{name}" for name in EMBEDDED_PARTS)
-        raise InputError(f"data 'pydoc:{part}' is unknown: use one of {known}")
+        known = ", ".join(f"{name}:{one}" for one in EMBEDDED_PARTS)
+        raise InputError(f"data '{name}:{part}' is unknown: use one of {known}")
+
+
+def _sources(package: str, part: str) -> Iterator[str]:
+    """The Python files of a package, without paragraphs that stood in one before.
+
+    A file's part is decided by the hash of its path, and a repeated paragraph goes to the file that
+    comes first, so that no two parts share one.
+    """
+    _check_part(f"{PACKAGE}:{package}", part)
+    root = _package_folder(package)
+    known: set[int] = set()
+    for file in sorted(root.rglob("*.py")):
+        path = file.relative_to(root).as_posix()
+        if "site-packages" in path or not (text := _decoded(file)):
+            continue
+        kept = [p for p in text.split("\n\n") if len(p) < REPEATED or _is_new(known, hash(p))]
+        if _part_of(path) == part:
+            yield "\n\n".join(kept)
+
+
+def _is_new(known: set[int], mark: int) -> bool:
+    size = len(known)
+    known.add(mark)
+    return len(known) > size
+
+
+def _part_of(path: str) -> str:
+    place = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4]) / 2**32
+    return next(name for name, share in SOURCE_PARTS.items() if place < share)
+
+
+def _decoded(file: Path) -> str:
+    """Empty where it is no UTF-8."""
+    try:
+        return file.read_text("utf-8").strip()
+    except UnicodeDecodeError:
+        return ""
+
+
+def _package_folder(package: str) -> Path:
+    if package == STANDARD_LIBRARY:
+        return Path(sysconfig.get_paths()["stdlib"])
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            f"data 'package:{package}': no package {package!r} is installed here: install it, or "
+            "use package:python, the standard library"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _embedded(part: str) -> list[str]:
+    _check_part(EMBEDDED, part)
     from pydoc_data.topics import topics  # type: ignore[import-not-found,unused-ignore]
 
     documents = [topics[name] for name in sorted(topics)]
@@ -145,5 +210,5 @@ def _unreachable(name: str, error: Exception) -> InputError:
     reason = str(error).strip().split("\n")[0][:200]
     return InputError(
         f"no file {name!r} exists and the hub gave no data set of that name ({reason}): give "
-        "FILE.txt, FILE.jsonl[:field], pydoc, or name[:config[:split[:field]]]"
+        "FILE.txt, FILE.jsonl[:field], pydoc, package:NAME, or name[:config[:split[:field]]]"
     )

@@ -2,14 +2,14 @@
 
 While training, a low-rank layer gives o = a W x + (1 - a) B A x. The share a falls from 1 to 0
 by a cosine; then only the factors are left. In the variant of fewer operations a step does so
-with probability a, and runs the factors alone otherwise. W is the dense model's and stays as it
-is: it was trained already.
+with probability a, and runs the factors alone otherwise. In training from scratch W trains too,
+as in the paper. Where the dense model was trained already, its W stays as it is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,6 +23,8 @@ from lrcompress.protocols import InputError
 # of all steps, those over which the dense weights let go
 SHARE_OF_STEPS = 0.5
 
+Pairs = Sequence[tuple[LowRankLinear, nn.Module]]  # a layer and its dense guide
+
 
 class Guidance(TrainerCallback):  # type: ignore[misc]
     """The share of the dense weights in each step; a function of step and seed alone."""
@@ -34,36 +36,34 @@ class Guidance(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        done = min(1.0, state.global_step / self.steps)
-        self.share = (1 + math.cos(math.pi * done)) / 2
-        if self.reduced and not self._chosen(state.global_step):
-            self.share = 0.0
+        self.share = self.share_of(state.global_step)
 
-    def _chosen(self, step: int) -> bool:
+    def share_of(self, step: int) -> float:
+        """What the dense weights give of a layer's output in a step; 0: they are not computed."""
+        share = (1 + math.cos(math.pi * min(1.0, step / self.steps))) / 2
+        return share if not self.reduced or self._chosen(step, share) else 0.0
+
+    def _chosen(self, step: int, share: float) -> bool:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        return float(torch.rand((), generator=generator)) < self.share
+        return float(torch.rand((), generator=generator)) < share
+
+    @property
+    def guided_steps(self) -> int:
+        """Steps in which the dense weights are computed."""
+        return sum(self.share_of(step) > 0 for step in range(self.steps))
 
     @contextmanager
-    def guiding(self, model: nn.Module, teacher: nn.Module) -> Iterator[None]:
-        """Adds the teacher's dense layers to the low-rank ones of the same shape.
+    def guiding(self, pairs: Pairs, training: bool = False) -> Iterator[None]:
+        """Adds to each layer the output of its dense guide.
 
-        Raises InputError where there are none: narrowed FFNs have other shapes than the dense.
+        With `training` the guides are parts of the model inside, so that they train with it and
+        are in its checkpoints.
         """
-        taught = dict(teacher.named_modules())
-        pairs = [
-            (layer, taught[name])
-            for name, layer in compressed_layers(model)
-            if isinstance(layer, LowRankLinear)
-            and is_linear(taught.get(name))
-            and linear_shape(layer) == linear_shape(taught[name])
-        ]
-        if not pairs:
-            raise InputError(
-                "self-guided training needs low-rank layers of the dense shape and every FFN is "
-                "narrowed: factorize with --method fisher, or leave --self-guided out"
-            )
         with ExitStack() as stack:
             for layer, dense in pairs:
+                if training:
+                    layer.add_module(GUIDE, dense)
+                    stack.callback(delattr, layer, GUIDE)
                 stack.callback(layer.register_forward_hook(self._hook(dense)).remove)
             yield
 
@@ -75,3 +75,26 @@ class Guidance(TrainerCallback):  # type: ignore[misc]
             return torch.lerp(output, guide.to(output.dtype), self.share)
 
         return mix
+
+
+GUIDE = "guide"
+
+
+def guides(model: nn.Module, dense: Mapping[str, nn.Module]) -> Pairs:
+    """The low-rank layers of `model` with those modules `dense`, by name, of the same shape.
+
+    Raises InputError where there are none: narrowed FFNs have other shapes than the dense.
+    """
+    pairs = [
+        (layer, dense[name])
+        for name, layer in compressed_layers(model)
+        if isinstance(layer, LowRankLinear)
+        and is_linear(dense.get(name))
+        and linear_shape(layer) == linear_shape(dense[name])
+    ]
+    if not pairs:
+        raise InputError(
+            "self-guided training needs low-rank layers of the dense shape and every FFN is "
+            "narrowed: factorize with --method fisher, or leave --self-guided out"
+        )
+    return pairs

@@ -194,8 +194,10 @@ def checked_device(device: str) -> str:
 
 
 def load_tokenizer(source: str, gguf_file: str | None, trust_remote_code: bool) -> Any:
-    """The tokenizer of MODEL without its weights; None where its folder has none."""
-    location = locate(source, gguf_file)
+    """The tokenizer of MODEL, or in a folder by itself; None where the folder has none."""
+    alone = Path(source).expanduser() if gguf_file is None else None
+    found = alone is not None and alone.is_dir()
+    location = Location(str(alone)) if found else locate(source, gguf_file)
     with _explained(source):
         return _load_tokenizer(location, trust_remote_code)
 

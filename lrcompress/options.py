@@ -130,6 +130,11 @@ SET = click.option(
 )
 
 
+RESUME = click.option(
+    "--resume/--no-resume", default=True, help="Go on from an interrupted run. [default: on]"
+)
+
+
 def sweep_overrides(keep_ratio: str | None, method: str | None) -> Iterator[str]:
     """What the flags of `sweep` are as overrides; methods take the place of the variants."""
     for key, value in {"keep_ratios": keep_ratio, "methods": method}.items():
@@ -147,4 +152,14 @@ WRITE_CARD = click.option(
     is_flag=True,
     help="Write the numbers into lrcompress.json and README.md of the checkpoint MODEL.",
 )
+
+
+def read_shard(text: str | None) -> tuple[int, int]:
+    """'2/3' -> (2, 3); the whole where it is None."""
+    number, slash, count = (text or "1/1").partition("/")
+    if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise InputError(f"--shard {text!r} is no part: write one such as 1/3, from 1/3 to 3/3")
+    return int(number), int(count)
+
+
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")

@@ -25,7 +25,7 @@ T = TypeVar("T")
 # a dead process is torchrun's to find: this is for one that is only slow
 TIMEOUT = timedelta(hours=2)
 # commands that share their work between processes
-SHARED_COMMANDS = ("factorize", "finetune")
+SHARED_COMMANDS = ("factorize", "finetune", "pretrain")
 
 
 class SaidElsewhereError(Exception):

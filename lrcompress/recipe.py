@@ -18,7 +18,9 @@ from lrcompress.settings import (
     FinetuneSettings,
     ModelBenchSettings,
     ModelSettings,
+    PretrainSettings,
     RefineSettings,
+    ScalingSettings,
     Section,
     SweepSettings,
 )
@@ -41,6 +43,13 @@ class Recipe(Section):
     sweep: SweepSettings = SweepSettings()
 
 
+class ScalingRecipe(Section):
+    """A ladder of models trained from scratch: `lrcompress scaling RECIPE OUT`."""
+
+    pretrain: PretrainSettings = PretrainSettings()
+    scaling: ScalingSettings
+
+
 # what a command can set that no recipe has
 BESIDE: dict[str, type[Section]] = {
     "ffn_bench": FFNBenchSettings,
@@ -50,7 +59,8 @@ BESIDE: dict[str, type[Section]] = {
 
 def sections(*names: str) -> dict[str, type[Section]]:
     """Name -> kind of the recipe's sections, and of those beside it."""
-    kinds = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    fields = Recipe.model_fields | ScalingRecipe.model_fields
+    kinds = {name: field.annotation for name, field in fields.items()}
     return {name: (kinds | BESIDE)[name] for name in names}  # type: ignore[misc]
 
 
@@ -130,6 +140,28 @@ def _fields_at(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
 
 def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe in a YAML file, with KEY=VALUE overrides of dotted keys."""
+    return _read(path, overrides, Recipe)
+
+
+def read_scaling(path: Path, overrides: Iterable[str] = ()) -> ScalingRecipe:
+    """The same of a ladder's recipe."""
+    return _read(path, overrides, ScalingRecipe)
+
+
+def read_any(path: Path, overrides: Iterable[str] = ()) -> Recipe | ScalingRecipe:
+    """The same of either kind: a recipe with a section `scaling` is a ladder's."""
+    read = read_scaling if "scaling" in _values(path) else read_recipe
+    return read(path, overrides)
+
+
+def _read(path: Path, overrides: Iterable[str], kind: type[S]) -> S:
+    values = _values(path)
+    for override in overrides:
+        _override(values, override)
+    return checked(kind, values)
+
+
+def _values(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"recipe {str(path)!r} does not exist: give a YAML file")
     try:
@@ -140,9 +172,7 @@ def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         ) from None
     if not isinstance(values, dict):
         raise InputError(f"recipe {str(path)!r} holds no keys: start with 'model: {{source: ...}}'")
-    for override in overrides:
-        _override(values, override)
-    return checked(Recipe, values)
+    return values
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -160,6 +190,6 @@ def _override(values: dict[str, Any], override: str) -> None:
         values[last] = text
 
 
-def to_yaml(recipe: Recipe) -> str:
+def to_yaml(recipe: Section) -> str:
     """The resolved recipe, every key written out; reading it back gives an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

@@ -17,6 +17,7 @@ from lrcompress.details import BlockChange, Details, TokenChange
 from lrcompress.figures import COLOURS, INK, Picture, draw, legend, plain_logarithms
 from lrcompress.files import safe_name
 from lrcompress.protocols import Metric
+from lrcompress.tables import TRAININGS
 
 NORMAL_95 = 1.96
 # linears that are told apart by their role, in the order of the forward pass
@@ -43,9 +44,10 @@ def pictures(
         yield _ranks(linears)
         if decomposed := [linear for linear in linears if _has_spectrum(linear)]:
             yield _spectra(decomposed)
-    losses = (record.get("finetuned") or {}).get("losses", ())
-    if len(losses) > 1:
-        yield _training(losses, record["finetuned"]["best_step"])
+    for done in (record[key] for key in TRAININGS if record.get(key)):
+        if len(done.get("losses", ())) > 1:
+            yield _training(done["losses"], done["best_step"])
+            break  # of the latest
 
 
 def _is_score(metric: Metric) -> bool:

@@ -19,6 +19,13 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def embedding_count(model: Any) -> int:
+    """Parameters of the token embedding and the output layer, tied ones once."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {id(end.weight): end.weight for end in ends if end is not None}
+    return sum(int(weight.numel()) for weight in weights.values())
+
+
 def maximum_length(model: Any) -> int | None:
     """Positions that the model has, under any of the names that families give it."""
     config = model.config.get_text_config(decoder=True)

@@ -161,21 +161,27 @@ class Training:
     Seconds are of the process that ended it, its measurements and checkpoints included.
     """
 
+    how: str
     text: str
     values: Mapping[str, str]
 
 
+# part of a record -> how a model was trained that has it; the latest training first
+TRAININGS = {"finetuned": "Trained towards the dense model", "pretrained": "Trained from scratch"}
+
+
 def training(record: Mapping[str, Any]) -> Training | None:
-    """Of the training in `record`, if there was one."""
-    done = record.get("finetuned")
-    if not done:
+    """Of the latest training in `record`, if there was one."""
+    key = next((key for key in TRAININGS if record.get(key)), None)
+    if key is None:
         return None
+    done = record[key]
     rate, asked = done["tokens_per_second"], done["settings"]
     values = {
         "steps": f"{done['steps']:,}",
         "tokens": f"{done['tokens']:,}",
         "learning rate": f"{asked['learning_rate']:g}",
-        "trained": asked["train"],
+        "trained": asked.get("train", "all"),
         "parameters trained": f"{done['trained_parameters']:,}",
         f"loss on {asked['held_out']} held-out sequences before": f"{done['before']:.4f}",
         "after": f"{done['after']:.4f}",
@@ -183,11 +189,11 @@ def training(record: Mapping[str, Any]) -> Training | None:
         "seconds": f"{done['seconds']:.1f}",
         "tokens/s in its steps": "–" if rate is None else f"{rate:.4g}",
     }
-    return Training(", ".join(asked["data"]), values)
+    return Training(TRAININGS[key], ", ".join(asked["data"]), values)
 
 
 # what a record keeps of the models that its own was made of, and of the texts of all of them
-LEARNED = ("calibration", "finetuned", "before", "factorized_from")
+LEARNED = ("calibration", "pretrained", "finetuned", "before", "factorized_from")
 
 
 def learned(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,6 +212,8 @@ def history(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def _made_of(record: Mapping[str, Any]) -> Iterator[Text]:
     if read := record.get("calibration"):
         yield Text("calibration", read["data"], read["tokens"], read["sha256"])
-    if done := record.get("finetuned"):
+    for key in TRAININGS:
+        if not (done := record.get(key)):
+            continue
         data, tokens = done["settings"]["data"], done["sequences"] * done["length"]
         yield Text("training", ",".join(data), tokens, done["sha256"])

@@ -71,6 +71,13 @@ def variant_name(name: str) -> str:
     return name
 
 
+def size_name(name: str) -> str:
+    """A preset or a path: its last part names files."""
+    if not re.fullmatch(r"[\w+=.-]+", re.split(r"[/\\]", name)[-1]):
+        raise ValueError(f"{name!r} is no preset and no folder: end it with a plain name")
+    return name
+
+
 def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 

@@ -24,6 +24,25 @@ def test_embedded_parts_do_not_overlap() -> None:
     assert sum(map(len, calibration)) > sum(map(len, test)) > 100_000
 
 
+def test_sources_of_a_package_are_in_parts_that_share_nothing() -> None:
+    parts = {
+        name: list(read_corpus(f"package:click:{name}", "test").documents)
+        for name in ("calibration", "validation", "test")
+    }
+    assert parts["calibration"] == list(read_corpus("package:click", "calibration").documents)
+    paragraphs = [
+        {p for text in texts for p in text.split("\n\n") if len(p) >= 80}
+        for texts in parts.values()
+    ]
+    assert len(set().union(*paragraphs)) == sum(map(len, paragraphs)) > 100
+    for spec, words in (
+        ("package:nowhere_at_all", "package:python"),
+        ("package:click:half", "package:click:test"),
+    ):
+        with pytest.raises(InputError, match=words):
+            list(read_corpus(spec, "test").documents)
+
+
 def test_jsonl_field(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps({"text": f"a{i}", "body": f"b{i}"}) for i in range(3)))

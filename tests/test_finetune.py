@@ -13,15 +13,16 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerState
 
 import lrcompress
-from lrcompress import checkpoint, console, recovery, tune
+from lrcompress import checkpoint, console, training, tune
 from lrcompress.distill import DistillationTrainer
 from lrcompress.divergence import kl_divergence, top_k_divergence
-from lrcompress.guidance import Guidance
+from lrcompress.guidance import Guidance, guides
 from lrcompress.lowrank import FactoredLinear, compressed_layers
 from lrcompress.parametrization import balance, pack
 from lrcompress.protocols import InputError, MachineError
 from lrcompress.settings import FinetuneSettings, ModelSettings
 from lrcompress.teacher import TeacherCache, others
+from lrcompress.training_run import training_text
 from tests.conftest import interrupt, invoke
 from tests.tiny import logits, saved_model
 
@@ -116,9 +117,9 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
     for step, state in ((4, "{}"), (8, '{"half')):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        (folder / recovery.STATE).write_text(state)
+        (folder / training.STATE).write_text(state)
     (tmp_path / "checkpoint-12").mkdir()
-    assert recovery.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert training.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
 def test_divergence_stops_with_one_sentence(factorized: Path, tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def held_out_loss(out: Path, source: Path, record: dict[str, Any]) -> float:
     model, tokenizer = lrcompress.load(str(out), dtype="float32")
     teacher, _ = lrcompress.load(record["source"], dtype="float32")
     settings = FinetuneSettings(**QUICK)
-    held = tune.training_tokens(model, tokenizer, settings)[0][: settings.held_out]
+    held = training_text(model, tokenizer, settings, "finetune").tokens[: settings.held_out]
     with torch.no_grad():
         pair = [m(input_ids=held).logits[:, :-1].flatten(0, 1) for m in (model, teacher)]
     return float(kl_divergence(pair[0], pair[1], 1.0))
@@ -269,7 +270,7 @@ def test_the_dense_weights_let_go(dense: Path, tmp_path: Path) -> None:
     teacher, _ = lrcompress.load(str(dense), dtype="float32")
     alone, taught = logits(model), logits(teacher)
     guidance = Guidance(steps=10, reduced=False, seed=0)
-    with guidance.guiding(model, teacher):
+    with guidance.guiding(guides(model, dict(teacher.named_modules()))):
         torch.testing.assert_close(logits(model), alone)  # measured without guidance
         model.train()
         shares = []

@@ -16,6 +16,10 @@ QUICK = {
     "bench": ("--prompt-length", "8", "--new-tokens", "2", "--training-length", "8"),
     "eval": ("--limit", "1", "--repeats", "2"),
     "finetune": ("--max-steps", "2", "--train-length", "64", "--held-out", "2"),
+    "pretrain": (
+        *("--max-steps", "2", "--train-length", "32", "--held-out", "2"),
+        *("--batch-size", "2", "--vocab-size", "260"),
+    ),
 }
 
 
@@ -31,9 +35,9 @@ def test_python_example_runs(dense: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_commands_run(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^lrcompress (\w+ .*?) +#", README, re.MULTILINE)
-    assert len(lines) == 10
+    assert len(lines) == 12
     Path("TRAIN.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
-    for line in lines[:-1]:
+    for line in (line for line in lines if line.split()[0] not in ("run", "scaling")):
         arguments = line.replace("MODEL", str(dense)).split()
         result = invoke(*arguments, *QUICK.get(arguments[0], ()))
         assert result.exit_code == 0, result.output

@@ -5,11 +5,12 @@ their keyword arguments.
 """
 
 from lrcompress.settings.measuring import EvaluateSettings, SweepSettings
+from lrcompress.settings.scaling import ScalingSettings, SizeSettings
 from lrcompress.settings.section import Section
 from lrcompress.settings.shrinking import BUDGETS, FactorizeSettings, RefineSettings
 from lrcompress.settings.sources import CalibrationSettings, ModelSettings
 from lrcompress.settings.timing import FFNBenchSettings, ModelBenchSettings
-from lrcompress.settings.training import FinetuneSettings
+from lrcompress.settings.training import FinetuneSettings, PretrainSettings, TrainingSettings
 
 __all__ = [
     "BUDGETS",
@@ -20,7 +21,11 @@ __all__ = [
     "FinetuneSettings",
     "ModelBenchSettings",
     "ModelSettings",
+    "PretrainSettings",
     "RefineSettings",
+    "ScalingSettings",
     "Section",
+    "SizeSettings",
     "SweepSettings",
+    "TrainingSettings",
 ]

@@ -28,8 +28,8 @@ class CalibrationSettings(Section):
     data: Names = Field(
         ("self",),
         min_length=1,
-        description="FILE.txt, FILE.jsonl[:field], pydoc, self (the model writes it), or hub "
-        "name[:config[:split[:field]]]; several give equal shares.",
+        description="FILE.txt, FILE.jsonl[:field], pydoc, package:NAME, self (the model writes "
+        "it), or hub name[:config[:split[:field]]]; several give equal shares.",
         json_schema_extra={"flag": "calibration"},
     )
     num_samples: int | None = Field(

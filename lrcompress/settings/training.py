@@ -1,4 +1,4 @@
-"""How a compressed model is trained."""
+"""How a model is trained: a compressed one towards the dense, and a new one on text."""
 
 from __future__ import annotations
 
@@ -10,31 +10,19 @@ from lrcompress.settings.section import Section
 from lrcompress.values import Names
 
 
-class FinetuneSettings(Section):
-    """Training of a compressed model towards its dense teacher."""
+class TrainingSettings(Section):
+    """What every training on text has."""
 
     data: Names = Field(
         (),
         description="Texts to train on, as for calibration; never the test text.",
     )
-    teacher: str | None = Field(
-        None, description="Dense model to learn from; default is the one that was compressed."
-    )
-    teacher_cache: str | None = Field(
-        None,
-        description="Folder that keeps the teacher's likeliest tokens, so that it runs once.",
-    )
-    teacher_top_k: int = Field(64, ge=1, description="Likeliest tokens kept at a position.")
     max_steps: int = Field(200, ge=1, description="Optimizer steps.")
     batch_size: int = Field(
         2, ge=1, description="Sequences in an optimizer step, over all processes and passes."
     )
     gradient_accumulation: int = Field(
         1, ge=1, description="Forward passes that a process splits its share of a step into."
-    )
-    shard: bool = Field(
-        False,
-        description="Split parameters, gradients and optimizer state over the processes (FSDP2).",
     )
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass instead of keeping them."
@@ -46,6 +34,33 @@ class FinetuneSettings(Section):
         None, ge=2, description="Tokens in a sequence; default 512, or the model's maximum if less."
     )
     learning_rate: float = Field(1e-4, gt=0, description="Peak rate of AdamW.")
+    warm_up: float = Field(0.1, ge=0, lt=1, description="Share of the steps with a rising rate.")
+    weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")
+    beta2: float = Field(0.999, gt=0, lt=1, description="Memory of AdamW's squared gradients.")
+    held_out: int = Field(8, ge=1, description="Sequences on which the best step is chosen.")
+    eval_every: int = Field(20, ge=1, description="Steps between measurements and checkpoints.")
+    patience: int | None = Field(
+        None, ge=1, description="Measurements without improvement after which to stop."
+    )
+    tensorboard: str | None = Field(None, description="Folder for TensorBoard's logs.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Chooses the sequences and their order.")
+
+
+class FinetuneSettings(TrainingSettings):
+    """Training of a compressed model towards its dense teacher."""
+
+    teacher: str | None = Field(
+        None, description="Dense model to learn from; default is the one that was compressed."
+    )
+    teacher_cache: str | None = Field(
+        None,
+        description="Folder that keeps the teacher's likeliest tokens, so that it runs once.",
+    )
+    teacher_top_k: int = Field(64, ge=1, description="Likeliest tokens kept at a position.")
+    shard: bool = Field(
+        False,
+        description="Split parameters, gradients and optimizer state over the processes (FSDP2).",
+    )
     temperature: float = Field(1.0, gt=0, description="Softens both distributions.")
     cross_entropy: float = Field(
         0.0, ge=0, description="Weight of the language-model loss beside the divergence."
@@ -70,13 +85,6 @@ class FinetuneSettings(Section):
         description="Let the dense weights carry the low-rank layers at first; reduced: in some "
         "steps only.",
     )
-    held_out: int = Field(8, ge=1, description="Sequences on which the best step is chosen.")
-    eval_every: int = Field(20, ge=1, description="Steps between measurements and checkpoints.")
-    patience: int | None = Field(
-        None, ge=1, description="Measurements without improvement after which to stop."
-    )
-    tensorboard: str | None = Field(None, description="Folder for TensorBoard's logs.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Chooses the sequences and their order.")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -98,3 +106,40 @@ class FinetuneSettings(Section):
         return self.parametrization == "balanced" or (
             self.parametrization == "auto" and not self.shard
         )
+
+
+class PretrainSettings(TrainingSettings):
+    """Training of a new model from scratch, dense or low-rank."""
+
+    source: str = Field(
+        "llama-8m", description="config.json, a folder with one, or a preset such as llama-8m."
+    )
+    tokenizer: str | None = Field(
+        None, description="Folder or hub id; without one, a tokenizer is trained on the data."
+    )
+    vocab_size: int = Field(
+        4096, ge=257, description="Tokens of a tokenizer that is trained: byte-level BPE."
+    )
+    device: str = Field("auto", description="cpu, cuda, ...; auto takes a GPU if there is one.")
+    keep_ratio: float | None = Field(
+        None, gt=0, le=1, description="Share of the FFN parameters kept; without it all are dense."
+    )
+    dense_first: int = Field(1, ge=0, description="Leave the FFNs of this many first blocks dense.")
+    rank_multiple: int = Field(8, ge=1, description="Ranks are multiples of this.")
+    self_guided: Literal["off", "full", "reduced"] = Field(
+        "off",
+        description="Let trained dense weights carry the low-rank layers at first; reduced: in "
+        "some steps only.",
+    )
+    batch_size: int = Field(
+        8, ge=1, description="Sequences in an optimizer step, over all processes and passes."
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="Peak rate of AdamW.")
+    weight_decay: float = Field(0.1, ge=0, description="Of AdamW.")
+    beta2: float = Field(0.95, gt=0, lt=1, description="Memory of AdamW's squared gradients.")
+
+    @model_validator(mode="after")
+    def _guided(self) -> Self:
+        if self.self_guided != "off" and self.keep_ratio is None:
+            raise ValueError("self_guided needs low-rank layers: give keep_ratio")
+        return self

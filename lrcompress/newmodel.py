@@ -1,0 +1,173 @@
+"""New models: a config and a tokenizer by name, and random weights, dense or low-rank."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from lrcompress import processes
+from lrcompress.compress import apply
+from lrcompress.corpora import read_corpus
+from lrcompress.ffn import select
+from lrcompress.guidance import Pairs, guides
+from lrcompress.lowrank import rebuild
+from lrcompress.models import checked_device, load_tokenizer
+from lrcompress.prepare import prepare
+from lrcompress.presets import LLAMAS, preset
+from lrcompress.protocols import InputError, Progress, silent
+from lrcompress.settings import (
+    CalibrationSettings,
+    FactorizeSettings,
+    PretrainSettings,
+    RefineSettings,
+)
+from lrcompress.tokenizing import train_tokenizer
+from lrcompress.values import allowed_words
+
+
+@dataclass(frozen=True)
+class NewModel:
+    """A model before its first step. `pairs` are its low-rank layers with the dense ones that
+    they were made of; `described` is what its record says of them."""
+
+    model: Any
+    pairs: Pairs = ()
+    described: dict[str, Any] = field(default_factory=dict)
+
+
+def read_config(source: str) -> Any:
+    """The transformers config that SOURCE names: a preset, a config.json, or a folder with one.
+
+    Raises InputError where it names none.
+    """
+    if source in LLAMAS:
+        return _config(preset(source), source)
+    path = Path(source).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"config {source!r} is no file, folder or preset{_presets(source)}")
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"config {str(file)!r} is not JSON ({error}): restore it") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise InputError(f"config {str(file)!r} names no model_type: give a transformers config")
+    return _config(values, source)
+
+
+def _presets(source: str) -> str:
+    return allowed_words(source, LLAMAS)
+
+
+def _config(values: dict[str, Any], source: str) -> PreTrainedConfig:
+    left = {key: value for key, value in values.items() if key not in NOT_OF_A_NEW_MODEL}
+    try:
+        return AutoConfig.for_model(left.pop("model_type"), **left)
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"config {source!r} cannot be used: {reason}") from None
+
+
+# keys of a config that speak of weights that exist already
+NOT_OF_A_NEW_MODEL = ("quantization_config", "auto_map", "dtype", "torch_dtype", "architectures")
+
+
+def make_tokenizer(settings: PretrainSettings) -> Any:
+    """The one that is given, or one trained on the data."""
+    if settings.tokenizer is not None:
+        found = load_tokenizer(settings.tokenizer, None, False)
+        if found is None:
+            raise InputError(f"{settings.tokenizer!r} holds no tokenizer: add tokenizer.json")
+        return found
+    corpora = [read_corpus(spec, "calibration") for spec in settings.data]
+    return train_tokenizer(corpora, settings.vocab_size)
+
+
+def fit_config(config: Any, tokenizer: Any, settings: PretrainSettings) -> None:
+    """Gives `config` the special tokens, and the number of tokens where that is not its own.
+
+    Raises InputError where a given tokenizer has more tokens than a given config.
+    """
+    own = settings.source not in LLAMAS and settings.tokenizer is not None
+    if own and config.vocab_size < len(tokenizer):
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens and the config a vocab_size of "
+            f"{config.vocab_size}: set it to {len(tokenizer)}"
+        )
+    if not own:
+        config.vocab_size = len(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+
+
+def new_model(config: Any, settings: PretrainSettings, progress: Progress = silent) -> NewModel:
+    """A random model by `config`, the same for equal seeds.
+
+    Its FFN linears are truncated by the SVD of their random weights where `keep_ratio` says so;
+    both factors share the singular values (spectral initialization).
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.to(_device(settings.device))
+    if settings.keep_ratio is None:
+        return NewModel(model)
+    dense = {
+        spec.name: model.get_submodule(spec.name)
+        for spec in select(model, dense_first=settings.dense_first)
+    }
+    done = apply(
+        model, None, CalibrationSettings(), _truncation(settings), RefineSettings(), progress
+    )
+    return NewModel(model, _pairs(model, dense, settings), done.to_dict())
+
+
+def bare_model(config: Any, settings: PretrainSettings) -> Any:
+    """The same model on the meta device: its shapes and ranks, without weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if settings.keep_ratio is not None:
+        rebuild(model, _records(model, settings))
+    return model
+
+
+def _records(model: Any, settings: PretrainSettings) -> dict[str, dict[str, Any]]:
+    """What `rebuild` is told of each linear that gets a rank."""
+    linears, truncation = select(model, dense_first=settings.dense_first), _truncation(settings)
+    prepared = prepare(model, linears, truncation, settings.keep_ratio, _no_moments, silent)
+    assert prepared.plan is not None
+    shapes = {spec.name: [spec.out_features, spec.in_features] for spec in linears}
+    return {
+        name: {"form": truncation.form, "rank": rank, "shape": shapes[name]}
+        for name, rank in prepared.plan.ranks.items()
+    }
+
+
+def _no_moments(_: bool) -> Any:
+    raise AssertionError("plain truncation needs no moments")
+
+
+def _truncation(settings: PretrainSettings) -> FactorizeSettings:
+    return FactorizeSettings(
+        method="svd",
+        keep_ratio=settings.keep_ratio,
+        dense_first=settings.dense_first,
+        rank_multiple=settings.rank_multiple,
+    )
+
+
+def _pairs(model: Any, dense: dict[str, nn.Module], settings: PretrainSettings) -> Pairs:
+    return () if settings.self_guided == "off" else guides(model, dense)
+
+
+def _device(asked: str) -> str:
+    own = processes.own_device(asked)
+    if own == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return checked_device(own)

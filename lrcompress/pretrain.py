@@ -1,0 +1,106 @@
+"""Trains a new model on text, dense or with low-rank FFNs from the first step, and saves it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from lrcompress import processes, stages
+from lrcompress.guidance import Guidance
+from lrcompress.newmodel import NewModel, fit_config, make_tokenizer, new_model, read_config
+from lrcompress.processes import from_main
+from lrcompress.protocols import Progress, silent
+from lrcompress.settings import PretrainSettings
+from lrcompress.trainer import BlockDataset, TextTrainer
+from lrcompress.training import Trained, run
+from lrcompress.training_run import Text, TrainingRun, check_device, check_settings
+
+
+def pretrain_to(
+    settings: PretrainSettings, out: Path, progress: Progress = silent, *, resume: bool = True
+) -> dict[str, Any]:
+    """Trains a new model and saves it to `out`; returns what lrcompress.json holds.
+
+    Resumes and runs under torchrun as `finetune_to` does. Raises InputError if `out` exists, where
+    config, tokenizer or text do not fit, and where training diverged; the best weights before
+    that are saved.
+    """
+    with processes.group(settings.device):
+        shown = progress if processes.is_main() else silent
+        return Pretraining(settings, shown).whole(out, resume, replace=False)
+
+
+class Pretraining(TrainingRun):
+    """Of a new model."""
+
+    command = "pretrain"
+    record_key = "pretrained"
+    settings: PretrainSettings
+
+    def __init__(self, settings: PretrainSettings, progress: Progress) -> None:
+        super().__init__(settings, progress)
+        self.config: Any = None
+        self.new: NewModel | None = None
+
+    def checked(self) -> dict[str, Any]:
+        settings = self.settings
+        check_settings(settings)
+        check_device(settings.device, self.command)
+        self.config = read_config(settings.source)
+        return {"trained_from": settings.source}
+
+    def loaded(self) -> tuple[Any, Any]:
+        tokenizer = from_main(lambda: make_tokenizer(self.settings))
+        fit_config(self.config, tokenizer, self.settings)
+        self.new = new_model(self.config, self.settings, self.progress)
+        return self.new.model, tokenizer
+
+    def trained(self, model: Any, text: Text, run: Path) -> Trained:
+        assert self.new is not None
+        held = self.settings.held_out
+        data = BlockDataset(text.tokens[held:]), BlockDataset(text.tokens[:held])
+        return train(self.new, *data, self.settings, run, self.progress)
+
+    def inputs(self) -> list[Any]:
+        asked = self.settings.model_dump(mode="json", exclude={"tensorboard"})
+        return [self.config.to_dict(), stages.folder_state(self.settings.tokenizer), asked]
+
+    def described(self) -> dict[str, Any]:
+        return {} if self.new is None else self.new.described
+
+
+def train(
+    new: NewModel,
+    blocks: BlockDataset,
+    held_out: BlockDataset,
+    settings: PretrainSettings,
+    work: Path,
+    progress: Progress = silent,
+) -> Trained:
+    """Trains every parameter of the new model in place; the best measurement's stay.
+
+    With self-guidance the dense layers train beside the low-rank ones, and go at the end.
+    """
+    guidance = Guidance(settings.max_steps, settings.self_guided == "reduced", settings.seed)
+    prepared = _guided(new, settings, guidance)
+    return run(
+        new.model,
+        prepared,
+        TextTrainer,
+        blocks,
+        held_out,
+        settings,
+        work,
+        progress,
+        callbacks=[guidance],
+    )
+
+
+@contextmanager
+def _guided(new: NewModel, settings: PretrainSettings, guidance: Guidance) -> Iterator[Any]:
+    with ExitStack() as stack:
+        if settings.self_guided != "off":
+            stack.enter_context(guidance.guiding(new.pairs, training=True))
+        yield new.model

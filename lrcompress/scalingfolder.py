@@ -1,0 +1,112 @@
+"""The folder of a scaling study: whose it is, which of its points are done, and its report."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lrcompress import scalingreport, stages
+from lrcompress.files import replace_text, writing
+from lrcompress.protocols import InputError, Metric
+from lrcompress.recipe import ScalingRecipe, to_yaml
+from lrcompress.scalingpoint import ScalingPoint
+from lrcompress.scalingreport import ScalingReport
+
+RECIPE, POINTS, TOKENIZER, WORK, SPEED = (
+    "recipe.yaml", "points", "tokenizer", "training", "speed.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ScalingFolder:
+    """One recipe's folder: recipe.yaml, tokenizer/, points/, training/ in between, the report."""
+
+    recipe: ScalingRecipe
+    out: Path
+
+    def claim(self) -> None:
+        """Makes the folder a study's. Raises InputError where it holds something else, or the
+        tokenizer of other texts."""
+        if self.out.exists() and not self._is_study():
+            raise InputError(
+                f"output {str(self.out)!r} exists and is no scaling study: choose another name"
+            )
+        recipe = self.out / RECIPE
+        text = to_yaml(self.recipe)
+        if recipe.exists() and recipe.read_text("utf-8") != text:
+            for name in scalingreport.NAMES:  # they are of other settings
+                (self.out / name).unlink(missing_ok=True)
+        (self.out / POINTS).mkdir(parents=True, exist_ok=True)
+        replace_text(recipe, text)
+
+    def _is_study(self) -> bool:
+        if not self.out.is_dir():
+            return False
+        names = {path.name for path in self.out.iterdir()}
+        own = {RECIPE, POINTS, TOKENIZER, WORK, *scalingreport.NAMES}
+        left = {name for name in names - own if not name.startswith(".")}
+        return not names or (POINTS in names and not left)
+
+    @property
+    def tokenizer(self) -> Path:
+        """Of the texts and the vocabulary that the recipe names."""
+        asked = self.recipe.pretrain
+        named = [asked.tokenizer, asked.vocab_size, *asked.data]
+        mark = stages.digest([named, [stages.data_state(spec) for spec in asked.data]])
+        return self.out / TOKENIZER / mark[:16]
+
+    def keep_tokenizer(self, tokenizer: Any) -> None:
+        with writing(self.tokenizer) as folder:
+            tokenizer.save_pretrained(folder)
+
+    def text_state(self) -> list[Any]:
+        """Of all that the sequences of tokens come from."""
+        file = self.tokenizer / "tokenizer.json"
+        mark = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+        specs = (*self.recipe.pretrain.data, *self.recipe.scaling.test)
+        return [mark, list(specs), [stages.data_state(spec) for spec in specs]]
+
+    def work(self, name: str, inputs: Any) -> Path:
+        """Where the checkpoints of a training are until it is done."""
+        folder = self.out / WORK / f"{name}-{stages.digest(inputs)[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def point(self, name: str, inputs: Any, make: Callable[[], ScalingPoint]) -> None:
+        """Makes the point and keeps it, unless the folder has it, made of the same inputs."""
+        if self._known(name, inputs) is None:
+            content = {"inputs": stages.digest(inputs), "point": asdict(make())}
+            stages.write(self.out / POINTS / f"{name}.json", content)
+
+    def _known(self, name: str, inputs: Any) -> ScalingPoint | None:
+        known = stages.read(self.out / POINTS / f"{name}.json")
+        if known.get("inputs") != stages.digest(inputs):
+            return None
+        return ScalingPoint.from_dict(known["point"])
+
+    def speeds(self, inputs: Any, make: Callable[[], list[Metric]]) -> None:
+        if self._speeds(inputs) is None:
+            found = [asdict(metric) for metric in make()]
+            content = {"inputs": stages.digest(inputs), "metrics": found}
+            stages.write(self.out / POINTS / SPEED, content)
+
+    def _speeds(self, inputs: Any) -> list[Metric] | None:
+        known = stages.read(self.out / POINTS / SPEED)
+        if known.get("inputs") != stages.digest(inputs):
+            return None
+        return [Metric(**metric) for metric in known["metrics"]]
+
+    def write(
+        self, wanted: Mapping[str, Any], speed_inputs: Any, pictures: bool
+    ) -> list[ScalingPoint]:
+        """The report of those points, by name and inputs, that are there; returns them."""
+        found = {name: self._known(name, inputs) for name, inputs in wanted.items()}
+        points = [point for point in found.values() if point is not None]
+        missing = [name for name, point in found.items() if point is None]
+        speeds = self._speeds(speed_inputs) or []
+        report = ScalingReport(self.recipe.scaling, points, missing, speeds)
+        scalingreport.write(self.out, report, pictures)
+        return points

@@ -1,0 +1,158 @@
+"""The report of a scaling study: its laws, what they mean in words, its points, and pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrcompress import scalingfigures
+from lrcompress.files import render, replace_text
+from lrcompress.intervals import shown
+from lrcompress.laws import (
+    TITLES,
+    Axis,
+    FittedLaw,
+    Matched,
+    Paired,
+    laws,
+    matched,
+    paired,
+    usable,
+    variants,
+    verdicts,
+)
+from lrcompress.protocols import Metric
+from lrcompress.scalingfigures import Series
+from lrcompress.scalingpoint import ScalingPoint
+from lrcompress.settings.scaling import ScalingSettings
+from lrcompress.tables import table
+
+# points of a curve in a picture
+FINE = 60
+LAWS = {
+    "power": "log L = a - b log x",
+    "offset": "L = E + exp(a - b log x)",
+    "decade": "L = a - b log10 x",
+}
+
+
+@dataclass(frozen=True)
+class ScalingReport:
+    """Of the points that there are; `missing` names the others."""
+
+    settings: ScalingSettings
+    points: Sequence[ScalingPoint]
+    missing: Sequence[str]
+    speeds: Sequence[Metric]
+
+    @cached_property
+    def laws(self) -> list[FittedLaw]:
+        return laws(self.points, self.settings.resamples)
+
+    @cached_property
+    def verdicts(self) -> list[str]:
+        return list(verdicts(self.laws, self.points))
+
+    @cached_property
+    def matched(self) -> list[Matched]:
+        return list(matched(self.points, self.laws))
+
+    @cached_property
+    def paired(self) -> list[Paired]:
+        return list(paired(self.points, self.settings.equal_flops))
+
+
+def markdown(report: ScalingReport) -> str:
+    values = {"report": report, "titles": TITLES, "laws": LAWS, "shown": shown}
+    return render(
+        "scaling.md.jinja", escape=False, **values, speeds=table(report.speeds), pictures=PICTURES
+    )
+
+
+def to_json(report: ScalingReport) -> str:
+    content = {
+        "settings": report.settings.model_dump(mode="json"),
+        "points": [asdict(point) for point in report.points],
+        "missing": list(report.missing),
+        "laws": [_law(one) for one in report.laws],
+        "verdicts": report.verdicts,
+        "matched": [asdict(one) for one in report.matched],
+        "paired": [asdict(one) | {"verdict": one.verdict} for one in report.paired],
+        "speeds": [metric.summary() for metric in report.speeds],
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _law(one: FittedLaw) -> dict[str, Any]:
+    against = None if one.against is None else asdict(one.against)
+    floor = one.fit.irreducible
+    return {
+        "axis": one.axis,
+        "law": one.fit.law,
+        "variant": one.variant,
+        "parameters": one.fit.parameters,
+        "slope": asdict(one.fit.slope),
+        "irreducible": None if floor is None else asdict(floor),
+        "against_dense": against,
+    }
+
+
+def to_csv(report: ScalingReport) -> str:
+    """One row a point."""
+    text = io.StringIO()
+    names = [name for name in ScalingPoint.__dataclass_fields__ if name != "curve"]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: getattr(point, name) for name in names} for point in report.points)
+    return text.getvalue()
+
+
+# file name -> what writes it: a new format is one function and one row
+FORMATS: Mapping[str, Callable[[ScalingReport], str]] = {
+    "scaling.md": markdown,
+    "scaling.json": to_json,
+    "scaling.csv": to_csv,
+}
+PICTURES: Mapping[str, Axis] = {
+    "loss-flops": "flops",
+    "loss-parameters": "non_embedding",
+    "loss-seconds": "seconds",
+}
+KINDS = ("svg", "png")
+NAMES = (*FORMATS, *(f"{name}.{kind}" for name in PICTURES for kind in KINDS))
+
+
+def series(report: ScalingReport, axis: Axis) -> list[Series]:
+    """Of every variant along an axis, with its line of the law "decade"."""
+    lines = {one.variant: one for one in report.laws if (one.axis, one.fit.law) == (axis, "decade")}
+    points = usable(report.points)
+    found = []
+    for variant in variants(points):
+        own = [point for point in points if point.variant == variant]
+        x, curve = [float(getattr(point, axis)) for point in own], None
+        if variant in lines:
+            fine = np.geomspace(min(x), max(x), FINE)
+            fit = lines[variant].fit
+            curve = (fine, fit.loss(fine), *fit.band(fine))
+        found.append(Series(variant, x, [point.loss for point in own], curve))
+    return found
+
+
+def write(folder: Path, report: ScalingReport, pictures: bool) -> None:
+    """Writes the report in every format into `folder`, and its pictures, which take seconds."""
+    for name, axis in PICTURES.items() if pictures and usable(report.points) else ():
+        for kind in KINDS:
+            drawn = scalingfigures.picture(
+                series(report, axis), TITLES[axis], "loss (nats per token)", kind
+            )
+            (folder / f"{name}.{kind}").write_bytes(drawn)
+    for name, formatted in FORMATS.items():
+        replace_text(folder / name, formatted(report))

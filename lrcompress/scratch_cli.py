@@ -1,0 +1,65 @@
+"""The commands `pretrain` and `scaling`, which train from scratch: parse, call one, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lrcompress import processes
+from lrcompress.options import (
+    NEW_OUT,
+    RECIPE,
+    RESUME,
+    SET,
+    SettingsCommand,
+    build_sections,
+    read_shard,
+)
+from lrcompress.shell import resumes
+
+PRETRAIN = ("pretrain",)
+
+
+@click.command("pretrain", cls=SettingsCommand, sections=PRETRAIN)
+@click.argument("source", metavar="CONFIG")
+@NEW_OUT
+@RESUME
+def pretrain_command(source: str, out: Path, resume: bool, **options: Any) -> None:
+    """Train a new model by CONFIG on text, dense or low-rank from the first step.
+
+    CONFIG is a config.json, a folder with one, or a preset. An interrupted run goes on from its
+    last checkpoint when the same command is given again.
+    """
+    settings = build_sections(PRETRAIN, options, source=source)["pretrain"]
+    from lrcompress import console, pretrain
+
+    resumes()
+    record = pretrain.pretrain_to(settings, out, console.progress, resume=resume)
+    if processes.is_main():
+        console.show_recovery(record["pretrained"], out)
+
+
+@click.command("scaling")
+@RECIPE
+@click.argument("out", type=click.Path(path_type=Path))
+@SET
+@click.option("--shard", metavar="I/N", help="Train every N-th model only, from the I-th.")
+def scaling_command(
+    recipe_file: Path, out: Path, overrides: tuple[str, ...], shard: str | None
+) -> None:
+    """Train the ladder of RECIPE from scratch and fit its scaling laws, in OUT; resumes.
+
+    With --shard I/N, I from 1, the work is shared: by processes on one folder, or by machines whose
+    folders' points/ are copied together. The same command without it then writes the report.
+    """
+    from lrcompress.recipe import read_scaling
+
+    recipe, part = read_scaling(recipe_file, overrides), read_shard(shard)
+    from lrcompress import console, scaling, scalingreport
+
+    resumes()
+    points = scaling.scaling(recipe, out, console.progress, part)
+    click.echo((out / "scaling.md").read_text("utf-8"))
+    click.echo(f"Wrote {out}: {', '.join(scalingreport.NAMES)}; {len(points)} models.")
