@@ -60,15 +60,15 @@ class Scaling:
         for _, same_size in groupby(self.shard.of(self._rungs), lambda rung: rung.size):
             for rung in same_size:
                 self.folder.point(rung.name, self._inputs(rung), partial(self._made, rung))
-            self._report(pictures=False)
+            self._report()
         if self.shard.number == 1:
             self.folder.speeds(self._speed_inputs(), self._speeds)
-        return self._report(pictures=True)
+        return self._report()
 
-    def _report(self, pictures: bool) -> list[ScalingPoint]:
+    def _report(self) -> list[ScalingPoint]:
         """Of all points that the folder has, those of other shards too."""
         known = {rung.name: self._inputs(rung) for rung in self._rungs}
-        return self.folder.write(known, self._speed_inputs(), pictures)
+        return self.folder.write(known, self._speed_inputs())
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -1,21 +1,15 @@
-"""Pictures of a scaling study: losses against costs, with fitted curves and their bands."""
+"""Pictures of a scaling study: losses against costs, with fitted lines and their bands."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-SIZE = (6.4, 4.4)
-DOTS = 130
-# a palette that is told apart with any eyes (Okabe and Ito)
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-BAND = 0.15
+from lrcompress.figures import COLOURS, Picture, draw, legend
 
 
 @dataclass(frozen=True)
@@ -28,23 +22,23 @@ class Series:
     curve: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None = None  # x, y, low, high
 
 
-def picture(series: Sequence[Series], x_title: str, y_title: str, kind: str) -> bytes:
-    """A `kind` (svg or png) of `series`; x is logarithmic. Equal input gives equal bytes."""
-    figure = Figure(figsize=SIZE, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for one, colour in zip(series, COLOURS * len(series), strict=False):
+def picture(name: str, series: Sequence[Series], cost: str) -> Picture:
+    """Losses against a cost, which is logarithmic."""
+    title = f"Loss by {cost}, nats per token"
+    spans = "; ".join(f"{one.label}: {max(one.y):.3f} to {min(one.y):.3f}" for one in series)
+    onto = partial(_draw, series, cost)
+    return draw(name, "loss", title, f"{title}, with fitted lines. {spans}.", onto, (7.5, 4.2))
+
+
+def _draw(series: Sequence[Series], cost: str, figure: Figure) -> None:
+    axes = figure.subplots()
+    for index, one in enumerate(series):
+        colour = COLOURS[index % len(COLOURS)]
         axes.scatter(one.x, one.y, s=22, color=colour, label=one.label, zorder=3)
         if one.curve is not None:
             x, y, low, high = one.curve
             axes.plot(x, y, color=colour, linewidth=1.2)
-            axes.fill_between(x, low, high, color=colour, alpha=BAND, linewidth=0)
-    axes.set(xscale="log", xlabel=x_title, ylabel=y_title)
-    axes.grid(True, which="major", linewidth=0.3)
-    axes.legend(frameon=False)
-    written = io.BytesIO()
-    with rc_context({"svg.hashsalt": x_title}):
-        figure.savefig(
-            written, format=kind, dpi=DOTS, metadata={"Date": None} if kind == "svg" else {}
-        )
-    return written.getvalue()
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set(xscale="log", xlabel=cost, ylabel="loss")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+    legend(figure)

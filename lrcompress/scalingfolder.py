@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lrcompress import scalingreport, stages
+from lrcompress import figures, scalingreport, stages
 from lrcompress.files import replace_text, writing
 from lrcompress.protocols import InputError, Metric
 from lrcompress.recipe import ScalingRecipe, to_yaml
@@ -37,8 +38,9 @@ class ScalingFolder:
         recipe = self.out / RECIPE
         text = to_yaml(self.recipe)
         if recipe.exists() and recipe.read_text("utf-8") != text:
-            for name in scalingreport.NAMES:  # they are of other settings
+            for name in scalingreport.FORMATS:  # they are of other settings
                 (self.out / name).unlink(missing_ok=True)
+            shutil.rmtree(self.out / figures.FOLDER, ignore_errors=True)
         (self.out / POINTS).mkdir(parents=True, exist_ok=True)
         replace_text(recipe, text)
 
@@ -46,7 +48,7 @@ class ScalingFolder:
         if not self.out.is_dir():
             return False
         names = {path.name for path in self.out.iterdir()}
-        own = {RECIPE, POINTS, TOKENIZER, WORK, *scalingreport.NAMES}
+        own = {RECIPE, POINTS, TOKENIZER, WORK, figures.FOLDER, *scalingreport.FORMATS}
         left = {name for name in names - own if not name.startswith(".")}
         return not names or (POINTS in names and not left)
 
@@ -99,14 +101,12 @@ class ScalingFolder:
             return None
         return [Metric(**metric) for metric in known["metrics"]]
 
-    def write(
-        self, wanted: Mapping[str, Any], speed_inputs: Any, pictures: bool
-    ) -> list[ScalingPoint]:
+    def write(self, wanted: Mapping[str, Any], speed_inputs: Any) -> list[ScalingPoint]:
         """The report of those points, by name and inputs, that are there; returns them."""
         found = {name: self._known(name, inputs) for name, inputs in wanted.items()}
         points = [point for point in found.values() if point is not None]
         missing = [name for name, point in found.items() if point is None]
         speeds = self._speeds(speed_inputs) or []
         report = ScalingReport(self.recipe.scaling, points, missing, speeds)
-        scalingreport.write(self.out, report, pictures)
+        scalingreport.write(self.out, report)
         return points

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lrcompress import scalingfigures
+from lrcompress import figures
+from lrcompress.figures import Picture
 from lrcompress.files import render, replace_text
 from lrcompress.intervals import shown
 from lrcompress.laws import (
@@ -30,7 +31,7 @@ from lrcompress.laws import (
     verdicts,
 )
 from lrcompress.protocols import Metric
-from lrcompress.scalingfigures import Series
+from lrcompress.scalingfigures import Series, picture
 from lrcompress.scalingpoint import ScalingPoint
 from lrcompress.settings.scaling import ScalingSettings
 from lrcompress.tables import table
@@ -66,15 +67,32 @@ class ScalingReport:
         return list(matched(self.points, self.laws))
 
     @cached_property
+    def pictures(self) -> tuple[Picture, ...]:
+        """Loss against every cost; none as long as a model is missing, or where all diverged."""
+        if self.missing or not usable(self.points):
+            return ()
+        return tuple(
+            picture(name, series(self, axis), TITLES[axis]) for name, axis in PICTURES.items()
+        )
+
+    @cached_property
     def paired(self) -> list[Paired]:
         return list(paired(self.points, self.settings.equal_flops))
 
 
+def _values(report: ScalingReport) -> dict[str, Any]:
+    known = {"report": report, "titles": TITLES, "laws": LAWS, "shown": shown}
+    return known | {"speeds": table(report.speeds)}
+
+
 def markdown(report: ScalingReport) -> str:
-    values = {"report": report, "titles": TITLES, "laws": LAWS, "shown": shown}
-    return render(
-        "scaling.md.jinja", escape=False, **values, speeds=table(report.speeds), pictures=PICTURES
-    )
+    return render("scaling.md.jinja", escape=False, **_values(report))
+
+
+def html(report: ScalingReport) -> str:
+    """One self-contained page, with the pictures in it: no network."""
+    shown_too = {"title": "Scaling", "pictures": report.pictures}
+    return render("scaling.html.jinja", escape=True, **_values(report), **shown_too)
 
 
 def to_json(report: ScalingReport) -> str:
@@ -118,6 +136,7 @@ def to_csv(report: ScalingReport) -> str:
 # file name -> what writes it: a new format is one function and one row
 FORMATS: Mapping[str, Callable[[ScalingReport], str]] = {
     "scaling.md": markdown,
+    "scaling.html": html,
     "scaling.json": to_json,
     "scaling.csv": to_csv,
 }
@@ -126,8 +145,6 @@ PICTURES: Mapping[str, Axis] = {
     "loss-parameters": "non_embedding",
     "loss-seconds": "seconds",
 }
-KINDS = ("svg", "png")
-NAMES = (*FORMATS, *(f"{name}.{kind}" for name in PICTURES for kind in KINDS))
 
 
 def series(report: ScalingReport, axis: Axis) -> list[Series]:
@@ -146,13 +163,8 @@ def series(report: ScalingReport, axis: Axis) -> list[Series]:
     return found
 
 
-def write(folder: Path, report: ScalingReport, pictures: bool) -> None:
-    """Writes the report in every format into `folder`, and its pictures, which take seconds."""
-    for name, axis in PICTURES.items() if pictures and usable(report.points) else ():
-        for kind in KINDS:
-            drawn = scalingfigures.picture(
-                series(report, axis), TITLES[axis], "loss (nats per token)", kind
-            )
-            (folder / f"{name}.{kind}").write_bytes(drawn)
+def write(folder: Path, report: ScalingReport) -> None:
+    """Writes the report in every format into `folder`, each file in one rename, and figures/."""
     for name, formatted in FORMATS.items():
         replace_text(folder / name, formatted(report))
+    figures.write(folder, report.pictures)

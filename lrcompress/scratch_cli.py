@@ -62,4 +62,4 @@ def scaling_command(
     resumes()
     points = scaling.scaling(recipe, out, console.progress, part)
     click.echo((out / "scaling.md").read_text("utf-8"))
-    click.echo(f"Wrote {out}: {', '.join(scalingreport.NAMES)}; {len(points)} models.")
+    click.echo(f"Wrote {out}: {', '.join(scalingreport.FORMATS)}; {len(points)} models.")

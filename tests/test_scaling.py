@@ -16,7 +16,7 @@ from lrcompress.laws import laws, matched, paired, verdicts
 from lrcompress.models import load_tokenizer
 from lrcompress.recipe import ScalingRecipe, read_any, read_scaling
 from lrcompress.scalingpoint import ScalingPoint, Shard
-from lrcompress.scalingreport import NAMES
+from lrcompress.scalingreport import FORMATS
 from lrcompress.trainer import TextTrainer
 from tests.conftest import interrupt, invoke
 from tests.tiny import byte_tokenizer, tiny_model
@@ -97,7 +97,7 @@ def test_shards_are_the_whole() -> None:
 
 
 def test_the_report(study: Path) -> None:
-    assert set(NAMES) <= {path.name for path in study.iterdir()}
+    assert set(FORMATS) <= {path.name for path in study.iterdir()}
     content = json.loads((study / "scaling.json").read_text())
     assert len(content["points"]) == 12
     assert not content["missing"]
@@ -110,17 +110,19 @@ def test_the_report(study: Path) -> None:
     assert "FFN training (tokens/s)" in report
     assert "not comparable" not in report
     assert "Not whole" not in report
-    assert (study / "loss-flops.svg").read_text().startswith("<?xml")
+    assert (study / "scaling.html").read_text().count("<svg") == 3
+    kinds = [path.suffix for path in (study / "figures").iterdir()]
+    assert sorted(kinds) == [".png"] * 3 + [".svg"] * 3
     assert not list((study / "training").glob("*"))
 
 
 def test_nothing_is_trained_twice(
     ladder: Path, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = {name: (study / name).read_bytes() for name in NAMES}
+    before = {name: (study / name).read_bytes() for name in FORMATS}
     monkeypatch.setattr(TextTrainer, "training_step", None)  # would fail if it were called
     assert len(scaling.scaling(read_scaling(ladder), study)) == 12
-    assert {name: (study / name).read_bytes() for name in NAMES} == before
+    assert {name: (study / name).read_bytes() for name in FORMATS} == before
 
 
 def test_an_interrupted_study_goes_on_and_shards_add_up(
