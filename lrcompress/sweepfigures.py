@@ -39,10 +39,10 @@ def _picture(title: str, panels: Sequence[Front]) -> Picture:
 
 
 def _draw(panels: Sequence[Front], rows: int, figure: Figure) -> None:
-    grid = figure.subplots(rows, min(len(panels), 2), squeeze=False).flat
+    grid = figure.subplots(rows, min(len(panels), 2), squeeze=False).ravel()
     for axes, front in zip(grid, panels, strict=False):
         _draw_front(axes, front)
-    for axes in list(grid)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
     legend(figure)
 

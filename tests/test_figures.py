@@ -92,6 +92,13 @@ def test_a_sweep_has_a_picture_for_each_quality() -> None:
     assert "against parameters: small at 0.5, small at 0.8, dense" in found[0].text
 
 
+def test_every_cost_has_a_panel_and_no_panel_is_empty() -> None:
+    (front,) = fronts(points())
+    text = next(iter(sweepfigures.pictures([front, front, front]))).svg
+    assert text.count(">parameters</text>") == 3
+    assert ">0.6</text>" not in text  # of axes that nothing was drawn on
+
+
 def test_a_single_point_has_no_front_to_draw() -> None:
     assert not list(sweepfigures.pictures(fronts(points()[:1])))
 
