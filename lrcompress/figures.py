@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import escape
 
 import matplotlib as mpl
 from cycler import cycler
@@ -109,7 +110,7 @@ def _inline(svg: str, text: str) -> str:
 
 
 def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return escape(text, {'"': "&quot;"})
 
 
 def write(folder: Path, pictures: Sequence[Picture]) -> None:

@@ -61,9 +61,10 @@ class RunFolder:
     def _is_run(self) -> bool:
         if not self.out.is_dir():
             return False
-        own = {RECIPE, STAGES, MODEL, *report.FORMATS}
-        if self._file("finetune").is_file():  # else somebody put it there by hand
-            own.add(FINETUNED)
+        own = {RECIPE, STAGES, *report.FORMATS}
+        for stage, folder in MADE.items():
+            if self._file(stage).is_file():  # else somebody put it there by hand
+                own.add(folder)
         if (self.out / STAGES).is_dir():
             own |= {task_logs.FOLDER, figures.FOLDER}
         hidden = tuple(f".{name}." for name in (*MADE.values(), figures.FOLDER))

@@ -176,10 +176,10 @@ class Sweep:
 
     def _measured(self, variant: str, ratio: float, model: Any) -> Point:
         """Of the dense model where `model` is None; speeds in turn with the dense model's."""
-        settings, name = self.recipe.evaluate, label(variant, ratio)
+        settings, name, tasks = self.recipe.evaluate, label(variant, ratio), self._tasks
         loaded = self._loaded if model is None else (model, self._loaded[1])
         length = sequence_length(loaded[0], settings.context_length)
-        found = compare.quality(name, loaded, settings, self._tasks, length, self.progress)
+        found = compare.quality(name, loaded, settings, tasks, length, self.progress)
         speeds = compare.speed({DENSE: self._loaded} | {name: loaded}, settings, self.progress)
         metrics = [*found.metrics, *(metric for metric in speeds if metric.model == name)]
         baseline = tuple(metric for metric in speeds if metric.model != name)

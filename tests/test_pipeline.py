@@ -115,3 +115,13 @@ def test_a_stage_file_without_findings_is_made_again(recipe: Recipe, tmp_path: P
     file.write_text(json.dumps({"inputs": known["inputs"]}))
     assert pipeline.run(recipe, out) == first
     assert json.loads(file.read_text()) == known
+
+
+def test_a_model_folder_that_no_run_began_is_left_alone(recipe_file: Path, tmp_path: Path) -> None:
+    own = tmp_path / "project" / "model" / "weights.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    result = invoke("run", recipe_file, tmp_path / "project")
+    assert result.exit_code == 2
+    assert "is no run" in result.stderr
+    assert own.read_text() == "mine"
