@@ -35,6 +35,8 @@ T = TypeVar("T")
 
 # seconds between lines of progress where stderr is not a terminal
 PLAIN_INTERVAL = 10.0
+# columns of a table in a file, at most
+WIDEST = 100_000
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
@@ -49,7 +51,7 @@ def say(sentence: str) -> None:
 
 def _bar(items: Iterable[T], description: str, total: int | None) -> Iterable[T]:
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -239,5 +241,9 @@ def show_inspection(found: Inspection) -> None:
 
 
 def _print(shown: Table) -> None:
-    """As wide as needed where stdout is no terminal, so that nothing is cut in a file."""
-    Console(width=None if sys.stdout.isatty() else 200, soft_wrap=False).print(shown)
+    """As wide as needed where stdout is no terminal, so that nothing is cut in a file. Labels are
+    text, whatever brackets they have."""
+    console = Console(markup=False, width=None if sys.stdout.isatty() else WIDEST)
+    if not sys.stdout.isatty():
+        console.width = console.measure(shown).maximum
+    console.print(shown)

@@ -15,7 +15,8 @@ import torch
 
 from lrcompress.checkpoint import versions
 from lrcompress.protocols import MachineError, Metric, Progress, silent
-from lrcompress.task_cache import Entry, TaskCache, fingerprint, identity
+from lrcompress.tables import QUESTIONS
+from lrcompress.task_cache import Entry, TaskCache, fingerprint, identity, questions
 from lrcompress.task_logs import Logs
 from lrcompress.tasks import Tasks, explained
 
@@ -63,7 +64,8 @@ def run_tasks(
             _ask(task, tasks, asking)
             inputs = [versions(), identity(task), str(tasks.seeds), length, size, _device(lm)]
             entry = None if cache is None else cache.entry(mark, name, inputs)
-            found[name] = _result(lm, name, task, tasks, asking, entry)
+            asked = {QUESTIONS: questions(task)}
+            found[name] = _result(lm, name, task, tasks, asking, entry) | asked
     logs = {name: result["logs"] for name, result in found.items()}
     found |= {name: _group(group, found) for name, group in tasks.groups.items()}
     return TaskResult(list(_metrics(label, found, tasks, length)), logs)
@@ -188,6 +190,8 @@ def _metrics(
             "context_length": max_length,
             "seed": str(tasks.seeds),
         }
+        if QUESTIONS in result:
+            conditions[QUESTIONS] = result[QUESTIONS]
         if name in tasks.files:
             conditions["data"] = tasks.files[name]
         for key, value in result["results"].items():

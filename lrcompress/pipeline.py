@@ -67,7 +67,8 @@ class Run:
         self.folder.adopt()
         if "finetune" in self.stages:
             self.folder.make("finetune", self._making("finetune"), self._finetune)
-        return self._report(self._measure(tasks), self._details())
+        details = self._details()  # first: it refuses unfit prompts
+        return self._report(self._measure(tasks), details)
 
     def _find_others(self) -> None:
         """Raises InputError for a teacher or baseline that is not there, before hours of work."""

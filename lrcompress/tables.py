@@ -13,6 +13,9 @@ from lrcompress.protocols import PUBLISHED, Summary
 
 # conditions that may differ between two models whose numbers are still worth a ratio
 COMPARABLE = {"dtype", "device"}
+QUESTIONS = "questions"
+# conditions that identify what was asked: they decide what is comparable, and nobody reads them
+HASHES = {"sha256", QUESTIONS}
 # what is left of a difference of equal numbers
 ROUNDING = 1e-15
 
@@ -85,11 +88,11 @@ def _row(labels: Sequence[str], by_model: Mapping[str, Summary]) -> Row:
 def conditions(by_model: Mapping[str, Summary]) -> str:
     """The conditions of a row, once if all models share them, else model by model.
 
-    The hash of a text is left to `texts`.
+    The hash of a text is left to `texts`, that of a task's questions is not shown.
     """
     words = {
         label: ", ".join(
-            f"{k.replace('_', ' ')} {v}" for k, v in metric.conditions.items() if k != "sha256"
+            f"{k.replace('_', ' ')} {v}" for k, v in metric.conditions.items() if k not in HASHES
         )
         for label, metric in by_model.items()
     }

@@ -106,13 +106,18 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
     """Of all that decides what a model answers: config, tensors and tokenizer, not their folder."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ORIGIN}
     attention = getattr(model.config, "_attn_implementation", None)
-    settings = [type(model).__name__, config, attention, _vocabulary(tokenizer)]
+    settings = [type(model).__name__, config, attention, _generation(model), _vocabulary(tokenizer)]
     mark = hashlib.blake2b(_json(settings, sort_keys=True), digest_size=32)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         mark.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         mark.update(flat.view(torch.uint8).numpy())
     return mark.hexdigest()
+
+
+def _generation(model: Any) -> dict[str, Any]:
+    found = getattr(model, "generation_config", None)
+    return {k: v for k, v in (found.to_dict() if found else {}).items() if k not in ORIGIN}
 
 
 def _vocabulary(tokenizer: Any) -> list[Any]:
@@ -130,7 +135,12 @@ def identity(task: Any) -> str:
     name, and every question, word for word."""
     config = task.config.to_dict(keep_callable=True)
     config["metadata"] = {**(config.get("metadata") or {}), "config_source": None}
-    mark = hashlib.blake2b(_json([task.VERSION, config]), digest_size=32)
+    return hashlib.blake2b(_json([task.VERSION, config, questions(task)])).hexdigest()
+
+
+def questions(task: Any) -> str:
+    """Of every question of an lm-eval task whose requests are built, word for word."""
+    mark = hashlib.blake2b(digest_size=32)
     for one in task.instances:
         asked = [one.request_type, one.doc_id, one.idx, one.repeats, one.arguments, one.doc]
         mark.update(_json(asked))

@@ -141,3 +141,13 @@ def test_a_loss_has_to_be_shown_to_be_within_the_margin() -> None:
         not_shown([pair[0], tasks[0], pair[1], another], 0.5)
     with pytest.raises(InputError, match="needs a first model"):
         not_shown(pair[:1], 0.01)
+
+
+def test_other_questions_of_a_task_are_not_compared() -> None:
+    items = [[1.0, 1.0]] * 8
+    first, second = (
+        Metric(model, "quiz acc", 1.0, "", True, {"questions": mark}, samples=items)
+        for model, mark in (("dense", "a"), ("low", "b"))
+    )
+    assert comparisons([first, second]) == ()
+    assert len(comparisons([first, replace(second, conditions={"questions": "a"})])) == 1
