@@ -14,7 +14,7 @@ from lrcompress import bench_report, checkpoint, compare, report, sweepreport, t
 from lrcompress.bench_report import Bench
 from lrcompress.contamination import refuse_recorded
 from lrcompress.ffn_benchmark import bench_ffn, device_of
-from lrcompress.files import check_free, writing
+from lrcompress.files import check_free, places, writing
 from lrcompress.fusing import optimize
 from lrcompress.join import join
 from lrcompress.lowrank import compressed_layers
@@ -62,7 +62,7 @@ def evaluate_to(
     if out is not None:
         with writing(out) as partial:
             report.write(partial, made)
-            for model, place in task_logs.places(models).items():
+            for model, place in places(models).items():
                 task_logs.write(partial / task_logs.FOLDER / place, measured.logs[model])
     if card:
         checkpoint.write_measured(Path(recipe.model.source), made.metrics, made.comparisons)

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,6 +186,18 @@ def finite(value: Any) -> Any:
 def safe_name(text: str) -> str:
     """`text` as a part of a path: other characters than those of plain words become _."""
     return re.sub(r"[^\w+=.,-]", "_", text).strip(".")[:120] or "_"
+
+
+def places(names: Iterable[str]) -> dict[str, str]:
+    """Each with a name for a file or folder of its own: where alike, with numbers."""
+    found: dict[str, str] = {}
+    for one in names:
+        place, number = safe_name(one), 1
+        while place in found.values():
+            number += 1
+            place = f"{safe_name(one)}-{number}"
+        found[one] = place
+    return found
 
 
 def render(template: str, escape: bool, **values: Any) -> str:

@@ -143,7 +143,7 @@ def _flops(bare: Any, settings: PretrainSettings, length: int, steps: int) -> in
 
 def guide_flops(bare: Any) -> int:
     """Forward FLOPs for a token of the dense layers that guide the low-rank ones."""
-    return sum(2 * layer.in_features * layer.out_features for _, layer in compressed_layers(bare))
+    return sum(flops.linear_flops(layer) for _, layer in compressed_layers(bare))
 
 
 def non_embedding(model: Any) -> int:

@@ -10,6 +10,7 @@ from lrcompress import checkpoint, compare, report, stages, task_logs
 from lrcompress.contamination import refuse_planned, refuse_recorded
 from lrcompress.details import Details
 from lrcompress.factorizing import factorize_to
+from lrcompress.files import places
 from lrcompress.models import locate
 from lrcompress.protocols import Metric, Progress, Say, silent, unsaid
 from lrcompress.recipe import Recipe, read_recipe
@@ -174,7 +175,7 @@ class Run:
         record = checkpoint.read_record(folder) or {}
         refuse_recorded(title, loaded[1], settings, length, record)
         found = compare.quality(title, loaded, settings, tasks, length, self.progress)
-        place = task_logs.places(self._columns)[title]
+        place = places(self._columns)[title]
         task_logs.write(self.folder.out / task_logs.FOLDER / place, found.logs[title])
         return found.metrics
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lrcompress.details import BlockChange, Details, TokenChange
 from lrcompress.figures import COLOURS, INK, Picture, draw, legend, plain_logarithms
-from lrcompress.files import safe_name
+from lrcompress.files import places
 from lrcompress.protocols import Metric
 from lrcompress.tables import TRAININGS
 
@@ -32,10 +32,10 @@ def pictures(
     """Those for which there are numbers. `record` is the lrcompress.json of the last model."""
     if scores := [metric for metric in metrics if _is_score(metric)]:
         yield _tasks(scores)
-    texts = dict.fromkeys(change.data for change in details.tokens)
-    for data in texts:
+    names = places(change.data for change in details.tokens)
+    for data, name in names.items():
         changes = [change for change in details.tokens if change.data == data]
-        yield _positions(changes, len(texts))
+        yield _positions("positions" + (f"-{name}" if len(names) > 1 else ""), changes)
     if details.blocks:
         yield _blocks(details.blocks)
     if refined := record.get("refined"):
@@ -93,7 +93,7 @@ def _draw_tasks(
     legend(figure)
 
 
-def _positions(changes: Sequence[TokenChange], texts: int) -> Picture:
+def _positions(name: str, changes: Sequence[TokenChange]) -> Picture:
     first = changes[0]
     words = "; ".join(
         f"{change.model} {change.positions[0].ratio:.3g}x after few tokens, "
@@ -101,7 +101,6 @@ def _positions(changes: Sequence[TokenChange], texts: int) -> Picture:
         for change in changes
         if change.positions
     )
-    name = "positions" + (f"-{safe_name(first.data)}" if texts > 1 else "")
     title = f"Perplexity by tokens of context, {first.data}"
     text = f"{title}, over {first.baseline}: {words}."
     return draw(name, "tokens", title, text, partial(_draw_positions, changes))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from lrcompress import figures, report, stages, task_logs
-from lrcompress.files import replace_text
+from lrcompress.files import places, replace_text
 from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe, to_yaml
 
@@ -115,7 +115,7 @@ class RunFolder:
 
     def keep_logs(self, models: Iterable[str]) -> None:
         """Removes what models that are not among `models` were asked and answered."""
-        kept = task_logs.places(models).values()
+        kept = places(models).values()
         for found in (self.out / task_logs.FOLDER).glob("*"):
             if found.name not in kept:
                 shutil.rmtree(found, ignore_errors=True)

@@ -13,19 +13,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lrcompress.figures import COLOURS, INK, Picture, draw, legend, plain_logarithms
-from lrcompress.files import safe_name
+from lrcompress.files import places
 from lrcompress.tradeoff import SIZES, Front, FrontPoint
+
+MARKERS = "os^Dv"  # where there are more variants than colours
 
 
 def pictures(fronts: Sequence[Front]) -> Iterator[Picture]:
     """One for each quality, with a panel for each cost. Fronts of one quality follow each other."""
+    names = places(front.quality.title.replace(",", "") for front in fronts)
     for title, found in groupby(fronts, key=lambda front: front.quality.title):
         panels = [front for front in found if len(front.points) > 1]
         if panels:
-            yield _picture(title, panels)
+            yield _picture(f"front-{names[title.replace(',', '')]}", title, panels)
 
 
-def _picture(title: str, panels: Sequence[Front]) -> Picture:
+def _picture(name: str, title: str, panels: Sequence[Front]) -> Picture:
     words = "; ".join(
         f"against {front.cost.title}: {', '.join(point.label for point in front.on_front)}"
         + (f", knee {front.knee.label}" if front.knee else "")
@@ -34,7 +37,6 @@ def _picture(title: str, panels: Sequence[Front]) -> Picture:
     text = f"{title} of every point, and which are on the Pareto front {words}."
     rows = (len(panels) + 1) // 2
     onto = partial(_draw, panels, rows)
-    name = "front-" + safe_name(title).replace(",", "")
     return draw(name, "fronts", title, text, onto, (8.5, 0.8 + 2.8 * rows))
 
 
@@ -51,7 +53,8 @@ def _draw_front(axes: Axes, front: Front) -> None:
     variants = dict.fromkeys(point.variant for point in front.points)
     for index, variant in enumerate(variants):
         points = [point for point in front.points if point.variant == variant]
-        _draw_points(axes, points, variant, COLOURS[index % len(COLOURS)])
+        turn, colour = divmod(index, len(COLOURS))
+        _draw_points(axes, points, variant, COLOURS[colour], MARKERS[turn % len(MARKERS)])
     edge = [(point.x, point.y) for point in front.on_front]
     axes.plot(*zip(*edge, strict=True), color=INK, linewidth=0.8, label="Pareto front", zorder=1)
     if front.knee:
@@ -65,12 +68,14 @@ def _draw_front(axes: Axes, front: Front) -> None:
         plain_logarithms(axes.yaxis)
 
 
-def _draw_points(axes: Axes, points: Sequence[FrontPoint], label: str, colour: str) -> None:
+def _draw_points(
+    axes: Axes, points: Sequence[FrontPoint], label: str, colour: str, marker: str
+) -> None:
     x, y = [point.x for point in points], [point.y for point in points]
     across = [_distances(point.x, point.x_low, point.x_high) for point in points]
     along = [_distances(point.y, point.y_low, point.y_high) for point in points]
     ends: dict[str, Any] = {"xerr": np.transpose(across), "yerr": np.transpose(along)}
-    axes.errorbar(x, y, fmt="o", markersize=5, color=colour, elinewidth=0.8, label=label, **ends)
+    axes.errorbar(x, y, fmt=marker, markersize=5, color=colour, elinewidth=0.8, label=label, **ends)
 
 
 def _distances(value: float, low: float | None, high: float | None) -> tuple[float, float]:

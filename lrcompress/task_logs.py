@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lrcompress.files import finite, safe_name, writing
+from lrcompress.files import finite, places, writing
 
 FOLDER = "samples"
 Logs = Mapping[str, Sequence[Mapping[str, Any]]]  # task -> its questions as lm-eval logs them
@@ -23,15 +23,3 @@ def write(folder: Path, logs: Logs) -> None:
         for task, name in places(logs).items():
             lines = [json.dumps(finite(one), ensure_ascii=False) for one in logs[task]]
             (partial / f"{name}.jsonl").write_text("\n".join([*lines, ""]), "utf-8")
-
-
-def places(names: Iterable[str]) -> dict[str, str]:
-    """Models or tasks, each with the name of its folder or file: where alike, with numbers."""
-    found: dict[str, str] = {}
-    for one in names:
-        place, number = safe_name(one), 1
-        while place in found.values():
-            number += 1
-            place = f"{safe_name(one)}-{number}"
-        found[one] = place
-    return found

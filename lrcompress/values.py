@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 T = TypeVar("T")
 
@@ -82,9 +82,21 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _told_apart(ratios: tuple[float, ...]) -> tuple[float, ...]:
+    """Points and their files are called by six digits of their ratio."""
+    shown = [f"{ratio:g}" for ratio in ratios]
+    if twice := [name for name in shown if shown.count(name) > 1]:
+        raise ValueError(f"{twice[0]} is there twice: name each ratio once")
+    return ratios
+
+
 Listed = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
-Ratios = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(_split)]
+Ratios = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=1)], ...],
+    BeforeValidator(_split),
+    AfterValidator(_told_apart),
+]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split)]
 Options = Annotated[dict[str, Any], BeforeValidator(_pairs)]
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

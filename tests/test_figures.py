@@ -99,6 +99,20 @@ def test_every_cost_has_a_panel_and_no_panel_is_empty() -> None:
     assert ">0.6</text>" not in text  # of axes that nothing was drawn on
 
 
+def test_texts_of_alike_names_have_pictures_of_their_own() -> None:
+    twice = [replace(DETAILS.tokens[0], data=data) for data in ("a/b.txt", "a_b.txt")]
+    found = reportfigures.pictures([], Details(tokens=tuple(twice)), {})
+    assert [p.name for p in found] == ["positions-a_b.txt", "positions-a_b.txt-2"]
+
+
+def test_more_variants_than_colours_have_other_marks() -> None:
+    sizes = range(len(figures.COLOURS) + 2)
+    many = [replace(points()[1], variant=f"v{size}", keep_ratio=0.8) for size in sizes]
+    (front,) = fronts([points()[0], *many])
+    shapes = re.findall(r'<path id="(m\w+)"', next(iter(sweepfigures.pictures([front]))).svg)
+    assert len(set(shapes)) >= len(figures.COLOURS) + 2
+
+
 def test_a_single_point_has_no_front_to_draw() -> None:
     assert not list(sweepfigures.pictures(fronts(points()[:1])))
 

@@ -339,6 +339,8 @@ def test_what_is_wrong_is_named(source: Path, tmp_path: Path) -> None:
             recipe(source, variants={name: {"method": "svd"}})
     with pytest.raises(InputError, match="unknown, choose from svd"):
         recipe(source, methods=["none"])
+    with pytest.raises(InputError, match="is there twice"):
+        recipe(source, keep_ratios=[0.3333333, 0.3333334])
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is no sweep"):
         sweep(recipe(source), tmp_path)

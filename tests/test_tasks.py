@@ -378,7 +378,7 @@ def test_run_keeps_logs_of_what_it_measured(dense: Path, text: Path, tmp_path: P
 
 
 def test_models_and_tasks_of_like_names_get_files_of_their_own() -> None:
-    from lrcompress.task_logs import places
+    from lrcompress.files import places
 
     found = places(["dense a/b", "dense a_b", "../x", "é:1", ""])
     assert list(found.values()) == ["dense_a_b", "dense_a_b-2", "_x", "é_1", "_"]
