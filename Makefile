@@ -8,7 +8,7 @@ DEMO := runs/quickstart
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test test-real results schemas clean
+.PHONY: setup demo test test-real torture results schemas clean
 
 setup: $(READY)
 
@@ -29,6 +29,10 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pytest
+
+# at most half an hour: every way to break it that tests/torture knows, as often as it should be tried
+torture: setup
+	$(BIN)/pytest tests/torture --full
 
 # minutes: the real model
 test-real: setup

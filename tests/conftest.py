@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lrcompress-tests-")  # not the user's own
@@ -22,6 +23,19 @@ from click.testing import CliRunner, Result
 from tests.tiny import saved_model
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="tests/torture: all tries, no sample")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests/torture counted, summed over tests of the same count."""
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        counts.update(dict[str, int](getattr(report, "user_properties", ())))
+    for what, count in sorted(counts.items()):
+        terminalreporter.write_line(f"{what}: {count}")
 
 
 def pytest_unconfigure() -> None:
