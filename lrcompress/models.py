@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from lrcompress.lowrank import rebuild
 from lrcompress.protocols import InputError
-from lrcompress.quantizer import QUANT_METHOD, LowRankConfig
+from lrcompress.quantizer import LOW_RANK, LowRankConfig
 
 PACKAGE = "package:"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -224,6 +224,6 @@ def skeleton(source: str, gguf_file: str | None = None, trust_remote_code: bool 
     record = getattr(config, "quantization_config", None)
     with torch.device("meta"), _explained(source):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        if isinstance(record, dict) and record.get("quant_method") == QUANT_METHOD:
-            rebuild(model, LowRankConfig.from_dict(record).modules)
+        if isinstance(record, dict) and record.get("quant_method") in LOW_RANK:
+            rebuild(model, LowRankConfig(record.get("modules")).modules)
     return model

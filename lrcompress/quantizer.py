@@ -1,9 +1,10 @@
 """Teaches `from_pretrained` to rebuild low-rank layers.
 
 transformers calls a registered quantizer between building a model's skeleton and reading its
-weights, which is the moment at which the dense layers have to give way. Nothing is quantized:
-once the weights are in, the quantizer detaches itself, and what is left is an ordinary model
-that can be cast, trained and saved.
+weights, which is the moment at which the dense layers have to give way. Of a checkpoint as
+`factorize` writes it nothing is quantized: once the weights are in, the quantizer detaches itself,
+and what is left is an ordinary model that can be cast, trained and saved. The weights of low-rank
+layers can be quantized as well, by torchao; then transformers' own quantizer for it stays.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from typing import Any
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin, TorchAoConfig
 
 from lrcompress.lowrank import layout, rebuild
 from lrcompress.protocols import InputError
+from lrcompress.quantized import is_quantized, require_torchao
 
 QUANT_METHOD = "lowrank"
+QUANTIZED_METHOD = "lowrank_torchao"
+LOW_RANK = (QUANT_METHOD, QUANTIZED_METHOD)
 FORMAT_VERSION = 1
 
 
@@ -83,8 +88,45 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
+@register_quantization_config(QUANTIZED_METHOD)
+class QuantizedLowRankConfig(TorchAoConfig):  # type: ignore[misc]
+    """`quantization_config` of a checkpoint with low-rank layers and quantized weights: what
+    torchao's has, and what `LowRankConfig` has."""
+
+    def __init__(
+        self,
+        quant_type: Any,
+        modules: Mapping[str, Mapping[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        modules_to_not_convert: list[str] | None = None,
+        **defaults: object,
+    ) -> None:
+        super().__init__(quant_type, modules_to_not_convert)
+        self.__dict__ |= vars(LowRankConfig(modules, format_version)) | {
+            "quant_method": QUANTIZED_METHOD
+        }
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> QuantizedLowRankConfig:
+        require_torchao()
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[no-any-return]
+
+
+@register_quantizer(QUANTIZED_METHOD)
+class QuantizedLowRankQuantizer(TorchAoHfQuantizer):  # type: ignore[misc]
+    """Swaps low-rank layers into the skeleton, and lets torchao's loader fill them."""
+
+    quantization_config: QuantizedLowRankConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        rebuild(model, self.quantization_config.modules)
+        super()._process_model_before_weight_loading(model, **kwargs)
+
+
 def record_layout(model: Any) -> None:
     """Writes the low-rank layers of `model` into its config, so that saving keeps them."""
+    if is_quantized(model):
+        return  # whoever quantized it has recorded both
     modules = layout(model)
     if modules:
         model.config.quantization_config = LowRankConfig(modules)

@@ -19,6 +19,7 @@ from lrcompress.settings import (
     ModelBenchSettings,
     ModelSettings,
     PretrainSettings,
+    QuantizeSettings,
     RefineSettings,
     ScalingSettings,
     Section,
@@ -54,6 +55,7 @@ class ScalingRecipe(Section):
 BESIDE: dict[str, type[Section]] = {
     "ffn_bench": FFNBenchSettings,
     "model_bench": ModelBenchSettings,
+    "quantize": QuantizeSettings,
 }
 
 

@@ -82,5 +82,5 @@ def _quiet_libraries() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     logging.captureWarnings(True)
-    for name in ("py.warnings", "accelerate"):
+    for name in ("py.warnings", "accelerate", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
