@@ -28,8 +28,7 @@ class Group(click.Group):
         try:
             return super().invoke(context)
         except processes.SaidElsewhereError as error:
-            processes.wait_for_main()
-            raise SystemExit(error.code) from None
+            processes.end_after_main(error.code)
         except InputError as error:
             _fail(str(error), 2)
         except (MachineError, OSError, MemoryError) as error:
