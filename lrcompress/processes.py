@@ -204,16 +204,21 @@ def _raise_first(faults: list[Exception | None]) -> None:
 
 
 def end_after_main(code: int) -> NoReturn:
-    """Ends this process when the main one has ended, so that torchrun does not end it too early.
-
-    At once: while Python takes itself down, gloo may abort the process for its lost connection.
-    """
+    """Ends this process when the main one has ended, so that torchrun does not end it too early."""
     import torch
     import torch.distributed as dist
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which has seen the same end
     with suppress(RuntimeError, ValueError):
         dist.recv(torch.zeros(1), src=0)  # it sends nothing: its end is what is waited for
+    end(code)
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process: at once where it is one of several, because gloo may abort it for a lost
+    connection while Python takes itself down."""
+    if count() == 1:
+        raise SystemExit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -63,7 +63,7 @@ def _goes_on(context: click.Context) -> str:
 
 def _fail(message: str, code: int) -> None:
     click.echo(f"Error: {message}", err=True)
-    raise SystemExit(code)
+    processes.end(code)
 
 
 def _machine_fault(error: BaseException) -> str:
