@@ -201,14 +201,18 @@ class Pivoted:
     order: Tensor
 
 
-def pivot(A: Tensor, B: Tensor) -> Pivoted:
+def pivot(A: Tensor, B: Tensor, scale: Tensor | None = None) -> Pivoted:
     """Factors (A (r, in), B (out, r)) -> the same product with r(out + in - r) numbers.
 
     The pivots come from a rank-revealing QR with column pivoting of A, which keeps the
-    coefficients small (PIFA, arXiv 2505.02443, stores rows in the same way).
+    coefficients small (PIFA, arXiv 2505.02443, stores rows in the same way). `scale` (in,) are
+    sizes of the inputs, positive: then it is what the coefficients make of inputs of such sizes,
+    over the pivots' own, that is kept small. So rounding does little, and large inputs are pivots.
     """
     rank = A.shape[0]
-    factor = to_float64(A).cpu().numpy()
+    sizes = torch.ones(A.shape[1]) if scale is None else scale
+    sizes = to_float64(sizes).cpu()
+    factor = (to_float64(A).cpu() * sizes).numpy()
     R, order = scipy.linalg.qr(factor, mode="r", pivoting=True)
     diagonal = abs(R.diagonal())
     full = int((diagonal > RANK_TOLERANCE * diagonal[0]).sum())  # of a weight of lower rank
@@ -216,7 +220,8 @@ def pivot(A: Tensor, B: Tensor) -> Pivoted:
     coefficients[:full] = scipy.linalg.solve_triangular(R[:full, :full], R[:full, rank:])
     chosen = torch.from_numpy(order.astype("int64"))
     product = to_float64(B).cpu() @ to_float64(A).cpu()[:, chosen[:rank]]
-    return Pivoted(product, torch.from_numpy(coefficients), chosen)
+    unscaled = torch.from_numpy(coefficients) * sizes[chosen[:rank], None] / sizes[chosen[rank:]]
+    return Pivoted(product, unscaled, chosen)
 
 
 def is_randomized(size: int, rank: int) -> bool:

@@ -6,16 +6,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrcompress.linalg import decompose
 from lrcompress.lowrank import (
     FactoredLinear,
     LowRankLinear,
+    PivotedLinear,
     compressed_layers,
     install,
 )
 from lrcompress.shrink import fill
+
+PREFERRED = 4.0
 
 
 @torch.no_grad()
@@ -34,10 +37,20 @@ def pack(model: nn.Module, stored: Mapping[str, LowRankLinear]) -> None:
     for name, layer in stored.items():
         factors = model.get_submodule(name)
         assert isinstance(factors, FactoredLinear)
-        fill(layer, factors.A.weight, factors.B.weight)
+        fill(layer, factors.A.weight, factors.B.weight, _preference(layer))
         if layer.bias is not None and factors.bias is not None:
             layer.bias.copy_(factors.bias)
         install(model, name, layer)
+
+
+def _preference(layer: LowRankLinear) -> Tensor | None:
+    """Sizes of the inputs (in,) by which a pivoted layer tends to keep the pivots that it has: they
+    were chosen for the inputs, which are not measured here."""
+    if not isinstance(layer, PivotedLinear):
+        return None
+    sizes = torch.ones(layer.in_features)
+    sizes[layer.order[: layer.rank].long().cpu()] = PREFERRED
+    return sizes
 
 
 def _balanced(layer: LowRankLinear) -> FactoredLinear:

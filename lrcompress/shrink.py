@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lrcompress import processes
 from lrcompress.decompositions import Decompositions
-from lrcompress.linalg import pivot
+from lrcompress.linalg import pivot, to_float64
 from lrcompress.lowrank import (
     NARROWED,
     FactoredLinear,
@@ -24,7 +24,7 @@ from lrcompress.lowrank import (
 )
 from lrcompress.prepare import Prepared, by_ffn
 from lrcompress.processes import divided
-from lrcompress.protocols import FFN, Form, LinearSpec, Plan, Progress
+from lrcompress.protocols import FFN, Form, LinearSpec, Plan, Progress, Statistics
 from lrcompress.sizes import parameter_count
 
 # singular values of a linear that are kept for its picture
@@ -151,13 +151,23 @@ def shrunk_linear(
     else:
         assert rank is not None
         factors = decompositions.factors(left, spec, rank)
-        largest = fill(layer, factors.A, factors.B)
+        largest = fill(layer, factors.A, factors.B, _input_sizes(left.statistics[spec.name]))
         error = factors.error / factors.energy if factors.energy > 0 else 0.0
         spectrum = _sampled(factors.spectrum)
     finished = _finished(layer, dense, left.biases[spec.name])
     kind = NARROWED if rank is None else form
     kept = parameter_count(layer)
     return ShrunkLinear(spec, kind, shape, rank, kept, error, largest, spectrum), finished
+
+
+def _input_sizes(statistics: Statistics) -> Tensor | None:
+    """Root mean squares of the inputs (in,), where they were measured; those below the median count
+    as the median, since other text may make them larger."""
+    if statistics.second_moment is None:
+        return None
+    sizes = to_float64(statistics.second_moment).diagonal().sqrt()
+    median = sizes.median()
+    return sizes.clamp_min(median) if median > 0 else None
 
 
 def _sampled(energies: Tensor) -> tuple[tuple[int, float], ...]:
@@ -173,14 +183,17 @@ def _fill_narrowed(layer: NarrowedLinear, weight: Tensor) -> None:
 
 
 @torch.no_grad()
-def fill(layer: LowRankLinear, A: Tensor, B: Tensor) -> float | None:
-    """Writes W = B A into a low-rank layer; returns the largest pivot coefficient."""
+def fill(layer: LowRankLinear, A: Tensor, B: Tensor, sizes: Tensor | None = None) -> float | None:
+    """Writes W = B A into a low-rank layer; returns the largest pivot coefficient.
+
+    `sizes` (in,) of its inputs make the pivoted form bear rounding better.
+    """
     if isinstance(layer, FactoredLinear):
         layer.A.weight.copy_(A)
         layer.B.weight.copy_(B)
         return None
     assert isinstance(layer, PivotedLinear)
-    pivoted = pivot(A, B)
+    pivoted = pivot(A, B, sizes)
     layer.C.weight.copy_(pivoted.columns)
     layer.Z.weight.copy_(pivoted.coefficients)
     layer.order.copy_(pivoted.order)
