@@ -10,7 +10,15 @@ from typing import Any, Self
 
 import torch
 
-from lrcompress import bench_report, checkpoint, compare, report, sweepreport, task_logs
+from lrcompress import (
+    bench_report,
+    checkpoint,
+    compare,
+    locks,
+    report,
+    sweepreport,
+    task_logs,
+)
 from lrcompress.bench_report import Bench
 from lrcompress.contamination import refuse_recorded
 from lrcompress.ffn_benchmark import bench_ffn, device_of
@@ -40,11 +48,14 @@ def evaluate_to(
     Raises InputError where a model was made from a text that it would be measured on, and with
     `card` where it is no checkpoint of lrcompress.
     """
+    with locks.beside(out):
+        if card:
+            _check_card(recipe.model.source)
+        return _evaluated(recipe, out, progress, card)
+
+
+def _evaluated(recipe: Recipe, out: Path | None, progress: Progress, card: bool) -> Report:
     settings = recipe.evaluate
-    if out is not None:
-        check_free(out)
-    if card:
-        _check_card(recipe.model.source)
     tasks = compare.resolve_tasks(settings)
     others = [other_source(recipe.model, name) for name in settings.baseline]
     found = [_Column.load(source) for source in (*others, recipe.model)]
@@ -136,13 +147,15 @@ class _Column:
 
 def export_to(settings: ModelSettings, out: Path, standalone: bool) -> None:
     """Writes a compressed model as stock layers, or with the code that loads it."""
-    check_free(out)
-    record = record_of(settings) or {}
-    model, tokenizer = load_settings(settings)
-    if not any(compressed_layers(model)):
-        raise InputError(f"{settings.source!r} has no low-rank layers: there is nothing to export")
-    write = checkpoint.export_standalone if standalone else checkpoint.export_dense
-    write(model, tokenizer, out, record)
+    with locks.beside(out):
+        record = record_of(settings) or {}
+        model, tokenizer = load_settings(settings)
+        if not any(compressed_layers(model)):
+            raise InputError(
+                f"{settings.source!r} has no low-rank layers: there is nothing to export"
+            )
+        write = checkpoint.export_standalone if standalone else checkpoint.export_dense
+        write(model, tokenizer, out, record)
 
 
 def bench_ffn_to(

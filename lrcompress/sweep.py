@@ -14,7 +14,7 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from lrcompress import compare, stages
+from lrcompress import compare, locks, stages
 from lrcompress.calibration import Calibration
 from lrcompress.compress import Compression
 from lrcompress.contamination import reads_text, refuse_planned
@@ -54,6 +54,11 @@ class Sweep:
         self.variants = list(variants(recipe))
 
     def all(self) -> SweepReport:
+        self.folder.refuse_other()
+        with locks.inside(self.folder.out):
+            return self._all()
+
+    def _all(self) -> SweepReport:
         self.folder.claim()
         for spec in self.recipe.evaluate.perplexity:
             read_corpus(spec, "test")
