@@ -29,7 +29,7 @@ from lrcompress.tables import table, training
 RECORD, CARD = "lrcompress.json", "README.md"
 # parts that only a low-rank layer has
 OWN = (".A.weight", ".Z.weight")
-STANDALONE_MODULE = "modeling_lowrank"
+STANDALONE, STANDALONE_MODULE = "low_rank_modules", "modeling_lowrank"
 
 
 def save(
@@ -218,7 +218,7 @@ def export_standalone(model: Any, tokenizer: Any, out: Path, record: Mapping[str
         (folder / f"{STANDALONE_MODULE}.py").write_text(_standalone_source(model), "utf-8")
         config = json.loads((folder / "config.json").read_text("utf-8"))
         config.pop("quantization_config", None)
-        config |= {"low_rank_modules": modules, "auto_map": _auto_map(model)}
+        config |= {STANDALONE: modules, "auto_map": _auto_map(model)}
         config["architectures"] = [f"LowRank{type(model).__name__}"]
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         write_record(folder, dict(record) | {"export": "standalone"} | _saved(folder))
