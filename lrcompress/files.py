@@ -182,14 +182,15 @@ def _write_failure(error: Exception) -> str | None:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Writes `file` in one rename."""
+    """Writes `file` in one rename. Raises MachineError where it cannot be written."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         partial.write_text(text, "utf-8")
         partial.replace(file)
-    except BaseException:
+    except OSError as error:
+        raise MachineError(f"could not write {str(file)!r}: {_write_failure(error)}") from error
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
 # of the texts that stand for numbers which JSON lacks

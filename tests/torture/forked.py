@@ -168,7 +168,7 @@ def _watch(moment: Moment) -> list[str]:
 
 def _changes(event: str, found: tuple[Any, ...], folder: str) -> bool:
     if event == "open":
-        return bool(found[2] & OPENS_TO_WRITE) and str(found[0]).startswith(folder)
+        return bool((found[2] or 0) & OPENS_TO_WRITE) and str(found[0]).startswith(folder)
     if event not in CHANGES:
         return False
     inside = str(found[0]).startswith(folder)

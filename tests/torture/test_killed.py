@@ -200,7 +200,7 @@ class _Kept:
     """One case: its command, what was there before it, and what it gives undisturbed."""
 
     def __init__(self, place: Place, case: Case) -> None:
-        self.place, self.command = place, case.command(place)
+        self.place = place
         case.before(place)
         self.older = place.work.with_name("older")
         shutil.copytree(place.work, self.older)  # with times: a run looks at them
@@ -221,7 +221,8 @@ class _Kept:
         refused. Whether the whole of a command that writes a new folder is there."""
         right = {*self.models.values(), *self.old.values()}
         for folder in _models(self.place.work):
-            hidden = any(part.startswith(".") for part in folder.parts)
+            parts = folder.relative_to(self.place.work).parts
+            hidden = any(part.startswith(".") for part in parts)
             with _told(str(folder)):
                 if hidden:
                     assert _weights(folder) in {None, *right}
@@ -247,14 +248,7 @@ class _Kept:
 def _models(folder: Path) -> list[Path]:
     """Folders with weights or a config, but those that a training goes on from."""
     found = {p.parent for name in ("config.json", "*.safetensors") for p in folder.rglob(name)}
-    kept = ("checkpoint-", ".out.refine", ".out.streaming", ".model.refine")
-    own = (p for p in found if not any(part.startswith(kept) for part in p.parts))
-    return sorted(path for path in own if not _is_discarded(path))
-
-
-def _is_discarded(path: Path) -> bool:
-    """Whether it is inside of what was kept of a training, and is being removed."""
-    return path.parent.name.endswith(".partial") or path.parent.parent.name.endswith(".partial")
+    return sorted(path for path in found if not path.name.startswith("checkpoint-"))
 
 
 def _weights(folder: Path) -> str | None:
