@@ -33,11 +33,10 @@ def factorize_to(
     """
     if not processes.is_main():
         progress, say = silent, unsaid
-    with processes.group(recipe.model.device):
-        with locks.beside(out, replace):
-            if recipe.factorize.streaming:
-                return _streamed(recipe, out, progress, replace, say)
-            return _in_memory(recipe, out, progress, replace)
+    with processes.group(recipe.model.device), locks.beside(out, replace):
+        if recipe.factorize.streaming:
+            return _streamed(recipe, out, progress, replace, say)
+        return _in_memory(recipe, out, progress, replace)
 
 
 def _in_memory(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> dict[str, Any]:

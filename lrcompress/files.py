@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,7 @@ def parents(path: Path) -> Iterator[None]:
         yield
     except BaseException:
         for folder in created:
-            if folder.is_dir() and not any(folder.iterdir()):
+            with suppress(OSError):  # not empty
                 folder.rmdir()
         raise
 

@@ -13,8 +13,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from lrcompress.lowrank import rebuild
 from lrcompress import faults
+from lrcompress.lowrank import rebuild
 from lrcompress.protocols import InputError, MachineError
 from lrcompress.quantizer import QUANT_METHOD, LowRankConfig
 

@@ -1,4 +1,4 @@
-"""`lrcompress verify`: damage is found, in whichever file and by whichever command it was written."""
+"""`lrcompress verify`: damage is found, in whichever file it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of the machine: one clear sentence, an exit code, an untouched input, nothing half-written."""
+"""Faults of the machine: one clear sentence, an untouched input, nothing half-written."""
 
 from __future__ import annotations
 
@@ -142,7 +142,9 @@ def test_two_processes_on_one_output(place: Place, name: str, lock: str, tally: 
     second = forked.run(_command(place, name))
     os.kill(pid, signal.SIGCONT)
     assert second.code == 2, second.said
-    expected = f"Error: another process is writing {str(place.out)!r}: wait for it, or choose another"
+    expected = (
+        f"Error: another process is writing {str(place.out)!r}: wait for it, or choose another"
+    )
     assert second.said == f"{expected} folder\n"
     assert first.wait().code == 0
     assert not (place.work / lock).exists()
