@@ -148,8 +148,10 @@ def _address_space() -> int:
 
 
 def _open_files() -> int:
-    """The limit under which no more could be opened than is open."""
-    return max(int(name) for name in os.listdir("/proc/self/fd")) + 1  # noqa: PTH208
+    """The limit under which no more can be opened than is open: the lowest number that is free."""
+    free = os.dup(0)
+    os.close(free)
+    return free
 
 
 def _watch(moment: Moment) -> list[str]:

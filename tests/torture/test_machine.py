@@ -83,9 +83,10 @@ def test_a_folder_that_is_read_only(place: Place, disk: Path, tally: Tally) -> N
 @pytest.mark.parametrize("name", ["factorize", "finetune", "sweep"])
 def test_files_that_may_not_grow(place: Place, name: str, times: Times, tally: Tally) -> None:
     """As on a full disk, where none can be mounted: writes fail at one size after another."""
+    command = _command(place, name)
     source, faults = _bytes(place.inputs), 0
     for size in (2, 600, 9_000, 50_000)[: times(4, 1)]:
-        done = forked.run(_command(place, name), limits={"FSIZE": size})
+        done = forked.run(command, limits={"FSIZE": size})
         faults += _refused(done, place, "ulimit -f")
         _clear(place)
     assert faults
@@ -95,9 +96,10 @@ def test_files_that_may_not_grow(place: Place, name: str, times: Times, tally: T
 
 @pytest.mark.parametrize("name", ["factorize", "finetune"])
 def test_too_many_open_files(place: Place, name: str, times: Times, tally: Tally) -> None:
+    command = _command(place, name)
     source, faults = _bytes(place.inputs), 0
     for more in (0, 1, 2, 3, 4, 6)[: times(6, 2)]:
-        done = forked.run(_command(place, name), limits={"NOFILE": more})
+        done = forked.run(command, limits={"NOFILE": more})
         faults += _refused(done, place, "too many files are open")
         _clear(place)
     assert faults
@@ -109,9 +111,10 @@ def test_too_many_open_files(place: Place, name: str, times: Times, tally: Tally
 def test_out_of_memory(place: Place, name: str, times: Times, tally: Tally) -> None:
     """With a little more address space than the imports took. Libraries in C++ and Rust may end the
     process themselves: that is as a kill, and leaves no output."""
+    command = _command(place, name)
     source, faults, ended = _bytes(place.inputs), 0, 0
     for megabytes in (32, 8, 64, 16, 128, 1)[: times(6, 2)]:
-        done = forked.run(_command(place, name), limits={"AS": megabytes << 20})
+        done = forked.run(command, limits={"AS": megabytes << 20})
         if done.code in (-signal.SIGABRT, -signal.SIGSEGV):
             ended += 1
             assert not place.out.exists()
@@ -122,6 +125,11 @@ def test_out_of_memory(place: Place, name: str, times: Times, tally: Tally) -> N
     assert _bytes(place.inputs) == source
     tally("machine faults told in one sentence", faults)
     tally("processes that a library ended for want of memory", ended)
+
+
+def _holds_a_lock(pid: int) -> bool:
+    lines = Path("/proc/locks").read_text().splitlines()
+    return any("FLOCK" in line and str(pid) in line.split() for line in lines)
 
 
 def _clear(place: Place) -> None:
@@ -135,10 +143,11 @@ def test_two_processes_on_one_output(place: Place, name: str, lock: str, tally: 
     pid = first.process.pid
     assert pid is not None
     started = time.monotonic()
-    while not (place.work / lock).exists():
+    while not _holds_a_lock(pid):
         assert time.monotonic() < started + PATIENCE
         time.sleep(forked.POLL)
     os.kill(pid, signal.SIGSTOP)  # so that the second one comes in its midst
+    assert (place.work / lock).exists()
     second = forked.run(_command(place, name))
     os.kill(pid, signal.SIGCONT)
     assert second.code == 2, second.said
