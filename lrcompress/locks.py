@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -48,7 +48,8 @@ def _held(file: Path, out: Path) -> Iterator[None]:
             yield
         finally:
             if lock.is_locked:
-                file.unlink(missing_ok=True)  # before the release: nobody else's yet
+                with suppress(OSError):  # before the release: nobody else's yet
+                    file.unlink()
                 lock.release()
 
 

@@ -7,6 +7,7 @@ bytes of the files that it writes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks and /proc
 SEED = 8
 # bytes at which a file is torn: from the first one to the size of the tiny model's weights
 TEAR = (1, 100_000)
+GOLDEN = (5**0.5 - 1) / 2
 # what two equal runs differ in, in JSON
 OTHERWISE = {"seconds", "tokens_per_second", "memory", "inputs"}
 TRAIN = (
@@ -151,44 +153,47 @@ CASES = {
 def test_killed_at_any_moment(place: Place, name: str, times: Times, tally: Tally) -> None:
     case = CASES[name]
     kept = _Kept(place, case)
-    source, count, hits, whole = _bytes(place.inputs), times(case.kills, case.sample), 0, 0
-    goes_on = False
-    for number, moment in enumerate(_moments(name, kept.undisturbed, count, str(place.work)), 1):
-        with _told(f"{name}, kill {number} of seed {SEED}: {moment}"):
+    source, wanted, goes_on = _bytes(place.inputs), times(case.kills, case.sample), False
+    moments, hits, missed, whole = _moments(name, kept.undisturbed, str(place.work)), 0, 0, 0
+    while hits < wanted:
+        moment = next(moments)
+        with _told(f"{name}, after {hits} kills of seed {SEED}: {moment}"):
             if not goes_on:
                 kept.begin()
             killed = forked.run(kept.command, moment)
-            hits += killed.was_killed
             assert killed.was_killed or killed.code == 0, killed.said
+            hits, missed = hits + killed.was_killed, missed + (not killed.was_killed)
+            assert missed <= wanted + 2, "moments are not within the time of the command"
             finished = kept.check_what_is_there()
-            whole += finished
+            whole += finished and killed.was_killed
             # every third one is killed once more while it goes on
-            goes_on = number % 3 == 2 and number < count and not finished
+            goes_on = killed.was_killed and hits % 3 == 2 and hits < wanted and not finished
             if not goes_on:
                 kept.check_the_same_command_again(finished)
     assert _bytes(place.inputs) == source
-    assert hits
-    tally("kills tried", count)
-    tally("kills that hit a running process", hits)
+    tally("kills that hit a running process, and were survived", hits)
     tally("kills that left a whole output", whole)
-    tally("kills survived", count)
+    tally("moments at which the process had ended", missed)
 
 
-def _moments(name: str, done: Done, count: int, folder: str) -> Iterator[Moment]:
-    """One half by time, a quarter before a change of a file, a quarter inside of a file."""
+def _moments(name: str, done: Done, folder: str) -> Iterator[Moment]:
+    """One half by time, a quarter before a change of a file, a quarter inside of a file.
+
+    Shares of the whole follow the golden ratio: any number of them is evenly spread.
+    """
     draw = random.Random(f"{SEED} {name}")
-    shift = draw.random()
-    for number in range(count):
-        share = (number / count + shift) % 1  # even over the whole, from a random start
+    start = draw.random()
+    for number in itertools.count():
+        share = (start + number * GOLDEN) % 1
         operation = 1 + int(share * done.operations)
         torn = round(math.exp(draw.uniform(*map(math.log, TEAR))))
-        kinds = (
+        moment = (
             Moment(seconds=share * done.seconds),
             Moment(operation=operation),
-            Moment(seconds=draw.random() * done.seconds),
+            Moment(seconds=share * done.seconds),
             Moment(operation=operation, torn=torn),
-        )
-        yield replace(kinds[number % len(kinds)], folder=folder)
+        )[number % 4]
+        yield replace(moment, folder=folder)
 
 
 @contextmanager
