@@ -8,7 +8,7 @@ DEMO := runs/quickstart
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test test-real torture results schemas clean
+.PHONY: setup demo test test-real torture coverage results schemas clean
 
 setup: $(READY)
 
@@ -33,6 +33,10 @@ test: setup
 # at most half an hour: every way to break it that tests/torture knows, as often as it should be tried
 torture: setup
 	$(BIN)/pytest tests/torture --full
+
+# lines and branches that the tests run, those of the processes that they start included
+coverage: setup
+	$(BIN)/pytest --cov --cov-report=term
 
 # minutes: the real model
 test-real: setup

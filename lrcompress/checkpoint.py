@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import math
@@ -25,11 +26,11 @@ from lrcompress.significance import Comparison
 from lrcompress.stock import to_stock
 from lrcompress.tables import table, training
 
-RECORD = "lrcompress.json"
+RECORD, CARD = "lrcompress.json", "README.md"
 # parts that only a low-rank layer has
 OWN = (".A.weight", ".Z.weight")
 QDATA = "._weight_qdata"
-STANDALONE_MODULE = "modeling_lowrank"
+STANDALONE, STANDALONE_MODULE = "low_rank_modules", "modeling_lowrank"
 
 
 def save(
@@ -53,9 +54,30 @@ def save(
         _write_weights(model, tokenizer, folder, state)
         if shards:
             _join(folder, shards)
-        complete = dict(record) | {"versions": versions(), "saved": saved_tensors(folder)}
+        complete = dict(record) | _saved(folder)
         write_record(folder, complete)
     return complete
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    return {
+        "versions": versions(),
+        "saved": saved_tensors(folder),
+        "files": checksums(folder),
+    }
+
+
+def checksums(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file by its path in `folder`, but of hidden ones, the record, and
+    the card, which is the reader's to edit."""
+    found = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder)
+        if str(name) not in (RECORD, CARD) and not name.parts[0].startswith("."):
+            with file.open("rb") as content:
+                mark = hashlib.file_digest(content, "sha256").hexdigest()
+            found[name.as_posix()] = {"bytes": file.stat().st_size, "sha256": mark}
+    return found
 
 
 def _write_weights(
@@ -150,7 +172,7 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """
     card = _card(folder, record)
     replace_text(folder / RECORD, json_text(record))
-    replace_text(folder / "README.md", card)
+    replace_text(folder / CARD, card)
 
 
 def _card(folder: Path, record: Mapping[str, Any]) -> str:
@@ -208,15 +230,10 @@ def export_standalone(model: Any, tokenizer: Any, out: Path, record: Mapping[str
         (folder / f"{STANDALONE_MODULE}.py").write_text(_standalone_source(model), "utf-8")
         config = json.loads((folder / "config.json").read_text("utf-8"))
         config.pop("quantization_config", None)
-        config |= {"low_rank_modules": modules, "auto_map": _auto_map(model)}
+        config |= {STANDALONE: modules, "auto_map": _auto_map(model)}
         config["architectures"] = [f"LowRank{type(model).__name__}"]
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        complete = dict(record) | {
-            "export": "standalone",
-            "versions": versions(),
-            "saved": saved_tensors(folder),
-        }
-        write_record(folder, complete)
+        write_record(folder, dict(record) | {"export": "standalone"} | _saved(folder))
 
 
 def _auto_map(model: Any) -> dict[str, str]:

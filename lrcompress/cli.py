@@ -10,7 +10,7 @@ import click
 
 from lrcompress import __version__, processes
 from lrcompress.bench_cli import bench
-from lrcompress.convert_cli import export_command, quantize_command
+from lrcompress.checkpoint_cli import export_command, quantize_command, verify_command
 from lrcompress.options import (
     FOLDERS,
     JSON,
@@ -40,7 +40,10 @@ def main() -> None:
     """Low-rank compression of the feed-forward layers of causal language models."""
 
 
-for command in (bench, export_command, pretrain_command, quantize_command, scaling_command):
+COMMANDS = (
+    bench, export_command, pretrain_command, quantize_command, scaling_command, verify_command,
+)  # fmt: skip
+for command in COMMANDS:
     main.add_command(command)
 
 FACTORIZE = ("factorize", "calibration", "refine", "model")

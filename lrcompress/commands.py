@@ -11,7 +11,15 @@ from typing import Any, Self
 
 import torch
 
-from lrcompress import bench_report, checkpoint, compare, report, sweepreport, task_logs
+from lrcompress import (
+    bench_report,
+    checkpoint,
+    compare,
+    locks,
+    report,
+    sweepreport,
+    task_logs,
+)
 from lrcompress.bench_report import Bench
 from lrcompress.contamination import refuse_recorded
 from lrcompress.ffn_benchmark import bench_ffn, device_of
@@ -49,11 +57,14 @@ def evaluate_to(
     Raises InputError where a model was made from a text that it would be measured on, and with
     `card` where it is no checkpoint of lrcompress.
     """
+    with locks.beside(out):
+        if card:
+            _check_card(recipe.model.source)
+        return _evaluated(recipe, out, progress, card)
+
+
+def _evaluated(recipe: Recipe, out: Path | None, progress: Progress, card: bool) -> Report:
     settings = recipe.evaluate
-    if out is not None:
-        check_free(out)
-    if card:
-        _check_card(recipe.model.source)
     tasks = compare.resolve_tasks(settings)
     others = [other_source(recipe.model, name) for name in settings.baseline]
     found = [_Column.load(source) for source in (*others, recipe.model)]
@@ -145,34 +156,36 @@ class _Column:
 
 def export_to(settings: ModelSettings, out: Path, standalone: bool) -> None:
     """Writes a compressed model as stock layers, or with the code that loads it."""
-    check_free(out)
-    record = record_of(settings) or {}
-    model, tokenizer = load_settings(settings)
-    refuse_quantized(model, "export it before it is quantized")
-    if not any(compressed_layers(model)):
-        raise InputError(f"{settings.source!r} has no low-rank layers: there is nothing to export")
-    write = checkpoint.export_standalone if standalone else checkpoint.export_dense
-    write(model, tokenizer, out, record)
+    with locks.beside(out):
+        record = record_of(settings) or {}
+        model, tokenizer = load_settings(settings)
+        refuse_quantized(model, "export it before it is quantized")
+        if not any(compressed_layers(model)):
+            raise InputError(
+                f"{settings.source!r} has no low-rank layers: there is nothing to export"
+            )
+        write = checkpoint.export_standalone if standalone else checkpoint.export_dense
+        write(model, tokenizer, out, record)
 
 
 def quantize_to(source: ModelSettings, settings: QuantizeSettings, out: Path) -> dict[str, Any]:
     """Writes the model with quantized weights; returns what lrcompress.json of `out` holds."""
-    check_free(out)
-    record = record_of(source) or {"source": source.source}
-    record.pop("metrics", None)  # they are of the model before
-    record.pop("comparisons", None)
-    model, tokenizer = load_settings(source)
-    before = weight_bytes(model)
-    names = quantize(model, settings.weights)
-    record["quantized"] = {
-        "from": source.source,
-        "weights": settings.weights,
-        "linears": len(names),
-        "bytes_before": before,
-        "bytes": weight_bytes(model),
-        "torchao": version("torchao"),
-    }
-    return checkpoint.save(model, tokenizer, out, record)
+    with locks.beside(out):
+        record = record_of(source) or {"source": source.source}
+        record.pop("metrics", None)  # they are of the model before
+        record.pop("comparisons", None)
+        model, tokenizer = load_settings(source)
+        before = weight_bytes(model)
+        names = quantize(model, settings.weights)
+        record["quantized"] = {
+            "from": source.source,
+            "weights": settings.weights,
+            "linears": len(names),
+            "bytes_before": before,
+            "bytes": weight_bytes(model),
+            "torchao": version("torchao"),
+        }
+        return checkpoint.save(model, tokenizer, out, record)
 
 
 def bench_ffn_to(

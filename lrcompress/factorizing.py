@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from lrcompress import checkpoint, processes, stages
+from lrcompress import checkpoint, locks, processes, stages
 from lrcompress.compress import apply
 from lrcompress.factorization import Factorization
-from lrcompress.files import check_free
+from lrcompress.files import discard
 from lrcompress.offload import OffloadedModel
 from lrcompress.processes import agreed, from_main
 from lrcompress.protocols import InputError, Progress, Say, silent, unsaid
@@ -34,9 +33,7 @@ def factorize_to(
     """
     if not processes.is_main():
         progress, say = silent, unsaid
-    with processes.group(recipe.model.device):
-        if not replace:
-            agreed(lambda: check_free(out))
+    with processes.group(recipe.model.device), locks.beside(out, replace):
         if recipe.factorize.streaming:
             return _streamed(recipe, out, progress, replace, say)
         return _in_memory(recipe, out, progress, replace)
@@ -49,7 +46,7 @@ def _in_memory(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> 
     parts = (recipe.calibration, recipe.factorize, recipe.refine, progress, work)
     done = agreed(lambda: apply(model, tokenizer, *parts))
     saved = from_main(lambda: checkpoint.save(model, tokenizer, out, _made(recipe, done), replace))
-    from_main(lambda: shutil.rmtree(work, ignore_errors=True))
+    from_main(lambda: discard(work, out))
     return saved
 
 
@@ -71,7 +68,7 @@ def _streamed(
             source.model, source.tokenizer, out, record, replace, source.outside(), run.shards
         )
     )
-    from_main(lambda: shutil.rmtree(work, ignore_errors=True))
+    from_main(lambda: discard(work, out))
     return saved
 
 

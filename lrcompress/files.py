@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import ctypes
 import json
 import math
 import os
@@ -10,16 +10,20 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from lrcompress import faults
 from lrcompress.protocols import InputError, MachineError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# of Linux' renameat2: paths are relative to the working directory; the two change names
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 def check_free(out: Path) -> None:
@@ -40,40 +44,75 @@ def writing(out: Path, replace: bool = False) -> Iterator[Path]:
     """
     if not replace:
         check_free(out)
-    parent = out.absolute().parent
-    created = [p for p in (parent, *parent.parents) if not p.exists()]
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        _clear_abandoned(out)
-        prefix = f".{out.name}.{os.getpid()}."
-        partial = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=parent))
-        try:
-            yield partial
-            partial.chmod(0o755)
-            _take_place(partial, out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except BaseException as error:
-        for folder in created:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-        if _is_write_failure(error):
-            raise _failed(out, error) from error
+        with parents(out):
+            _clear_abandoned(out)
+            partial = _hidden(out)
+            try:
+                yield partial
+                partial.chmod(0o755)
+                _take_place(partial, out, replace)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except Exception as error:
+        if why := _write_failure(error):
+            raise MachineError(
+                f"could not write {str(out)!r}: {why}; nothing was left there"
+            ) from error
         raise
 
 
-def _take_place(partial: Path, out: Path) -> None:
+@contextmanager
+def parents(path: Path) -> Iterator[None]:
+    """Makes the folders that `path` is to be in; an error removes those that were made for it."""
+    above = path.absolute().parents
+    created = [folder for folder in above if not folder.exists()]
+    try:
+        above[0].mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in created:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+        raise
+
+
+def _hidden(out: Path) -> Path:
+    """A new folder beside `out` that `_clear_abandoned` knows."""
+    prefix = f".{out.name}.{os.getpid()}."
+    return Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=out.absolute().parent))
+
+
+def discard(folder: Path, out: Path) -> None:
+    """Removes what was kept of the work on `out`. A kill leaves all of it or, under a name that
+    nobody goes on from, a part."""
+    if folder.is_dir():
+        doomed = _hidden(out)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _take_place(partial: Path, out: Path, replace: bool) -> None:
+    if not replace:
+        check_free(out)  # another process may have been here
     if not out.exists():
         partial.rename(out)
-        return
-    old = partial.with_suffix(".old")
-    out.rename(old)
-    try:
-        partial.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    elif not _exchanged(partial, out):
+        old = partial.with_suffix(".old")
+        out.rename(old)
+        try:
+            partial.rename(out)
+        except OSError:
+            old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether the two folders have changed names, in one step; False where the system cannot."""
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    paths = (AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
+    return exchange is not None and exchange(*paths) == 0
 
 
 def _clear_abandoned(out: Path) -> None:
@@ -106,13 +145,16 @@ def keeping(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:  # libraries have classes of their own for a full disk
-        if not _is_write_failure(error):
-            raise
-        raise MachineError(
-            f"could not keep {what}: {_reason(error)}; {_remedy(error)}, then the same command "
-            "goes on"
-        ) from error
+    except Exception as error:
+        if why := _write_failure(error):
+            raise MachineError(
+                f"could not keep {what}: {why}; {_remedy(why)}, then the same command goes on"
+            ) from error
+        raise
+
+
+def _remedy(why: str) -> str:
+    return "free some space" if "full" in why else "mend that"
 
 
 def replace_tensors(
@@ -130,37 +172,25 @@ def replace_tensors(
         partial.unlink(missing_ok=True)
 
 
-def _is_write_failure(error: BaseException) -> bool:
-    return isinstance(error, OSError) or any(
-        words in str(error) for words in ("No space left", "I/O error")
-    )
-
-
-def _failed(out: Path, error: BaseException) -> MachineError:
-    return MachineError(f"could not write {str(out)!r}: {_reason(error)}; nothing was left there")
-
-
-def _is_full(error: BaseException) -> bool:
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-
-
-def _reason(error: BaseException) -> str:
-    return "the disk is full" if _is_full(error) else " ".join(str(error).split())
-
-
-def _remedy(error: BaseException) -> str:
-    return "free some space" if _is_full(error) else "mend that"
+def _write_failure(error: Exception) -> str | None:
+    """Why nothing could be written, if that is what `error` says; libraries have classes of their
+    own for it."""
+    if isinstance(error, InputError | MachineError):
+        return None
+    why = faults.reason(error)
+    return why or (" ".join(str(error).split()) if isinstance(error, OSError) else None)
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Writes `file` in one rename."""
+    """Writes `file` in one rename. Raises MachineError where it cannot be written."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         partial.write_text(text, "utf-8")
         partial.replace(file)
-    except BaseException:
+    except OSError as error:
+        raise MachineError(f"could not write {str(file)!r}: {_write_failure(error)}") from error
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
 # of the texts that stand for numbers which JSON lacks

@@ -13,8 +13,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from lrcompress import faults
 from lrcompress.lowrank import rebuild
-from lrcompress.protocols import InputError
+from lrcompress.protocols import InputError, MachineError
 from lrcompress.quantizer import LOW_RANK, LowRankConfig
 
 PACKAGE = "package:"
@@ -94,6 +95,8 @@ def _explained(source: str) -> Iterator[None]:
     except LOADING_ERRORS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
+        if fault := faults.reason(error):
+            raise MachineError(f"model {source!r} cannot be loaded: {fault}") from error
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         local = Path(source).expanduser().exists() or source.startswith(PACKAGE)
         what = "cannot be loaded" if local else "is no folder here, and the hub did not give it"

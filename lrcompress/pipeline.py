@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from lrcompress import checkpoint, compare, report, stages, task_logs
+from lrcompress import checkpoint, compare, locks, report, stages, task_logs
 from lrcompress.contamination import refuse_planned, refuse_recorded
 from lrcompress.details import Details
 from lrcompress.factorizing import factorize_to
@@ -57,6 +57,11 @@ class Run:
 
     def all(self, overwrite: bool) -> Report:
         self.folder.refuse_other(overwrite)
+        with locks.inside(self.folder.out):
+            return self._all(overwrite)
+
+    def _all(self, overwrite: bool) -> Report:
+        self.folder.refuse_other(overwrite)  # another process may have been here
         tasks = compare.resolve_tasks(self.recipe.evaluate)
         if "finetune" in self.stages:
             check_settings(self.recipe.finetune)

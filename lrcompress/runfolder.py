@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from lrcompress import figures, report, stages, task_logs
+from lrcompress import figures, locks, report, stages, task_logs
 from lrcompress.files import places, replace_text
 from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe, to_yaml
@@ -61,7 +61,8 @@ class RunFolder:
     def _is_run(self) -> bool:
         if not self.out.is_dir():
             return False
-        own = {RECIPE, STAGES, *report.FORMATS}
+        own = {locks.INSIDE, RECIPE, STAGES, *report.FORMATS}
+        own |= {f".{name}.partial" for name in own}  # of a process that was killed
         for stage, folder in MADE.items():
             if self._file(stage).is_file():  # else somebody put it there by hand
                 own.add(folder)

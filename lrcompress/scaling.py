@@ -7,7 +7,6 @@ missing. Points of several machines are put together by copying their files into
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Mapping
 from functools import cached_property, partial
 from itertools import groupby
@@ -99,17 +98,14 @@ class Scaling:
         """Sequences of the longest training: how the text is dealt out depends on it."""
         return max(rung.sequences for rung in self._rungs)
 
-    def _made(self, rung: Rung) -> ScalingPoint:
+    def _made(self, rung: Rung, work: Path) -> ScalingPoint:
         text = self._text
         new = newmodel.new_model(copy.deepcopy(rung.config), rung.settings)
-        work = self.folder.work(rung.name, self._inputs(rung))
         blocks = BlockDataset(text.training[: rung.sequences])
         done = pretrain.train(
             new, blocks, BlockDataset(text.test), rung.settings, work, self._named(rung.name)
         )
-        point = _point(rung, new.model, done)
-        shutil.rmtree(work, ignore_errors=True)
-        return point
+        return _point(rung, new.model, done)
 
     def _named(self, name: str) -> Progress:
         """A `Progress` that says which model it is."""

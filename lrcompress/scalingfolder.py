@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lrcompress import figures, scalingreport, stages
-from lrcompress.files import replace_text, writing
+from lrcompress import figures, locks, scalingreport, stages
+from lrcompress.files import discard, replace_text, writing
 from lrcompress.protocols import InputError, Metric
 from lrcompress.recipe import ScalingRecipe, to_yaml
 from lrcompress.scalingpoint import ScalingPoint
@@ -71,17 +71,18 @@ class ScalingFolder:
         specs = (*self.recipe.pretrain.data, *self.recipe.scaling.test)
         return [mark, list(specs), [stages.data_state(spec) for spec in specs]]
 
-    def work(self, name: str, inputs: Any) -> Path:
-        """Where the checkpoints of a training are until it is done."""
-        folder = self.out / WORK / f"{name}-{stages.digest(inputs)[:16]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+    def point(self, name: str, inputs: Any, make: Callable[[Path], ScalingPoint]) -> None:
+        """Makes the point and keeps it, unless the folder has it, made of the same inputs.
 
-    def point(self, name: str, inputs: Any, make: Callable[[], ScalingPoint]) -> None:
-        """Makes the point and keeps it, unless the folder has it, made of the same inputs."""
+        The checkpoints of a training are in a folder that `make` is given, until it is done.
+        """
         if self._known(name, inputs) is None:
-            content = {"inputs": stages.digest(inputs), "point": asdict(make())}
-            stages.write(self.out / POINTS / f"{name}.json", content)
+            mark = stages.digest(inputs)
+            work = self.out / WORK / f"{name}-{mark[:16]}"
+            with locks.beside(work, replace=True):  # another shard may be at it
+                content = {"inputs": mark, "point": asdict(make(work))}
+                stages.write(self.out / POINTS / f"{name}.json", content)
+                discard(work, work)
 
     def _known(self, name: str, inputs: Any) -> ScalingPoint | None:
         known = stages.read(self.out / POINTS / f"{name}.json")

@@ -9,14 +9,13 @@ from typing import Any
 
 import click
 
-from lrcompress import processes
+from lrcompress import faults, processes
 from lrcompress.protocols import InputError, MachineError
 
 INTERRUPTED = 130
 BEYOND_MAX_LOSS = 3
 RESUMES = "lrcompress.resumes"
 GOES_ON = ", and the same command goes on from what was finished"
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 class Group(click.Group):
@@ -31,14 +30,12 @@ class Group(click.Group):
             processes.end_after_main(error.code)
         except InputError as error:
             _fail(str(error), 2)
-        except (MachineError, OSError, MemoryError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise  # the reader has gone: click ends quietly
-            _fail(_machine_fault(error), 1)
-        except RuntimeError as error:  # torch has no class of its own for a full CPU memory
-            if not any(words in str(error) for words in OUT_OF_MEMORY):
+        except BrokenPipeError:
+            raise  # the reader has gone: click ends quietly
+        except Exception as error:
+            if not isinstance(error, MachineError | OSError) and faults.reason(error) is None:
                 raise
-            _fail(_machine_fault(MemoryError()), 1)
+            _fail(_machine_fault(error), 1)
         except KeyboardInterrupt:
             if not processes.is_main():
                 raise SystemExit(INTERRUPTED) from None
@@ -66,10 +63,13 @@ def _fail(message: str, code: int) -> None:
     processes.end(code)
 
 
-def _machine_fault(error: BaseException) -> str:
-    if isinstance(error, MemoryError):
-        return "out of memory: try --dtype bfloat16, and a shorter --seq-len or --context-length"
-    return " ".join(str(error).split())
+def _machine_fault(error: Exception) -> str:
+    reason = None if isinstance(error, MachineError) else faults.reason(error)
+    if reason == faults.MEMORY:
+        return f"{reason}: try --dtype bfloat16, and a shorter --seq-len or --context-length"
+    file = getattr(error, "filename", None)
+    where = f": {str(file)!r}" if file else ""
+    return " ".join(str(error).split()) if reason is None else f"{reason}{where}"
 
 
 def _quiet_libraries() -> None:

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lrcompress import compare, stages
+from lrcompress import compare, locks, stages
 from lrcompress.calibration import Calibration
 from lrcompress.compress import Compression
 from lrcompress.contamination import reads_text, refuse_planned
@@ -72,6 +72,11 @@ class Sweep:
         return [DENSE, *(variant.name for variant in self.variants)]
 
     def all(self) -> SweepReport:
+        self.folder.refuse_other()
+        with locks.inside(self.folder.out):
+            return self._all()
+
+    def _all(self) -> SweepReport:
         self.folder.claim()
         for spec in self.recipe.evaluate.perplexity:
             read_corpus(spec, "test")

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lrcompress import content, figures, stages, sweepreport
+from lrcompress import content, figures, locks, stages, sweepreport
 from lrcompress.files import replace_text
 from lrcompress.points import DENSE, Point, PointSummary
 from lrcompress.protocols import InputError
@@ -28,12 +28,16 @@ class SweepFolder:
     recipe: Recipe
     out: Path
 
-    def claim(self) -> None:
-        """Makes the folder a sweep's. Raises InputError where it holds something else."""
+    def refuse_other(self) -> None:
+        """Raises InputError where the folder holds something else."""
         if self.out.exists() and not self._is_sweep():
             raise InputError(
                 f"output {str(self.out)!r} exists and is no sweep: choose another name"
             )
+
+    def claim(self) -> None:
+        """Makes the folder a sweep's."""
+        self.refuse_other()
         recipe, text = self.out / RECIPE, to_yaml(self.recipe)
         if recipe.exists() and recipe.read_text("utf-8") != text:
             self._drop_reports()
@@ -50,10 +54,10 @@ class SweepFolder:
         if not self.out.is_dir():
             return False
         names = {path.name for path in self.out.iterdir()}
-        own = {RECIPE, POINTS, figures.FOLDER, *sweepreport.FORMATS}
+        own = {RECIPE, POINTS, figures.FOLDER, locks.INSIDE, *sweepreport.FORMATS}
         partial = {f".{name}.partial" for name in own}
         left = {name for name in names - own - partial if not name.startswith(HIDDEN_FIGURES)}
-        return not names or (POINTS in names and not left)
+        return not left and (POINTS in names or names <= {locks.INSIDE})
 
     def point(
         self, variant: str, keep_ratio: float, inputs: Any, make: Callable[[], Point]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lrcompress import checkpoint, processes, sharding, stages
+from lrcompress import checkpoint, locks, processes, sharding, stages
 from lrcompress.corpora import read_corpus
 from lrcompress.data import fingerprint, in_turn, token_blocks
-from lrcompress.files import check_free
+from lrcompress.files import discard
 from lrcompress.processes import agreed, from_main
 from lrcompress.protocols import InputError, Progress
 from lrcompress.settings import TrainingSettings
@@ -59,20 +58,24 @@ class TrainingRun(ABC):
 
     def whole(self, out: Path, resume: bool, replace: bool) -> dict[str, Any]:
         """Trains and saves to `out`; returns what lrcompress.json holds."""
-        record = agreed(lambda: self._checked(None if replace else out))
+        with locks.beside(out, replace):
+            return self._whole(out, resume, replace)
+
+    def _whole(self, out: Path, resume: bool, replace: bool) -> dict[str, Any]:
+        record = agreed(self._checked)
         model, tokenizer = agreed(self.loaded)
         text = from_main(lambda: training_text(model, tokenizer, self.settings, self.command))
         work = out.with_name(f".{out.name}.{self.command}")
         if not resume:
-            from_main(lambda: shutil.rmtree(work, ignore_errors=True))
-        done = self._trained(model, text, work)
+            from_main(lambda: discard(work, out))
+        done = self._trained(model, text, work, out)
         asked = {"settings": self.settings.model_dump(mode="json")}
         record |= self.described() | {self.record_key: asdict(done) | asked | text.mark}
         state = sharding.whole_state(model)
         saved = from_main(
             lambda: checkpoint.save(model, tokenizer, out, record, replace, state=state)
         )
-        from_main(lambda: shutil.rmtree(work, ignore_errors=True))
+        from_main(lambda: discard(work, out))
         _refuse_divergence(done, out)
         return saved
 
@@ -80,16 +83,14 @@ class TrainingRun(ABC):
         """What the record says of the model that was trained, beside the training."""
         return {}
 
-    def _checked(self, out: Path | None) -> dict[str, Any]:
-        if out is not None:
-            check_free(out)
+    def _checked(self) -> dict[str, Any]:
         if not self.settings.data:
             raise InputError(
                 f"{self.command} needs text to train on: give --data FILE.txt or another SPEC"
             )
         return self.checked()
 
-    def _trained(self, model: Any, text: Text, work: Path) -> Trained:
+    def _trained(self, model: Any, text: Text, work: Path, out: Path) -> Trained:
         """Checkpoints are in a folder of `work` that is this run's alone."""
         run = work / from_main(lambda: stages.digest([*self.inputs(), text.mark])[:16])
         processes.check_shared(run)
@@ -97,7 +98,7 @@ class TrainingRun(ABC):
             return agreed(lambda: self.trained(model, text, run))
         except InputError:
             if processes.is_main():  # another try would end like this one
-                shutil.rmtree(work, ignore_errors=True)
+                discard(work, out)
             raise
 
 

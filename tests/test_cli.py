@@ -38,7 +38,7 @@ def test_help_is_fast_and_needs_no_torch() -> None:
     assert time.perf_counter() - started < 1.0  # 0.2 s here; room for a busy machine
 
 
-COMMANDS = ["factorize", "eval", "report", "inspect", "export", "run", "sweep", "check"]
+COMMANDS = ["factorize", "eval", "report", "inspect", "export", "verify", "run", "sweep", "check"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,0 +1,55 @@
+"""Faults of the machine, as Python, Rust and C++ tell of them: a full disk, no memory, limits."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+
+MEMORY = "out of memory"
+UNWRITTEN = "a file could not be written to its end"
+REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than the system allows (ulimit -f)",
+    errno.EROFS: "the file system is read-only",
+    errno.EIO: "the disk reports an error",
+    errno.EMFILE: "too many files are open (ulimit -n)",
+    errno.ENFILE: "too many files are open on this system",
+    errno.ENOMEM: MEMORY,
+}
+# what libraries say that have no class, and no number, of their own for it
+WORDS = {
+    "out of memory": MEMORY,
+    "can't allocate memory": MEMORY,
+    "std::bad_alloc": MEMORY,
+    "can't start new thread": "no thread can be started (out of memory, or ulimit -u)",
+    "No space left": REASONS[errno.ENOSPC],
+    "Too many open files": REASONS[errno.EMFILE],
+    "PytorchStreamWriter": UNWRITTEN,
+    "inline_container": UNWRITTEN,
+}
+NUMBER = re.compile(r"(?:os error |\[Errno )(\d+)")
+
+
+def reason(error: BaseException) -> str | None:
+    """What of the machine failed, of `error` or what it came from; None if nothing did."""
+    for one in _chain(error):
+        found = MEMORY if isinstance(one, MemoryError) else _of(one)
+        if found:
+            return found
+    return None
+
+
+def _of(error: BaseException) -> str | None:
+    text = str(error)
+    said = NUMBER.search(text)
+    number = error.errno if isinstance(error, OSError) else None
+    found = REASONS.get(number or (int(said[1]) if said else 0))
+    return found or next((why for words, why in WORDS.items() if words in text), None)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
