@@ -215,9 +215,9 @@ def end_after_main(code: int) -> NoReturn:
 
 
 def end(code: int) -> NoReturn:
-    """Ends this process: at once where it is one of several, because gloo may abort it for a lost
-    connection while Python takes itself down."""
-    if count() == 1:
+    """Ends this process: at once where it is connected to others, because gloo may abort it for a
+    lost connection while Python takes itself down."""
+    if count() == 1 or not _is_connected():
         raise SystemExit(code)
     sys.stdout.flush()
     sys.stderr.flush()

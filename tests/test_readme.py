@@ -35,7 +35,7 @@ def test_python_example_runs(dense: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_commands_run(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^lrcompress (\w+ .*?) +#", README, re.MULTILINE)
-    assert len(lines) == 13
+    assert len(lines) == 14
     Path("TRAIN.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
     for line in (line for line in lines if line.split()[0] not in ("run", "scaling")):
         arguments = line.replace("MODEL", str(dense)).split()
