@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from lrcompress.details import Details
 from lrcompress.files import NOT_FINITE, json_text, replace_text
+from lrcompress.plaindata import read_object
 from lrcompress.points import PointSummary
 from lrcompress.protocols import PUBLISHED, InputError, Number, Summary
 from lrcompress.significance import Comparison
@@ -107,7 +107,7 @@ def read(kind: type[Content], file: Path) -> Content:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise _damaged(file, f"{where}: {first['msg'].lower()}") from None
+        raise damaged(file, f"{where}: {first['msg'].lower()}") from None
 
 
 def _object(file: Path) -> dict[str, Any]:
@@ -116,15 +116,12 @@ def _object(file: Path) -> dict[str, Any]:
             f"{str(file.parent)!r} has no {file.name}: give a folder with a finished report"
         )
     try:
-        found = json.loads(file.read_text("utf-8"))
+        return read_object(file)
     except ValueError as error:
-        raise _damaged(file, str(error)) from None
-    if not isinstance(found, dict):
-        raise _damaged(file, "no object")
-    return found
+        raise damaged(file, str(error)) from None
 
 
-def _damaged(file: Path, reason: str) -> InputError:
+def damaged(file: Path, reason: str) -> InputError:
     return InputError(f"{str(file)!r} is damaged ({reason}): restore it, or measure again")
 
 

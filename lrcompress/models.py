@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import ENAMETOOLONG
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from lrcompress.lowrank import rebuild
+from lrcompress.files import is_inside
+from lrcompress.precheck import bare, check_folder
 from lrcompress.protocols import InputError
-from lrcompress.quantizer import QUANT_METHOD, LowRankConfig
 
 PACKAGE = "package:"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -27,6 +28,8 @@ LOADING_ERRORS = (
     AttributeError,
     ImportError,
     RuntimeError,
+    ArithmeticError,
+    AssertionError,
     SafetensorError,
     StrictDataclassError,
 )
@@ -47,7 +50,7 @@ class Location:
 def locate(source: str, gguf_file: str | None = None) -> Location:
     """Finds MODEL: a folder, a .gguf file, a hub id, or package:NAME/FILE, a file that an
     installed Python package ships. Raises InputError where a local path leads nowhere."""
-    path = _package_file(source) if source.startswith(PACKAGE) else Path(source).expanduser()
+    path = _package_file(source) if source.startswith(PACKAGE) else _path(source)
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"model {source!r} is a file: give its folder, or a .gguf file")
@@ -61,8 +64,23 @@ def locate(source: str, gguf_file: str | None = None) -> Location:
     return Location(source, gguf_file)
 
 
+def _path(source: str) -> Path:
+    """Raises InputError where no file system could have such a path."""
+    try:
+        path = Path(source).expanduser()
+        path.stat()
+    except (RuntimeError, ValueError) as error:  # no such user, a character of no path
+        raise InputError(f"model {source!r} is no path ({error}): give another") from None
+    except OSError as error:
+        if error.errno == ENAMETOOLONG:
+            raise InputError(f"model {source[:80]!r}… is too long for a path") from None
+    return path
+
+
 def _package_file(source: str) -> Path:
     name, _, file = source.removeprefix(PACKAGE).partition("/")
+    if not is_inside(file):
+        raise InputError(f"model {source!r} leads out of its package: name a file inside")
     try:
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
     except ValueError:  # a module without a spec, such as __main__
@@ -74,7 +92,7 @@ def _package_file(source: str) -> Path:
 
 def _local_folder(path: Path, source: str, gguf_file: str | None) -> Location:
     if gguf_file is not None:
-        if not (path / gguf_file).is_file():
+        if not (is_inside(gguf_file) and (path / gguf_file).is_file()):
             raise InputError(f"model folder {source!r} has no GGUF file {gguf_file!r}")
     elif not (path / "config.json").is_file():
         raise InputError(
@@ -145,7 +163,7 @@ def _load_model(
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     else:
         arguments["use_safetensors"] = True
-        _refuse_pickles(Path(location.path))
+        check_folder(location.path, trust_remote_code)
     model, report = AutoModelForCausalLM.from_pretrained(
         location.path,
         dtype=torch_dtype(dtype),
@@ -163,14 +181,6 @@ def _load_model(
                 f"asks for, such as {keys[0]}: get an intact copy"
             )
     return model
-
-
-def _refuse_pickles(folder: Path) -> None:
-    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        raise InputError(
-            f"model folder {str(folder)!r} has only pickled .bin weights, which are never loaded: "
-            "save it as safetensors with transformers' save_pretrained first"
-        )
 
 
 def torch_dtype(name: str) -> Any:
@@ -218,12 +228,6 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def skeleton(source: str, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
     """MODEL on the meta device: its shapes, from the config alone; no weights, no memory."""
-    from transformers import AutoModelForCausalLM
-
     config = load_config(source, gguf_file, trust_remote_code)
-    record = getattr(config, "quantization_config", None)
-    with torch.device("meta"), _explained(source):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        if isinstance(record, dict) and record.get("quant_method") == QUANT_METHOD:
-            rebuild(model, LowRankConfig.from_dict(record).modules)
-    return model
+    with _explained(source):
+        return bare(config, trust_remote_code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from lrcompress.ffn import select
 from lrcompress.guidance import Pairs, guides
 from lrcompress.lowrank import rebuild
 from lrcompress.models import checked_device, load_tokenizer
+from lrcompress.plaindata import read_object
 from lrcompress.prepare import prepare
 from lrcompress.presets import LLAMAS, preset
 from lrcompress.protocols import InputError, Progress, silent
@@ -53,10 +53,10 @@ def read_config(source: str) -> Any:
     if not file.is_file():
         raise InputError(f"config {source!r} is no file, folder or preset{_presets(source)}")
     try:
-        values = json.loads(file.read_text("utf-8"))
+        values = read_object(file)
     except ValueError as error:
         raise InputError(f"config {str(file)!r} is not JSON ({error}): restore it") from None
-    if not isinstance(values, dict) or "model_type" not in values:
+    if not isinstance(values.get("model_type"), str):
         raise InputError(f"config {str(file)!r} names no model_type: give a transformers config")
     return _config(values, source)
 

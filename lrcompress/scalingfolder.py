@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress import figures, scalingreport, stages
-from lrcompress.files import replace_text, writing
+from lrcompress.files import refuse_links, replace_text, writing
 from lrcompress.protocols import InputError, Metric
 from lrcompress.recipe import ScalingRecipe, to_yaml
 from lrcompress.scalingpoint import ScalingPoint
@@ -29,15 +29,16 @@ class ScalingFolder:
     out: Path
 
     def claim(self) -> None:
-        """Makes the folder a study's. Raises InputError where it holds something else, or the
-        tokenizer of other texts."""
+        """Makes the folder a study's. Raises InputError where it holds something else, a link, or
+        the tokenizer of other texts."""
+        refuse_links(self.out)
         if self.out.exists() and not self._is_study():
             raise InputError(
                 f"output {str(self.out)!r} exists and is no scaling study: choose another name"
             )
         recipe = self.out / RECIPE
         text = to_yaml(self.recipe)
-        if recipe.exists() and recipe.read_text("utf-8") != text:
+        if recipe.exists() and recipe.read_bytes() != text.encode():
             for name in scalingreport.FORMATS:  # they are of other settings
                 (self.out / name).unlink(missing_ok=True)
             shutil.rmtree(self.out / figures.FOLDER, ignore_errors=True)

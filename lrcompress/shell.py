@@ -10,13 +10,14 @@ from typing import Any
 import click
 
 from lrcompress import processes
+from lrcompress.printable import printable, shortened
 from lrcompress.protocols import InputError, MachineError
 
 INTERRUPTED = 130
 BEYOND_MAX_LOSS = 3
 RESUMES = "lrcompress.resumes"
 GOES_ON = ", and the same command goes on from what was finished"
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "size calculation overflowed")
 
 
 class Group(click.Group):
@@ -63,7 +64,7 @@ def _goes_on(context: click.Context) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"Error: {message}", err=True)
+    click.echo(f"Error: {shortened(printable(message))}", err=True)
     raise SystemExit(code)
 
 

@@ -11,11 +11,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from lrcompress import content, figures, stages, sweepreport
-from lrcompress.files import replace_text
+from lrcompress.files import refuse_links, replace_text
 from lrcompress.points import DENSE, Point, PointSummary
 from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe, to_yaml
 from lrcompress.sweepreport import SweepReport
+from lrcompress.values import variant_name
 
 RECIPE, POINTS = "recipe.yaml", "points"
 HIDDEN_FIGURES = f".{figures.FOLDER}."  # while they are written
@@ -29,13 +30,14 @@ class SweepFolder:
     out: Path
 
     def claim(self) -> None:
-        """Makes the folder a sweep's. Raises InputError where it holds something else."""
+        """Makes the folder a sweep's. Raises InputError where it holds something else, or a link."""
+        refuse_links(self.out)
         if self.out.exists() and not self._is_sweep():
             raise InputError(
                 f"output {str(self.out)!r} exists and is no sweep: choose another name"
             )
         recipe, text = self.out / RECIPE, to_yaml(self.recipe)
-        if recipe.exists() and recipe.read_text("utf-8") != text:
+        if recipe.exists() and recipe.read_bytes() != text.encode():
             self._drop_reports()
         (self.out / POINTS).mkdir(parents=True, exist_ok=True)
         replace_text(recipe, text)
@@ -90,7 +92,18 @@ def read_report(folder: Path) -> SweepReport:
     Raises InputError where there is no report, or a point of it is missing or damaged.
     """
     known = content.read(content.Sweep, folder / content.SWEEP)
+    for one in known.points:
+        _check_name(folder / content.SWEEP, one.variant)
     return SweepReport(known.source, tuple(_point(folder, one) for one in known.points))
+
+
+def _check_name(file: Path, variant: str) -> None:
+    """Raises InputError for a name that could lead to another folder."""
+    try:
+        if variant != DENSE:
+            variant_name(variant)
+    except ValueError as error:
+        raise InputError(f"{str(file)!r} is damaged ({error}): run the sweep again") from None
 
 
 def _point(folder: Path, summary: PointSummary) -> Point:

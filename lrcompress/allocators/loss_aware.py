@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from lrcompress.allocators.uniform import Uniform
 from lrcompress.protocols import Budget, Choices, Curve, InputError, Plan, Shape
 
 # halvings of the multiplier's bracket, in log space
@@ -44,6 +45,8 @@ class LossAware:
     def allocate(self, choices: Sequence[Choices], budget: Budget) -> Plan:
         if budget.keep_ratio is None:
             raise InputError("loss_aware needs a budget to share out: give --keep-ratio")
+        if _largest_error(choices) == 0:  # nothing tells the options apart
+            return Uniform().allocate(choices, budget)
         total = sum(ffn.dense_parameters for ffn in choices)
         decisions = self.decide(choices, budget.keep_ratio * total)
         ranks = {
@@ -61,7 +64,8 @@ class LossAware:
 
     def decide(self, choices: Sequence[Choices], parameters: float) -> list[Decision]:
         """One decision for each FFN, together at most `parameters` where that is possible."""
-        low, high = -60.0, 60.0  # log of the multiplier; errors and counts are far from e^60
+        unit = np.log(_largest_error(choices)) - np.log(sum(f.dense_parameters for f in choices))
+        low, high = unit - 60.0, unit + 60.0  # log of the multiplier, whatever losses are measured in
         tight = self._at(choices, np.exp(high))
         loose = self._at(choices, np.exp(low))
         if _spent(loose) <= parameters:
@@ -139,6 +143,12 @@ def _one_step(ffn: Choices, now: Decision) -> Iterator[Decision]:
 
 def _curves(ffn: Choices, decision: Decision) -> tuple[Curve, ...]:
     return next(shape.curves for shape in ffn.shapes if shape.width == decision.width)
+
+
+def _largest_error(choices: Sequence[Choices]) -> float:
+    shapes = [shape for ffn in choices for shape in ffn.shapes]
+    curves = [float(curve.errors.max()) for shape in shapes for curve in shape.curves]
+    return max([*curves, *(shape.error for shape in shapes)])
 
 
 def _spent(decisions: Sequence[Decision]) -> int:
