@@ -8,7 +8,7 @@ DEMO := runs/quickstart
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test test-real torture results schemas clean
+.PHONY: setup demo test test-oldest test-real torture audit results schemas clean
 
 setup: $(READY)
 
@@ -34,6 +34,29 @@ test: setup
 torture: setup
 	$(BIN)/pytest tests/torture --full
 
+# what is known of weaknesses in the versions of constraints.txt; fails where it found any or could
+# not look, which it then says
+audit: setup
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip \
+		|| { echo "audit: a weakness was found, or no database could be asked (see above)"; exit 1; }
+
+# the tests on the oldest versions that pyproject.toml allows; TORCH= names another torch than that
+# of constraints.txt, whose CPU build is at hand where that of the oldest may not be
+OLDEST := .venv-oldest
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/pytest
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -v '^torch==' constraints-oldest.txt > $(OLDEST)/constraints.txt
+	echo '$(TORCH)' >> $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt torch
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt \
+		--editable '.[gguf,lora,tensorboard]' hypothesis jsonschema playwright pytest pytest-xdist
+	touch $@
+
 # minutes: the real model
 test-real: setup
 	$(BIN)/pytest -m real_model
@@ -50,4 +73,4 @@ schemas: setup
 	$(BIN)/python -c "from lrcompress.content import write_schemas; write_schemas('docs')"
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(OLDEST) runs

@@ -19,6 +19,7 @@ from lrcompress.anchor import shrink_anchored
 from lrcompress.calibration import Calibration
 from lrcompress.factorization import Counts, Factorization, counts, notes
 from lrcompress.ffn import find_ffns, select
+from lrcompress.finite import unsound
 from lrcompress.lowrank import compressed_layers, install, is_linear
 from lrcompress.prepare import Prepared, check_weights, prepare, selected_share
 from lrcompress.processes import from_main
@@ -103,6 +104,8 @@ class Compression:
             )
         linears = select(self.model, settings.include, settings.exclude, settings.dense_first)
         check_weights(self.model, linears)
+        if (weight := next(unsound(self.model), None)) is not None:
+            raise InputError(f"{weight} is not finite: get an intact copy")
         return Calibration(self.model, self.tokenizer, linears, self.calibration, self.progress)
 
     def prepared(self, text: Calibration) -> Prepared:

@@ -12,7 +12,6 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 import matplotlib as mpl
-from cycler import cycler
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -30,7 +29,7 @@ STYLE: dict[str, Any] = {
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
     "axes.grid": True,
-    "axes.prop_cycle": cycler(color=COLOURS),
+    "axes.prop_cycle": mpl.cycler(color=COLOURS),
     "axes.titlesize": "medium",
     "figure.constrained_layout.use": True,
     "grid.color": "#88888855",

@@ -112,7 +112,13 @@ def _explained(source: str) -> Iterator[None]:
     except LOADING_ERRORS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split())
+        if "custom code" in reason:
+            raise InputError(
+                f"model {source!r} loads by code of its own, which is not run unasked: read the "
+                "code, and if you trust it give --trust-remote-code (trust_remote_code in Python)"
+            ) from error
+        reason = reason[:300] or type(error).__name__
         local = Path(source).expanduser().exists() or source.startswith(PACKAGE)
         what = "cannot be loaded" if local else "is no folder here, and the hub did not give it"
         raise InputError(f"model {source!r} {what}: {reason}") from error

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from lrcompress.corpora import Corpus
 from lrcompress.data import bos_token, encode, token_hash
 from lrcompress.details import LARGEST
+from lrcompress.finite import cause
 from lrcompress.protocols import (
     PERPLEXITY,
     InputError,
@@ -115,8 +116,8 @@ def perplexity(
         loss = float(token_losses(model, window).double().sum())
         if not math.isfinite(loss):
             raise NotFiniteError(
-                f"the loss of the {label} model on window {index} of {corpus.spec!r} is {loss}: "
-                "evaluate with --dtype float32"
+                f"the loss of the {label} model on window {index} of {corpus.spec!r} is {loss}, "
+                f"{cause(model, window.tokens[None])}"
             )
         samples.append([loss, window.scored])
     count = sum(window.scored for window in chosen)

@@ -25,8 +25,8 @@ HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 def read_yaml(text: str) -> Any:
     """The data in a YAML text, of the kinds that JSON has: no objects of Python are made.
 
-    Raises ValueError with the reason where it is no YAML, has other kinds, or aliases that contain themselves
-    or stand for more than MOST values.
+    Raises ValueError with the reason where it is no YAML, has other kinds, or aliases that contain
+    themselves or stand for more than MOST values.
     """
     if len(text) > LONGEST:
         raise ValueError(f"it has more than {LONGEST:,} characters")

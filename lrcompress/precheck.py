@@ -51,9 +51,7 @@ def check_folder(path: str, trust_remote_code: bool) -> None:
         _check_size(path, config, numbers(stored), len(stored), trust_remote_code)
 
 
-def _check_size(
-    path: str, config: Any, held: int, tensors: int, trust_remote_code: bool
-) -> None:
+def _check_size(path: str, config: Any, held: int, tensors: int, trust_remote_code: bool) -> None:
     """What the files lack would be made up in memory, before it is found missing."""
     depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
     if isinstance(depth, int) and depth <= tensors:

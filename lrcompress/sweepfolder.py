@@ -30,7 +30,7 @@ class SweepFolder:
     out: Path
 
     def claim(self) -> None:
-        """Makes the folder a sweep's. Raises InputError where it holds something else, or a link."""
+        """Makes the folder a sweep's. Raises InputError for a link in it, or something else."""
         refuse_links(self.out)
         if self.out.exists() and not self._is_sweep():
             raise InputError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lrcompress import models, report, sweepreport
+from lrcompress import models, report, scalingreport, sweepreport
 from lrcompress.plaindata import MOST, read_json, read_yaml
 from lrcompress.printable import printable
-from lrcompress.protocols import InputError
+from lrcompress.protocols import InputError, Metric
 from lrcompress.report import Report
+from lrcompress.scalingreport import ScalingReport
+from lrcompress.settings import ScalingSettings
 from lrcompress.sweepreport import SweepReport
 from tests.conftest import SMALL, invoke, small_recipe
 from tests.samples import DETAILS, METRICS, RECORD, points
+from tests.test_scaling import made as made_points
 
 EVAL = ("--perplexity", "pydoc", "--context-length", "64", "--limit", "1", "--no-speed")
 
@@ -102,7 +107,7 @@ def test_code_of_a_model_is_run_only_if_asked(known: bool, dense: Path, tmp_path
     ):
         result = invoke(*command)
         assert result.exit_code == (0 if known else 2), result.output
-        assert known or "trust_remote_code" in result.stderr
+        assert known or "if you trust it give --trust-remote-code" in result.stderr
     assert not made.exists()
     sentence("eval", folder, "--trust-remote-code", *EVAL)  # the code makes a file and no model
     assert made.exists()
@@ -202,7 +207,10 @@ def test_cut_weights_are_one_sentence(share: float, factorized: Path, tmp_path: 
     folder = shutil.copytree(factorized, tmp_path / "model")
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-    for command in (("eval", folder, *EVAL), ("export", folder, "--out", tmp_path / "x", "--dense")):
+    for command in (
+        ("eval", folder, *EVAL),
+        ("export", folder, "--out", tmp_path / "x", "--dense"),
+    ):
         assert "cannot be loaded" in sentence(*command)
 
 
@@ -329,7 +337,10 @@ def test_a_task_file_makes_no_objects(dense: Path, tmp_path: Path) -> None:
 def test_json_of_others() -> None:
     assert read_json('{"a": 1' + "0" * 400 + "}") == {"a": float("inf")}
     assert read_json('"\\ud83d\\ude00"') == "😀"
-    for text, words in {"[" * 10**5: "nested too deeply", '"\\ud800"': "half of a character"}.items():
+    for text, words in {
+        "[" * 10**5: "nested too deeply",
+        '"\\ud800"': "half of a character",
+    }.items():
         with pytest.raises(ValueError, match=words):
             read_json(text)
 
@@ -365,3 +376,72 @@ def test_a_model_of_no_known_type_is_one_sentence(dense: Path, tmp_path: Path) -
         folder = changed(dense, tmp_path / f"{number}", **keys)
         with pytest.raises(InputError, match="cannot be loaded"):
             models.load(folder)
+
+
+ATTACK = "\"'><script>broken()</script><img src=x onerror=broken()>{{ 7 * 7 }}</svg></style>]]>"
+
+
+def _attacking(value: Any, spared: tuple[str, ...] = ("role", "form", "sha256")) -> Any:
+    """`value` with the attack behind every text in it."""
+    if isinstance(value, str):
+        return value + ATTACK
+    if isinstance(value, Mapping):
+        return {
+            _attacking(key) if key in ("dense", "low", "50", "99") else key: one
+            if key in spared
+            else _attacking(one, spared)
+            for key, one in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return type(value)(_attacking(one, spared) for one in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        kept = ("name", "unit", *spared) if isinstance(value, Metric) else spared
+        parts = {field.name: getattr(value, field.name) for field in fields(value)}
+        return replace(
+            value, **{k: one if k in kept else _attacking(one, spared) for k, one in parts.items()}
+        )
+    return value
+
+
+class _Elements(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def _pages() -> Iterator[tuple[str, str]]:
+    metrics = tuple(_attacking(METRICS))
+    made = Report(ATTACK, metrics, _attacking(DETAILS), _attacking(RECORD), (ATTACK,))
+    yield "report", report.html(made)
+    yield "sweep", sweepreport.html(SweepReport(ATTACK, tuple(_attacking(points()))))
+    low = f"low{ATTACK}"
+    ladder = made_points({"dense": 0.35, low: 0.40})
+    ladder[0] = replace(ladder[0], size=ATTACK, device=ATTACK, diverged=ATTACK)
+    settings = ScalingSettings(
+        sizes={name: {} for name in ("a", "b", "c")}, variants={"low": {}}, resamples=50
+    )
+    found = ScalingReport(settings, ladder, [ATTACK], metrics[:1])
+    yield "scaling", scalingreport.html(found)
+    whole = ScalingReport(settings, ladder[1:], [], [])
+    yield "scaling with pictures", scalingreport.html(whole)
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, str]:
+    return dict(_pages())
+
+
+@pytest.mark.parametrize("name", ["report", "sweep", "scaling", "scaling with pictures"])
+def test_pages_hold_nothing_but_their_own_elements(name: str, pages: dict[str, str]) -> None:
+    page, elements = pages[name], _Elements()
+    elements.feed(page)
+    tags = [tag for tag, _ in elements.found]
+    assert tags.count("script") == 1
+    assert "img" not in tags
+    assert not [names for _, names in elements.found if any(n.startswith("on") for n in names)]
+    assert tags.count("svg") == page.count("</svg>")
+    assert "broken()" in page
+    assert "{{ 7 * 7 }}" in page, "the attack was read as a template"

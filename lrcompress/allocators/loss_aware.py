@@ -65,7 +65,10 @@ class LossAware:
     def decide(self, choices: Sequence[Choices], parameters: float) -> list[Decision]:
         """One decision for each FFN, together at most `parameters` where that is possible."""
         unit = np.log(_largest_error(choices)) - np.log(sum(f.dense_parameters for f in choices))
-        low, high = unit - 60.0, unit + 60.0  # log of the multiplier, whatever losses are measured in
+        low, high = (
+            unit - 60.0,
+            unit + 60.0,
+        )  # log of the multiplier, whatever losses are measured in
         tight = self._at(choices, np.exp(high))
         loose = self._at(choices, np.exp(low))
         if _spent(loose) <= parameters:

@@ -95,8 +95,7 @@ def _plain(folder: Path) -> torch.Tensor | None:
     """The same of transformers by itself, whose refusals are of many kinds."""
     try:
         return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    except Exception as error:  # the alternative to a model that is not the checkpoint's
-        assert str(error)
+    except Exception:  # the alternative to a model that is not the checkpoint's
         return None
 
 

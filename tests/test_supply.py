@@ -1,0 +1,58 @@
+"""What is installed: every dependency has both bounds, and the oldest are those that are tested."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = tomllib.loads(Path("pyproject.toml").read_text("utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+EVERY = [*PROJECT["dependencies"], *(one for extra in EXTRAS.values() for one in extra)]
+BOUNDS = re.compile(r"([\w-]+)(?:\[\w+\])?>=([\d.]+),<([\d.]+)")
+
+
+def pinned(file: str) -> dict[str, str]:
+    lines = Path(file).read_text("utf-8").splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+@pytest.mark.parametrize("dependency", EVERY)
+def test_every_dependency_is_bounded(dependency: str) -> None:
+    found = BOUNDS.fullmatch(dependency)
+    assert found, "write NAME>=OLDEST,<NEXT"
+    low, high = (tuple(map(int, found[n].split("."))) for n in (2, 3))
+    assert low < high
+    own = tuple(map(int, pinned("constraints.txt")[found[1].lower()].split(".")[:3]))
+    assert low <= own < high
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    """Of all that users install; what development needs besides is as new as it comes."""
+    extras = [one for name, extra in EXTRAS.items() if name != "dev" for one in extra]
+    bounds = [BOUNDS.fullmatch(one) for one in (*PROJECT["dependencies"], *extras)]
+    oldest = {found[1].lower(): found[2] for found in bounds if found}
+    assert pinned("constraints-oldest.txt") == oldest
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Of every package that lrcompress imports, in lower case and with the name of its project."""
+    names = {"yaml": "pyyaml", "lm_eval": "lm-eval", "typing_extensions": "typing-extensions",
+             "huggingface_hub": "huggingface-hub"}  # fmt: skip
+    declared = {re.split(r"[\[>]", one)[0].lower() for one in EVERY}
+    outside = set(_imported()) - set(sys.stdlib_module_names) - {"lrcompress", "pydoc_data"}
+    assert {names.get(name, name) for name in outside} <= declared
+
+
+def _imported() -> Iterator[str]:
+    for file in Path("lrcompress").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                yield (node.module or "").partition(".")[0]
+            elif isinstance(node, ast.Import):
+                yield from (alias.name.partition(".")[0] for alias in node.names)
