@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 
-from lrcompress import bench_report, checkpoint, compare, report, sweepreport, task_logs
+from lrcompress import bench_report, checkpoint, compare, content, report, sweepreport, task_logs
 from lrcompress.bench_report import Bench
 from lrcompress.contamination import refuse_recorded
 from lrcompress.ffn_benchmark import bench_ffn, device_of
@@ -88,10 +88,13 @@ def report_to(folders: Sequence[Path], out: Path | None = None) -> Report:
     """
     if out is not None:
         check_free(out)
-    made = join({_name(folder): report.read(folder) for folder in folders})
-    if out is not None:
-        with writing(out) as partial:
-            report.write(partial, made)
+    with content.showing(folders):
+        made = join({_name(folder): report.read(folder) for folder in folders})
+        if out is None:
+            report.markdown(made)
+        else:
+            with writing(out) as partial:
+                report.write(partial, made)
     return made
 
 
@@ -110,10 +113,13 @@ def sweep_report_to(folders: Sequence[Path], out: Path | None = None) -> SweepRe
         )
     if out is not None:
         check_free(out)
-    found = read_report(folders[0])
-    if out is not None:
-        with writing(out) as partial:
-            sweepreport.write(partial, found)
+    with content.showing(folders):
+        found = read_report(folders[0])
+        if out is None:
+            sweepreport.markdown(found)
+        else:
+            with writing(out) as partial:
+                sweepreport.write(partial, found)
     return found
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
+from jinja2 import TemplateError
 from pydantic import TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
@@ -119,6 +121,22 @@ def _object(file: Path) -> dict[str, Any]:
         return read_object(file)
     except ValueError as error:
         raise damaged(file, str(error)) from None
+
+
+@contextmanager
+def showing(folders: Sequence[Path]) -> Iterator[None]:
+    """Around what makes reports of numbers that others may have written: of the right kind each,
+    they may still not go together. Raises one InputError then."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, TemplateError) as error:
+        names = ", ".join(repr(str(folder)) for folder in folders)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(
+            f"what {names} holds cannot be shown ({reason}): restore it, or measure again"
+        ) from error
 
 
 def damaged(file: Path, reason: str) -> InputError:

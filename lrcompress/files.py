@@ -37,6 +37,19 @@ def is_inside(path: str) -> bool:
     return not parts.is_absolute() and ".." not in parts.parts
 
 
+def user_path(text: str) -> Path:
+    """`text` as a path, with ~ as the user's folder; InputError where nothing could be there."""
+    try:
+        path = Path(text).expanduser()
+        path.stat()
+    except (RuntimeError, ValueError) as error:  # no such user, a character of no path
+        raise InputError(f"{text!r} is no path ({error}): give another") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{text[:80]!r}… is too long for a path: give another") from None
+    return path
+
+
 def refuse_links(folder: Path) -> None:
     """Raises InputError where an entry of `folder` is a link: what is written or removed below it
     would be somewhere else."""

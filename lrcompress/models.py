@@ -6,33 +6,18 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from errno import ENAMETOOLONG
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 
-from lrcompress.files import is_inside
+from lrcompress.files import is_inside, user_path
 from lrcompress.precheck import bare, check_folder
-from lrcompress.protocols import InputError
+from lrcompress.protocols import InputError, MachineError
 
 PACKAGE = "package:"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    ArithmeticError,
-    AssertionError,
-    SafetensorError,
-    StrictDataclassError,
-)
+PANIC = "PanicException"  # of the libraries in Rust, which is no Exception
 
 
 @dataclass(frozen=True)
@@ -50,7 +35,7 @@ class Location:
 def locate(source: str, gguf_file: str | None = None) -> Location:
     """Finds MODEL: a folder, a .gguf file, a hub id, or package:NAME/FILE, a file that an
     installed Python package ships. Raises InputError where a local path leads nowhere."""
-    path = _package_file(source) if source.startswith(PACKAGE) else _path(source)
+    path = _package_file(source) if source.startswith(PACKAGE) else user_path(source)
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"model {source!r} is a file: give its folder, or a .gguf file")
@@ -62,19 +47,6 @@ def locate(source: str, gguf_file: str | None = None) -> Location:
             f"model {source!r} does not exist: give a folder, a .gguf file or a hub id"
         )
     return Location(source, gguf_file)
-
-
-def _path(source: str) -> Path:
-    """Raises InputError where no file system could have such a path."""
-    try:
-        path = Path(source).expanduser()
-        path.stat()
-    except (RuntimeError, ValueError) as error:  # no such user, a character of no path
-        raise InputError(f"model {source!r} is no path ({error}): give another") from None
-    except OSError as error:
-        if error.errno == ENAMETOOLONG:
-            raise InputError(f"model {source[:80]!r}… is too long for a path") from None
-    return path
 
 
 def _package_file(source: str) -> Path:
@@ -107,10 +79,10 @@ def _explained(source: str) -> Iterator[None]:
     """transformers' many ways to say that a model cannot be loaded -> one InputError."""
     try:
         yield
-    except InputError:
+    except (InputError, MachineError, MemoryError, torch.OutOfMemoryError):
         raise
-    except LOADING_ERRORS as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except BaseException as error:  # each library has its own
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
             raise
         reason = " ".join(str(error).split())
         if "custom code" in reason:
@@ -211,7 +183,7 @@ def checked_device(device: str) -> str:
 
 def load_tokenizer(source: str, gguf_file: str | None, trust_remote_code: bool) -> Any:
     """The tokenizer of MODEL, or in a folder by itself; None where the folder has none."""
-    alone = Path(source).expanduser() if gguf_file is None else None
+    alone = user_path(source) if gguf_file is None else None
     found = alone is not None and alone.is_dir()
     location = Location(str(alone)) if found else locate(source, gguf_file)
     with _explained(source):

@@ -8,7 +8,7 @@ that can be cast, trained and saved.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +103,26 @@ def check_loaded(model: nn.Module) -> None:
         if not parameter.is_floating_point():
             raise InputError(f"{name} is stored as {parameter.dtype}: get an intact copy")
     # transformers marks the tensors that it read; other ones are random
-    marked = any(hasattr(parameter, READ) for parameter in model.parameters())
-    for name, layer in compressed_layers(model):
-        for part, tensor in layer.state_dict(keep_vars=True).items():
-            if marked and not tensor.is_meta and not getattr(tensor, READ, False):
+    if any(hasattr(parameter, READ) for parameter in model.parameters()):
+        for name, tensor in _expected(model):
+            if not tensor.is_meta and not getattr(tensor, READ, False):
                 raise InputError(
-                    f"{name}.{part} is not in the checkpoint, or not in the shape that its "
-                    "config.json records: get an intact copy"
+                    f"{name} is not in the checkpoint, or not in the shape that its config.json "
+                    "records: get an intact copy"
                 )
+    for name, layer in compressed_layers(model):
         if isinstance(layer, PivotedLinear) and not layer.order.is_meta:
             _check_order(name, layer.order)
+
+
+def _expected(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """What the checkpoint has to hold: compressed layers, and the weights of the model that was
+    saved. A model of another class has a head of its own, which may be new."""
+    for name, layer in compressed_layers(model):
+        for part, tensor in layer.state_dict(keep_vars=True).items():
+            yield f"{name}.{part}", tensor
+    whole = type(model).__name__ in (model.config.architectures or ())
+    yield from (model if whole else model.base_model).named_parameters()
 
 
 def _check_order(name: str, order: Tensor) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Required
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from lrcompress.protocols import Role
+
 OPEN = {"extra": "allow"}
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Number = Count | float
@@ -63,7 +65,7 @@ class Linear(TypedDict):
 
     name: str
     block: Block
-    role: str
+    role: Role
     form: str
     shape: tuple[Count, Count]
     rank: Count | None

@@ -195,7 +195,7 @@ def _grid(linears: Linears, roles: Sequence[str], value: Any) -> Any:
 
 def _has_spectrum(linear: Mapping[str, Any]) -> bool:
     values = linear.get("spectrum") or [[1, 0.0]]
-    return float(values[0][1]) > 0
+    return float(values[0][1]) > 0 and linear["rank"] is not None
 
 
 def _spectra(linears: Linears) -> Picture:

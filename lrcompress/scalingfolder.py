@@ -88,7 +88,10 @@ class ScalingFolder:
         known = stages.read(self.out / POINTS / f"{name}.json")
         if known.get("inputs") != stages.digest(inputs):
             return None
-        return ScalingPoint.from_dict(known["point"])
+        try:
+            return ScalingPoint.from_dict(known["point"])
+        except (KeyError, TypeError, ValueError):  # a damaged one is made again
+            return None
 
     def speeds(self, inputs: Any, make: Callable[[], list[Metric]]) -> None:
         if self._speeds(inputs) is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,14 @@ class SweepFolder:
         file = _file(self.out, variant, keep_ratio)
         digest = stages.digest([inputs, keep_ratio])
         known = stages.read(file)
-        if known.get("inputs") != digest:
-            if known:
-                self._drop_reports()
-            known = {"inputs": digest, "point": asdict(make())}
-            stages.write(file, known)
-        return Point.from_dict(known["point"])
+        if known.get("inputs") == digest:
+            with suppress(KeyError, TypeError):  # a damaged one is made again
+                return Point.from_dict(known["point"])
+        if known:
+            self._drop_reports()
+        made = asdict(make())
+        stages.write(file, {"inputs": digest, "point": made})
+        return Point.from_dict(made)
 
     def write(self, points: Sequence[Point]) -> SweepReport:
         report = SweepReport(self.recipe.model.source, tuple(points))

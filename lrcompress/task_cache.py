@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lrcompress.files import keeping, safe_name
+from lrcompress.files import keeping, safe_name, user_path
 from lrcompress.plaindata import read_object
 from lrcompress.protocols import InputError
 
@@ -45,7 +45,7 @@ class TaskCache:
         """
         if place == OFF:
             return None
-        folder = default_folder() if place is None else Path(place).expanduser()
+        folder = default_folder() if place is None else user_path(place)
         there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -360,7 +361,8 @@ def test_what_a_terminal_would_obey_is_shown(tmp_path: Path) -> None:
     assert printable("a\x1b[2J\u202eb\r\n 日本\u3000") == "a\\x1b[2J\\u202eb\\r\\n 日本\u3000"
     report.write(tmp_path, Report("title", METRICS, DETAILS, RECORD))
     file = tmp_path / "metrics.json"
-    file.write_text(file.read_text().replace('"low"', '"low\\u001b]0;pwned\\u0007"'))
+    named = re.sub('"low"(?!:)', r'"low\\u001b]0;pwned\\u0007"', file.read_text())
+    file.write_text(named)
     result = invoke("report", tmp_path)
     assert result.exit_code == 0, result.output
     assert "\x1b" not in result.stdout

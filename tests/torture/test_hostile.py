@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import yaml
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from lrcompress import checkpoint, models, report, sweepfolder, sweepreport
+from lrcompress import checkpoint, models, report, sweepreport
+from lrcompress.files import json_text
 from lrcompress.protocols import InputError, MachineError
 from lrcompress.report import Report
 from lrcompress.sweepreport import SweepReport
@@ -190,28 +192,14 @@ def test_reports(kind: str, tmp_path: Path, times: Times, tally: Tally) -> None:
         (tmp_path / "points").mkdir()
         for point in points():
             name = f"{point.variant}-{point.keep_ratio:g}" if point.variant != "dense" else "dense"
-            found = {"point": json.loads(sweepreport_json(point))}
+            found = {"point": json.loads(json_text(asdict(point)))}
             (tmp_path / "points" / f"{name}.json").write_text(json.dumps(found))
     tree = json.loads(file.read_text())
 
     def check(changed: Any) -> None:
         file.write_text(json.dumps(changed))
-        try:
-            if kind == "report":
-                _rendered(report.read(tmp_path))
-            else:
-                read = sweepfolder.read_report(tmp_path)
-                for write in sweepreport.FORMATS.values():
-                    write(read)
-        except InputError as error:
-            refused(error)
+        result = invoke("report", tmp_path)
+        assert result.exit_code in (0, 2), result.output
+        assert result.exit_code == 0 or result.stderr.count("\n") == 1
 
-    tally("reports", explore(tampered(tree), check, times(60, 5)))
-
-
-def sweepreport_json(point: Any) -> str:
-    from dataclasses import asdict
-
-    from lrcompress.files import json_text
-
-    return json_text(asdict(point))
+    tally("reports", explore(tampered(tree), check, times(60, 8)))
