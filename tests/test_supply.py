@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -55,3 +57,35 @@ def _imported() -> Iterator[str]:
                 yield (node.module or "").partition(".")[0]
             elif isinstance(node, ast.Import):
                 yield from (alias.name.partition(".")[0] for alias in node.names)
+
+
+FOUND = {
+    "good": {"name": "a", "version": "1", "vulns": []},
+    "weak": {"name": "b", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["3"]}]},
+    "unknown": {"name": "c", "skip_reason": "not found"},
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "code", "words"),
+    [
+        (("good",), 0, "1 of 1 versions looked up, 0 with weaknesses"),
+        (("good", "weak", "unknown"), 1, "b 2 has CVE-1, mended in 3"),
+        (("good", "unknown"), 2, "no database at hand knows c"),
+        ((), 2, "nothing could be looked up"),
+    ],
+)
+def test_the_audit_says_what_it_found_and_what_it_could_not(
+    names: tuple[str, ...], code: int, words: str, tmp_path: Path
+) -> None:
+    stand_in = tmp_path / "pip-audit"
+    found = json.dumps({"dependencies": [FOUND[name] for name in names]}) if names else ""
+    (tmp_path / "found.json").write_text(found)
+    stand_in.write_text(f"#!/bin/sh\ncat {tmp_path / 'found.json'}\n")
+    stand_in.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, ".ci/audit.py", "constraints.txt"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (code, "")
+    assert words in done.stdout
