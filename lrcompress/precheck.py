@@ -46,18 +46,17 @@ def check_folder(path: str, trust_remote_code: bool) -> None:
             "merge it first with peft's merge_and_unload, or remove it"
         )
     stored = stored_tensors(weight_files(folder))
-    if stored:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        _check_size(path, config, numbers(stored), len(stored), trust_remote_code)
+    if stored and not trust_remote_code:  # code of a model's own may need more than shapes
+        _check_size(path, numbers(stored), len(stored))
 
 
-def _check_size(path: str, config: Any, held: int, tensors: int, trust_remote_code: bool) -> None:
+def _check_size(path: str, held: int, tensors: int) -> None:
     """What the files lack would be made up in memory, before it is found missing."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
-    if isinstance(depth, int) and depth <= tensors:
-        asked = parameter_count(bare(config, trust_remote_code))
-        if asked <= PACKED * held:
-            return
+    fits = isinstance(depth, int) and depth <= tensors  # first: to build too many takes long
+    if fits and parameter_count(bare(config, False)) <= PACKED * held:
+        return
     raise InputError(
         f"model {path!r} holds {held:,} numbers in {tensors} tensors, and its config.json asks for "
         "far more: get an intact copy"
