@@ -29,6 +29,9 @@ from tests.conftest import SMALL, invoke, small_recipe
 from tests.samples import DETAILS, METRICS, RECORD, points
 from tests.test_scaling import made as made_points
 
+# absurd numbers make numpy and matplotlib warn, as they should
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 EVAL = ("--perplexity", "pydoc", "--context-length", "64", "--limit", "1", "--no-speed")
 
 

@@ -25,6 +25,9 @@ from tests.samples import DETAILS, METRICS, RECORD, points
 from tests.tiny import logits
 from tests.torture.conftest import Tally, Times
 
+# absurd numbers make numpy and matplotlib warn, as they should
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 RECIPE: dict[str, Any] = {
     "model": {"source": "here", "dtype": "float32", "device": "cpu", "trust_remote_code": False},
     "calibration": {"data": ["pydoc", "a.txt"], "num_samples": 4, "seq_len": 64, "seed": 3},
