@@ -21,7 +21,7 @@ BOUNDS = re.compile(r"([\w-]+)(?:\[\w+\])?>=([\d.]+),<([\d.]+)")
 
 def pinned(file: str) -> dict[str, str]:
     lines = Path(file).read_text("utf-8").splitlines()
-    return dict(line.lower().split("==") for line in lines if "==" in line)
+    return dict(line.lower().split("==") for line in lines if "==" in line and line[0] != "#")
 
 
 @pytest.mark.parametrize("dependency", EVERY)
