@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,16 @@ class Compression:
         return Calibration(self.model, self.tokenizer, linears, self.calibration, self.progress)
 
     def prepared(self, text: Calibration) -> Prepared:
-        ratio = selected_share(self.model, text.linears, self.settings)
-        return prepare(self.model, text.linears, self.settings, ratio, text.moments, self.progress)
+        parts = (self.settings, self.share, text.moments, self.progress)
+        return prepare(self.model, text.linears, *parts)
+
+    @cached_property
+    def share(self) -> float | None:
+        """The budget as a share of the selected parameters: of the bytes that the model first had,
+        also where it is widened after that."""
+        settings = self.settings
+        linears = select(self.model, settings.include, settings.exclude, settings.dense_first)
+        return selected_share(self.model, linears, settings)
 
     def carry_out(self, prepared: Prepared, text: Calibration) -> Factorization:
         """Shrinks the model as planned, in place; whatever fails, it is as it was."""

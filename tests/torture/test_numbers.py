@@ -213,25 +213,30 @@ def test_models(method: str, form: str, case: str, tally: Tally) -> None:
     tally("spoilt models factorized", 1)
 
 
+def _overflowing(dtype: torch.dtype) -> Any:
+    """Activations of 1e5 are infinite in float16; in float32 the model is an ordinary one."""
+    model = tiny_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight.mul_(500)
+            layer.mlp.down_proj.weight.mul_(1e-3)
+    return model.to(torch.float16).to(dtype)
+
+
 @pytest.mark.parametrize("method", ["whitened", "auto"])
 @pytest.mark.parametrize("calibration", ["pydoc", "self"])
 @pytest.mark.parametrize("sequential", ["independent", "anchored"])
 def test_float16_that_overflows_is_calibrated_in_float32(
     method: str, calibration: str, sequential: str
 ) -> None:
-    """Activations of 1e5 are infinite in float16; in float32 the model is an ordinary one."""
+    """The result is that of the same weights in float32, rounded."""
     settings: dict[str, Any] = {
         "keep_ratio": 0.6, "method": method, "calibration": calibration, "num_samples": 2,
         "seq_len": 32, "sequential": sequential,
     }  # fmt: skip
     models = []
     for dtype in (torch.float16, torch.float32):
-        model = tiny_model()
-        with torch.no_grad():
-            for layer in model.model.layers:
-                layer.post_attention_layernorm.weight.mul_(500)
-                layer.mlp.down_proj.weight.mul_(1e-3)
-        model = model.to(torch.float16).to(dtype)
+        model = _overflowing(dtype)
         before = {name: p.clone() for name, p in model.named_parameters() if "mlp" not in name}
         done = lrcompress.factorize(model, byte_tokenizer(), **settings)
         assert any("float16" in note for note in done.notes) == (dtype == torch.float16)
@@ -245,3 +250,12 @@ def test_float16_that_overflows_is_calibrated_in_float32(
         rtol=0.05,
         atol=0.05 * float(logits(models[1]).std()),
     )
+
+
+def test_bytes_are_those_of_the_model_that_was_given() -> None:
+    model, settings = _overflowing(torch.float16), {"num_samples": 2, "seq_len": 32}
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    done = lrcompress.factorize(
+        model, byte_tokenizer(), target_size=int(0.85 * size), rank_multiple=2, **settings
+    )
+    assert done.model.kept == pytest.approx(0.85 * done.model.dense, rel=0.02)
