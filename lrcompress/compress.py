@@ -191,11 +191,11 @@ class Compression:
 @contextmanager
 def _widened(model: nn.Module) -> Iterator[None]:
     """In float32; at the end every linear has its own precision again, also one that was put in."""
-    stored = {n: m.weight.dtype for n, m in model.named_modules() if is_linear(m)}  # type: ignore[union-attr]
+    stored = {n: m.weight.dtype for n, m in model.named_modules() if is_linear(m)}
     with in_float32(model):
         yield
     for name, layer in compressed_layers(model):
-        layer.to(stored[name])  # type: ignore[arg-type]
+        layer.to(stored[name])
 
 
 def save(model: Any, out: str | Path, tokenizer: Any = None, **record: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from xml.sax.saxutils import escape
 import matplotlib as mpl
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lrcompress.files import writing
@@ -29,7 +30,7 @@ STYLE: dict[str, Any] = {
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
     "axes.grid": True,
-    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
     "axes.titlesize": "medium",
     "figure.constrained_layout.use": True,
     "grid.color": "#88888855",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 T = TypeVar("T")
 
-NASTY = (
+NASTY: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2, 3, 7, 33, 2**31, 2**63, 10**30, 10**400, -(2**70), 0.5, 1e-30,
     1e308, float("inf"), float("-inf"), float("nan"), "", " ", "\0", "\n", "\x1b[2J", "\u202e",
     "../../etc/passwd", "/etc/passwd", "~nobody/model", "package:os/../x", "a" * 5000, "<script>",

@@ -122,7 +122,7 @@ def _record(folder: Path, change: Callable[[dict[str, Any]], object]) -> str:
     file = folder / "config.json"
     config = json.loads(file.read_text())
     modules = config["quantization_config"]["modules"]
-    name = next(name for name, record in modules.items() if record["form"] == "pivoted")
+    name: str = next(name for name, record in modules.items() if record["form"] == "pivoted")
     change(modules[name])
     file.write_text(json.dumps(config))
     return name
@@ -373,14 +373,26 @@ def test_what_a_terminal_would_obey_is_shown(tmp_path: Path) -> None:
     assert "\x1b" not in sentence("inspect", "./\x1b[2J")
 
 
-def test_a_model_of_no_known_type_is_one_sentence(dense: Path, tmp_path: Path) -> None:
-    for number, keys in enumerate(
-        ({"num_attention_heads": 0}, {"model_type": ["llama"]}, {"hidden_size": "x"},
-         {"dtype": "int8"}, {"dtype": "float8_e4m3fn"}, {"attn_implementation": "some/kernel"})
-    ):  # fmt: skip
-        folder = changed(dense, tmp_path / f"{number}", **keys)
-        with pytest.raises(InputError, match="cannot be loaded"):
-            models.load(folder)
+CONFIGS: tuple[dict[str, Any], ...] = (
+    {"num_attention_heads": 0}, {"model_type": ["llama"]}, {"hidden_size": "x"}, {"dtype": "int8"},
+    {"dtype": "float8_e4m3fn"}, {"attn_implementation": "some/kernel"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", CONFIGS, ids=str)
+def test_a_config_of_no_model_is_one_sentence(
+    keys: dict[str, Any], dense: Path, tmp_path: Path
+) -> None:
+    folder = changed(dense, tmp_path / "model", **keys)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        models.load(folder)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"model": {"type": "BPE"}}', "\0"])
+def test_a_damaged_tokenizer_is_one_sentence(text: str, dense: Path, tmp_path: Path) -> None:
+    folder = changed(dense, tmp_path / "model")
+    (folder / "tokenizer.json").write_text(text)
+    assert "cannot be loaded" in sentence("eval", folder, *EVAL)
 
 
 ATTACK = "\"'><script>broken()</script><img src=x onerror=broken()>{{ 7 * 7 }}</svg></style>]]>"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import lrcompress
 from lrcompress.choices import Grid, ffn_choices
 from lrcompress.factorizers import FACTORIZERS
 from lrcompress.factorizers.svd import PlainSVD
-from lrcompress.lowrank import FORMS, LowRankLinear, compressed_layers
+from lrcompress.lowrank import FORMS, compressed_layers
 from lrcompress.protocols import FFN, LinearSpec, Statistics
 from lrcompress.shrink import fill
 from tests.test_factorizers import factors_of, measured_error
@@ -41,7 +42,7 @@ def _constant(features: int) -> Tensor:
     return x.T @ x / 200
 
 
-MOMENTS = {
+MOMENTS: dict[str, Callable[[int], Tensor]] = {
     "plain": lambda n: _gram(400, n),
     "zero": lambda n: torch.zeros(n, n, dtype=torch.float64),
     "one token": lambda n: _gram(1, n),
@@ -164,10 +165,6 @@ def test_budgets_are_met(method: str, moment: str, policy: str) -> None:
         assert kept >= 0.55 * choices.dense_parameters
 
 
-def _narrowest(layer: nn.Module) -> int:
-    return layer.rank if isinstance(layer, LowRankLinear) else min(layer.weight.shape)  # type: ignore[union-attr, arg-type]
-
-
 CASES: dict[str, dict[str, Any]] = {
     "one sample": {"num_samples": 1, "seq_len": 64},
     "fewer tokens than features": {"num_samples": 1, "seq_len": 8},
@@ -253,7 +250,8 @@ def test_float16_that_overflows_is_calibrated_in_float32(
 
 
 def test_bytes_are_those_of_the_model_that_was_given() -> None:
-    model, settings = _overflowing(torch.float16), {"num_samples": 2, "seq_len": 32}
+    settings: dict[str, Any] = {"num_samples": 2, "seq_len": 32}
+    model = _overflowing(torch.float16)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     done = lrcompress.factorize(
         model, byte_tokenizer(), target_size=int(0.85 * size), rank_multiple=2, **settings
