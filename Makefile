@@ -55,7 +55,7 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	echo '$(TORCH)' >> $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt torch
 	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt \
-		--editable '.[gguf,lora,tensorboard]' hypothesis jsonschema playwright pytest pytest-xdist
+		--editable '.[gguf,lora,quantize,tensorboard]' hypothesis jsonschema playwright pytest pytest-xdist
 	touch $@
 
 # minutes: the real model

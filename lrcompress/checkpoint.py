@@ -30,6 +30,7 @@ from lrcompress.tables import table, training
 RECORD = "lrcompress.json"
 # parts that only a low-rank layer has
 OWN = (".A.weight", ".Z.weight")
+QDATA = "._weight_qdata"
 STANDALONE_MODULE = "modeling_lowrank"
 
 
@@ -109,15 +110,25 @@ def saved_tensors(folder: Path) -> dict[str, int]:
 
     The numbers leave out format guards and the index vectors of the pivoted form.
     """
-    shapes: dict[str, list[int]] = {}
+    shapes: dict[str, Sequence[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:  # type: ignore[no-untyped-call,unused-ignore]
             shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+    shapes = _parameters(shapes)
     beside = {key.removesuffix(end) for key in shapes for end in OWN if key.endswith(end)}
     passive = {f"{name}.{buffer}" for name in beside for buffer in ("weight", "order")}
     numbers = sum(math.prod(shape) for key, shape in shapes.items() if key not in passive)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return {"parameters": numbers, "bytes": size}
+
+
+def _parameters(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """By the names of parameters: torchao saves one in several tensors, of which one has an entry
+    for each number."""
+    quantized = {key.replace("_weight_qdata", "weight"): key for key in shapes if QDATA in key}
+    parts = {key for key in shapes if "._weight_" in key}
+    plain = {key: shape for key, shape in shapes.items() if key not in parts}
+    return plain | {name: shapes[key] for name, key in quantized.items()}
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -167,7 +178,8 @@ def write_measured(
 
 
 def _title(record: Mapping[str, Any]) -> str:
-    kind = "Low-rank" if record.get("counts") or not record.get("pretrained") else "Dense"
+    dense = record.get("pretrained") or record.get("quantized")
+    kind = "Low-rank" if record.get("counts") or not dense else "Dense"
     return f"{kind} {record.get('source') or record.get('trained_from') or 'causal language model'}"
 
 

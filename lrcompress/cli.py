@@ -10,6 +10,7 @@ import click
 
 from lrcompress import __version__, processes
 from lrcompress.bench_cli import bench
+from lrcompress.convert_cli import export_command, quantize_command
 from lrcompress.options import (
     FOLDERS,
     JSON,
@@ -39,7 +40,7 @@ def main() -> None:
     """Low-rank compression of the feed-forward layers of causal language models."""
 
 
-for command in (bench, pretrain_command, scaling_command):
+for command in (bench, export_command, pretrain_command, quantize_command, scaling_command):
     main.add_command(command)
 
 FACTORIZE = ("factorize", "calibration", "refine", "model")
@@ -164,24 +165,6 @@ def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) ->
         click.echo(json.dumps(found.to_dict(), indent=2))
     else:
         console.show_inspection(found)
-
-
-@main.command("export", cls=SettingsCommand, sections=MODEL)
-@click.argument("source", metavar="DIR")
-@NEW_OUT
-@click.option("--dense", "kind", flag_value="dense", help="Merge back into stock layers.")
-@click.option(
-    "--standalone", "kind", flag_value="standalone", help="Ship the layers' code with the weights."
-)
-def export_command(source: str, out: Path, kind: str | None, **options: Any) -> None:
-    """Write the checkpoint DIR in a form that loads without lrcompress."""
-    if kind is None:
-        raise InputError("say which form to export: --dense or --standalone")
-    settings = build_recipe(MODEL, source, options).model
-    from lrcompress import commands
-
-    commands.export_to(settings, out, standalone=kind == "standalone")
-    click.echo(f"Wrote {out}.")
 
 
 @main.command("run")

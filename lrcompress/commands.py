@@ -1,10 +1,11 @@
-"""What the commands eval, report, export and bench do, from folder to folder."""
+"""What the commands eval, report, export, quantize and bench do, from folder to folder."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,9 +21,17 @@ from lrcompress.join import join
 from lrcompress.lowrank import compressed_layers
 from lrcompress.model_benchmark import bench_models
 from lrcompress.protocols import InputError, Progress, silent
+from lrcompress.quantized import refuse_quantized, weight_bytes
+from lrcompress.quantizing import quantize
 from lrcompress.recipe import Recipe
 from lrcompress.report import Report
-from lrcompress.settings import FFNBenchSettings, ModelBenchSettings, ModelSettings, Section
+from lrcompress.settings import (
+    FFNBenchSettings,
+    ModelBenchSettings,
+    ModelSettings,
+    QuantizeSettings,
+    Section,
+)
 from lrcompress.sources import Loaded, load_settings, other_source, record_of
 from lrcompress.sweepfolder import read_report
 from lrcompress.sweepreport import SweepReport
@@ -145,10 +154,31 @@ def export_to(settings: ModelSettings, out: Path, standalone: bool) -> None:
     check_free(out)
     record = record_of(settings) or {}
     model, tokenizer = load_settings(settings)
+    refuse_quantized(model, "export it before it is quantized")
     if not any(compressed_layers(model)):
         raise InputError(f"{settings.source!r} has no low-rank layers: there is nothing to export")
     write = checkpoint.export_standalone if standalone else checkpoint.export_dense
     write(model, tokenizer, out, record)
+
+
+def quantize_to(source: ModelSettings, settings: QuantizeSettings, out: Path) -> dict[str, Any]:
+    """Writes the model with quantized weights; returns what lrcompress.json of `out` holds."""
+    check_free(out)
+    record = record_of(source) or {"source": source.source}
+    record.pop("metrics", None)  # they are of the model before
+    record.pop("comparisons", None)
+    model, tokenizer = load_settings(source)
+    before = weight_bytes(model)
+    names = quantize(model, settings.weights)
+    record["quantized"] = {
+        "from": source.source,
+        "weights": settings.weights,
+        "linears": len(names),
+        "bytes_before": before,
+        "bytes": weight_bytes(model),
+        "torchao": version("torchao"),
+    }
+    return checkpoint.save(model, tokenizer, out, record)
 
 
 def bench_ffn_to(

@@ -18,6 +18,7 @@ from lrcompress.harness import Asking, run_tasks
 from lrcompress.lowrank import is_compressed
 from lrcompress.perplexity import perplexity
 from lrcompress.protocols import InputError, Metric, Progress, silent
+from lrcompress.quantized import is_quantized, weight_bytes
 from lrcompress.recipe import from_flat
 from lrcompress.settings import EvaluateSettings
 from lrcompress.sizes import evaluation_mode, parameter_count, sequence_length
@@ -63,9 +64,8 @@ def evaluate(
 
 def kind(model: Any, trained: bool = False) -> str:
     """What a model is called in a report."""
-    if not is_compressed(model):
-        return "dense"
-    return "finetuned" if trained else "factorized"
+    name = ("finetuned" if trained else "factorized") if is_compressed(model) else "dense"
+    return f"quantized {name}" if is_quantized(model) else name
 
 
 def resolve_tasks(settings: EvaluateSettings) -> Tasks | None:
@@ -190,5 +190,5 @@ def size(label: str, model: Any) -> Iterator[Metric]:
     if linears:
         yield Metric(label, "FFN parameters", sum(map(parameter_count, linears)), "", False)
     yield Metric(label, "parameters", parameter_count(model), "", False)
-    bytes_ = sum(p.numel() * p.element_size() for p in model.parameters())
-    yield Metric(label, "weight bytes", bytes_, "B", False, {"dtype": str(model.dtype)[6:]})
+    dtype = {"dtype": str(model.dtype)[6:]}
+    yield Metric(label, "weight bytes", weight_bytes(model), "B", False, dtype)

@@ -104,6 +104,14 @@ def show_factorization(record: Mapping[str, Any], out: object) -> None:
     _line(f"Wrote {out} ({record['saved']['bytes'] / 1e6:,.1f} MB of weights).")
 
 
+def show_quantization(record: Mapping[str, Any], out: object) -> None:
+    done = record["quantized"]
+    before, now = done["bytes_before"] / 1e6, done["bytes"] / 1e6
+    click.echo(f"{done['linears']} linears now have {done['weights']} weights.")
+    click.echo(f"Weights in memory: {before:,.1f} MB -> {now:,.1f} MB ({now / before:.1%}).")
+    click.echo(f"Wrote {out} ({record['saved']['bytes'] / 1e6:,.1f} MB of weights).")
+
+
 def show_recovery(done: Mapping[str, Any], out: object) -> None:
     rate = done["tokens_per_second"]  # none where a run that goes on had no step left
     pace = f" in {done['seconds']:.0f} s ({rate:,.0f} tokens/s)" if rate else ""

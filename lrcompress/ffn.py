@@ -11,6 +11,7 @@ from torch import nn
 
 from lrcompress.lowrank import LowRankLinear, is_compressed, is_linear, linear_shape
 from lrcompress.protocols import InputError, LinearSpec, Role
+from lrcompress.quantized import refuse_quantized
 
 # Layouts: paths inside a block -> role. A family with new names is one more row.
 LAYOUTS: tuple[dict[str, Role], ...] = (
@@ -67,8 +68,9 @@ def select(
     Patterns are shell-style and match whole module names (`*.down_proj`, `model.layers.3.*`).
     `include` reaches every linear inside the blocks, so that an unknown family can be named by
     hand; the first `dense_first` blocks are left out. Raises InputError where a pattern matches
-    nothing and where nothing is left.
+    nothing, where nothing is left, and where the model is compressed or quantized.
     """
+    refuse_quantized(model, "factorize it before it is quantized")
     if is_compressed(model):
         raise InputError(
             "the model is already compressed: start from the dense model, or merge it first with "

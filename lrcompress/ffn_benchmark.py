@@ -19,8 +19,6 @@ from lrcompress.protocols import InputError, LinearSpec, Progress, silent
 from lrcompress.settings import FFNBenchSettings
 from lrcompress.timing import Cost, Timing, calls_for, in_turn, seconds
 
-# ranks and widths are multiples of this, which matrix kernels want
-MULTIPLE = 16
 DENSE = "dense"
 PASSES = {"forward": 1, "forward and backward": 3}  # and the products of each, over forward's
 
@@ -108,11 +106,13 @@ def make(
     place = {"device": device, "dtype": getattr(torch, dtype)}
     channels = settings.channels
     if what.form == NARROWED:
-        channels = _narrowed(channels, what.keep_ratio)
+        multiple = settings.rank_multiple
+        channels = max(multiple, multiple * round(what.keep_ratio * channels / multiple))
     ffn = FeedForward(settings.width, channels, settings.gated, **place)
     if what.form not in (None, NARROWED):
         for role, linear in ffn.linears.items():
-            setattr(ffn, role, _low_rank(role, linear, what.form, what.keep_ratio))
+            layer = _low_rank(role, linear, what.form, what.keep_ratio, settings.rank_multiple)
+            setattr(ffn, role, layer)
     if what.path != "plain":
         optimize_ffn(ffn, ffn.linears, ExitStack())
     if what.path == "compiled":
@@ -120,18 +120,16 @@ def make(
     return ffn
 
 
-def _narrowed(channels: int, keep_ratio: float) -> int:
-    return max(MULTIPLE, MULTIPLE * round(keep_ratio * channels / MULTIPLE))
-
-
 @torch.no_grad()
-def _low_rank(role: Any, dense: nn.Module, form: Any, keep_ratio: float) -> nn.Module:
+def _low_rank(
+    role: Any, dense: nn.Module, form: Any, keep_ratio: float, multiple: int
+) -> nn.Module:
     rows, columns = dense.weight.shape  # type: ignore[misc]
     spec = LinearSpec(role, 0, role, columns, rows, False, role, "")
-    ranks = [r for r in range(MULTIPLE, spec.full_rank, MULTIPLE) if spec.saves(r, form)]
+    ranks = [r for r in range(multiple, spec.full_rank, multiple) if spec.saves(r, form)]
     if not ranks:
         raise InputError(
-            f"a {rows} x {columns} matrix has no {form} rank that is a multiple of {MULTIPLE} and "
+            f"a {rows} x {columns} matrix has no {form} rank that is a multiple of {multiple} and "
             "saves parameters: use a larger --width and --ffn-width"
         )
     target = keep_ratio * spec.dense_parameters

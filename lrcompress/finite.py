@@ -22,9 +22,10 @@ def cause(model: Any, tokens: Tensor) -> str:
 
 
 def unsound(model: nn.Module) -> Iterator[str]:
-    """The names of weights with a number that is none; of those that are here."""
+    """Names of weights with a number that is none: of those that are here and not quantized."""
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not bool(parameter.isfinite().all()):
+        here = type(parameter) is nn.Parameter and not parameter.is_meta
+        if here and not bool(parameter.isfinite().all()):
             yield name
 
 

@@ -85,7 +85,7 @@ def _attention(config: Any, length: int) -> int:
 
 
 def run_flops(
-    model: Any, length: int, tokens_of_step: int, steps: int, guides: int, guided_steps: int
+    model: Any, length: int, tokens_of_step: int, steps: int, guides: int = 0, guided_steps: int = 0
 ) -> int:
     """Of a whole training: `guides` are forward FLOPs a token of dense layers beside low-rank ones,
     which train in `guided_steps` of the `steps`."""

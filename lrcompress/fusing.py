@@ -82,6 +82,22 @@ def _fuse(layer: LowRankLinear, role: str, undo: ExitStack) -> None:
             del layer.__dict__[name]
 
     undo.callback(back)
+    _by_columns(_outer(layer).weight, undo)
+
+
+def _outer(layer: nn.Module) -> nn.Linear:
+    """The matrix of a fused layer that gives its output."""
+    assert isinstance(layer, FusedFactored | FusedPivoted)
+    return layer.B if isinstance(layer, FusedFactored) else layer.C
+
+
+def _by_columns(weight: Tensor, undo: ExitStack) -> None:
+    """Lays the columns of a tall matrix (out, rank) behind each other in memory, where its product
+    with one token then takes half the time: on the CPU in float32."""
+    rows, columns = weight.shape
+    if weight.is_cpu and weight.dtype == torch.float32 and rows > columns:
+        weight.data = weight.data.t().contiguous().t()
+        undo.callback(_by_rows, weight)
 
 
 def _can_permute(ffn: nn.Module, linears: Mapping[str, nn.Module], width: int) -> bool:
@@ -120,7 +136,7 @@ def _permute_channels(makers: Sequence[nn.Module], order: Tensor) -> None:
 def _channels(maker: nn.Module) -> Iterator[tuple[Tensor, int]]:
     """What has a row, or an entry, for each output: with the dimension of the outputs."""
     if isinstance(maker, FusedFactored | FusedPivoted):
-        maker = maker.B if isinstance(maker, FusedFactored) else maker.C
+        maker = _outer(maker)
     weight, bias = maker.weight, maker.bias
     assert isinstance(weight, Tensor)
     yield weight, 1 if isinstance(maker, Conv1D) else 0
@@ -133,9 +149,10 @@ def _packed(first: nn.Linear, second: nn.Linear, undo: ExitStack) -> Packed:
     whole = torch.cat([first.weight.detach(), second.weight.detach()])
     for linear, part in zip((first, second), whole.tensor_split([len(first.weight)]), strict=True):
         linear.weight.data = part
-        undo.callback(_own_memory, linear.weight)
+        undo.callback(_by_rows, linear.weight)
     return Packed(whole, len(first.weight), (first, second))
 
 
-def _own_memory(weight: Tensor) -> None:
-    weight.data = weight.data.clone()
+def _by_rows(weight: Tensor) -> None:
+    """In memory of its own, row by row."""
+    weight.data = weight.data.clone(memory_format=torch.contiguous_format)

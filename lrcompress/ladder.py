@@ -63,7 +63,11 @@ def rungs(recipe: ScalingRecipe, tokenizer: Any) -> list[Rung]:
 
 def variant_settings(recipe: ScalingRecipe) -> dict[str, PretrainSettings]:
     """The dense models' settings and those of every variant. InputError names what is refused."""
-    base = recipe.pretrain.model_dump() | {"keep_ratio": None, "self_guided": "off"}
+    base = recipe.pretrain.model_dump() | {
+        "keep_ratio": None,
+        "self_guided": "off",
+        "dense_share": 0.0,
+    }
     found = {DENSE: checked(PretrainSettings, base)}
     for name, values in recipe.scaling.variants.items():
         say = partial(_say, name)
@@ -115,30 +119,48 @@ def _rung(
 ) -> Rung:
     length = _length(bare, settings)
     parts, each = scaling.measurements, settings.batch_size * length
-    cost = partial(_flops, bare, settings, length)
+    asked = partial(_with_steps, settings, parts)
+    cost = partial(_flops, bare, _dense(config, settings), length)
     rounds = max(1, round(tokens / each / parts))
-    while limit is not None and rounds > 1 and cost(rounds * parts) > limit.flops:
+    while limit is not None and rounds > 1 and cost(asked(rounds)) > limit.flops:
         rounds -= 1
-    if limit is not None and cost(rounds * parts) > limit.flops:
+    if limit is not None and cost(asked(rounds)) > limit.flops:
         raise InputError(
             f"{variant} at {size} cannot be held to the FLOPs of {limit.variant} in {parts} steps: "
             "set more tokens_per_parameter, or fewer measurements"
         )
-    steps = rounds * parts
-    settings = settings.model_copy(update={"max_steps": steps, "eval_every": rounds})
-    return Rung(size, variant, settings, config, bare, length, cost(steps))
+    settings = asked(rounds)
+    if settings.dense_share and not 0 < settings.dense_steps < settings.max_steps:
+        raise InputError(
+            f"dense_share {settings.dense_share:g} of {variant} is no part of {parts} "
+            f"measurements: take 1/{parts} or more of the steps, or set more measurements"
+        )
+    return Rung(size, variant, settings, config, bare, length, cost(settings))
+
+
+def _with_steps(settings: PretrainSettings, parts: int, rounds: int) -> PretrainSettings:
+    return settings.model_copy(update={"max_steps": rounds * parts, "eval_every": rounds})
+
+
+def _dense(config: Any, settings: PretrainSettings) -> Any:
+    """The model before a warm start ends; None where there is none."""
+    if not settings.dense_share:
+        return None
+    return bare_model(copy.deepcopy(config), settings.model_copy(update={"keep_ratio": None}))
 
 
 def _length(bare: Any, settings: PretrainSettings) -> int:
     return sequence_length(bare, settings.train_length or DEFAULT_LENGTH)
 
 
-def _flops(bare: Any, settings: PretrainSettings, length: int, steps: int) -> int:
-    each, guided, cost = settings.batch_size * length, 0, 0
+def _flops(bare: Any, dense: Any, length: int, settings: PretrainSettings) -> int:
+    each, first, guided, cost = settings.batch_size * length, settings.dense_steps, 0, 0
+    steps = settings.max_steps - first
+    warm = flops.run_flops(dense, length, each, first) if first else 0
     if settings.self_guided != "off":
         guided = Guidance(steps, settings.self_guided == "reduced", settings.seed).guided_steps
         cost = guide_flops(bare)
-    return flops.run_flops(bare, length, each, steps, cost, guided)
+    return warm + flops.run_flops(bare, length, each, steps, cost, guided)
 
 
 def guide_flops(bare: Any) -> int:

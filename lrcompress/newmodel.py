@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from lrcompress import processes
@@ -31,14 +30,24 @@ from lrcompress.tokenizing import train_tokenizer
 from lrcompress.values import allowed_words
 
 
-@dataclass(frozen=True)
+@dataclass
 class NewModel:
-    """A model before its first step. `pairs` are its low-rank layers with the dense ones that
-    they were made of; `described` is what its record says of them."""
+    """A model that is trained from scratch. `pairs` are its low-rank layers with the dense ones
+    that they were made of; `described` is what its record says of them."""
 
     model: Any
     pairs: Pairs = ()
     described: dict[str, Any] = field(default_factory=dict)
+
+    def factorize(self, settings: PretrainSettings, progress: Progress = silent) -> None:
+        """Truncates its FFN linears by the SVD of their weights, in place; both factors share the
+        singular values (spectral initialization)."""
+        linears = select(self.model, dense_first=settings.dense_first)
+        dense = {spec.name: self.model.get_submodule(spec.name) for spec in linears}
+        parts = (CalibrationSettings(), _truncation(settings), RefineSettings(), progress)
+        self.described = apply(self.model, None, *parts).to_dict()
+        if settings.self_guided != "off":
+            self.pairs = guides(self.model, dense)
 
 
 def read_config(source: str) -> Any:
@@ -109,23 +118,16 @@ def fit_config(config: Any, tokenizer: Any, settings: PretrainSettings) -> None:
 def new_model(config: Any, settings: PretrainSettings, progress: Progress = silent) -> NewModel:
     """A random model by `config`, the same for equal seeds.
 
-    Its FFN linears are truncated by the SVD of their random weights where `keep_ratio` says so;
-    both factors share the singular values (spectral initialization).
+    It is factorized where `keep_ratio` says so, unless it is to be dense for its first steps.
     """
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.to(_device(settings.device))
-    if settings.keep_ratio is None:
-        return NewModel(model)
-    dense = {
-        spec.name: model.get_submodule(spec.name)
-        for spec in select(model, dense_first=settings.dense_first)
-    }
-    done = apply(
-        model, None, CalibrationSettings(), _truncation(settings), RefineSettings(), progress
-    )
-    return NewModel(model, _pairs(model, dense, settings), done.to_dict())
+    new = NewModel(model)
+    if settings.keep_ratio is not None and not settings.dense_share:
+        new.factorize(settings, progress)
+    return new
 
 
 def bare_model(config: Any, settings: PretrainSettings) -> Any:
@@ -160,10 +162,6 @@ def _truncation(settings: PretrainSettings) -> FactorizeSettings:
         dense_first=settings.dense_first,
         rank_multiple=settings.rank_multiple,
     )
-
-
-def _pairs(model: Any, dense: dict[str, nn.Module], settings: PretrainSettings) -> Pairs:
-    return () if settings.self_guided == "off" else guides(model, dense)
 
 
 def _device(asked: str) -> str:

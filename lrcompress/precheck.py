@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrcompress.lowrank import rebuild
 from lrcompress.protocols import InputError
-from lrcompress.quantizer import QUANT_METHOD, LowRankConfig
+from lrcompress.quantizer import LOW_RANK, LowRankConfig
 from lrcompress.sizes import parameter_count
 from lrcompress.weightfiles import numbers, stored_tensors, weight_files
 
@@ -24,8 +24,8 @@ def bare(config: Any, trust_remote_code: bool) -> Any:
     record = getattr(config, "quantization_config", None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        if isinstance(record, dict) and record.get("quant_method") == QUANT_METHOD:
-            rebuild(model, LowRankConfig.from_dict(record).modules)
+        if isinstance(record, dict) and record.get("quant_method") in LOW_RANK:
+            rebuild(model, LowRankConfig(record.get("modules")).modules)
     return model
 
 

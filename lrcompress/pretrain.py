@@ -81,8 +81,32 @@ def train(
 ) -> Trained:
     """Trains every parameter of the new model in place; the best measurement's stay.
 
-    With self-guidance the dense layers train beside the low-rank ones, and go at the end.
+    With self-guidance the dense layers train beside the low-rank ones, and go at the end. With a
+    warm start the model trains dense first, by a schedule of its own, and is then factorized.
     """
+    steps = settings.dense_steps
+    if not steps:
+        return _trained(new, blocks, held_out, settings, work, progress)
+    read = steps * settings.batch_size
+    alone = {"max_steps": steps, "keep_ratio": None, "self_guided": "off"}
+    dense = settings.model_copy(update=alone)
+    first = _trained(new, blocks.part(0, read), held_out, dense, work / "dense", progress)
+    if first.diverged:
+        return first
+    new.factorize(settings, progress)
+    rest = settings.model_copy(update={"max_steps": settings.max_steps - steps})
+    second = _trained(new, blocks.part(read), held_out, rest, work / "low-rank", progress)
+    return first.then(second)
+
+
+def _trained(
+    new: NewModel,
+    blocks: BlockDataset,
+    held_out: BlockDataset,
+    settings: PretrainSettings,
+    work: Path,
+    progress: Progress,
+) -> Trained:
     guidance = Guidance(settings.max_steps, settings.self_guided == "reduced", settings.seed)
     prepared = _guided(new, settings, guidance)
     return run(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from lrcompress.protocols import InputError, MachineError, Progress
 
@@ -123,7 +124,7 @@ def own_device(device: str) -> str:
 
 @contextmanager
 def group(device: str) -> Iterator[None]:
-    """Connects the processes; what fails inside leaves them connected, for `wait_for_main`."""
+    """Connects the processes; what fails inside leaves them connected, for `end_after_main`."""
     connected = count() == 1 or _is_connected()
     if not connected:
         _connect(device)
@@ -202,14 +203,25 @@ def _raise_first(faults: list[Exception | None]) -> None:
         )
 
 
-def wait_for_main() -> None:
-    """Returns when the main process has ended, so that torchrun does not end it too early."""
+def end_after_main(code: int) -> NoReturn:
+    """Ends this process when the main one has ended, so that torchrun does not end it too early."""
     import torch
     import torch.distributed as dist
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which has seen the same end
     with suppress(RuntimeError, ValueError):
         dist.recv(torch.zeros(1), src=0)  # it sends nothing: its end is what is waited for
+    end(code)
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process: at once where it is one of several, because gloo may abort it for a lost
+    connection while Python takes itself down."""
+    if count() == 1:
+        raise SystemExit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def check_shared(folder: Path) -> None:

@@ -1,9 +1,10 @@
 """Teaches `from_pretrained` to rebuild low-rank layers.
 
 transformers calls a registered quantizer between building a model's skeleton and reading its
-weights, which is the moment at which the dense layers have to give way. Nothing is quantized:
-once the weights are in, the quantizer detaches itself, and what is left is an ordinary model
-that can be cast, trained and saved.
+weights, which is the moment at which the dense layers have to give way. Of a checkpoint as
+`factorize` writes it nothing is quantized: once the weights are in, the quantizer detaches itself,
+and what is left is an ordinary model that can be cast, trained and saved. The weights of low-rank
+layers can be quantized as well, by torchao; then transformers' own quantizer for it stays.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin, TorchAoConfig
 
 from lrcompress.lowrank import PivotedLinear, compressed_layers, layout, rebuild
 from lrcompress.protocols import InputError
+from lrcompress.quantized import is_quantized, require_torchao
 from lrcompress.weightfiles import check_types, stored_tensors
 
 QUANT_METHOD = "lowrank"
+QUANTIZED_METHOD = "lowrank_torchao"
+LOW_RANK = (QUANT_METHOD, QUANTIZED_METHOD)
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
 READ = "_is_hf_initialized"
@@ -95,6 +100,45 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
+@register_quantization_config(QUANTIZED_METHOD)
+class QuantizedLowRankConfig(TorchAoConfig):  # type: ignore[misc]
+    """`quantization_config` of a checkpoint with low-rank layers and quantized weights: what
+    torchao's has, and what `LowRankConfig` has."""
+
+    def __init__(
+        self,
+        quant_type: Any,
+        modules: Mapping[str, Mapping[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        modules_to_not_convert: list[str] | None = None,
+        **defaults: object,
+    ) -> None:
+        super().__init__(quant_type, modules_to_not_convert)
+        self.__dict__ |= vars(LowRankConfig(modules, format_version)) | {
+            "quant_method": QUANTIZED_METHOD
+        }
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> QuantizedLowRankConfig:
+        require_torchao()
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[no-any-return]
+
+
+@register_quantizer(QUANTIZED_METHOD)
+class QuantizedLowRankQuantizer(TorchAoHfQuantizer):  # type: ignore[misc]
+    """Swaps low-rank layers into the skeleton, and lets torchao's loader fill them."""
+
+    quantization_config: QuantizedLowRankConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        rebuild(model, self.quantization_config.modules)
+        super()._process_model_before_weight_loading(model, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        check_orders(model)
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
 def check_loaded(model: nn.Module) -> None:
     """Raises InputError that names the module whose weights are not those of a checkpoint: missing,
     misshapen, no floating point, or an order that is none. What is offloaded is not looked at.
@@ -110,9 +154,7 @@ def check_loaded(model: nn.Module) -> None:
                     f"{name} is not in the checkpoint, or not in the shape that its config.json "
                     "records: get an intact copy"
                 )
-    for name, layer in compressed_layers(model):
-        if isinstance(layer, PivotedLinear) and not layer.order.is_meta:
-            _check_order(name, layer.order)
+    check_orders(model)
 
 
 def _expected(model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -125,16 +167,22 @@ def _expected(model: Any) -> Iterator[tuple[str, Tensor]]:
     yield from (model if whole else model.base_model).named_parameters()
 
 
-def _check_order(name: str, order: Tensor) -> None:
-    if not torch.equal(order.long().sort().values.cpu(), torch.arange(len(order))):
-        raise InputError(
-            f"the order of {name} does not name each of its {len(order)} inputs once: get an "
-            "intact copy"
-        )
+def check_orders(model: nn.Module) -> None:
+    """Raises InputError that names the pivoted layer whose order is none."""
+    for name, layer in compressed_layers(model):
+        if isinstance(layer, PivotedLinear) and not layer.order.is_meta:
+            order = layer.order.long().sort().values.cpu()
+            if not torch.equal(order, torch.arange(len(order))):
+                raise InputError(
+                    f"the order of {name} does not name each of its {len(order)} inputs once: get "
+                    "an intact copy"
+                )
 
 
 def record_layout(model: Any) -> None:
     """Writes the low-rank layers of `model` into its config, so that saving keeps them."""
+    if is_quantized(model):
+        return  # whoever quantized it has recorded both
     modules = layout(model)
     if modules:
         model.config.quantization_config = LowRankConfig(modules)

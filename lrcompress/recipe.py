@@ -21,6 +21,7 @@ from lrcompress.settings import (
     ModelBenchSettings,
     ModelSettings,
     PretrainSettings,
+    QuantizeSettings,
     RefineSettings,
     ScalingSettings,
     Section,
@@ -58,6 +59,7 @@ class ScalingRecipe(Section):
 BESIDE: dict[str, type[Section]] = {
     "ffn_bench": FFNBenchSettings,
     "model_bench": ModelBenchSettings,
+    "quantize": QuantizeSettings,
 }
 
 

@@ -126,9 +126,11 @@ class Scaling:
 
     @cached_property
     def _largest(self) -> Mapping[str, Rung]:
-        """The models of the largest size, by variant; a guided one is as fast as its plain one."""
+        """The models of the largest size, by variant; a guided one, or one with a warm start, is as
+        fast as its plain one."""
         size = self._rungs[-1].size
-        found = [r for r in self._rungs if r.size == size and r.settings.self_guided == "off"]
+        plain = [r for r in self._rungs if r.settings.self_guided == "off"]
+        found = [r for r in plain if r.size == size and not r.settings.dense_share]
         return {rung.variant: rung for rung in sorted(found, key=lambda rung: -rung.settings.seed)}
 
     def _speeds(self) -> list[Metric]:

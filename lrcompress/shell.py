@@ -29,8 +29,7 @@ class Group(click.Group):
         try:
             return super().invoke(context)
         except processes.SaidElsewhereError as error:
-            processes.wait_for_main()
-            raise SystemExit(error.code) from None
+            processes.end_after_main(error.code)
         except InputError as error:
             _fail(str(error), 2)
         except (MachineError, OSError, MemoryError) as error:
@@ -65,7 +64,7 @@ def _goes_on(context: click.Context) -> str:
 
 def _fail(message: str, code: int) -> None:
     click.echo(f"Error: {shortened(printable(message))}", err=True)
-    raise SystemExit(code)
+    processes.end(code)
 
 
 def _machine_fault(error: BaseException) -> str:
@@ -83,5 +82,5 @@ def _quiet_libraries() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     logging.captureWarnings(True)
-    for name in ("py.warnings", "accelerate"):
+    for name in ("py.warnings", "accelerate", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from lrcompress.corpora import read_corpus
 from lrcompress.memory import peak_memory
 from lrcompress.points import DENSE, Point, label
 from lrcompress.prepare import Prepared, prepare
-from lrcompress.protocols import Budget, Progress, silent
+from lrcompress.protocols import Budget, InputError, Progress, silent
+from lrcompress.quantized import require_torchao
+from lrcompress.quantizing import quantize
 from lrcompress.recipe import Recipe
 from lrcompress.settings import BUDGETS
 from lrcompress.sizes import sequence_length
@@ -52,26 +55,68 @@ class Sweep:
         self.recipe, self.progress = recipe, progress
         self.folder = SweepFolder(recipe, out)
         self.variants = list(variants(recipe))
+        self._check_quantize()
+
+    def _check_quantize(self) -> None:
+        if self.recipe.sweep.quantize:
+            require_torchao()
+        taken = {_name(one, weights) for one in self._names for weights in self._weights[1:]}
+        if both := taken & {*self._names}:
+            raise InputError(
+                f"sweep.variants.{both.pop()}: so a quantized variant is called; choose another "
+                "name"
+            )
+
+    @property
+    def _names(self) -> list[str]:
+        return [DENSE, *(variant.name for variant in self.variants)]
 
     def all(self) -> SweepReport:
         self.folder.claim()
         for spec in self.recipe.evaluate.perplexity:
             read_corpus(spec, "test")
-        points = [self._dense()]
+        points = list(self._dense())
         for variant in self.variants:
             points += self._of(variant)
             report = self.folder.write(points)
         return report
 
-    def _dense(self) -> Point:
-        make = partial(self._measured, DENSE, 1.0, None)
-        return self.folder.point(DENSE, 1.0, self._inputs(None), make)
+    @property
+    def _weights(self) -> tuple[str | None, ...]:
+        """As they are, then as they are to be quantized."""
+        return (None, *self.recipe.sweep.quantize)
+
+    def _dense(self) -> Iterator[Point]:
+        for weights in self._weights:
+            make = partial(self._dense_point, weights)
+            yield self._point(DENSE, 1.0, self._inputs(None), weights, make)
 
     def _of(self, variant: Variant) -> Iterator[Point]:
         share = cache(partial(self._prepared, variant))
+        inputs = self._inputs(variant)
         for ratio in self.recipe.sweep.keep_ratios:
-            make = partial(self._made, variant, ratio, share)
-            yield self.folder.point(variant.name, ratio, self._inputs(variant), make)
+            for weights in self._weights:
+                make = partial(self._made, variant, ratio, weights, share)
+                yield self._point(variant.name, ratio, inputs, weights, make)
+
+    def _point(
+        self,
+        variant: str,
+        ratio: float,
+        inputs: list[Any],
+        weights: str | None,
+        make: Callable[[], Point],
+    ) -> Point:
+        depends = inputs if weights is None else [*inputs, weights, version("torchao")]
+        return self.folder.point(_name(variant, weights), ratio, depends, make)
+
+    def _dense_point(self, weights: str | None) -> Point:
+        if weights is None:
+            return self._measured(DENSE, 1.0, None)
+        model, started = copy.deepcopy(self._model), time.perf_counter()
+        quantize(model, weights)
+        seconds = time.perf_counter() - started
+        return replace(self._measured(_name(DENSE, weights), 1.0, model), seconds=seconds)
 
     def _inputs(self, variant: Variant | None) -> list[Any]:
         recipe, evaluate = self.recipe, self.recipe.evaluate
@@ -132,14 +177,20 @@ class Sweep:
         return prepared, time.perf_counter() - started
 
     def _made(
-        self, variant: Variant, ratio: float, share: Callable[[], tuple[Prepared, float]]
+        self,
+        variant: Variant,
+        ratio: float,
+        weights: str | None,
+        share: Callable[[], tuple[Prepared, float]],
     ) -> Point:
         text, peak = self._text
         with peak_memory() as memory:
             prepared, shared = share()
             model = copy.deepcopy(self._model)
             kept, seconds = self._carried_out(variant, ratio, prepared, model)
-        point = self._measured(variant.name, ratio, model)
+            if weights is not None:
+                quantize(model, weights)
+        point = self._measured(_name(variant.name, weights), ratio, model)
         point = replace(point, kept=kept, seconds=seconds + shared, memory=memory.peak)
         return self._charged(point, variant, prepared, text, peak)
 
@@ -184,3 +235,7 @@ class Sweep:
         metrics = [*found.metrics, *(metric for metric in speeds if metric.model == name)]
         baseline = tuple(metric for metric in speeds if metric.model != name)
         return Point(variant, ratio, 1.0, 0.0, None, "", tuple(metrics), baseline)
+
+
+def _name(variant: str, weights: str | None) -> str:
+    return variant if weights is None else f"{variant} {weights}"

@@ -29,6 +29,9 @@ class BlockDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __init__(self, blocks: Tensor, cache: TeacherCache | None = None, first: int = 0) -> None:
         self.blocks, self.cache, self.first = blocks, cache, first
 
+    def part(self, begin: int, end: int | None = None) -> BlockDataset:
+        return BlockDataset(self.blocks[begin:end], self.cache, self.first + begin)
+
     def __len__(self) -> int:
         return len(self.blocks)
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,23 @@ class Trained:
     seconds: float
     tokens_per_second: float | None
     diverged: str | None = None
+
+    def then(self, other: Trained) -> Trained:
+        """One training of this and `other`, which went on with what this one had made."""
+        tokens, rate = self.tokens + other.tokens, None
+        if self.tokens_per_second and other.tokens_per_second:
+            spent = self.tokens / self.tokens_per_second + other.tokens / other.tokens_per_second
+            rate = tokens / spent
+        return replace(
+            other,
+            steps=self.steps + other.steps,
+            tokens=tokens,
+            best_step=self.steps + other.best_step,
+            before=self.before,
+            losses=self.losses + tuple((self.steps + step, x) for step, x in other.losses),
+            seconds=self.seconds + other.seconds,
+            tokens_per_second=rate,
+        )
 
 
 def run(

@@ -10,6 +10,7 @@ from lrcompress import checkpoint, processes, sharding, stages, training_run
 from lrcompress.models import locate
 from lrcompress.processes import agreed, from_main
 from lrcompress.protocols import InputError, Progress, silent
+from lrcompress.quantized import refuse_quantized
 from lrcompress.recovery import check_pair, train
 from lrcompress.settings import FinetuneSettings, ModelSettings
 from lrcompress.sources import Loaded, load_settings, other_source
@@ -83,6 +84,7 @@ class Finetuning(TrainingRun):
     def loaded(self) -> Loaded:
         shard = self.settings.shard
         model, tokenizer = load_settings(self.source, **sharding.placement(self.source, shard))
+        refuse_quantized(model, "finetune it before it is quantized")
         sharding.check_trainable(model, self.settings.train)
         if self.load_teacher is not None:
             self.teacher, _ = self.load_teacher(self.dense)

@@ -115,7 +115,36 @@ def test_guides_get_gradients_and_let_go(config: Path) -> None:
     assert not any("guide" in name for name, _ in new.model.named_parameters())
 
 
-@pytest.mark.parametrize("settings", [{}, {"keep_ratio": 0.5, "self_guided": "reduced"}])
+WARM: dict[str, Any] = {"keep_ratio": 0.5, "dense_share": 0.3}  # 4 steps of 12
+
+
+def test_a_warm_start_is_dense_at_first(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both trainings read other text, and the second begins with the first's best weights cut."""
+    seen = list[tuple[int, torch.Tensor]]()
+    step = TextTrainer.training_step
+
+    def watched(self: Any, model: Any, inputs: Any, *more: Any) -> Any:
+        seen.append((len(list(compressed_layers(model))), inputs["input_ids"].clone()))
+        return step(self, model, inputs, *more)
+
+    monkeypatch.setattr(TextTrainer, "training_step", watched)
+    done = pretrained(config, tmp_path / "out", **WARM)
+    assert [layers for layers, _ in seen] == [0] * 4 + [3] * 8
+    rows = [tuple(row.tolist()) for _, batch in seen for row in batch]
+    assert len(set(rows)) == len(rows) == 12 * 4
+    trained = done["pretrained"]
+    assert [at for at, _ in trained["losses"]] == [0, 4, 4, 8, 12]
+    assert (trained["steps"], trained["tokens"]) == (12, 12 * 4 * 32)
+    assert trained["after"] < trained["before"] == trained["losses"][0][1]
+    assert trained["best_step"] > 4
+    model, _ = lrcompress.load(str(tmp_path / "out"))
+    assert len(list(compressed_layers(model))) == 3
+    assert done["counts"]["selected"]["keep_ratio"] == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("settings", [{}, {"keep_ratio": 0.5, "self_guided": "reduced"}, WARM])
 def test_an_interrupted_run_ends_with_the_same_weights(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
@@ -158,6 +187,11 @@ def test_what_is_wrong_is_said(config: Path, tmp_path: Path) -> None:
         ((tmp_path / "torn.json", *data), "is not JSON"),
         ((tmp_path / "small.json", *data, "--tokenizer", config), "set it to 257"),
         (("llama-0.3m", *data, "--self-guided", "full"), "give keep_ratio"),
+        (("llama-0.3m", *data, "--dense-share", "0.5"), "give keep_ratio"),
+        (
+            ("llama-0.3m", *data, "--dense-share", "0.01", "--keep-ratio", "0.5"),
+            "leaves no measurement",
+        ),
         (("llama-0.3m", *data, "--tokenizer", tmp_path), "holds no tokenizer"),
         (("llama-0.3m", *data, "--vocab-size", "900000"), "--vocab-size"),
     ):

@@ -14,6 +14,7 @@ from lrcompress import scaling
 from lrcompress.ladder import rungs
 from lrcompress.laws import laws, matched, paired, verdicts
 from lrcompress.models import load_tokenizer
+from lrcompress.protocols import InputError
 from lrcompress.recipe import ScalingRecipe, read_any, read_scaling
 from lrcompress.scalingpoint import ScalingPoint, Shard
 from lrcompress.scalingreport import FORMATS
@@ -87,6 +88,25 @@ def test_the_ladder_has_equal_tokens_per_parameter(ladder: Path) -> None:
             assert rung.settings.max_steps == max(2, 2 * round(steps / 2))
     flops = [rung.flops for rung in found.values()]
     assert flops == sorted(flops)
+
+
+def test_a_warm_start_costs_what_both_parts_cost(ladder: Path) -> None:
+    recipe = read_scaling(ladder)
+    warm = {"low": {"keep_ratio": 0.5}, "warm": {"keep_ratio": 0.5, "dense_share": 0.5}}
+    update = {"variants": warm, "equal_flops": {}, "counted": "dense"}
+    scaling = recipe.scaling.model_copy(update=update)
+    found = {
+        r.name: r for r in rungs(recipe.model_copy(update={"scaling": scaling}), byte_tokenizer())
+    }
+    for name, rung in found.items():
+        if rung.variant == "warm":
+            low, dense = (found[name.replace("warm", other)] for other in ("low", "dense"))
+            assert rung.settings.max_steps == low.settings.max_steps == dense.settings.max_steps
+            assert rung.flops == (low.flops + dense.flops) // 2
+    update["variants"] = {"warm": warm["warm"] | {"dense_share": 0.1}}
+    scaling = recipe.scaling.model_copy(update=update)
+    with pytest.raises(InputError, match=r"dense_share 0\.1 of warm is no part of 2 measurements"):
+        rungs(recipe.model_copy(update={"scaling": scaling}), byte_tokenizer())
 
 
 def test_shards_are_the_whole() -> None:

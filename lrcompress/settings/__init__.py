@@ -5,6 +5,7 @@ their keyword arguments.
 """
 
 from lrcompress.settings.measuring import EvaluateSettings, SweepSettings
+from lrcompress.settings.quantizing import QuantizeSettings
 from lrcompress.settings.scaling import ScalingSettings, SizeSettings
 from lrcompress.settings.section import Section
 from lrcompress.settings.shrinking import BUDGETS, FactorizeSettings, RefineSettings
@@ -22,6 +23,7 @@ __all__ = [
     "ModelBenchSettings",
     "ModelSettings",
     "PretrainSettings",
+    "QuantizeSettings",
     "RefineSettings",
     "ScalingSettings",
     "Section",

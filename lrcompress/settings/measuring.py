@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from lrcompress.factorizers import FACTORIZERS
+from lrcompress.settings.quantizing import WEIGHTS
 from lrcompress.settings.section import Section
 from lrcompress.values import Listed, Names, Ratios, all_of, none_is_empty, variant_name
 
@@ -93,4 +94,8 @@ class SweepSettings(Section):
     )
     variants: dict[Annotated[str, AfterValidator(variant_name)], dict[str, Any]] = Field(
         {}, description="Name -> keys of factorize and refine that differ from the recipe's."
+    )
+    quantize: Annotated[Names, AfterValidator(all_of(WEIGHTS))] = Field(
+        (),
+        description="Measure every point, and the dense model, with such weights too: int8, int4.",
     )

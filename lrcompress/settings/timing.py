@@ -58,6 +58,9 @@ class FFNBenchSettings(Section):
         description="Of factored, pivoted, narrowed.",
         json_schema_extra={"flag": "form"},
     )
+    rank_multiple: int = Field(
+        16, ge=1, description="Ranks and widths are multiples of this, which matrix kernels want."
+    )
     paths: Annotated[Names, AfterValidator(all_of(PATHS)), AfterValidator(not_empty)] = Field(
         ("optimized",),
         description="How low-rank layers run: plain, as they load; optimized, as "

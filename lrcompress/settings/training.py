@@ -131,6 +131,13 @@ class PretrainSettings(TrainingSettings):
         description="Let trained dense weights carry the low-rank layers at first; reduced: in "
         "some steps only.",
     )
+    dense_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the steps in which the model is dense, before its FFNs are "
+        "factorized: a warm start.",
+    )
     batch_size: int = Field(
         8, ge=1, description="Sequences in an optimizer step, over all processes and passes."
     )
@@ -142,4 +149,16 @@ class PretrainSettings(TrainingSettings):
     def _guided(self) -> Self:
         if self.self_guided != "off" and self.keep_ratio is None:
             raise ValueError("self_guided needs low-rank layers: give keep_ratio")
+        if self.dense_share and self.keep_ratio is None:
+            raise ValueError("dense_share is of a low-rank model: give keep_ratio")
+        if self.dense_share and not 0 < self.dense_steps < self.max_steps:
+            raise ValueError(
+                f"dense_share {self.dense_share:g} of {self.max_steps} steps leaves no "
+                f"measurement, each {self.eval_every} steps, on both sides: set eval_every to less"
+            )
         return self
+
+    @property
+    def dense_steps(self) -> int:
+        """Steps before the factorization, to a whole measurement."""
+        return round(self.dense_share * self.max_steps / self.eval_every) * self.eval_every
