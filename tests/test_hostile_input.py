@@ -299,7 +299,7 @@ MERGED = "a0: &a0 {k: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 
         (BOMB, f"stand for more than {MOST:,} values"),
         (MERGED, f"stand for more than {MOST:,} values"),
         ("model: &a {source: *a}", f"stand for more than {MOST:,} values"),
-        (_nested(5000), "nested too deeply"),
+        (_nested(2000), "nested too deeply"),
         ("model: {source: 2001-01-01}", "it has a date: put it into quotes"),
         ("model: {source: 2001-99-99}", "month must be in 1..12"),
         ("model: {source: !!binary aGk=}", "it has a bytes"),
