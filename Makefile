@@ -8,7 +8,7 @@ DEMO := runs/quickstart
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test test-real torture coverage results schemas clean
+.PHONY: setup demo test test-oldest test-real torture coverage audit results schemas clean
 
 setup: $(READY)
 
@@ -38,6 +38,30 @@ torture: setup
 coverage: setup
 	$(BIN)/pytest --cov --cov-report=term
 
+# known weaknesses of the versions of constraints.txt; ends with 1 where there is one, and with 2 where
+# the index at hand has no database of them, which it says
+AUDIT := .venv-audit
+audit:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/pip install --quiet pip-audit
+	PATH=$(AUDIT)/bin:$$PATH $(PYTHON) .ci/audit.py constraints.txt
+
+# the tests on the oldest versions that pyproject.toml allows; TORCH= names another torch than that
+# of constraints.txt, whose CPU build is at hand where that of the oldest may not be
+OLDEST := .venv-oldest
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/pytest
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -v '^torch==' constraints-oldest.txt > $(OLDEST)/constraints.txt
+	echo '$(TORCH)' >> $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt torch
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt \
+		--editable '.[gguf,lora,quantize,tensorboard]' hypothesis jsonschema playwright pytest pytest-xdist
+	touch $@
+
 # minutes: the real model
 test-real: setup
 	$(BIN)/pytest -m real_model
@@ -54,4 +78,4 @@ schemas: setup
 	$(BIN)/python -c "from lrcompress.content import write_schemas; write_schemas('docs')"
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(AUDIT) $(OLDEST) runs

@@ -23,7 +23,7 @@ from lrcompress.decompositions import Decompositions
 from lrcompress.linalg import to_float64
 from lrcompress.lowrank import install
 from lrcompress.prepare import Prepared
-from lrcompress.protocols import FFN, Form, LinearSpec, Plan, Progress
+from lrcompress.protocols import FFN, Form, LinearSpec, NotFiniteError, Plan, Progress
 from lrcompress.shrink import ShrunkLinear, shrunk_ffn, shrunk_linear
 from lrcompress.sizes import evaluation_mode
 from lrcompress.streams import Streams
@@ -32,17 +32,21 @@ from lrcompress.streams import Streams
 class Fit:
     """Sums over tokens of v vᵀ and t vᵀ: least squares of targets t from inputs v."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
+        self.what = what
         self.moment: Tensor | None = None
         self.cross: Tensor | None = None
         self.tokens = 0
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Raises NotFiniteError where either has a number that is none."""
         v, t = inputs.flatten(0, -2).float(), targets.flatten(0, -2).float()
         moment, cross = to_float64(v.T @ v), to_float64(t.T @ v)
         self.moment = moment if self.moment is None else self.moment + moment
         self.cross = cross if self.cross is None else self.cross + cross
         self.tokens += len(v)
+        if not bool(cross.isfinite().all() and moment.isfinite().all()):
+            raise NotFiniteError(f"{self.what} is not finite: factorize with --dtype float32")
 
     def second_moment(self) -> Tensor:
         assert self.moment is not None
@@ -141,7 +145,7 @@ class Anchoring:
         if not linears:
             return ffn
         name = linears[0].name
-        fit = Fit()
+        fit = Fit(f"the input of {name}")
         for hidden, target in zip(self.streams.compressed, dense, strict=True):
             inputs = self.streams.run(index, hidden, (name,)).inputs[name]
             fit.add(inputs, target.inputs[name])
@@ -177,7 +181,7 @@ class Anchoring:
     def _output_fit(
         self, index: int, spec: LinearSpec, dense: list[Pass], bias: Tensor | None
     ) -> Fit:
-        fit, streams = Fit(), self.streams
+        fit, streams = Fit(f"the input or output of {spec.name}"), self.streams
         adds = streams.adds_to_residual(index, spec.name)
         for hidden, target in zip(streams.compressed, dense, strict=True):
             now = streams.run(index, hidden, (spec.name,), (spec.name,))

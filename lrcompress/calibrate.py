@@ -14,7 +14,14 @@ from lrcompress import processes
 from lrcompress.blocks import Forward, replaced_forwards, summed_loss
 from lrcompress.ffn import find_blocks
 from lrcompress.processes import own_part
-from lrcompress.protocols import InputError, LinearSpec, Progress, Statistics, silent
+from lrcompress.protocols import (
+    InputError,
+    LinearSpec,
+    NotFiniteError,
+    Progress,
+    Statistics,
+    silent,
+)
 from lrcompress.sizes import evaluation_mode
 
 # columns that a product of moments takes at a time
@@ -90,7 +97,7 @@ class Moments:
 
 def _finite(moment: Tensor, what: str, linear: LinearSpec) -> Tensor:
     if not bool(moment.isfinite().all()):
-        raise InputError(
+        raise NotFiniteError(
             f"the {what} of {linear.name} is not finite: calibrate with --dtype float32"
         )
     return moment

@@ -20,8 +20,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lrcompress import lowrank
 from lrcompress.files import json_text, render, replace_text, writing
+from lrcompress.plaindata import read_object
 from lrcompress.protocols import InputError, Metric, Summary
 from lrcompress.quantizer import record_layout
+from lrcompress.records import checked_record
 from lrcompress.significance import Comparison
 from lrcompress.stock import to_stock
 from lrcompress.tables import table, training
@@ -157,12 +159,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        record = json.loads(file.read_text("utf-8"))
+        return checked_record(read_object(file))
     except ValueError as error:
         raise InputError(f"{str(file)!r} is damaged ({error}): restore it, or remove it") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{str(file)!r} is damaged (no object): restore it, or remove it")
-    return record
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from lrcompress import (
     bench_report,
     checkpoint,
     compare,
+    content,
     locks,
     report,
     sweepreport,
@@ -108,10 +109,13 @@ def report_to(folders: Sequence[Path], out: Path | None = None) -> Report:
     """
     if out is not None:
         check_free(out)
-    made = join({_name(folder): report.read(folder) for folder in folders})
-    if out is not None:
-        with writing(out) as partial:
-            report.write(partial, made)
+    with content.showing(folders):
+        made = join({_name(folder): report.read(folder) for folder in folders})
+        if out is None:
+            report.markdown(made)
+        else:
+            with writing(out) as partial:
+                report.write(partial, made)
     return made
 
 
@@ -130,10 +134,13 @@ def sweep_report_to(folders: Sequence[Path], out: Path | None = None) -> SweepRe
         )
     if out is not None:
         check_free(out)
-    found = read_report(folders[0])
-    if out is not None:
-        with writing(out) as partial:
-            sweepreport.write(partial, found)
+    with content.showing(folders):
+        found = read_report(folders[0])
+        if out is None:
+            sweepreport.markdown(found)
+        else:
+            with writing(out) as partial:
+                sweepreport.write(partial, found)
     return found
 
 

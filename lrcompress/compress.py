@@ -5,23 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lrcompress import checkpoint
+from lrcompress import checkpoint, processes
 from lrcompress.anchor import shrink_anchored
 from lrcompress.calibration import Calibration
 from lrcompress.factorization import Counts, Factorization, counts, notes
 from lrcompress.ffn import find_ffns, select
-from lrcompress.lowrank import install
+from lrcompress.finite import unsound
+from lrcompress.lowrank import compressed_layers, install, is_linear
 from lrcompress.prepare import Prepared, check_weights, prepare, selected_share
 from lrcompress.processes import from_main
-from lrcompress.protocols import InputError, Plan, Progress, silent
+from lrcompress.protocols import InputError, NotFiniteError, Plan, Progress, silent
 from lrcompress.quantizer import record_layout
 from lrcompress.recipe import from_flat, sections
 from lrcompress.refine import refine
@@ -30,6 +33,9 @@ from lrcompress.search import smallest_within
 from lrcompress.settings import CalibrationSettings, FactorizeSettings, RefineSettings
 from lrcompress.shrink import ShrunkLinear, shrink
 from lrcompress.sizes import parameter_count
+from lrcompress.streams import in_float32
+
+OVERFLOWS = "activations overflow float16, so the model was run in float32 to calibrate"
 
 
 def factorize(
@@ -75,6 +81,17 @@ class Compression:
     started: float = field(default_factory=time.perf_counter)
 
     def run(self) -> Factorization:
+        """In the model's own precision; a float16 model that overflows there, in float32."""
+        try:
+            return self._run()
+        except NotFiniteError:
+            if processes.count() > 1 or self.model.dtype != torch.float16:
+                raise
+            with _widened(self.model):
+                done = self._run()
+            return replace(done, notes=(*done.notes, OVERFLOWS))
+
+    def _run(self) -> Factorization:
         text = self.text()
         return self.carry_out(self.prepared(text), text)
 
@@ -88,11 +105,21 @@ class Compression:
             )
         linears = select(self.model, settings.include, settings.exclude, settings.dense_first)
         check_weights(self.model, linears)
+        if (weight := next(unsound(self.model), None)) is not None:
+            raise InputError(f"{weight} is not finite: get an intact copy")
         return Calibration(self.model, self.tokenizer, linears, self.calibration, self.progress)
 
     def prepared(self, text: Calibration) -> Prepared:
-        ratio = selected_share(self.model, text.linears, self.settings)
-        return prepare(self.model, text.linears, self.settings, ratio, text.moments, self.progress)
+        parts = (self.settings, self.share, text.moments, self.progress)
+        return prepare(self.model, text.linears, *parts)
+
+    @cached_property
+    def share(self) -> float | None:
+        """The budget as a share of the selected parameters: of the bytes that the model first had,
+        also where it is widened after that."""
+        settings = self.settings
+        linears = select(self.model, settings.include, settings.exclude, settings.dense_first)
+        return selected_share(self.model, linears, settings)
 
     def carry_out(self, prepared: Prepared, text: Calibration) -> Factorization:
         """Shrinks the model as planned, in place; whatever fails, it is as it was."""
@@ -159,6 +186,16 @@ class Compression:
                 digest.update(f"{owner} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _widened(model: nn.Module) -> Iterator[None]:
+    """In float32; at the end every linear has its own precision again, also one that was put in."""
+    stored = {n: m.weight.dtype for n, m in model.named_modules() if is_linear(m)}
+    with in_float32(model):
+        yield
+    for name, layer in compressed_layers(model):
+        layer.to(stored[name])
 
 
 def save(model: Any, out: str | Path, tokenizer: Any = None, **record: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from lrcompress import bench_report, sweepreport
 from lrcompress.bench_report import Bench
 from lrcompress.details import Details
 from lrcompress.inspection import Inspection
+from lrcompress.printable import printable
 from lrcompress.protocols import Status
 from lrcompress.report import FORMATS, Report, to_json
 from lrcompress.significance import Comparison
@@ -42,6 +43,11 @@ WIDEST = 100_000
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
     """A bar on a terminal; elsewhere a line now and then."""
     return (_bar if sys.stderr.isatty() else _lines)(items, description, total)
+
+
+def _line(text: str, err: bool = False) -> None:
+    """Names of models and texts are in it, which may come from others."""
+    click.echo(printable(text), err=err)
 
 
 def say(sentence: str) -> None:
@@ -84,18 +90,18 @@ def show_factorization(record: Mapping[str, Any], out: object) -> None:
     ranks = [linear["rank"] for linear in record["linears"] if linear["rank"] is not None]
     span = f", ranks {min(ranks)} to {max(ranks)}" if ranks else ""
     kinds = ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
-    click.echo(f"{len(record['linears'])} linears: {kinds}{span}.")
+    _line(f"{len(record['linears'])} linears: {kinds}{span}.")
     for name, title in (("ffn", "FFN"), ("model", "Model")):
         count = counts[name]
         if not count["dense"]:
             continue  # a family whose FFNs are not known
-        click.echo(
+        _line(
             f"{title} parameters: {count['dense']:,} -> {count['kept']:,} "
             f"({100 * count['keep_ratio']:.2f} % kept)"
         )
     for note in record["notes"]:
-        click.echo(f"Note: {note}.")
-    click.echo(f"Wrote {out} ({record['saved']['bytes'] / 1e6:,.1f} MB of weights).")
+        _line(f"Note: {note}.")
+    _line(f"Wrote {out} ({record['saved']['bytes'] / 1e6:,.1f} MB of weights).")
 
 
 def show_quantization(record: Mapping[str, Any], out: object) -> None:
@@ -109,14 +115,14 @@ def show_quantization(record: Mapping[str, Any], out: object) -> None:
 def show_recovery(done: Mapping[str, Any], out: object) -> None:
     rate = done["tokens_per_second"]  # none where a run that goes on had no step left
     pace = f" in {done['seconds']:.0f} s ({rate:,.0f} tokens/s)" if rate else ""
-    click.echo(
+    _line(
         f"Trained {done['trained_parameters']:,} parameters for {done['steps']} steps, "
         f"{done['tokens']:,} tokens{pace}."
     )
-    click.echo(
+    _line(
         f"Held-out loss: {done['before']:.4f} -> {done['after']:.4f}, of step {done['best_step']}."
     )
-    click.echo(f"Wrote {out}.")
+    _line(f"Wrote {out}.")
 
 
 def show_report(found: Report, out: Path | None, as_json: bool) -> None:
@@ -127,12 +133,12 @@ def show_report(found: Report, out: Path | None, as_json: bool) -> None:
     _show_metrics(found)
     for one in found.comparisons:
         span = f"{one.difference:+.4f} ({one.low:+.4f} to {one.high:+.4f})"
-        click.echo(f"{one.metric}: {one.model} against {one.baseline}: {span}: {one.verdict}.")
+        _line(f"{one.metric}: {one.model} against {one.baseline}: {span}: {one.verdict}.")
     _show_details(found.details)
     for note in found.notes:
-        click.echo(f"Note: {note}.")
+        _line(f"Note: {note}.")
     if out is not None:
-        click.echo(f"Wrote {out}: {', '.join(FORMATS)}.")
+        _line(f"Wrote {out}: {', '.join(FORMATS)}.")
 
 
 def show_sweep(found: SweepReport, out: Path | None, as_json: bool) -> None:
@@ -148,9 +154,9 @@ def show_sweep(found: SweepReport, out: Path | None, as_json: bool) -> None:
             _show_grid(grid, {})
     for front in found.fronts:
         if front.knee:
-            click.echo(f"Knee of {front.quality.title}, {front.cost.title}: {front.knee.label}.")
+            _line(f"Knee of {front.quality.title}, {front.cost.title}: {front.knee.label}.")
     if out is not None:
-        click.echo(f"Wrote {out}: {', '.join(sweepreport.FORMATS)}; {len(found.points)} points.")
+        _line(f"Wrote {out}: {', '.join(sweepreport.FORMATS)}; {len(found.points)} points.")
 
 
 def _show_grid(grid: Grid, first: Mapping[str, Sequence[str]]) -> None:
@@ -158,9 +164,10 @@ def _show_grid(grid: Grid, first: Mapping[str, Sequence[str]]) -> None:
     shown = Table(box=None, pad_edge=False)
     shown.add_column("point", overflow="fold")
     for title in (*first, *grid.titles):
-        shown.add_column(title, justify="right")
+        shown.add_column(printable(title), justify="right")
     for index, (point, cells) in enumerate(grid.rows):
-        shown.add_row(point.label, *(column[index] for column in first.values()), *cells)
+        sizes = (column[index] for column in first.values())
+        shown.add_row(*map(printable, (point.label, *sizes, *cells)))
     _print(shown)
 
 
@@ -169,29 +176,29 @@ def _show_metrics(found: Report) -> None:
     shown = Table(box=None, pad_edge=False)
     shown.add_column("metric", overflow="fold")
     for label in (*rows.labels, *(f"{label} / {rows.labels[0]}" for label in rows.labels[1:])):
-        shown.add_column(label, justify="right")
+        shown.add_column(printable(label), justify="right")
     for row in rows.rows:
-        shown.add_row(row.title, *row.cells, *row.ratios)
+        shown.add_row(*map(printable, (row.title, *row.cells, *row.ratios)))
     _print(shown)
 
 
 def _show_details(details: Details) -> None:
     for change in details.tokens:
-        click.echo(
+        _line(
             f"{change.data}: {change.model} against {change.baseline}: divergence "
             f"{change.divergence:.4f} nats per token, the same likeliest token "
             f"{change.agreement:.1%} of the time."
         )
     for block in details.blocks:
         largest, count = block.errors[block.worst], len(block.errors)
-        click.echo(
+        _line(
             f"{block.model}: changed most in block {block.worst}, by {largest:.3g} of what it "
             f"computes (median of {count} blocks {block.median:.3g})."
         )
     for continued in details.continuations:
-        click.echo(f"{continued.prompt!r}")
+        _line(f"{continued.prompt!r}")
         for label, text in continued.texts.items():
-            click.echo(f"  {label}: {text!r}")
+            _line(f"  {label}: {text!r}")
 
 
 def show_verdict(failed: Sequence[Comparison], max_loss: float, err: bool = False) -> None:
@@ -200,26 +207,26 @@ def show_verdict(failed: Sequence[Comparison], max_loss: float, err: bool = Fals
     To stderr with `err`, where stdout is to be read by a program.
     """
     for one in failed:
-        click.echo(f"{one.metric}: may have lost {one.worst:.2%} (95 % interval).", err=err)
+        _line(f"{one.metric}: may have lost {one.worst:.2%} (95 % interval).", err=err)
     held = "FAIL: not every metric compared is" if failed else "PASS: every metric compared is"
-    click.echo(f"{held} shown to have lost at most {max_loss:.3g}.", err=err)
+    _line(f"{held} shown to have lost at most {max_loss:.3g}.", err=err)
 
 
 def show_bench(found: Bench, out: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(bench_report.to_json(found), nl=False)
         return
-    click.echo(found.title)
+    _line(found.title)
     rows = bench_report.rows(found)
     titles = bench_report.columns(rows)
     shown = Table(box=None, pad_edge=False)
     for field, name in titles.items():
         shown.add_column(name, justify="left" if field in {"setting", "name"} else "right")
     for row in rows:
-        shown.add_row(*(getattr(row, field) for field in titles))
+        shown.add_row(*(printable(getattr(row, field)) for field in titles))
     _print(shown)
     if out is not None:
-        click.echo(f"Wrote {out}: {', '.join(bench_report.FILES)}.")
+        _line(f"Wrote {out}: {', '.join(bench_report.FILES)}.")
 
 
 def show_inspection(found: Inspection) -> None:
@@ -240,12 +247,12 @@ def show_inspection(found: Inspection) -> None:
         )
     _print(shown)
     share = 100 * found.ffn_parameters / found.parameters
-    click.echo(
+    _line(
         f"{found.model_type}: {found.parameters:,} parameters, {found.ffn_parameters:,} of them "
         f"({share:.1f} %) in {len(found.rows)} FFN linears."
     )
     if found.experts:
-        click.echo(f"Left dense: {len(found.experts)} expert tensors, such as {found.experts[0]}.")
+        _line(f"Left dense: {len(found.experts)} expert tensors, such as {found.experts[0]}.")
 
 
 def _print(shown: Table) -> None:

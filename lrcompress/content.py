@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
+from jinja2 import TemplateError
 from pydantic import TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
 from lrcompress.details import Details
 from lrcompress.files import NOT_FINITE, json_text, replace_text
+from lrcompress.plaindata import read_object
 from lrcompress.points import PointSummary
 from lrcompress.protocols import PUBLISHED, InputError, Number, Summary
 from lrcompress.significance import Comparison
@@ -107,7 +109,7 @@ def read(kind: type[Content], file: Path) -> Content:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise _damaged(file, f"{where}: {first['msg'].lower()}") from None
+        raise damaged(file, f"{where}: {first['msg'].lower()}") from None
 
 
 def _object(file: Path) -> dict[str, Any]:
@@ -116,15 +118,28 @@ def _object(file: Path) -> dict[str, Any]:
             f"{str(file.parent)!r} has no {file.name}: give a folder with a finished report"
         )
     try:
-        found = json.loads(file.read_text("utf-8"))
+        return read_object(file)
     except ValueError as error:
-        raise _damaged(file, str(error)) from None
-    if not isinstance(found, dict):
-        raise _damaged(file, "no object")
-    return found
+        raise damaged(file, str(error)) from None
 
 
-def _damaged(file: Path, reason: str) -> InputError:
+@contextmanager
+def showing(folders: Sequence[Path]) -> Iterator[None]:
+    """Around what makes reports of numbers that others may have written: of the right kind each,
+    they may still not go together. Raises one InputError then."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, TemplateError) as error:
+        names = ", ".join(repr(str(folder)) for folder in folders)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(
+            f"what {names} holds cannot be shown ({reason}): restore it, or measure again"
+        ) from error
+
+
+def damaged(file: Path, reason: str) -> InputError:
     return InputError(f"{str(file)!r} is damaged ({reason}): restore it, or measure again")
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lrcompress.plaindata import read_json
 from lrcompress.protocols import InputError
 
 Use = Literal["calibration", "test"]
@@ -112,7 +112,10 @@ def _decoded(file: Path) -> str:
 def _package_folder(package: str) -> Path:
     if package == STANDARD_LIBRARY:
         return Path(sysconfig.get_paths()["stdlib"])
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    try:
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    except ValueError:  # a module without a spec, such as __main__
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise InputError(
             f"data 'package:{package}': no package {package!r} is installed here: install it, or "
@@ -164,8 +167,8 @@ def _read_jsonl(path: Path, field: str) -> list[str]:
 
 def _field_of(path: Path, number: int, line: str, field: str) -> str:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = read_json(line)
+    except ValueError as error:
         raise InputError(f"{str(path)!r} line {number} is not JSON: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         fields = ", ".join(row) if isinstance(row, dict) else "none"

@@ -23,6 +23,7 @@ WORDS = {
     "out of memory": MEMORY,
     "can't allocate memory": MEMORY,
     "std::bad_alloc": MEMORY,
+    "size calculation overflowed": MEMORY,
     "can't start new thread": "no thread can be started (out of memory, or ulimit -u)",
     "No space left": REASONS[errno.ENOSPC],
     "Too many open files": REASONS[errno.EMFILE],

@@ -12,9 +12,9 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 import matplotlib as mpl
-from cycler import cycler
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lrcompress.files import writing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -33,6 +34,36 @@ def check_free(out: Path) -> None:
     parent = next(p for p in out.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"output {str(out)!r}: {str(parent)!r} is not a folder to write to")
+
+
+def is_inside(path: str) -> bool:
+    """Whether `path`, taken below a folder, stays there, links aside."""
+    parts = PurePath(path)
+    return not parts.is_absolute() and ".." not in parts.parts
+
+
+def user_path(text: str) -> Path:
+    """`text` as a path, with ~ as the user's folder; InputError where nothing could be there."""
+    try:
+        path = Path(text).expanduser()
+        path.stat()
+    except (RuntimeError, ValueError) as error:  # no such user, a character of no path
+        raise InputError(f"{text!r} is no path ({error}): give another") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{text[:80]!r}… is too long for a path: give another") from None
+    return path
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises InputError where an entry of `folder` is a link: what is written or removed below it
+    would be somewhere else."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.is_symlink():
+            raise InputError(
+                f"{str(entry)!r} is a link, and a run writes into its own folder alone: put what "
+                "it leads to in its place, or choose another folder"
+            )
 
 
 @contextmanager
@@ -184,6 +215,7 @@ def _write_failure(error: Exception) -> str | None:
 def replace_text(file: Path, text: str) -> None:
     """Writes `file` in one rename. Raises MachineError where it cannot be written."""
     partial = file.with_name(f".{file.name}.partial")
+    partial.unlink(missing_ok=True)  # a link of that name would be written through
     try:
         partial.write_text(text, "utf-8")
         partial.replace(file)

@@ -10,27 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 
 from lrcompress import faults
-from lrcompress.lowrank import rebuild
+from lrcompress.files import is_inside, user_path
+from lrcompress.precheck import bare, check_folder
 from lrcompress.protocols import InputError, MachineError
-from lrcompress.quantizer import LOW_RANK, LowRankConfig
 
 PACKAGE = "package:"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-)
+PANIC = "PanicException"  # of the libraries in Rust, which is no Exception
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,7 @@ class Location:
 def locate(source: str, gguf_file: str | None = None) -> Location:
     """Finds MODEL: a folder, a .gguf file, a hub id, or package:NAME/FILE, a file that an
     installed Python package ships. Raises InputError where a local path leads nowhere."""
-    path = _package_file(source) if source.startswith(PACKAGE) else Path(source).expanduser()
+    path = _package_file(source) if source.startswith(PACKAGE) else user_path(source)
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"model {source!r} is a file: give its folder, or a .gguf file")
@@ -64,6 +52,8 @@ def locate(source: str, gguf_file: str | None = None) -> Location:
 
 def _package_file(source: str) -> Path:
     name, _, file = source.removeprefix(PACKAGE).partition("/")
+    if not is_inside(file):
+        raise InputError(f"model {source!r} leads out of its package: name a file inside")
     try:
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
     except ValueError:  # a module without a spec, such as __main__
@@ -75,7 +65,7 @@ def _package_file(source: str) -> Path:
 
 def _local_folder(path: Path, source: str, gguf_file: str | None) -> Location:
     if gguf_file is not None:
-        if not (path / gguf_file).is_file():
+        if not (is_inside(gguf_file) and (path / gguf_file).is_file()):
             raise InputError(f"model folder {source!r} has no GGUF file {gguf_file!r}")
     elif not (path / "config.json").is_file():
         raise InputError(
@@ -90,14 +80,20 @@ def _explained(source: str) -> Iterator[None]:
     """transformers' many ways to say that a model cannot be loaded -> one InputError."""
     try:
         yield
-    except InputError:
+    except (InputError, MachineError, MemoryError, torch.OutOfMemoryError):
         raise
-    except LOADING_ERRORS as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except BaseException as error:  # each library has its own
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
             raise
         if fault := faults.reason(error):
             raise MachineError(f"model {source!r} cannot be loaded: {fault}") from error
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split())
+        if "custom code" in reason:
+            raise InputError(
+                f"model {source!r} loads by code of its own, which is not run unasked: read the "
+                "code, and if you trust it give --trust-remote-code (trust_remote_code in Python)"
+            ) from error
+        reason = reason[:300] or type(error).__name__
         local = Path(source).expanduser().exists() or source.startswith(PACKAGE)
         what = "cannot be loaded" if local else "is no folder here, and the hub did not give it"
         raise InputError(f"model {source!r} {what}: {reason}") from error
@@ -148,7 +144,7 @@ def _load_model(
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     else:
         arguments["use_safetensors"] = True
-        _refuse_pickles(Path(location.path))
+        check_folder(location.path, trust_remote_code)
     model, report = AutoModelForCausalLM.from_pretrained(
         location.path,
         dtype=torch_dtype(dtype),
@@ -166,14 +162,6 @@ def _load_model(
                 f"asks for, such as {keys[0]}: get an intact copy"
             )
     return model
-
-
-def _refuse_pickles(folder: Path) -> None:
-    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        raise InputError(
-            f"model folder {str(folder)!r} has only pickled .bin weights, which are never loaded: "
-            "save it as safetensors with transformers' save_pretrained first"
-        )
 
 
 def torch_dtype(name: str) -> Any:
@@ -198,7 +186,7 @@ def checked_device(device: str) -> str:
 
 def load_tokenizer(source: str, gguf_file: str | None, trust_remote_code: bool) -> Any:
     """The tokenizer of MODEL, or in a folder by itself; None where the folder has none."""
-    alone = Path(source).expanduser() if gguf_file is None else None
+    alone = user_path(source) if gguf_file is None else None
     found = alone is not None and alone.is_dir()
     location = Location(str(alone)) if found else locate(source, gguf_file)
     with _explained(source):
@@ -221,12 +209,6 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def skeleton(source: str, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
     """MODEL on the meta device: its shapes, from the config alone; no weights, no memory."""
-    from transformers import AutoModelForCausalLM
-
     config = load_config(source, gguf_file, trust_remote_code)
-    record = getattr(config, "quantization_config", None)
-    with torch.device("meta"), _explained(source):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        if isinstance(record, dict) and record.get("quant_method") in LOW_RANK:
-            rebuild(model, LowRankConfig(record.get("modules")).modules)
-    return model
+    with _explained(source):
+        return bare(config, trust_remote_code)

@@ -108,10 +108,13 @@ def _take_out(D: Tensor, M: Tensor, spread: Tensor, picked: Tensor) -> Tensor:
 
 
 def reconstruction(second_moment: Tensor, channels: Tensor, damping: float) -> Tensor:
-    """R (width, kept) with h ~ R h_J in least squares: C_J (C_JJ + damping)⁻¹."""
+    """R (width, kept) with h ~ R h_J in least squares, damped towards the channels themselves:
+    (C_J + ridge E_J) (C_JJ + ridge)⁻¹, E the identity. Channels of J stay as they are."""
     C = to_float64(second_moment)
-    block = C[channels][:, channels]
-    ridge = damping * block.diagonal().mean().clamp_min(torch.finfo(C.dtype).tiny)
-    block = block + ridge * torch.eye(len(block), dtype=C.dtype, device=C.device)
-    solution: Tensor = torch.linalg.solve(block, C[channels])
+    block, mean = C[channels][:, channels], C.diagonal()[channels].mean()
+    ridge = damping * mean if mean > 0 else torch.ones_like(mean)
+    right, rows = C[channels], torch.arange(len(channels), device=C.device)
+    right[rows, channels] += ridge
+    block.diagonal().add_(ridge)
+    solution: Tensor = torch.linalg.solve(block, right)
     return solution.T

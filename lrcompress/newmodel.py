@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +12,11 @@ from lrcompress import processes
 from lrcompress.compress import apply
 from lrcompress.corpora import read_corpus
 from lrcompress.ffn import select
+from lrcompress.files import user_path
 from lrcompress.guidance import Pairs, guides
 from lrcompress.lowrank import rebuild
 from lrcompress.models import checked_device, load_tokenizer
+from lrcompress.plaindata import read_object
 from lrcompress.prepare import prepare
 from lrcompress.presets import LLAMAS, preset
 from lrcompress.protocols import InputError, Progress, silent
@@ -57,15 +57,15 @@ def read_config(source: str) -> Any:
     """
     if source in LLAMAS:
         return _config(preset(source), source)
-    path = Path(source).expanduser()
+    path = user_path(source)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"config {source!r} is no file, folder or preset{_presets(source)}")
     try:
-        values = json.loads(file.read_text("utf-8"))
+        values = read_object(file)
     except ValueError as error:
         raise InputError(f"config {str(file)!r} is not JSON ({error}): restore it") from None
-    if not isinstance(values, dict) or "model_type" not in values:
+    if not isinstance(values.get("model_type"), str):
         raise InputError(f"config {str(file)!r} names no model_type: give a transformers config")
     return _config(values, source)
 
@@ -78,7 +78,7 @@ def _config(values: dict[str, Any], source: str) -> PreTrainedConfig:
     left = {key: value for key, value in values.items() if key not in NOT_OF_A_NEW_MODEL}
     try:
         return AutoConfig.for_model(left.pop("model_type"), **left)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # each family has its own checks
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"config {source!r} cannot be used: {reason}") from None
 

@@ -15,7 +15,15 @@ from torch.nn.functional import cross_entropy
 from lrcompress.corpora import Corpus
 from lrcompress.data import bos_token, encode, token_hash
 from lrcompress.details import LARGEST
-from lrcompress.protocols import PERPLEXITY, InputError, Metric, Progress, silent
+from lrcompress.finite import cause
+from lrcompress.protocols import (
+    PERPLEXITY,
+    InputError,
+    Metric,
+    NotFiniteError,
+    Progress,
+    silent,
+)
 
 # logits rows turned into float32 at a time: a whole window times a large vocabulary is gigabytes
 LOSS_ROWS = 256
@@ -107,9 +115,9 @@ def perplexity(
     for index, window in enumerate(progress(chosen, f"Perplexity of {label}", len(chosen))):
         loss = float(token_losses(model, window).double().sum())
         if not math.isfinite(loss):
-            raise InputError(
-                f"the loss of the {label} model on window {index} of {corpus.spec!r} is {loss}: "
-                "evaluate with --dtype float32"
+            raise NotFiniteError(
+                f"the loss of the {label} model on window {index} of {corpus.spec!r} is {loss}, "
+                f"{cause(model, window.tokens[None])}"
             )
         samples.append([loss, window.scored])
     count = sum(window.scored for window in chosen)

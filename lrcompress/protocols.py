@@ -25,6 +25,10 @@ class InputError(ValueError):
     """What the user gave cannot be used: one sentence that names the value and the remedy."""
 
 
+class NotFiniteError(InputError):
+    """What a model computes in its own precision is not finite; it may be in a wider one."""
+
+
 class MachineError(RuntimeError):
     """The machine failed (disk full, no memory): one sentence that says what and where."""
 

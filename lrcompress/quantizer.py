@@ -9,23 +9,28 @@ layers can be quantized as well, by torchao; then transformers' own quantizer fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, TorchAoConfig
 
-from lrcompress.lowrank import layout, rebuild
+from lrcompress.lowrank import PivotedLinear, compressed_layers, layout, rebuild
 from lrcompress.protocols import InputError
 from lrcompress.quantized import is_quantized, require_torchao
+from lrcompress.weightfiles import check_types, stored_tensors
 
 QUANT_METHOD = "lowrank"
 QUANTIZED_METHOD = "lowrank_torchao"
 LOW_RANK = (QUANT_METHOD, QUANTIZED_METHOD)
 FORMAT_VERSION = 1
+SUFFIX = ".safetensors"
+READ = "_is_hf_initialized"
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -34,6 +39,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self,
+        /,
         modules: Mapping[str, Mapping[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
@@ -41,9 +47,10 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> None:
         records = modules.values() if isinstance(modules, Mapping) else [None]
         if unknown or not all(isinstance(record, Mapping) for record in records):
+            have = f"no {', '.join(unknown)}" if unknown else "nothing else"
             raise InputError(
-                "quantization_config of the checkpoint is damaged: it needs modules, each with "
-                f"form, shape and rank, and has no {', '.join(unknown) or 'such'}"
+                "quantization_config of the checkpoint is damaged: it has to have modules, each "
+                f"with form, shape and rank, and {have}: get an intact copy"
             )
         assert modules is not None
         if format_version != FORMAT_VERSION:
@@ -68,11 +75,16 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
                 "lrcompress.factorize(model, ...)"
             )
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
         rebuild(model, self.quantization_config.modules)
+        files = [Path(file) for file in checkpoint_files or ()]
+        check_types(stored_tensors(file for file in files if file.suffix == SUFFIX))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        check_loaded(model)
         del model.hf_quantizer, model.quantization_method
         model.is_quantized = False
         for module in model.modules():
@@ -121,6 +133,50 @@ class QuantizedLowRankQuantizer(TorchAoHfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         rebuild(model, self.quantization_config.modules)
         super()._process_model_before_weight_loading(model, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        check_orders(model)
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Raises InputError that names the module whose weights are not those of a checkpoint: missing,
+    misshapen, no floating point, or an order that is none. What is offloaded is not looked at.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise InputError(f"{name} is stored as {parameter.dtype}: get an intact copy")
+    # transformers marks the tensors that it read; other ones are random
+    if any(hasattr(parameter, READ) for parameter in model.parameters()):
+        for name, tensor in _expected(model):
+            if not tensor.is_meta and not getattr(tensor, READ, False):
+                raise InputError(
+                    f"{name} is not in the checkpoint, or not in the shape that its config.json "
+                    "records: get an intact copy"
+                )
+    check_orders(model)
+
+
+def _expected(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """What the checkpoint has to hold: compressed layers, and the weights of the model that was
+    saved. A model of another class has a head of its own, which may be new."""
+    for name, layer in compressed_layers(model):
+        for part, tensor in layer.state_dict(keep_vars=True).items():
+            yield f"{name}.{part}", tensor
+    whole = type(model).__name__ in (model.config.architectures or ())
+    yield from (model if whole else model.base_model).named_parameters()
+
+
+def check_orders(model: nn.Module) -> None:
+    """Raises InputError that names the pivoted layer whose order is none."""
+    for name, layer in compressed_layers(model):
+        if isinstance(layer, PivotedLinear) and not layer.order.is_meta:
+            order = layer.order.long().sort().values.cpu()
+            if not torch.equal(order, torch.arange(len(order))):
+                raise InputError(
+                    f"the order of {name} does not name each of its {len(order)} inputs once: get "
+                    "an intact copy"
+                )
 
 
 def record_layout(model: Any) -> None:

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from lrcompress.plaindata import read_yaml
+from lrcompress.printable import shortened
 from lrcompress.protocols import InputError
 from lrcompress.settings import (
     CalibrationSettings,
@@ -28,6 +30,8 @@ from lrcompress.settings import (
 from lrcompress.values import allowed_words
 
 DEFAULT_KEEP_RATIO = 0.8
+# mistakes that one sentence names, and characters of a refused value in it
+REASONS, SHOWN = 5, 200
 
 
 class Recipe(Section):
@@ -114,8 +118,9 @@ def checked(kind: type[S], values: Mapping[str, Any], say: Callable[[str], str] 
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        reasons = [_explain(kind, dict(e), say) for e in error.errors()]
-        raise InputError("; ".join(reasons)) from None
+        reasons = [_explain(kind, dict(e), say) for e in error.errors()[:REASONS]]
+        more = error.error_count() - len(reasons)
+        raise InputError("; ".join(reasons) + (f"; and {more} more" if more else "")) from None
 
 
 def _explain(kind: type[BaseModel], error: dict[str, Any], say: Callable[[str], str]) -> str:
@@ -128,7 +133,8 @@ def _explain(kind: type[BaseModel], error: dict[str, Any], say: Callable[[str], 
         return f"{say(path)}: required"
     if error["type"] == "value_error":
         return f"{say(path)}: {message}" if path else message
-    return f"{say(path)}: {message[0].lower()}{message[1:]}, not {error['input']!r}"
+    given = shortened(repr(error["input"]), SHOWN)
+    return f"{say(path)}: {message[0].lower()}{message[1:]}, not {given}"
 
 
 def _fields_at(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
@@ -167,11 +173,9 @@ def _values(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"recipe {str(path)!r} does not exist: give a YAML file")
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}"
-        ) from None
+        values = read_yaml(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"recipe {str(path)!r} is not YAML of plain values: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"recipe {str(path)!r} holds no keys: start with 'model: {{source: ...}}'")
     return values
@@ -187,8 +191,8 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise InputError(f"--set {override!r}: {part!r} is not a section")
     try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        values[last] = read_yaml(text)
+    except ValueError:
         values[last] = text
 
 

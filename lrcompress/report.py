@@ -17,6 +17,7 @@ from lrcompress.details import Details
 from lrcompress.figures import Picture
 from lrcompress.files import finite, render, replace_text
 from lrcompress.protocols import Metric
+from lrcompress.records import checked_record
 from lrcompress.reportfigures import pictures
 from lrcompress.significance import Comparison, comparisons
 from lrcompress.tables import Text, table, texts, training
@@ -100,7 +101,10 @@ def read(folder: Path) -> Report:
         for metric in found.metrics
     )
     training = {"finetuned": found.training} if found.training else {}
-    record = {**(found.factorization or {}), **training}
+    try:
+        record = checked_record({**(found.factorization or {}), **training})
+    except ValueError as error:
+        raise content.damaged(folder / content.METRICS, str(error)) from None
     return Report(found.title, metrics, found.details, record, found.notes, found.texts)
 
 

@@ -45,8 +45,9 @@ def pictures(
         if decomposed := [linear for linear in linears if _has_spectrum(linear)]:
             yield _spectra(decomposed)
     for done in (record[key] for key in TRAININGS if record.get(key)):
-        if len(done.get("losses", ())) > 1:
-            yield _training(done["losses"], done["best_step"])
+        measured = [(step, loss) for step, loss in done.get("losses", ()) if loss is not None]
+        if len(measured) > 1:
+            yield _training(measured, done["best_step"])
             break  # of the latest
 
 
@@ -194,7 +195,7 @@ def _grid(linears: Linears, roles: Sequence[str], value: Any) -> Any:
 
 def _has_spectrum(linear: Mapping[str, Any]) -> bool:
     values = linear.get("spectrum") or [[1, 0.0]]
-    return float(values[0][1]) > 0
+    return float(values[0][1]) > 0 and linear["rank"] is not None
 
 
 def _spectra(linears: Linears) -> Picture:

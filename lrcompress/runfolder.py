@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from lrcompress import figures, locks, report, stages, task_logs
-from lrcompress.files import places, replace_text
+from lrcompress.files import places, refuse_links, replace_text
 from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe, to_yaml
 
@@ -31,7 +32,8 @@ class RunFolder:
 
     def refuse_other(self, overwrite: bool) -> None:
         """Raises InputError where the folder holds a finished model of another recipe, or
-        something that is no run at all."""
+        something that is no run at all, or a link."""
+        refuse_links(self.out)
         if self._is_taken() and self._is_other() and not overwrite:
             raise InputError(
                 f"{str(self.out)!r} holds the run of another recipe: choose another folder, "
@@ -109,10 +111,12 @@ class RunFolder:
         time."""
         known, mark = stages.read(self._file(stage)), stages.digest(inputs)
         found = TypeAdapter(kind)
-        if known.get("inputs") != mark or "found" not in known:
-            known = {"inputs": mark, "found": found.dump_python(action(), mode="json")}
-            self._write(stage, known)
-        return found.validate_python(known["found"])
+        if known.get("inputs") == mark and "found" in known:
+            with suppress(ValidationError):  # a damaged one is made again
+                return found.validate_python(known["found"])
+        made = found.dump_python(action(), mode="json")
+        self._write(stage, {"inputs": mark, "found": made})
+        return found.validate_python(made)
 
     def keep_logs(self, models: Iterable[str]) -> None:
         """Removes what models that are not among `models` were asked and answered."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lrcompress.protocols import InputError, Progress
+from lrcompress.finite import cause
+from lrcompress.protocols import InputError, NotFiniteError, Progress
 from lrcompress.sizes import evaluation_mode
 
 # documents written at a time, and their length: a step costs more the longer a document has become
@@ -59,7 +60,7 @@ def _write(
         start = torch.cat([torch.full((count, 1), bos), start], dim=1)
     start = start.to(model.device)
     if not bool(model(input_ids=start, use_cache=False).logits.isfinite().all()):
-        raise InputError("the model's logits are not finite: calibrate with --dtype float32")
+        raise NotFiniteError(f"the model's logits are not finite, {cause(model, start)}")
     mask = torch.ones_like(start)
     found: Tensor = model.generate(input_ids=start, attention_mask=mask, max_length=length)
     return found.cpu()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress import figures, locks, scalingreport, stages
-from lrcompress.files import discard, replace_text, writing
+from lrcompress.files import discard, refuse_links, replace_text, writing
 from lrcompress.protocols import InputError, Metric
 from lrcompress.recipe import ScalingRecipe, to_yaml
 from lrcompress.scalingpoint import ScalingPoint
@@ -29,15 +29,16 @@ class ScalingFolder:
     out: Path
 
     def claim(self) -> None:
-        """Makes the folder a study's. Raises InputError where it holds something else, or the
-        tokenizer of other texts."""
+        """Makes the folder a study's. Raises InputError where it holds something else, a link, or
+        the tokenizer of other texts."""
+        refuse_links(self.out)
         if self.out.exists() and not self._is_study():
             raise InputError(
                 f"output {str(self.out)!r} exists and is no scaling study: choose another name"
             )
         recipe = self.out / RECIPE
         text = to_yaml(self.recipe)
-        if recipe.exists() and recipe.read_text("utf-8") != text:
+        if recipe.exists() and recipe.read_bytes() != text.encode():
             for name in scalingreport.FORMATS:  # they are of other settings
                 (self.out / name).unlink(missing_ok=True)
             shutil.rmtree(self.out / figures.FOLDER, ignore_errors=True)
@@ -88,7 +89,10 @@ class ScalingFolder:
         known = stages.read(self.out / POINTS / f"{name}.json")
         if known.get("inputs") != stages.digest(inputs):
             return None
-        return ScalingPoint.from_dict(known["point"])
+        try:
+            return ScalingPoint.from_dict(known["point"])
+        except (KeyError, TypeError, ValueError):  # a damaged one is made again
+            return None
 
     def speeds(self, inputs: Any, make: Callable[[], list[Metric]]) -> None:
         if self._speeds(inputs) is None:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from lrcompress import faults, processes
+from lrcompress.printable import printable, shortened
 from lrcompress.protocols import InputError, MachineError
 
 INTERRUPTED = 130
@@ -59,7 +60,7 @@ def _goes_on(context: click.Context) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"Error: {message}", err=True)
+    click.echo(f"Error: {shortened(printable(message))}", err=True)
     processes.end(code)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from lrcompress.details import LARGEST
 from lrcompress.protocols import PUBLISHED, InputError, Metric
 from lrcompress.tables import comparable, title
 
@@ -133,7 +134,7 @@ def _compared(base: Metric, other: Metric) -> Comparison:
 def _worst(metric: Metric, low: float, high: float) -> float:
     if metric.higher_is_better:
         return -low
-    return math.expm1(high) if metric.is_exponential else high
+    return math.expm1(min(high, LARGEST)) if metric.is_exponential else high
 
 
 def _interval(gains: Any, weights: Any, mean: float) -> tuple[float, float]:

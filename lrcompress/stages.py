@@ -11,6 +11,7 @@ from typing import Any
 from lrcompress import checkpoint
 from lrcompress.files import replace_text
 from lrcompress.models import locate
+from lrcompress.plaindata import read_object
 from lrcompress.recipe import Recipe
 from lrcompress.settings import ModelSettings
 
@@ -53,10 +54,9 @@ def states(files: Iterable[Path]) -> list[list[Any]]:
 def read(file: Path) -> dict[str, Any]:
     """A stage's file; empty, so that the stage is done again, where it is missing or damaged."""
     try:
-        found = json.loads(file.read_text("utf-8"))
+        return read_object(file)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def write(file: Path, content: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from lrcompress import content, figures, locks, stages, sweepreport
-from lrcompress.files import replace_text
+from lrcompress.files import refuse_links, replace_text
 from lrcompress.points import DENSE, Point, PointSummary
 from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe, to_yaml
 from lrcompress.sweepreport import SweepReport
+from lrcompress.values import variant_name
 
 RECIPE, POINTS = "recipe.yaml", "points"
 HIDDEN_FIGURES = f".{figures.FOLDER}."  # while they are written
@@ -29,7 +31,8 @@ class SweepFolder:
     out: Path
 
     def refuse_other(self) -> None:
-        """Raises InputError where the folder holds something else."""
+        """Raises InputError for a link in the folder, or where it holds something else."""
+        refuse_links(self.out)
         if self.out.exists() and not self._is_sweep():
             raise InputError(
                 f"output {str(self.out)!r} exists and is no sweep: choose another name"
@@ -39,7 +42,7 @@ class SweepFolder:
         """Makes the folder a sweep's."""
         self.refuse_other()
         recipe, text = self.out / RECIPE, to_yaml(self.recipe)
-        if recipe.exists() and recipe.read_text("utf-8") != text:
+        if recipe.exists() and recipe.read_bytes() != text.encode():
             self._drop_reports()
         (self.out / POINTS).mkdir(parents=True, exist_ok=True)
         replace_text(recipe, text)
@@ -66,12 +69,14 @@ class SweepFolder:
         file = _file(self.out, variant, keep_ratio)
         digest = stages.digest([inputs, keep_ratio])
         known = stages.read(file)
-        if known.get("inputs") != digest:
-            if known:
-                self._drop_reports()
-            known = {"inputs": digest, "point": asdict(make())}
-            stages.write(file, known)
-        return Point.from_dict(known["point"])
+        if known.get("inputs") == digest:
+            with suppress(KeyError, TypeError):  # a damaged one is made again
+                return Point.from_dict(known["point"])
+        if known:
+            self._drop_reports()
+        made = asdict(make())
+        stages.write(file, {"inputs": digest, "point": made})
+        return Point.from_dict(made)
 
     def write(self, points: Sequence[Point]) -> SweepReport:
         report = SweepReport(self.recipe.model.source, tuple(points))
@@ -94,7 +99,18 @@ def read_report(folder: Path) -> SweepReport:
     Raises InputError where there is no report, or a point of it is missing or damaged.
     """
     known = content.read(content.Sweep, folder / content.SWEEP)
+    for one in known.points:
+        _check_name(folder / content.SWEEP, one.variant)
     return SweepReport(known.source, tuple(_point(folder, one) for one in known.points))
+
+
+def _check_name(file: Path, variant: str) -> None:
+    """Raises InputError for a name that could lead to another folder."""
+    try:
+        if variant != DENSE:
+            variant_name(variant)
+    except ValueError as error:
+        raise InputError(f"{str(file)!r} is damaged ({error}): run the sweep again") from None
 
 
 def _point(folder: Path, summary: PointSummary) -> Point:

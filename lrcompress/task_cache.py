@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from lrcompress.files import keeping, safe_name
+from lrcompress.files import keeping, safe_name, user_path
+from lrcompress.plaindata import read_object
 from lrcompress.protocols import InputError
 
 OFF = "none"
@@ -44,7 +45,7 @@ class TaskCache:
         """
         if place == OFF:
             return None
-        folder = default_folder() if place is None else Path(place).expanduser()
+        folder = default_folder() if place is None else user_path(place)
         there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise InputError(
@@ -70,10 +71,10 @@ class Entry:
     def read(self) -> dict[str, Any] | None:
         """None where there is no whole result, or another one."""
         try:
-            found = json.loads(self.file.read_text("utf-8"))
+            found = read_object(self.file)
         except (OSError, ValueError):
             return None
-        whole = isinstance(found, dict) and found.get("key") == self.key
+        whole = found.get("key") == self.key
         return found["result"] if whole and isinstance(found.get("result"), dict) else None
 
     def write(self, result: Mapping[str, Any]) -> None:

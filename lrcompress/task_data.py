@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from lrcompress.files import is_inside
 from lrcompress.protocols import InputError
 
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
@@ -68,7 +69,7 @@ class _Copies:
     def _find(self, path: str) -> Path:
         names = (path, path.replace("/", "__"), path.replace("/", "--"), Path(path).name, self.task)
         for name in names:
-            if (self.folder / name).is_dir():
+            if is_inside(name) and (self.folder / name).is_dir():
                 return self.folder / name
         wanted = ", ".join(dict.fromkeys((f"{self.task}.jsonl", *names)))
         raise InputError(
@@ -79,7 +80,7 @@ class _Copies:
     def _read(self, folder: Path, name: str | None) -> Any:
         import datasets
 
-        if name and (folder / name).is_dir():
+        if name and is_inside(name) and (folder / name).is_dir():
             folder, name = folder / name, None
         if any((folder / file).is_file() for file in SAVED):
             found = datasets.load_from_disk(str(folder))

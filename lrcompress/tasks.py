@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +14,10 @@ from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
+from yaml import YAMLError
 
 from lrcompress.corpora import EMBEDDED, read_corpus
+from lrcompress.plaindata import read_json
 from lrcompress.protocols import InputError
 from lrcompress.task_data import reading_copies
 
@@ -24,6 +25,7 @@ CHOICE_FIELDS = {"query", "choices", "gold"}
 # what lm-eval raises where a task or its data is wrong
 UNUSABLE = (
     OSError, LookupError, TypeError, ValueError, AssertionError, AttributeError, TemplateError,
+    ImportError, ArithmeticError, RecursionError, YAMLError,
 )  # fmt: skip
 
 
@@ -177,7 +179,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"task file {str(path)!r} does not exist")
     try:
         lines = path.read_text("utf-8").split("\n")
-        rows = [json.loads(line) for line in lines if line.strip()]
+        rows = [read_json(line) for line in lines if line.strip()]
     except ValueError as error:
         raise InputError(f"task file {str(path)!r} is not JSON lines: {error}") from None
     if not all(isinstance(row, dict) for row in rows):

@@ -7,10 +7,14 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from lrcompress.plaindata import read_yaml
+
 T = TypeVar("T")
+
+# what a signed integer of 64 bits holds: of tokens, steps and bytes
+LARGEST = 2**63 - 1
 
 
 def _split(value: object) -> object:
@@ -28,8 +32,8 @@ def _pairs(value: object) -> object:
         return value
     pairs = [str(item).partition("=") for item in value]
     try:
-        return {key.strip(): yaml.safe_load(text) for key, _, text in pairs}
-    except yaml.YAMLError:
+        return {key.strip(): read_yaml(text) for key, _, text in pairs}
+    except ValueError:
         raise ValueError(f"{value!r} cannot be read: write KEY=VALUE") from None
 
 
@@ -107,7 +111,10 @@ def _bytes(value: object) -> object:
     found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(value))
     if found is None or found[2].upper() not in UNITS or found[1].count(".") > 1:
         raise ValueError(f"{value!r} is no size, write it like 1.5GB, 900MB or 1200000000")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    size = float(found[1]) * UNITS[found[2].upper()]
+    if size > LARGEST:
+        raise ValueError(f"{value!r} is more than any machine holds")
+    return int(size)
 
 
 def _percent(value: object) -> object:
@@ -120,7 +127,7 @@ def _percent(value: object) -> object:
 
 
 Size = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
-Percent = Annotated[float, BeforeValidator(_percent), Field(gt=0)]
+Percent = Annotated[float, BeforeValidator(_percent), Field(gt=0, allow_inf_nan=False)]
 
 
 def allowed_words(name: str, names: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ def test_fit_is_least_squares() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 6, generator=generator)
     weight = torch.randn(4, 6, generator=generator)
-    fit = Fit()
+    fit = Fit("the input")
     fit.add(x[:100], x[:100] @ weight.T)
     fit.add(x[100:], x[100:] @ weight.T)
     torch.testing.assert_close(fit.weight(torch.zeros(4, 6), 1e-9).float(), weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -30,6 +31,25 @@ def test_every_token_is_scored_once(count: int, length: int, stride: int, bos: i
     else:
         assert scored == [t for i, t in enumerate(tokens) if i % length]
     assert all(len(w.tokens) <= length for w in windows(tokens, length, stride, bos))
+
+
+def test_no_token_is_left_out_whatever_the_lengths() -> None:
+    """Without BOS, and without an overlap, the first token of a window has nothing before it."""
+    for count, length, bos in product(range(1, 40), range(2, 12), (None, 0)):
+        for stride in range(1, length + 1):
+            tokens = list(range(1, count + 1))
+            found = list(windows(tokens, length, stride, bos))
+            scored = [t for w in found for t in w.tokens[-w.scored :].tolist()]
+            first = length if bos is None and stride == length else count
+            expected = tokens if bos is not None else [t for t in tokens if (t - 1) % first]
+            assert scored == expected, (count, length, stride, bos)
+
+
+def test_the_count_of_scored_tokens_is_that_of_the_samples() -> None:
+    for letters in (33, 64, 65, 95):
+        found = perplexity("m", tiny_model(), byte_tokenizer(), Corpus("x", ["a" * letters]), 32)
+        assert found.conditions["tokens"] == sum(weight for _, weight in found.samples)
+        assert found.conditions["tokens"] == letters + -letters // 32  # one a window is not scored
 
 
 def test_equals_a_direct_computation() -> None:
@@ -69,7 +89,9 @@ def test_non_finite_loss_raises() -> None:
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(InputError, match=r"window 0 of 'x' is nan: evaluate with --dtype float32"):
+    with pytest.raises(
+        InputError, match=r"'x' is nan, as model.layers.1.mlp.down_proj.weight is not"
+    ):
         perplexity("dense", model, byte_tokenizer(), Corpus("x", [TEXT]), 32)
 
 

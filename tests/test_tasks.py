@@ -69,6 +69,17 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return interrupt(monkeypatch, LlamaForCausalLM, "forward", 0)
 
 
+def test_batches_leave_nothing_out_and_change_nothing(tmp_path: Path) -> None:
+    """Neither eight questions nor three texts are a multiple of the batch."""
+    texts = write_rows(tmp_path / "t.jsonl", [{"text": f"{w} and " * 40} for w in WORDS[:3]])
+    asked, model = (write_yaml(tmp_path), texts), tiny_model()
+    one, several = (quality(model, *asked, batch_size=size) for size in (1, 5))
+    assert [len(metric.samples) for metric in one if metric.name.startswith("mine")] == [8, 8]
+    for found, other in zip(one, several, strict=True):
+        assert (found.name, len(found.samples)) == (other.name, len(other.samples))
+        assert other.value == pytest.approx(found.value, rel=1e-5)
+
+
 @pytest.mark.parametrize("seed", [None, 7])
 def test_numbers_are_those_of_lm_evals_command_line(
     dense: Path, tmp_path: Path, seed: int | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -12,6 +12,8 @@ from lrcompress.protocols import Budget, Choices, Curve, InputError, Plan, Shape
 
 # halvings of the multiplier's bracket, in log space
 BISECTIONS = 44
+# loss of leaving all out, as a share of the largest that is estimated: above rounding alone
+PRIOR = 1e-9
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class LossAware:
         if budget.keep_ratio is None:
             raise InputError("loss_aware needs a budget to share out: give --keep-ratio")
         total = sum(ffn.dense_parameters for ffn in choices)
-        decisions = self.decide(choices, budget.keep_ratio * total)
+        decisions = self.decide(_steadied(choices), budget.keep_ratio * total)
         ranks = {
             curve.name: rank
             for ffn, decision in zip(choices, decisions, strict=True)
@@ -61,7 +63,9 @@ class LossAware:
 
     def decide(self, choices: Sequence[Choices], parameters: float) -> list[Decision]:
         """One decision for each FFN, together at most `parameters` where that is possible."""
-        low, high = -60.0, 60.0  # log of the multiplier; errors and counts are far from e^60
+        total = sum(ffn.dense_parameters for ffn in choices)
+        unit = float(np.log(_largest_error(choices) / total or 1.0))
+        low, high = unit - 60.0, unit + 60.0  # log of the multiplier, in any unit of loss
         tight = self._at(choices, np.exp(high))
         loose = self._at(choices, np.exp(low))
         if _spent(loose) <= parameters:
@@ -139,6 +143,32 @@ def _one_step(ffn: Choices, now: Decision) -> Iterator[Decision]:
 
 def _curves(ffn: Choices, decision: Decision) -> tuple[Curve, ...]:
     return next(shape.curves for shape in ffn.shapes if shape.width == decision.width)
+
+
+def _steadied(choices: Sequence[Choices]) -> tuple[Choices, ...]:
+    """With a loss for every parameter left out, far below what can be estimated: where the text is
+    too short to tell options apart, the budget is still used, in equal shares."""
+    total = sum(ffn.dense_parameters for ffn in choices)
+    unit = PRIOR * (_largest_error(choices) or 1.0) / total
+    return tuple(
+        replace(ffn, shapes=tuple(_with_prior(ffn, shape, unit) for shape in ffn.shapes))
+        for ffn in choices
+    )
+
+
+def _with_prior(ffn: Choices, shape: Shape, unit: float) -> Shape:
+    found = []
+    for linear, curve in zip(ffn.linears, shape.curves, strict=True):
+        dense = linear.dense_parameters
+        prior = unit * (dense - curve.parameters) ** 2 / dense
+        found.append(replace(curve, errors=curve.errors + prior))
+    return replace(shape, curves=tuple(found))
+
+
+def _largest_error(choices: Sequence[Choices]) -> float:
+    shapes = [shape for ffn in choices for shape in ffn.shapes]
+    curves = [float(curve.errors.max()) for shape in shapes for curve in shape.curves]
+    return max([*curves, *(shape.error for shape in shapes)])
 
 
 def _spent(decisions: Sequence[Decision]) -> int:
