@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from torch import nn
 from lrcompress import checkpoint
 from lrcompress.anchor import shrink_anchored
 from lrcompress.calibration import Calibration
+from lrcompress.experts import LIST
 from lrcompress.factorization import Counts, Factorization, counts, notes
-from lrcompress.ffn import find_ffns, select
+from lrcompress.ffn import find_ffns, select, unpacked
 from lrcompress.lowrank import install
 from lrcompress.prepare import Prepared, check_weights, prepare, selected_share
 from lrcompress.processes import from_main
-from lrcompress.protocols import InputError, Plan, Progress, silent
+from lrcompress.protocols import InputError, LinearSpec, Plan, Progress, silent
 from lrcompress.quantizer import record_layout
 from lrcompress.recipe import from_flat, sections
 from lrcompress.refine import refine
@@ -86,8 +87,11 @@ class Compression:
                 "streaming reads the model's folder block by block and this model is in memory: "
                 "use `lrcompress factorize` or `lrcompress run`, or leave streaming out"
             )
-        linears = select(self.model, settings.include, settings.exclude, settings.dense_first)
-        check_weights(self.model, linears)
+        with unpacked(self.model):
+            linears = select(self.model, settings.include, settings.exclude, settings.dense_first)
+            check_weights(self.model, linears)
+        if settings.sequential == "anchored":
+            _refuse_experts(linears)
         return Calibration(self.model, self.tokenizer, linears, self.calibration, self.progress)
 
     def prepared(self, text: Calibration) -> Prepared:
@@ -96,6 +100,10 @@ class Compression:
 
     def carry_out(self, prepared: Prepared, text: Calibration) -> Factorization:
         """Shrinks the model as planned, in place; whatever fails, it is as it was."""
+        with unpacked(self.model):
+            return self._carried_out(prepared, text)
+
+    def _carried_out(self, prepared: Prepared, text: Calibration) -> Factorization:
         model, settings, linears = self.model, self.settings, prepared.linears
         before, finding = parameter_count(model), find_ffns(model)
         plan = prepared.plan
@@ -110,6 +118,7 @@ class Compression:
             for name, layer in originals.items():
                 install(model, name, layer)
             raise
+        scarce = [] if prepared.moments is None else prepared.moments.scarce()
         record_layout(model)
         selected = counts(linears, plan, settings.form)
         return Factorization(
@@ -120,7 +129,7 @@ class Compression:
             text.fingerprint,
             trials,
             refined,
-            tuple(notes(done, finding.experts, selected, prepared.keep_ratio)),
+            tuple(notes(done, finding.experts, scarce, selected, prepared.keep_ratio)),
             time.perf_counter() - self.started,
         )
 
@@ -159,6 +168,16 @@ class Compression:
                 digest.update(f"{owner} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
+
+
+def _refuse_experts(linears: Iterable[LinearSpec]) -> None:
+    """Which tokens an expert reads changes with what is in front of it, so nothing can be fitted."""
+    if any(spec.mixture for spec in linears):
+        raise InputError(
+            "--sequential anchored cannot fit mixtures of experts, which read other tokens once the "
+            "blocks before them are compressed: use --sequential independent, or leave them out "
+            f"with --exclude '*.{LIST}.*'"
+        )
 
 
 def save(model: Any, out: str | Path, tokenizer: Any = None, **record: Any) -> dict[str, Any]:

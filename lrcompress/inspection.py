@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lrcompress.ffn import find_ffns
+from lrcompress.ffn import find_ffns, unpacked
 from lrcompress.linalg import decompose
 from lrcompress.lowrank import LowRankLinear, dense_weight
 from lrcompress.protocols import InputError, LinearSpec, Progress, silent
@@ -44,6 +44,11 @@ class Inspection:
 
 def inspect(model: Any, energy: bool = False, progress: Progress = silent) -> Inspection:
     """Lists the FFN linears of `model`, which may be on the meta device unless `energy`."""
+    with unpacked(model):
+        return _inspected(model, energy, progress)
+
+
+def _inspected(model: Any, energy: bool, progress: Progress) -> Inspection:
     finding = find_ffns(model)
     if not finding.linears and not finding.experts:
         raise InputError(

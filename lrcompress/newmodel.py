@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from lrcompress import processes
 from lrcompress.compress import apply
 from lrcompress.corpora import read_corpus
-from lrcompress.ffn import select
+from lrcompress.ffn import select, unpacked
 from lrcompress.guidance import Pairs, guides
 from lrcompress.lowrank import rebuild
 from lrcompress.models import checked_device, load_tokenizer
@@ -118,13 +118,12 @@ def new_model(config: Any, settings: PretrainSettings, progress: Progress = sile
     model.to(_device(settings.device))
     if settings.keep_ratio is None:
         return NewModel(model)
-    dense = {
-        spec.name: model.get_submodule(spec.name)
-        for spec in select(model, dense_first=settings.dense_first)
-    }
-    done = apply(
-        model, None, CalibrationSettings(), _truncation(settings), RefineSettings(), progress
-    )
+    with unpacked(model):
+        chosen = select(model, dense_first=settings.dense_first)
+        dense = {spec.name: model.get_submodule(spec.name) for spec in chosen}
+        done = apply(
+            model, None, CalibrationSettings(), _truncation(settings), RefineSettings(), progress
+        )
     return NewModel(model, _pairs(model, dense, settings), done.to_dict())
 
 
@@ -133,7 +132,9 @@ def bare_model(config: Any, settings: PretrainSettings) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if settings.keep_ratio is not None:
-        rebuild(model, _records(model, settings))
+        with unpacked(model):
+            records = _records(model, settings)
+        rebuild(model, records)
     return model
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lrcompress.calibrate import Moments
 from lrcompress.choices import Grid, ffn_choices
 from lrcompress.decompositions import Decompositions
-from lrcompress.ffn import find_ffns
+from lrcompress.ffn import find_ffns, unpacked
 from lrcompress.lowrank import dense_weight
 from lrcompress.processes import divided
 from lrcompress.protocols import (
@@ -115,6 +115,18 @@ def prepare(
     A plan that takes neither errors nor narrowing comes first, so that a rank that does not fit
     is refused before anything is measured.
     """
+    with unpacked(model):
+        return _prepared(model, linears, settings, keep_ratio, get_moments, progress)
+
+
+def _prepared(
+    model: Any,
+    linears: tuple[LinearSpec, ...],
+    settings: FactorizeSettings,
+    keep_ratio: float | None,
+    get_moments: Callable[[bool], Moments],
+    progress: Progress,
+) -> Prepared:
     planning, moments, plan = Planning.of(settings, keep_ratio), None, None
     if planning.is_early:
         choices, channels = planning.choices(ffns_of(model, linears, None))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lrcompress.distill import DistillationTrainer, Objective
+from lrcompress.ffn import unpacked
 from lrcompress.guidance import Guidance, guides
 from lrcompress.lowrank import compressed_layers
 from lrcompress.parametrization import balance, pack, trainable, with_adapters
@@ -72,6 +73,7 @@ def _guided(
     with ExitStack() as stack:
         student = stack.enter_context(_prepared(model, settings))
         if settings.self_guided != "off":
+            stack.enter_context(unpacked(teacher))
             pairs = guides(model, dict(teacher.named_modules()))
             stack.enter_context(guidance.guiding(pairs))
         yield student

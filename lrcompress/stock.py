@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lrcompress.ffn import find_ffns
+from lrcompress.experts import Experts
+from lrcompress.ffn import find_ffns, unpack, unpacked
 from lrcompress.lowrank import compressed_layers, dense_layer, dense_weight, install, linear_shape
 from lrcompress.protocols import LinearSpec
 
 # config keys that hold the number of intermediate channels; None there means 4 x hidden size
-WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+WIDTH_KEYS = (
+    "intermediate_size",
+    "moe_intermediate_size",
+    "ffn_dim",
+    "n_inner",
+    "ffn_hidden_size",
+)
 
 
 def to_stock(model: Any) -> None:
@@ -24,6 +31,14 @@ def to_stock(model: Any) -> None:
     All FFNs get one width: that of the widest if the config can say so, the original one
     otherwise. Missing channels are filled with zeros, which changes no output.
     """
+    with unpacked(model):
+        _make_dense(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Experts):
+            install(model, name, module.fused())
+
+
+def _make_dense(model: Any) -> None:
     linears = find_ffns(model).linears
     for name, layer in list(compressed_layers(model)):
         install(model, name, layer.to_dense())
@@ -43,7 +58,9 @@ def to_stock(model: Any) -> None:
 
 def _skeleton(config: Any) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
+    unpack(model)
+    return model
 
 
 def _differs(model: nn.Module, stock: nn.Module, linears: tuple[LinearSpec, ...]) -> bool:
