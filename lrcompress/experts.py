@@ -61,9 +61,7 @@ class Experts(nn.Module):
         setattr(self, LIST, nn.ModuleList(Expert(*pair, gating) for pair in experts))
         self.register_buffer("down_proj", down.detach().new_zeros(1, 1, 1))
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Each token's experts, weighted and summed: hidden_states (tokens, hidden), the others
         (tokens, experts of a token)."""
         chosen, every = top_k_index.flatten(), getattr(self, LIST)

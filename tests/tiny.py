@@ -54,6 +54,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nemotron": STANDARD,
     "phi": STANDARD,
     "gpt2": GPT2,
+    "openai-gpt": {"n_embd": WIDTH, "n_layer": BLOCKS, "n_head": HEADS, "n_positions": LENGTH},
     "gpt_neo": {
         "hidden_size": WIDTH,
         "num_layers": BLOCKS,
@@ -89,14 +90,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+EXPERTS = 4
+MIXTURE = STANDARD | {
+    "num_experts": EXPERTS,
+    "num_local_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+# families with experts; those of glm4_moe are in the second block alone
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": MIXTURE,
+    "qwen3_moe": MIXTURE,
+    "olmoe": MIXTURE,
+    "qwen2_moe": MIXTURE | {"shared_expert_intermediate_size": 40},
+    "glm4_moe": MIXTURE
+    | {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "granitemoe": MIXTURE,
+}
+
+
 def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
     """A random model with weights far from zero, so that an error in one layer shows."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **FAMILIES[family] | {"vocab_size": 257} | changes)
+    keys = (FAMILIES | MIXTURES)[family] | {"vocab_size": 257} | changes
+    config = AutoConfig.for_model(family, **keys)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 or (parameter.ndim == 3 and "experts" in name):
                 parameter.normal_(0, 0.3)
             elif parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
