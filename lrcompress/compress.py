@@ -171,12 +171,12 @@ class Compression:
 
 
 def _refuse_experts(linears: Iterable[LinearSpec]) -> None:
-    """Which tokens an expert reads changes with what is in front of it, so nothing can be fitted."""
+    """An expert reads other tokens when what is in front of it changes: there is nothing to fit."""
     if any(spec.mixture for spec in linears):
         raise InputError(
-            "--sequential anchored cannot fit mixtures of experts, which read other tokens once the "
-            "blocks before them are compressed: use --sequential independent, or leave them out "
-            f"with --exclude '*.{LIST}.*'"
+            "--sequential anchored cannot fit mixtures of experts, which read other tokens once "
+            "the blocks before them are compressed: use --sequential independent, or leave them "
+            f"out with --exclude '*.{LIST}.*'"
         )
 
 

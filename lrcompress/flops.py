@@ -58,8 +58,8 @@ def count(model: Any, length: int) -> Flops:
         isinstance(module, Experts) for module in model.modules()
     ):
         raise InputError(
-            f"the operations of {model.config.model_type!r} depend on which experts its tokens take: "
-            "use a model without mixtures of experts"
+            f"the operations of {model.config.model_type!r} depend on which experts its tokens "
+            "take: use a model without mixtures of experts"
         )
     name, blocks = find_blocks(model)
     ffns = {spec.name for spec in find_ffns(model).linears}

@@ -195,6 +195,6 @@ class Streaming:
 def _refuse_experts(model: nn.Module, include: Sequence[str]) -> None:
     if not include and any(fused_experts(model)):
         raise InputError(
-            "streaming does not factorize mixtures of experts: leave --streaming out, or name other "
-            "linears with --include, such as --include '*.shared_expert.*'"
+            "streaming does not factorize mixtures of experts: leave --streaming out, or name "
+            "other linears with --include, such as --include '*.shared_expert.*'"
         )
