@@ -1,5 +1,5 @@
-"""Every family in every form: found, calibrated, factorized, saved, loaded, generated from, trained,
-exported dense; each step exact where it can be."""
+"""Every family in every form: calibrated, factorized, saved, loaded, generated from, trained,
+exported dense; each exact where it can be."""
 
 from __future__ import annotations
 
