@@ -23,6 +23,8 @@ WIDTH_KEYS = (
     "n_inner",
     "ffn_hidden_size",
 )
+# grouped products of experts read rows of whole 16 bytes: channels of every dtype from 16 bits up
+ALIGNED = 8
 
 
 def to_stock(model: Any) -> None:
@@ -46,6 +48,8 @@ def _make_dense(model: Any) -> None:
     stock = _skeleton(model.config)
     if _differs(model, stock, linears):
         widest = max(spec.in_features for spec in linears if spec.role == "down")
+        if any(spec.mixture for spec in linears):
+            widest += -widest % ALIGNED
         for smaller in _with_width(model.config, widest):
             candidate = _skeleton(smaller)
             if _fits(candidate, linears, widest):
@@ -71,9 +75,9 @@ def _differs(model: nn.Module, stock: nn.Module, linears: tuple[LinearSpec, ...]
 
 
 def _with_width(config: Any, width: int) -> Iterator[Any]:
-    """Copies of `config` with one of its width keys, if it has any, set to `width`."""
+    """Copies of `config` with one of its width keys, if it has a larger one, set to `width`."""
     for key in WIDTH_KEYS:
-        if hasattr(config, key):
+        if hasattr(config, key) and (getattr(config, key) or width) >= width:
             changed = copy.deepcopy(config)
             setattr(changed, key, width)
             yield changed

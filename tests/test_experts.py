@@ -238,7 +238,7 @@ def test_a_mixture_goes_through_the_commands(
     assert sizes.popitem()[1] == ffn_parameters(model) > 0
     bench = invoke(
         "bench", "model", small, "--baseline", mixture, "--prompt-length", "8", "--new-tokens", "2",
-        "--repeats", "2", "--batch-size", "1", "--training-length", "8", "--json",
+        "--repeats", "3", "--batch-size", "1", "--training-length", "8", "--json",
     )  # fmt: skip
     assert bench.exit_code == 0, bench.output
 
