@@ -67,7 +67,7 @@ class Experts(nn.Module):
         chosen, every = top_k_index.flatten(), getattr(self, LIST)
         order = chosen.argsort(stable=True)
         counts = chosen.bincount(minlength=len(every)).tolist()
-        rows = hidden_states[order // top_k_index.shape[1]].split(counts)
+        rows = torch.split(hidden_states[order // top_k_index.shape[1]], counts)
         outputs = torch.cat(
             [
                 expert(x)
@@ -76,7 +76,7 @@ class Experts(nn.Module):
             ]
         )
         weighted = outputs * top_k_weights.flatten()[order, None]
-        by_token = weighted[order.argsort()].unflatten(0, top_k_index.shape)
+        by_token = weighted[order.argsort()].view(*top_k_index.shape, -1)
         return by_token.sum(1).to(hidden_states.dtype)
 
     def fused(self) -> nn.Module:

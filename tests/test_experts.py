@@ -165,7 +165,12 @@ def test_an_expert_without_tokens_gets_its_mixtures_mean() -> None:
 @pytest.mark.parametrize("method", ["svd", "asvd", "whitened", "fisher", "nystrom", "auto"])
 def test_few_tokens_are_said_and_do_no_harm(method: str) -> None:
     model = tiny_model("mixtral", num_experts_per_tok=1, num_experts=8)
-    few = {"num_samples": 1, "seq_len": 4, "rank_multiple": 2, "calibration": "pydoc"}
+    few: dict[str, Any] = {
+        "num_samples": 1,
+        "seq_len": 4,
+        "rank_multiple": 2,
+        "calibration": "pydoc",
+    }
     done = lrcompress.factorize(model, byte_tokenizer(), keep_ratio=0.6, method=method, **few)
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
     assert bool(logits(model).isfinite().all())

@@ -91,4 +91,4 @@ def check_training(model: Any) -> None:
             assert parameter.grad is not None
             parameter.sub_(1e-4 / size * parameter.grad)
         after = model(input_ids=batch, labels=batch).loss
-    assert float(after) < float(before)
+    assert float(after) < float(before.detach())
