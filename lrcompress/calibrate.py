@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lrcompress.blocks import Forward, replaced_forwards, summed_loss
-from lrcompress.ffn import find_blocks, unpacked
+from lrcompress.ffn import find_blocks
+from lrcompress.mixtures import unpacked
 from lrcompress.processes import own_part
 from lrcompress.protocols import InputError, LinearSpec, Progress, Statistics, silent
 from lrcompress.routing import Sums, zeros

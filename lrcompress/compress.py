@@ -18,8 +18,9 @@ from lrcompress.anchor import shrink_anchored
 from lrcompress.calibration import Calibration
 from lrcompress.experts import LIST
 from lrcompress.factorization import Counts, Factorization, counts, notes
-from lrcompress.ffn import find_ffns, select, unpacked
+from lrcompress.ffn import find_ffns, select
 from lrcompress.lowrank import install
+from lrcompress.mixtures import unpacked
 from lrcompress.prepare import Prepared, check_weights, prepare, selected_share
 from lrcompress.processes import from_main
 from lrcompress.protocols import InputError, LinearSpec, Plan, Progress, silent

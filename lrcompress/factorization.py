@@ -102,7 +102,4 @@ def notes(
             "stands in for the others; more --num-samples give them more"
         )
     if experts:
-        yield (
-            f"{len(experts)} mixture-of-experts tensors stay dense, such as {experts[0]}: "
-            "only linear layers are factorized"
-        )
+        yield (f"{len(experts)} mixture-of-experts tensors stay dense, such as {experts[0]}")

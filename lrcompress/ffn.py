@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,14 +10,7 @@ from typing import Any
 from torch import nn
 
 from lrcompress.experts import LIST, Experts, fused_experts
-from lrcompress.lowrank import (
-    LowRankLinear,
-    compressed_layers,
-    install,
-    is_compressed,
-    is_linear,
-    linear_shape,
-)
+from lrcompress.lowrank import LowRankLinear, is_compressed, is_linear, linear_shape
 from lrcompress.protocols import InputError, LinearSpec, Role
 from lrcompress.sizes import parameter_count
 
@@ -69,38 +61,16 @@ def find_ffns(model: nn.Module) -> Finding:
 
     Those of experts are linears of a model that is `unpacked`, or where some are low-rank.
     """
-    prefix, blocks = find_blocks(model)
-    linears: list[LinearSpec] = []
-    for index, block in enumerate(blocks):
-        linears += _block_linears(block, f"{prefix}.{index}", index)
-        linears += _expert_linears(block, f"{prefix}.{index}", index)
-    return Finding(tuple(linears), tuple(expert_tensors(model)))
+    linears = tuple(linears_of(model, range(len(find_blocks(model)[1]))))
+    return Finding(linears, tuple(expert_tensors(model)))
 
 
-@contextmanager
-def unpacked(model: nn.Module) -> Iterator[None]:
-    """Inside, every expert is an FFN of linears; the weights are those of the fused tensors.
-
-    After it, mixtures of which nothing was compressed are fused again, and after an error all.
-    """
-    fused = unpack(model)
-    try:
-        yield
-    except BaseException:
-        for name, module in fused.items():
-            install(model, name, module)
-        raise
-    for name, module in fused.items():
-        if not any(compressed_layers(model.get_submodule(name))):
-            install(model, name, module)
-
-
-def unpack(model: nn.Module) -> dict[str, nn.Module]:
-    """Puts `Experts` in the place of fused ones, which are returned by name."""
-    fused = dict(fused_experts(model))
-    for name, module in fused.items():
-        install(model, name, Experts(module))
-    return fused
+def linears_of(model: nn.Module, blocks: Iterable[int]) -> Iterator[LinearSpec]:
+    """The FFN linears of some of the blocks, by number."""
+    prefix, every = find_blocks(model)
+    for index in blocks:
+        yield from _block_linears(every[index], f"{prefix}.{index}", index)
+        yield from _expert_linears(every[index], f"{prefix}.{index}", index)
 
 
 def ffn_parameters(model: nn.Module) -> int:

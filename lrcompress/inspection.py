@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lrcompress.ffn import find_ffns, unpacked
+from lrcompress.ffn import find_ffns
 from lrcompress.linalg import decompose
 from lrcompress.lowrank import LowRankLinear, dense_weight
+from lrcompress.mixtures import unpacked
 from lrcompress.protocols import InputError, LinearSpec, Progress, silent
 from lrcompress.sizes import parameter_count
 

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import (
 )
 
 from lrcompress import benchmark
-from lrcompress.ffn import unpacked
 from lrcompress.memory import peak_memory
+from lrcompress.mixtures import unpacked
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.settings import ModelBenchSettings
 from lrcompress.sizes import evaluation_mode

@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from lrcompress import processes
 from lrcompress.compress import apply
 from lrcompress.corpora import read_corpus
-from lrcompress.ffn import select, unpacked
+from lrcompress.ffn import select
 from lrcompress.guidance import Pairs, guides
 from lrcompress.lowrank import rebuild
+from lrcompress.mixtures import unpacked
 from lrcompress.models import checked_device, load_tokenizer
 from lrcompress.prepare import prepare
 from lrcompress.presets import LLAMAS, preset

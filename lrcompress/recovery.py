@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from lrcompress.distill import DistillationTrainer, Objective
-from lrcompress.ffn import unpacked
 from lrcompress.guidance import Guidance, guides
 from lrcompress.lowrank import compressed_layers
+from lrcompress.mixtures import unpacked
 from lrcompress.parametrization import balance, pack, trainable, with_adapters
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.settings import FinetuneSettings

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lrcompress.experts import Experts
-from lrcompress.ffn import find_ffns, unpack, unpacked
+from lrcompress.ffn import find_ffns
 from lrcompress.lowrank import compressed_layers, dense_layer, dense_weight, install, linear_shape
+from lrcompress.mixtures import unpack, unpacked
 from lrcompress.protocols import LinearSpec
 
 # config keys that hold the number of intermediate channels; None there means 4 x hidden size

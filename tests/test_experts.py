@@ -12,9 +12,10 @@ import torch
 import lrcompress
 from lrcompress.calibrate import Moments, measure_moments
 from lrcompress.experts import Experts, fused_experts, is_fused
-from lrcompress.ffn import ffn_parameters, find_ffns, select, unpacked
+from lrcompress.ffn import ffn_parameters, find_ffns, select
 from lrcompress.fusing import optimize
 from lrcompress.lowrank import compressed_layers
+from lrcompress.mixtures import unpacked
 from lrcompress.protocols import InputError, LinearSpec
 from lrcompress.sizes import parameter_count
 from tests.conftest import SMALL, invoke
@@ -194,7 +195,7 @@ def test_budgets_are_met_exactly(ranks: str, form: str) -> None:
     assert len(ranks_of) > 1  # every matrix of every expert has a rank of its own
 
 
-def test_experts_can_be_left_out_and_what_is_left_stays_fused() -> None:
+def test_experts_can_be_left_out_and_what_is_left_stays_fused(tmp_path: Path) -> None:
     model = tiny_model("mixtral")
     lrcompress.factorize(model, rank=4, method="svd", dense_first=1)
     names = [name for name, _ in fused_experts(model)]
@@ -203,6 +204,10 @@ def test_experts_can_be_left_out_and_what_is_left_stays_fused() -> None:
     lrcompress.factorize(model, rank=4, method="svd", include=["*.1.mlp.experts.ffns.2.down"])
     names = [name for name, _ in compressed_layers(model)]
     assert names == ["model.layers.1.mlp.experts.ffns.2.down"]
+    for parameter in model.parameters():  # nothing holds the fused tensors any more
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+    lrcompress.save(model, tmp_path / "out")
+    assert torch.equal(logits(lrcompress.load(tmp_path / "out")[0]), logits(model))
 
 
 def test_what_fails_leaves_the_model_as_it_was() -> None:

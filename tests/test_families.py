@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import lrcompress
 from lrcompress.checkpoint import saved_tensors
-from lrcompress.ffn import find_ffns, select, unpacked
+from lrcompress.ffn import find_ffns, select
 from lrcompress.lowrank import compressed_layers, dense_weight
+from lrcompress.mixtures import unpacked
 from lrcompress.protocols import InputError
 from lrcompress.sizes import parameter_count
 from lrcompress.stock import to_stock
