@@ -62,7 +62,7 @@ def find_ffns(model: nn.Module) -> Finding:
     Those of experts are linears of a model that is `unpacked`, or where some are low-rank.
     """
     linears = tuple(linears_of(model, range(len(find_blocks(model)[1]))))
-    return Finding(linears, tuple(expert_tensors(model)))
+    return Finding(linears, tuple(_expert_tensors(model)))
 
 
 def linears_of(model: nn.Module, blocks: Iterable[int]) -> Iterator[LinearSpec]:
@@ -193,11 +193,17 @@ def _check_patterns(
             )
 
 
-def expert_tensors(model: nn.Module) -> Iterator[str]:
+def _expert_tensors(model: nn.Module) -> Iterator[str]:
     """Fused expert weights are parameters of three dimensions, which no linear owns."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3 and "expert" in name:
             yield name
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether the model has mixtures of experts, of whichever layout and form."""
+    lists = any(isinstance(module, Experts) for module in model.modules())
+    return lists or any(True for _ in _expert_tensors(model))
 
 
 def _nothing_left(model: Any, finding: Finding, found: bool) -> str:

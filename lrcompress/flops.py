@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from lrcompress.experts import Experts
-from lrcompress.ffn import expert_tensors, find_blocks, find_ffns
+from lrcompress.ffn import find_blocks, find_ffns, has_experts
 from lrcompress.lowrank import is_linear, linear_shape
 from lrcompress.protocols import InputError
 
@@ -54,9 +53,7 @@ def count(model: Any, length: int) -> Flops:
     Every block is taken to attend to all positions, with `num_attention_heads` heads. Raises
     InputError for mixtures of experts, whose operations depend on what the router chooses.
     """
-    if any(True for _ in expert_tensors(model)) or any(
-        isinstance(module, Experts) for module in model.modules()
-    ):
+    if has_experts(model):
         raise InputError(
             f"the operations of {model.config.model_type!r} depend on which experts its tokens "
             "take: use a model without mixtures of experts"

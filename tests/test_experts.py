@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lrcompress
+from lrcompress import flops
 from lrcompress.calibrate import Moments, measure_moments
 from lrcompress.experts import Experts, fused_experts, is_fused
 from lrcompress.ffn import ffn_parameters, find_ffns, select
@@ -17,6 +18,8 @@ from lrcompress.fusing import optimize
 from lrcompress.lowrank import compressed_layers
 from lrcompress.mixtures import unpacked
 from lrcompress.protocols import InputError, LinearSpec
+from lrcompress.settings import ModelSettings
+from lrcompress.sharding import placement
 from lrcompress.sizes import parameter_count
 from tests.conftest import SMALL, invoke
 from tests.test_cli import _check_in_a_process_without_lrcompress
@@ -234,10 +237,8 @@ def test_a_mixture_goes_through_the_commands(
     found = json.loads(invoke("inspect", small, "--json").stdout)
     assert len(found["rows"]) == BLOCKS * EXPERTS * 2
     assert found["experts"] == []
-    tuned = finetuned(small, tmp_path / "tuned", train="all")["finetuned"]
-    assert tuned["after"] < tuned["before"]
     result = invoke(
-        "eval", tmp_path / "tuned", "--baseline", mixture, "--no-speed", "--perplexity", text,
+        "eval", small, "--baseline", mixture, "--no-speed", "--perplexity", text,
         "--context-length", "32", "--limit", "2", "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -251,6 +252,17 @@ def test_a_mixture_goes_through_the_commands(
         "--repeats", "3", "--batch-size", "1", "--training-length", "8", "--json",
     )  # fmt: skip
     assert bench.exit_code == 0, bench.output
+
+
+@pytest.mark.parametrize(
+    "settings", [{"train": "all"}, {"train": "lora"}, {"self_guided": "reduced"}], ids=str
+)
+def test_experts_are_finetuned(small: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    done = finetuned(small, tmp_path / "tuned", **settings)["finetuned"]
+    assert done["after"] < done["before"]
+    before, after = (lrcompress.load(path)[0].state_dict() for path in (small, tmp_path / "tuned"))
+    assert after.keys() == before.keys()
+    assert any(not torch.equal(after[n], before[n]) for n in after if ".experts.ffns." in n)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +295,10 @@ def test_what_does_not_serve_experts_says_so(mixture: Path, tmp_path: Path) -> N
     assert anchored.exit_code == 2
     assert "anchored cannot fit mixtures of experts" in anchored.stderr
     assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="--shard does not split mixtures of experts"):
+        placement(ModelSettings(source=str(mixture)), shard=True)
+    with pytest.raises(InputError, match="depend on which experts"):
+        flops.count(tiny_model("mixtral"), 8)
 
 
 def test_new_experts_are_low_rank_from_the_start(tmp_path: Path) -> None:
