@@ -15,10 +15,10 @@ from lrcompress import checkpoint
 from lrcompress.ffn import ffn_parameters
 from lrcompress.lowrank import compressed_layers
 from lrcompress.sizes import parameter_count
-from tests.tiny import FAMILIES, MIXTURES, byte_tokenizer, logits, tiny_model, tokens
+from tests.tiny import FAMILIES, MIXTURES, MORE_MIXTURES, byte_tokenizer, logits, tiny_model, tokens
 from tests.torture.conftest import Tally, Times
 
-EVERY = [*FAMILIES, *MIXTURES]
+EVERY = [*FAMILIES, *MIXTURES, *MORE_MIXTURES]
 SAMPLE = ["openai-gpt", "lfm2", "mixtral"]
 # what a form of the name is asked for by
 FORMS: dict[str, dict[str, Any]] = {
