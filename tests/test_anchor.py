@@ -14,7 +14,7 @@ from lrcompress.streams import Streams
 from tests.tiny import byte_tokenizer, logits, tiny_model, tokens
 
 SETTINGS: dict[str, Any] = {"num_samples": 16, "seq_len": 64, "sequential": "anchored"}
-FAMILIES = ["llama", "phi3", "gpt2", "opt", "gemma2", "falcon", "gpt_neox", "mpt"]
+FAMILIES = ["llama", "phi3", "gpt2", "openai-gpt", "opt", "gemma2", "falcon", "gpt_neox", "mpt"]
 
 
 def test_fit_is_least_squares() -> None:
