@@ -80,7 +80,7 @@ class _Beside:
 
 
 def _tensor(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def _error(hidden: Tensor, ours: Tensor, theirs: Tensor) -> float:

@@ -82,7 +82,7 @@ class Blocks:
     @torch.no_grad()
     def _gives_tuple(self, sample: Tensor) -> bool:
         hidden, (arguments, keywords) = self._first_call(sample)
-        return isinstance(self.blocks[0](hidden, *arguments, **keywords), tuple)
+        return not isinstance(self.blocks[0](hidden, *arguments, **keywords), Tensor)
 
     @torch.no_grad()
     def _extras(self, sample: Tensor) -> dict[int, Extras]:
@@ -139,7 +139,7 @@ class Blocks:
                 stack.callback(self.model.get_submodule(name).register_forward_hook(hook).remove)
             arguments, keywords = self.extras[block]
             output = self.blocks[block](hidden, *arguments, **keywords)
-        seen.output = output[0] if isinstance(output, tuple) else output
+        seen.output = output if isinstance(output, Tensor) else output[0]
         return seen
 
     @torch.enable_grad()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lrcompress import processes
 from lrcompress.blocks import Forward, replaced_forwards, summed_loss
 from lrcompress.ffn import find_blocks
+from lrcompress.mixtures import unpacked
 from lrcompress.processes import own_part
 from lrcompress.protocols import (
     InputError,
@@ -22,6 +22,7 @@ from lrcompress.protocols import (
     Statistics,
     silent,
 )
+from lrcompress.routing import Sums, zeros
 from lrcompress.sizes import evaluation_mode
 
 # columns that a product of moments takes at a time
@@ -32,15 +33,16 @@ class Moments:
     """Running sums of x xᵀ per input group and, with `gradients`, of g gᵀ per linear.
 
     Products are taken in float32, of the upper triangle alone. Sums of x xᵀ are kept in float64;
-    those of g gᵀ, which only weigh errors, in float32, at half the memory.
+    those of g gᵀ, which only weigh errors, in float32, at half the memory. What an expert lacks to
+    as many tokens as it has features is made up for by the mean of its mixture.
     """
 
     def __init__(self, linears: Sequence[LinearSpec], gradients: bool) -> None:
         # linears of one group read the same input, so one of them is watched
         self.watched = {spec.input_group: spec.name for spec in reversed(linears)}
         self.outputs = [spec.name for spec in linears] if gradients else []
-        self.sums: dict[str, Tensor] = {}
-        self.gradient_sums: dict[str, Tensor] = {}
+        self.mixtures = _mixtures(linears)
+        self.sums, self.gradient_sums = Sums(), Sums()
         self.tokens = self.gradient_tokens = 0
         self.backward = False
 
@@ -75,24 +77,56 @@ class Moments:
         """Sums over all processes in place of those over the samples of this one."""
         inputs = {spec.input_group: spec.in_features for spec in linears}
         outputs = {spec.name: spec.out_features for spec in linears}
-        processes.add_up(self.sums, lambda group: _zeros(inputs[group], torch.float64, device))
-        processes.add_up(
-            self.gradient_sums, lambda name: _zeros(outputs[name], torch.float32, device)
-        )
+        self.sums.add_up(inputs, torch.float64, device)
+        self.gradient_sums.add_up(outputs, torch.float32, device)
 
     def statistics(self, linear: LinearSpec) -> Statistics:
         """The moments of `linear`. Raises InputError where one is missing or not finite."""
-        if linear.input_group not in self.sums:
+        group = linear.input_group
+        if linear.mixture:
+            parts = [spec.input_group for spec in self._alike(linear)]
+            hidden = linear.role != "down"
+            found = self.sums.filled_up(group, parts, linear.in_features, alike=hidden)
+        elif group in self.sums.of:
+            found = self.sums.of[group]
+        else:
             raise InputError(f"calibration never reached {linear.name}: exclude it by name")
-        moment = _symmetric(self.sums[linear.input_group]) / self.tokens
+        moment = _symmetric(found) / self.tokens
         return Statistics(_finite(moment, "input", linear), self.gradient(linear))
 
     def gradient(self, linear: LinearSpec) -> Tensor | None:
-        """The gradient moment of `linear` if it was measured."""
-        found = self.gradient_sums.get(linear.name)
-        if found is None:
+        """The gradient moment of `linear` if it was measured.
+
+        That of an expert is a mean over its own tokens: that few come is in its input's moment.
+        """
+        name, sums = linear.name, self.gradient_sums
+        if linear.mixture and self.outputs:
+            size, parts = linear.out_features, [spec.name for spec in self._alike(linear)]
+            found = sums.filled_up(name, parts, size, alike=linear.role == "down")
+            tokens = max(sums.count(name), size)
+        elif name in sums.of:
+            found, tokens = sums.of[name], self.gradient_tokens
+        else:
             return None
-        return _finite(_symmetric(found) / self.gradient_tokens, "output gradient", linear)
+        return _finite(_symmetric(found) / tokens, "output gradient", linear)
+
+    def _alike(self, linear: LinearSpec) -> list[LinearSpec]:
+        """The linears of its role in all experts of its mixture."""
+        return self.mixtures[linear.mixture, linear.role]
+
+    def scarce(self) -> list[tuple[str, int]]:
+        """The experts that fewer tokens reached than they have inputs, and how many did."""
+        reads = [s for (_, role), specs in self.mixtures.items() if role != "down" for s in specs]
+        counts = [(spec, self.sums.count(spec.input_group)) for spec in reads]
+        return [(spec.ffn, tokens) for spec, tokens in counts if tokens < spec.in_features]
+
+
+def _mixtures(linears: Sequence[LinearSpec]) -> dict[tuple[str, str], list[LinearSpec]]:
+    found: dict[tuple[str, str], list[LinearSpec]] = {}
+    for spec in linears:
+        if spec.mixture:
+            found.setdefault((spec.mixture, spec.role), []).append(spec)
+    return found
 
 
 def _finite(moment: Tensor, what: str, linear: LinearSpec) -> Tensor:
@@ -103,21 +137,17 @@ def _finite(moment: Tensor, what: str, linear: LinearSpec) -> Tensor:
     return moment
 
 
-def _add(sums: dict[str, Tensor], key: str, rows: Tensor, dtype: torch.dtype) -> None:
+def _add(sums: Sums, key: str, rows: Tensor, dtype: torch.dtype) -> None:
     """Adds v vᵀ over the tokens of v (..., features): the blocks on and above the diagonal."""
     v = rows.detach().flatten(0, -2).float()
     size = v.shape[1]
-    if key not in sums:
-        sums[key] = _zeros(size, dtype, v.device)
-    total = sums[key]
+    if key not in sums.of:
+        sums.of[key], sums.tokens[key] = zeros(size, dtype, v.device), torch.tensor(0)
+    total = sums.of[key]
+    sums.tokens[key] += len(v)
     for begin in range(0, size, COLUMNS):
         product = v[:, begin : begin + COLUMNS].T @ v[:, begin:]
         total[begin : begin + COLUMNS, begin:] += product.to(total.device)
-
-
-def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    place = "cpu" if device.type == "mps" and dtype == torch.float64 else device
-    return torch.zeros(size, size, dtype=dtype, device=place)
 
 
 def _symmetric(upper: Tensor) -> Tensor:
@@ -140,7 +170,7 @@ def measure_moments(
     samples, length = tokens.shape
     gradient_samples = min(gradient_samples, samples)
     moments, own = Moments(linears, gradient_samples > 0), own_part(range(samples))
-    with evaluation_mode(model), moments.watching(model):
+    with unpacked(model), evaluation_mode(model), moments.watching(model):
         for index in progress(own, "Calibrating", len(own)):
             batch = tokens[index][None].to(model.device)
             if index < gradient_samples:

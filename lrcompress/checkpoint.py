@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from lrcompress import lowrank
+from lrcompress import experts, lowrank
 from lrcompress.files import json_text, render, replace_text, writing
 from lrcompress.plaindata import read_object
 from lrcompress.protocols import InputError, Metric, Summary
@@ -139,6 +139,7 @@ def saved_tensors(folder: Path) -> dict[str, int]:
     shapes = _parameters(shapes)
     beside = {key.removesuffix(end) for key in shapes for end in OWN if key.endswith(end)}
     passive = {f"{name}.{buffer}" for name in beside for buffer in ("weight", "order")}
+    passive |= {key for key, shape in shapes.items() if len(shape) > 1 and math.prod(shape) == 1}
     numbers = sum(math.prod(shape) for key, shape in shapes.items() if key not in passive)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return {"parameters": numbers, "bytes": size}
@@ -227,6 +228,7 @@ def export_standalone(model: Any, tokenizer: Any, out: Path, record: Mapping[str
     with writing(out) as folder:
         _write_weights(model, tokenizer, folder)
         (folder / f"{STANDALONE_MODULE}.py").write_text(_standalone_source(model), "utf-8")
+        (folder / "experts.py").write_text(inspect.getsource(experts), "utf-8")
         config = json.loads((folder / "config.json").read_text("utf-8"))
         config.pop("quantization_config", None)
         config |= {STANDALONE: modules, "auto_map": _auto_map(model)}

@@ -12,7 +12,7 @@ from lrcompress.block_change import block_changes
 from lrcompress.continuations import continuations
 from lrcompress.corpora import read_corpus
 from lrcompress.details import BlockChange, Details, TokenChange
-from lrcompress.ffn import find_ffns
+from lrcompress.ffn import ffn_parameters
 from lrcompress.fusing import optimize
 from lrcompress.harness import Asking, run_tasks
 from lrcompress.lowrank import is_compressed
@@ -186,9 +186,9 @@ def _check_tokenizer(tokenizer: Any, settings: EvaluateSettings) -> None:
 
 def size(label: str, model: Any) -> Iterator[Metric]:
     """Parameters of the FFNs, if they are known, and of the model, and its weights' bytes."""
-    linears = [model.get_submodule(spec.name) for spec in find_ffns(model).linears]
-    if linears:
-        yield Metric(label, "FFN parameters", sum(map(parameter_count, linears)), "", False)
+    held = ffn_parameters(model)
+    if held:
+        yield Metric(label, "FFN parameters", held, "", False)
     yield Metric(label, "parameters", parameter_count(model), "", False)
     dtype = {"dtype": str(model.dtype)[6:]}
     yield Metric(label, "weight bytes", weight_bytes(model), "B", False, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,13 +18,15 @@ from torch import nn
 from lrcompress import checkpoint, processes
 from lrcompress.anchor import shrink_anchored
 from lrcompress.calibration import Calibration
+from lrcompress.experts import LIST
 from lrcompress.factorization import Counts, Factorization, counts, notes
 from lrcompress.ffn import find_ffns, select
 from lrcompress.finite import unsound
 from lrcompress.lowrank import compressed_layers, install, is_linear
+from lrcompress.mixtures import unpacked
 from lrcompress.prepare import Prepared, check_weights, prepare, selected_share
 from lrcompress.processes import from_main
-from lrcompress.protocols import InputError, NotFiniteError, Plan, Progress, silent
+from lrcompress.protocols import InputError, LinearSpec, NotFiniteError, Plan, Progress, silent
 from lrcompress.quantizer import record_layout
 from lrcompress.recipe import from_flat, sections
 from lrcompress.refine import refine
@@ -103,10 +105,13 @@ class Compression:
                 "streaming reads the model's folder block by block and this model is in memory: "
                 "use `lrcompress factorize` or `lrcompress run`, or leave streaming out"
             )
-        linears = select(self.model, settings.include, settings.exclude, settings.dense_first)
-        check_weights(self.model, linears)
+        with unpacked(self.model):
+            linears = select(self.model, settings.include, settings.exclude, settings.dense_first)
+            check_weights(self.model, linears)
         if (weight := next(unsound(self.model), None)) is not None:
             raise InputError(f"{weight} is not finite: get an intact copy")
+        if settings.sequential == "anchored":
+            _refuse_experts(linears)
         return Calibration(self.model, self.tokenizer, linears, self.calibration, self.progress)
 
     def prepared(self, text: Calibration) -> Prepared:
@@ -118,11 +123,16 @@ class Compression:
         """The budget as a share of the selected parameters: of the bytes that the model first had,
         also where it is widened after that."""
         settings = self.settings
-        linears = select(self.model, settings.include, settings.exclude, settings.dense_first)
-        return selected_share(self.model, linears, settings)
+        with unpacked(self.model):
+            linears = select(self.model, settings.include, settings.exclude, settings.dense_first)
+            return selected_share(self.model, linears, settings)
 
     def carry_out(self, prepared: Prepared, text: Calibration) -> Factorization:
         """Shrinks the model as planned, in place; whatever fails, it is as it was."""
+        with unpacked(self.model):
+            return self._carried_out(prepared, text)
+
+    def _carried_out(self, prepared: Prepared, text: Calibration) -> Factorization:
         model, settings, linears = self.model, self.settings, prepared.linears
         before, finding = parameter_count(model), find_ffns(model)
         plan = prepared.plan
@@ -137,6 +147,7 @@ class Compression:
             for name, layer in originals.items():
                 install(model, name, layer)
             raise
+        scarce = [] if prepared.moments is None else prepared.moments.scarce()
         record_layout(model)
         selected = counts(linears, plan, settings.form)
         return Factorization(
@@ -147,7 +158,7 @@ class Compression:
             text.fingerprint,
             trials,
             refined,
-            tuple(notes(done, finding.experts, selected, prepared.keep_ratio)),
+            tuple(notes(done, finding.experts, scarce, selected, prepared.keep_ratio)),
             time.perf_counter() - self.started,
         )
 
@@ -196,6 +207,16 @@ def _widened(model: nn.Module) -> Iterator[None]:
         yield
     for name, layer in compressed_layers(model):
         layer.to(stored[name])
+
+
+def _refuse_experts(linears: Iterable[LinearSpec]) -> None:
+    """An expert reads other tokens when what is in front of it changes: there is nothing to fit."""
+    if any(spec.mixture for spec in linears):
+        raise InputError(
+            "--sequential anchored cannot fit mixtures of experts, which read other tokens once "
+            "the blocks before them are compressed: use --sequential independent, or leave them "
+            f"out with --exclude '*.{LIST}.*'"
+        )
 
 
 def save(model: Any, out: str | Path, tokenizer: Any = None, **record: Any) -> dict[str, Any]:

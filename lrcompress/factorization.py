@@ -72,9 +72,16 @@ def counts(linears: Sequence[LinearSpec], plan: Plan, form: Form) -> Counts:
 
 
 def notes(
-    done: tuple[ShrunkLinear, ...], experts: tuple[str, ...], kept: Counts, wanted: float | None
+    done: tuple[ShrunkLinear, ...],
+    experts: tuple[str, ...],
+    scarce: Sequence[tuple[str, int]],
+    kept: Counts,
+    wanted: float | None,
 ) -> Iterator[str]:
-    """Sentences on what a reader of the counts alone would miss."""
+    """Sentences on what a reader of the counts alone would miss.
+
+    `experts` are tensors that stay dense, `scarce` experts that few calibration tokens reached.
+    """
     if all(linear.form is None for linear in done):
         spec = done[0].spec
         yield (
@@ -86,8 +93,13 @@ def notes(
             f"{kept.keep_ratio:.1%} of the selected parameters are kept, not the {wanted:.1%} "
             "asked for: ranks come in steps of --rank-multiple"
         )
-    if experts:
+    if scarce:
+        every = {linear.spec.ffn for linear in done if linear.spec.mixture}
+        name, tokens = min(scarce, key=lambda one: one[1])
         yield (
-            f"{len(experts)} mixture-of-experts tensors stay dense, such as {experts[0]}: "
-            "only linear layers are factorized"
+            f"{len(scarce)} of {len(every)} experts were given fewer calibration tokens than they "
+            f"have inputs, {name} the fewest with {tokens}: the mean of the experts beside them "
+            "stands in for the others; more --num-samples give them more"
         )
+    if experts:
+        yield (f"{len(experts)} mixture-of-experts tensors stay dense, such as {experts[0]}")

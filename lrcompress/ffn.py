@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
+from lrcompress.experts import LIST, Experts, fused_experts
 from lrcompress.lowrank import LowRankLinear, is_compressed, is_linear, linear_shape
 from lrcompress.protocols import InputError, LinearSpec, Role
 from lrcompress.quantized import refuse_quantized
+from lrcompress.sizes import parameter_count
 
 # Layouts: paths inside a block -> role. A family with new names is one more row.
 LAYOUTS: tuple[dict[str, Role], ...] = (
@@ -35,26 +37,48 @@ LAYOUTS: tuple[dict[str, Role], ...] = (
     {"ffn.up_proj": "up", "ffn.down_proj": "down"},
     # lfm2
     {"feed_forward.w1": "gate", "feed_forward.w3": "up", "feed_forward.w2": "down"},
+    # what every token reads beside its experts: qwen2_moe; glm4_moe, deepseek, dots1, ...; hunyuan
+    *(
+        {f"mlp.{name}.{role}_proj": role for role in ("gate", "up", "down")}
+        for name in ("shared_expert", "shared_experts", "shared_mlp")
+    ),
+    # granitemoeshared
+    {"shared_mlp.input_linear": "gate_up", "shared_mlp.output_linear": "down"},
 )
+# paths inside an expert
+EXPERT: dict[str, Role] = {"gate_up": "gate_up", "down": "down"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The FFN linears of a model, and the names of expert tensors that stay dense."""
+    """The FFN linears of a model, and the names of the expert tensors that are none of them."""
 
     linears: tuple[LinearSpec, ...]
     experts: tuple[str, ...]
 
 
 def find_ffns(model: nn.Module) -> Finding:
-    """Every FFN linear of every transformer block, dense or already low-rank, in order."""
-    prefix, blocks = find_blocks(model)
-    linears = [
-        spec
-        for index, block in enumerate(blocks)
-        for spec in _block_linears(block, f"{prefix}.{index}", index)
-    ]
-    return Finding(tuple(linears), tuple(_expert_tensors(model)))
+    """Every FFN linear of every transformer block, dense or already low-rank, in order.
+
+    Those of experts are linears of a model that is `unpacked`, or where some are low-rank.
+    """
+    linears = tuple(linears_of(model, range(len(find_blocks(model)[1]))))
+    return Finding(linears, tuple(_expert_tensors(model)))
+
+
+def linears_of(model: nn.Module, blocks: Iterable[int]) -> Iterator[LinearSpec]:
+    """The FFN linears of some of the blocks, by number."""
+    prefix, every = find_blocks(model)
+    for index in blocks:
+        yield from _block_linears(every[index], f"{prefix}.{index}", index)
+        yield from _expert_linears(every[index], f"{prefix}.{index}", index)
+
+
+def ffn_parameters(model: nn.Module) -> int:
+    """Parameters of the FFN linears, those of fused experts included."""
+    linears = (model.get_submodule(spec.name) for spec in find_ffns(model).linears)
+    fused = (module for _, module in fused_experts(model))
+    return sum(parameter_count(module) for module in (*linears, *fused))
 
 
 def select(
@@ -119,6 +143,18 @@ def _block_linears(block: nn.Module, prefix: str, index: int) -> Iterator[Linear
             return
 
 
+def _expert_linears(block: nn.Module, prefix: str, index: int) -> Iterator[LinearSpec]:
+    for path, module in block.named_modules(prefix=prefix):
+        if isinstance(module, Experts):
+            for number, expert in enumerate(module.get_submodule(LIST).children()):
+                ffn = f"{path}.{LIST}.{number}"
+                for child, role in EXPERT.items():
+                    name = f"{ffn}.{child}"
+                    group = name if role == "down" else ffn
+                    spec = _spec(expert.get_submodule(child), name, index, role, group, ffn)
+                    yield replace(spec, mixture=path)
+
+
 def _is_any_linear(module: nn.Module) -> bool:
     return is_linear(module) or isinstance(module, LowRankLinear)
 
@@ -160,10 +196,16 @@ def _check_patterns(
 
 
 def _expert_tensors(model: nn.Module) -> Iterator[str]:
-    """Fused expert weights are 3-D parameters, (experts, out, in), which no linear owns."""
+    """Fused expert weights are parameters of three dimensions, which no linear owns."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3 and "expert" in name:
             yield name
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether the model has mixtures of experts, of whichever layout and form."""
+    lists = any(isinstance(module, Experts) for module in model.modules())
+    return lists or any(True for _ in _expert_tensors(model))
 
 
 def _nothing_left(model: Any, finding: Finding, found: bool) -> str:
@@ -173,7 +215,7 @@ def _nothing_left(model: Any, finding: Finding, found: bool) -> str:
         return (
             f"unsupported model: the feed-forward weights of {model.config.model_type!r} are "
             f"mixture-of-experts tensors ({finding.experts[0]} and {len(finding.experts) - 1} "
-            "more), which lrcompress leaves dense"
+            "more) with biases, transposed or otherwise not laid out as lrcompress factorizes them"
         )
     return (
         f"unsupported model: no feed-forward linears known for {model.config.model_type!r}: name "

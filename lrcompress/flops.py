@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from lrcompress.ffn import find_blocks, find_ffns
+from lrcompress.ffn import find_blocks, find_ffns, has_experts
 from lrcompress.lowrank import is_linear, linear_shape
+from lrcompress.protocols import InputError
 
 FORWARD_AND_BACKWARD = 3
 
@@ -49,8 +50,14 @@ class Flops:
 def count(model: Any, length: int) -> Flops:
     """Of a causal language model on sequences of `length` tokens; it may be on the meta device.
 
-    Every block is taken to attend to all positions, with `num_attention_heads` heads.
+    Every block is taken to attend to all positions, with `num_attention_heads` heads. Raises
+    InputError for mixtures of experts, whose operations depend on what the router chooses.
     """
+    if has_experts(model):
+        raise InputError(
+            f"the operations of {model.config.model_type!r} depend on which experts its tokens "
+            "take: use a model without mixtures of experts"
+        )
     name, blocks = find_blocks(model)
     ffns = {spec.name for spec in find_ffns(model).linears}
     ffn = projections = 0

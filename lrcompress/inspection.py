@@ -8,6 +8,7 @@ from typing import Any
 from lrcompress.ffn import find_ffns
 from lrcompress.linalg import decompose
 from lrcompress.lowrank import LowRankLinear, dense_weight
+from lrcompress.mixtures import unpacked
 from lrcompress.protocols import InputError, LinearSpec, Progress, silent
 from lrcompress.sizes import parameter_count
 
@@ -44,6 +45,11 @@ class Inspection:
 
 def inspect(model: Any, energy: bool = False, progress: Progress = silent) -> Inspection:
     """Lists the FFN linears of `model`, which may be on the meta device unless `energy`."""
+    with unpacked(model):
+        return _inspected(model, energy, progress)
+
+
+def _inspected(model: Any, energy: bool, progress: Progress) -> Inspection:
     finding = find_ffns(model)
     if not finding.linears and not finding.experts:
         raise InputError(

@@ -1,18 +1,20 @@
 """Low-rank and narrowed linear layers, and the swap between them and a model's dense layers.
 
-This file depends on torch and transformers alone: `lrcompress export --standalone` ships it,
-as it is, inside checkpoints that load without lrcompress.
+This file and `experts.py` depend on torch and transformers alone: `lrcompress export --standalone`
+ships both, as they are, inside checkpoints that load without lrcompress.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from .experts import LIST, Experts, fused_experts
 
 
 class LowRankLinear(nn.Module, ABC):
@@ -236,14 +238,23 @@ def rebuild(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
     Raises ValueError naming the module when a record does not fit the model.
     """
     prefix = getattr(model, "base_model_prefix", "") + "."
+    # a base model has no prefix in its names; a model with a head has one
+    spelled = {name: (name, name.removeprefix(prefix), prefix + name) for name in modules}
+    _unpack(model, (spelling for spellings in spelled.values() for spelling in spellings))
     for name, record in modules.items():
-        # a base model has no prefix in its names; a model with a head has one
-        spellings = (name, name.removeprefix(prefix), prefix + name)
-        found = next((s for s in spellings if _has_linear(model, s)), None)
+        found = next((s for s in spelled[name] if _has_linear(model, s)), None)
         if found is None:
             raise ValueError(f"low-rank record for {name!r}: the model has no such linear layer")
         dense = model.get_submodule(found)
         install(model, found, empty_like(dense, *_checked(name, record, linear_shape(dense))))
+
+
+def _unpack(model: nn.Module, linears: Iterable[str]) -> None:
+    """Makes the mixtures of experts that `linears` are in lists of linears."""
+    wanted = {name.partition(f".{LIST}.")[0] for name in linears}
+    for name, fused in list(fused_experts(model)):
+        if name in wanted:
+            install(model, name, Experts(fused))
 
 
 def _has_linear(model: nn.Module, name: str) -> bool:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import (
 
 from lrcompress import benchmark
 from lrcompress.memory import peak_memory
+from lrcompress.mixtures import unpacked
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.settings import ModelBenchSettings
 from lrcompress.sizes import evaluation_mode
@@ -112,7 +113,7 @@ def _timed(
     described = f"Timing {' and '.join(passes)}, {setting}"
     found = in_turn(models, repeats, run, progress, described)
     peaks = {label: _peak(model, run) for label, model in models.items()}
-    counts = {label: flops(model) for label, model in models.items()}
+    counts = {label: _of_linears(flops, model) for label, model in models.items()}
     baseline = next(iter(models))
     for i, (name, (shape, rows)) in enumerate(passes.items()):
         for label, model in models.items():
@@ -126,6 +127,12 @@ def _timed(
                 {"parameters": sum(p.numel() for p in model.parameters())},
                 peaks[label],
             )
+
+
+def _of_linears(flops: Callable[[Any], Sequence[int]], model: Any) -> Sequence[int]:
+    """torch's counter knows no grouped products, by which transformers runs fused experts."""
+    with unpacked(model):
+        return flops(model)
 
 
 # operators of the CPU that torch's counter does not know, and how many shapes decide each

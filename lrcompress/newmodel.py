@@ -15,6 +15,7 @@ from lrcompress.ffn import select
 from lrcompress.files import user_path
 from lrcompress.guidance import Pairs, guides
 from lrcompress.lowrank import rebuild
+from lrcompress.mixtures import unpacked
 from lrcompress.models import checked_device, load_tokenizer
 from lrcompress.plaindata import read_object
 from lrcompress.prepare import prepare
@@ -42,10 +43,11 @@ class NewModel:
     def factorize(self, settings: PretrainSettings, progress: Progress = silent) -> None:
         """Truncates its FFN linears by the SVD of their weights, in place; both factors share the
         singular values (spectral initialization)."""
-        linears = select(self.model, dense_first=settings.dense_first)
-        dense = {spec.name: self.model.get_submodule(spec.name) for spec in linears}
         parts = (CalibrationSettings(), _truncation(settings), RefineSettings(), progress)
-        self.described = apply(self.model, None, *parts).to_dict()
+        with unpacked(self.model):
+            linears = select(self.model, dense_first=settings.dense_first)
+            dense = {spec.name: self.model.get_submodule(spec.name) for spec in linears}
+            self.described = apply(self.model, None, *parts).to_dict()
         if settings.self_guided != "off":
             self.pairs = guides(self.model, dense)
 
@@ -135,7 +137,9 @@ def bare_model(config: Any, settings: PretrainSettings) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if settings.keep_ratio is not None:
-        rebuild(model, _records(model, settings))
+        with unpacked(model):
+            records = _records(model, settings)
+        rebuild(model, records)
     return model
 
 

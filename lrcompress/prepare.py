@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lrcompress.calibrate import Moments
 from lrcompress.choices import Grid, ffn_choices
 from lrcompress.decompositions import Decompositions
-from lrcompress.ffn import find_ffns
+from lrcompress.ffn import linears_of
 from lrcompress.lowrank import dense_weight
+from lrcompress.mixtures import unpacked
 from lrcompress.processes import divided
 from lrcompress.protocols import (
     FFN,
@@ -115,6 +116,18 @@ def prepare(
     A plan that takes neither errors nor narrowing comes first, so that a rank that does not fit
     is refused before anything is measured.
     """
+    with unpacked(model):
+        return _prepared(model, linears, settings, keep_ratio, get_moments, progress)
+
+
+def _prepared(
+    model: Any,
+    linears: tuple[LinearSpec, ...],
+    settings: FactorizeSettings,
+    keep_ratio: float | None,
+    get_moments: Callable[[bool], Moments],
+    progress: Progress,
+) -> Prepared:
     planning, moments, plan = Planning.of(settings, keep_ratio), None, None
     if planning.is_early:
         choices, channels = planning.choices(ffns_of(model, linears, None))
@@ -179,7 +192,8 @@ def by_ffn(linears: Iterable[LinearSpec]) -> list[tuple[LinearSpec, ...]]:
 
 def ffns_of(model: Any, linears: Sequence[LinearSpec], moments: Moments | None) -> Iterator[FFN]:
     """The FFNs of `linears` one by one, with weights and what was measured."""
-    sizes = Counter(linear.ffn for linear in find_ffns(model).linears)
+    blocks = {linear.block for linear in linears}
+    sizes = Counter(linear.ffn for linear in linears_of(model, blocks))
     for specs in by_ffn(linears):
         modules = {spec.name: model.get_submodule(spec.name) for spec in specs}
         name = specs[0].ffn

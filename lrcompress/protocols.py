@@ -63,7 +63,8 @@ def unsaid(sentence: str) -> None:
 class LinearSpec:
     """One linear layer that may be factorized: y = W x (+ b), W of shape (out, in).
 
-    Linears of one `ffn` belong together; those of one `input_group` read the same input.
+    Linears of one `ffn` belong together; those of one `input_group` read the same input. Where the
+    FFN is one of several experts, each of which reads some of the tokens, `mixture` names all.
     """
 
     name: str
@@ -74,6 +75,7 @@ class LinearSpec:
     bias: bool
     input_group: str
     ffn: str
+    mixture: str = ""
 
     @property
     def full_rank(self) -> int:

@@ -13,6 +13,7 @@ import torch
 from lrcompress.distill import DistillationTrainer, Objective
 from lrcompress.guidance import Guidance, guides
 from lrcompress.lowrank import compressed_layers
+from lrcompress.mixtures import unpacked
 from lrcompress.parametrization import balance, pack, trainable, with_adapters
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.settings import FinetuneSettings
@@ -72,6 +73,7 @@ def _guided(
     with ExitStack() as stack:
         student = stack.enter_context(_prepared(model, settings))
         if settings.self_guided != "off":
+            stack.enter_context(unpacked(teacher))
             pairs = guides(model, dict(teacher.named_modules()))
             stack.enter_context(guidance.guiding(pairs))
         yield student

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lrcompress import benchmark, newmodel, pretrain
-from lrcompress.ffn import find_ffns
+from lrcompress.ffn import ffn_parameters
 from lrcompress.ladder import Rung, non_embedding, rungs, variant_settings
 from lrcompress.models import load_tokenizer
 from lrcompress.protocols import InputError, Metric, Progress, silent
@@ -151,9 +151,7 @@ def _point(rung: Rung, model: Any, done: Trained) -> ScalingPoint:
         seed=rung.settings.seed,
         parameters=parameter_count(model),
         non_embedding=non_embedding(model),
-        ffn_parameters=sum(
-            parameter_count(model.get_submodule(spec.name)) for spec in find_ffns(model).linears
-        ),
+        ffn_parameters=ffn_parameters(model),
         steps=done.steps,
         tokens=done.tokens,
         flops=rung.flops,

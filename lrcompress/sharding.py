@@ -28,7 +28,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from lrcompress import processes
-from lrcompress.ffn import find_blocks
+from lrcompress.ffn import find_blocks, has_experts
 from lrcompress.models import locate, skeleton
 from lrcompress.protocols import InputError
 from lrcompress.settings import ModelSettings
@@ -54,10 +54,18 @@ def check(source: ModelSettings) -> None:
 
 
 def placement(source: ModelSettings, shard: bool) -> dict[str, Any]:
-    """Arguments of `models.load` that put `source` where this process needs it."""
+    """Arguments of `models.load` that put `source` where this process needs it.
+
+    Raises InputError for mixtures of experts that would be split.
+    """
     if not shard:
         return {"device": processes.own_device(source.device)}
-    blocks, _ = find_blocks(skeleton(source.source, source.gguf_file, source.trust_remote_code))
+    bare = skeleton(source.source, source.gguf_file, source.trust_remote_code)
+    if has_experts(bare):
+        raise InputError(
+            f"--shard does not split mixtures of experts, as of {source.source!r}: leave it out"
+        )
+    blocks, _ = find_blocks(bare)
     plan = {f"{blocks}.*": "free_full_weight"}  # one block at a time is whole, then given up
     split = DistributedConfig(fsdp_size=processes.count(), fsdp_plan=plan)
     return {"placement": {"distributed_config": split}}

@@ -10,12 +10,22 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lrcompress.experts import Experts
 from lrcompress.ffn import find_ffns
 from lrcompress.lowrank import compressed_layers, dense_layer, dense_weight, install, linear_shape
+from lrcompress.mixtures import unpack, unpacked
 from lrcompress.protocols import LinearSpec
 
 # config keys that hold the number of intermediate channels; None there means 4 x hidden size
-WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+WIDTH_KEYS = (
+    "intermediate_size",
+    "moe_intermediate_size",
+    "ffn_dim",
+    "n_inner",
+    "ffn_hidden_size",
+)
+# grouped products of experts read rows of whole 16 bytes: channels of every dtype from 16 bits up
+ALIGNED = 8
 
 
 def to_stock(model: Any) -> None:
@@ -24,6 +34,14 @@ def to_stock(model: Any) -> None:
     All FFNs get one width: that of the widest if the config can say so, the original one
     otherwise. Missing channels are filled with zeros, which changes no output.
     """
+    with unpacked(model):
+        _make_dense(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Experts):
+            install(model, name, module.fused())
+
+
+def _make_dense(model: Any) -> None:
     linears = find_ffns(model).linears
     for name, layer in list(compressed_layers(model)):
         install(model, name, layer.to_dense())
@@ -31,6 +49,8 @@ def to_stock(model: Any) -> None:
     stock = _skeleton(model.config)
     if _differs(model, stock, linears):
         widest = max(spec.in_features for spec in linears if spec.role == "down")
+        if any(spec.mixture for spec in linears):
+            widest += -widest % ALIGNED
         for smaller in _with_width(model.config, widest):
             candidate = _skeleton(smaller)
             if _fits(candidate, linears, widest):
@@ -43,7 +63,9 @@ def to_stock(model: Any) -> None:
 
 def _skeleton(config: Any) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
+    unpack(model)
+    return model
 
 
 def _differs(model: nn.Module, stock: nn.Module, linears: tuple[LinearSpec, ...]) -> bool:
@@ -54,9 +76,9 @@ def _differs(model: nn.Module, stock: nn.Module, linears: tuple[LinearSpec, ...]
 
 
 def _with_width(config: Any, width: int) -> Iterator[Any]:
-    """Copies of `config` with one of its width keys, if it has any, set to `width`."""
+    """Copies of `config` with one of its width keys, if it has a larger one, set to `width`."""
     for key in WIDTH_KEYS:
-        if hasattr(config, key):
+        if hasattr(config, key) and (getattr(config, key) or width) >= width:
             changed = copy.deepcopy(config)
             setattr(changed, key, width)
             yield changed

@@ -8,11 +8,12 @@ them. Several processes share the samples and the blocks.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lrcompress.blockfiles import BlockFiles
 from lrcompress.blockwise import Blockwise
@@ -20,6 +21,7 @@ from lrcompress.calibrate import Moments
 from lrcompress.calibration import Calibration
 from lrcompress.corpora import SELF
 from lrcompress.decompositions import Decompositions
+from lrcompress.experts import fused_experts
 from lrcompress.factorization import Counts, Factorization, counts, notes
 from lrcompress.ffn import find_ffns, select
 from lrcompress.footprint import Footprint, Sizes
@@ -49,6 +51,7 @@ class Streaming:
         self.recipe, self.source, self.work, self.progress = recipe, source, work, progress
         self.settings, self.started = recipe.factorize, time.perf_counter()
         model, settings = source.model, self.settings
+        _refuse_experts(model, settings.include)
         self.linears = select(model, settings.include, settings.exclude, settings.dense_first)
         self.share = selected_share(model, self.linears, settings)
         self.planning = Planning.of(settings, self.share)
@@ -184,6 +187,14 @@ class Streaming:
             self.text.fingerprint,
             (),
             tuple(RefinedBlock(**one) for record in records for one in record["refined"]),
-            tuple(notes(done, finding.experts, selected, self.share)),
+            tuple(notes(done, finding.experts, (), selected, self.share)),
             time.perf_counter() - self.started,
+        )
+
+
+def _refuse_experts(model: nn.Module, include: Sequence[str]) -> None:
+    if not include and any(fused_experts(model)):
+        raise InputError(
+            "streaming does not factorize mixtures of experts: leave --streaming out, or name "
+            "other linears with --include, such as --include '*.shared_expert.*'"
         )

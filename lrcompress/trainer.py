@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lrcompress.divergence import token_loss
 from lrcompress.files import keeping
-from lrcompress.protocols import InputError
 from lrcompress.sharding import ShardingTrainer
 from lrcompress.teacher import TeacherCache
 
@@ -83,19 +83,22 @@ class TextTrainer(ShardingTrainer):
             self._load_best_model()
 
     def _save_checkpoint(self, *arguments: Any, **keywords: Any) -> None:
-        with keeping(f"a checkpoint in {self.args.output_dir!r}"):
+        with keeping(f"a checkpoint in {self.args.output_dir!r}"), _own_names(self.model):
             super()._save_checkpoint(*arguments, **keywords)
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Raises InputError where a checkpoint lacks what trained: some families rename weights
-        when they are saved."""
-        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        lost = trained.intersection(load_result.missing_keys)
-        if lost:
-            raise InputError(
-                f"training checkpoints of this model do not hold {min(lost)!r} under its own name: "
-                "use --train factors"
-            )
+
+@contextmanager
+def _own_names(model: Any) -> Iterator[None]:
+    """Weights are saved under the names that Trainer finds them by; some families have others for
+    their files."""
+    before = vars(model).get("_weight_conversions")
+    model._weight_conversions = []
+    try:
+        yield
+    finally:
+        del model._weight_conversions
+        if before is not None:
+            model._weight_conversions = before
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]

@@ -15,10 +15,21 @@ import lrcompress
 from lrcompress.checkpoint import saved_tensors
 from lrcompress.ffn import find_ffns, select
 from lrcompress.lowrank import compressed_layers, dense_weight
+from lrcompress.mixtures import unpacked
 from lrcompress.protocols import InputError
 from lrcompress.sizes import parameter_count
 from lrcompress.stock import to_stock
-from tests.tiny import BLOCKS, FAMILIES, byte_tokenizer, logits, tiny_model
+from tests.tiny import (
+    BLOCKS,
+    FAMILIES,
+    INNER,
+    MIXTURE,
+    MIXTURES,
+    byte_tokenizer,
+    logits,
+    tiny_model,
+    tokens,
+)
 
 GATED = {
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3",
@@ -49,7 +60,7 @@ def test_finds_every_ffn_linear(family: str) -> None:
         assert weight.shape == (spec.out_features, spec.in_features)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
 @pytest.mark.parametrize("method", ["whitened", "fisher", "nystrom", "auto"])
 def test_round_trip_is_exact(family: str, method: str, tmp_path: Path) -> None:
     model = tiny_model(family)
@@ -66,12 +77,13 @@ def test_round_trip_is_exact(family: str, method: str, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
     saved = saved_tensors(tmp_path / "out")["parameters"]
     own = {f"{name}.{b}" for name, _ in compressed_layers(model) for b in ("weight", "order")}
+    own |= {name for name in model.state_dict() if name.endswith("experts.down_proj")}
     buffers = {n: b for n, b in model.named_buffers() if n in model.state_dict() and n not in own}
     extra = sum(b.numel() for b in buffers.values())
     assert saved == parameter_count(model) + extra
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
 def test_loaded_model_is_ordinary(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     lrcompress.factorize(model, rank=8, method="svd")
@@ -82,14 +94,14 @@ def test_loaded_model_is_ordinary(family: str, tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in low_rank_parameters(again)} == {torch.bfloat16}
     assert torch.isfinite(again.float()(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
     before = [parameter.clone() for parameter in low_rank_parameters(loaded)]
-    batch = torch.tensor([[5, 6, 7, 8]])
+    batch = tokens()  # so many that they reach all experts
     loaded.train()(input_ids=batch, labels=batch).loss.backward()
     torch.optim.SGD(loaded.parameters(), lr=0.1).step()
     after = low_rank_parameters(loaded)
     assert all(not torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
 def test_merging_gives_the_stock_architecture(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     lrcompress.factorize(model, rank=8, method="svd")
@@ -99,15 +111,16 @@ def test_merging_gives_the_stock_architecture(family: str, tmp_path: Path) -> No
     assert {n: p.shape for n, p in model.named_parameters()} == {
         n: p.shape for n, p in stock.named_parameters()
     }
-    for spec in find_ffns(stock).linears:
-        assert type(model.get_submodule(spec.name)) is type(stock.get_submodule(spec.name))
+    with unpacked(model), unpacked(stock):
+        for spec in find_ffns(stock).linears:
+            assert type(model.get_submodule(spec.name)) is type(stock.get_submodule(spec.name))
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not hasattr(loaded.config, "quantization_config")
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
 def test_narrowed_model_becomes_stock(family: str, tmp_path: Path) -> None:
     """One width everywhere becomes a smaller intermediate_size, where the config has one."""
     model = tiny_model(family)
@@ -125,7 +138,7 @@ def test_narrowed_model_becomes_stock(family: str, tmp_path: Path) -> None:
         assert parameter_count(loaded) < parameter_count(tiny_model(family))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 def test_generates(family: str) -> None:
     model = tiny_model(family)
     lrcompress.factorize(model, rank=8, method="svd")
@@ -134,7 +147,7 @@ def test_generates(family: str) -> None:
     assert 2 < out.shape[1] <= 6
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "mixtral"])
 def test_without_the_import_loading_raises(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     lrcompress.factorize(model, rank=8, method="svd")
@@ -151,12 +164,15 @@ def test_without_the_import_loading_raises(family: str, tmp_path: Path) -> None:
     assert "mismatched" in done.stderr
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe"])
-def test_experts_are_named_and_refused(family: str) -> None:
-    FAMILIES[family] = FAMILIES["llama"] | {"num_experts": 4, "num_local_experts": 4}
-    try:
-        model = tiny_model(family, moe_intermediate_size=16)
-    finally:
-        del FAMILIES[family]
-    with pytest.raises(InputError, match=r"mixture-of-experts tensors \(model\.layers\.0\."):
+# experts that are transposed and have biases; a gate that multiplies before them
+OTHERWISE = MIXTURE | {"intermediate_size_mlp": INNER, "layer_types": ["full_attention"] * BLOCKS}
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
+def test_other_experts_are_named_and_refused(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MIXTURES, family, OTHERWISE)
+    model = tiny_model(family)
+    with unpacked(model), pytest.raises(InputError, match=r"mixture-of-experts tensors \(model\."):
         select(model)
+    with pytest.raises(InputError, match="otherwise not laid out"):
+        lrcompress.factorize(model, rank=4, method="svd")

@@ -18,7 +18,7 @@ from tests.tiny import byte_tokenizer, logits, tiny_model
 
 TEXT: dict[str, Any] = {"data": ["pydoc"], "num_samples": 16, "seq_len": 64}
 LONG: dict[str, Any] = {"data": ["pydoc"], "num_samples": 64, "seq_len": 128}
-FAMILIES = ["llama", "phi3", "gpt2", "opt", "gemma2", "falcon", "gpt_neox", "mpt"]
+FAMILIES = ["llama", "phi3", "gpt2", "openai-gpt", "opt", "gemma2", "falcon", "gpt_neox", "mpt"]
 
 
 def refined(

@@ -54,6 +54,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nemotron": STANDARD,
     "phi": STANDARD,
     "gpt2": GPT2,
+    "openai-gpt": {"n_embd": WIDTH, "n_layer": BLOCKS, "n_head": HEADS, "n_positions": LENGTH},
     "gpt_neo": {
         "hidden_size": WIDTH,
         "num_layers": BLOCKS,
@@ -89,14 +90,73 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+EXPERTS = 4
+MIXTURE = STANDARD | {
+    "num_experts": EXPERTS,
+    "num_local_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+# families with experts; those of glm4_moe are in the second block alone
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": MIXTURE,
+    "qwen3_moe": MIXTURE,
+    "olmoe": MIXTURE,
+    "qwen2_moe": MIXTURE | {"shared_expert_intermediate_size": 40},
+    "glm4_moe": MIXTURE
+    | {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "granitemoe": MIXTURE,
+}
+
+# each with its own router, shared experts or names in files; what is longest to try is here
+SPARSE = MIXTURE | {"n_routed_experts": EXPERTS, "n_group": 1, "topk_group": 1}
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": HEADS,
+}
+SHARED = {"n_shared_experts": 1, "first_k_dense_replace": 1}
+MORE_MIXTURES: dict[str, dict[str, Any]] = {
+    "afmoe": MIXTURE | {"num_dense_layers": 1, "num_shared_experts": 1},
+    "cohere2_moe": MIXTURE,
+    "deepseek_v2": SPARSE | SHARED | LATENT,
+    "deepseek_v3": SPARSE | SHARED | LATENT,
+    "dots1": SPARSE | SHARED,
+    "ernie4_5_moe": MIXTURE
+    | {
+        "moe_num_experts": EXPERTS,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 1,
+        "moe_layer_interval": 1,
+    },
+    "exaone_moe": SPARSE | {"num_shared_experts": 1, "is_moe_layer": [False, True]},
+    "flex_olmo": MIXTURE,
+    "granitemoeshared": MIXTURE | {"shared_intermediate_size": 40},
+    "hunyuan_v1_moe": MIXTURE | {"moe_topk": 2},
+    "lfm2_moe": MIXTURE | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "minimax": MIXTURE | {"layer_types": ["full_attention"] * BLOCKS},
+    "minimax_m2": MIXTURE | {"rotary_dim": 4},
+    "phimoe": MIXTURE,
+    "qwen3_next": MIXTURE
+    | {"layer_types": ["full_attention"] * BLOCKS, "shared_expert_intermediate_size": 40},
+    "solar_open": SPARSE | SHARED,
+}
+
+
 def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
     """A random model with weights far from zero, so that an error in one layer shows."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **FAMILIES[family] | {"vocab_size": 257} | changes)
+    keys = (FAMILIES | MIXTURES | MORE_MIXTURES)[family] | {"vocab_size": 257} | changes
+    config = AutoConfig.for_model(family, **keys)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 or (parameter.ndim == 3 and "experts" in name):
                 parameter.normal_(0, 0.3)
             elif parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -1,0 +1,316 @@
+"""Mixtures of experts: each expert is factorized by the tokens that it reads, or it is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lrcompress
+from lrcompress import flops
+from lrcompress.calibrate import Moments, measure_moments
+from lrcompress.experts import Experts, fused_experts, is_fused
+from lrcompress.ffn import ffn_parameters, find_ffns, select
+from lrcompress.fusing import optimize
+from lrcompress.lowrank import compressed_layers
+from lrcompress.mixtures import unpacked
+from lrcompress.protocols import InputError, LinearSpec
+from lrcompress.settings import ModelSettings
+from lrcompress.sharding import placement
+from lrcompress.sizes import parameter_count
+from tests.conftest import SMALL, invoke
+from tests.test_cli import _check_in_a_process_without_lrcompress
+from tests.test_finetune import finetuned
+from tests.tiny import (
+    BLOCKS,
+    EXPERTS,
+    INNER,
+    MIXTURES,
+    WIDTH,
+    byte_tokenizer,
+    logits,
+    saved_model,
+    tiny_model,
+    tokens,
+)
+
+SETTINGS: dict[str, Any] = {"num_samples": 4, "seq_len": 48, "rank_multiple": 2}
+FFN, EXPERT = ["gate", "up", "down"], ["gate_up", "down"] * EXPERTS
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense mixtral with its tokenizer."""
+    return saved_model(tmp_path_factory.mktemp("mixture") / "model", "mixtral")
+
+
+@pytest.fixture(scope="module")
+def small(mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The mixtral, factorized."""
+    out = tmp_path_factory.mktemp("small") / "model"
+    asked = ("--keep-ratio", "0.6", "--method", "fisher")
+    result = invoke("factorize", mixture, "--out", out, *asked, *SMALL)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_every_expert_is_found(family: str) -> None:
+    model = tiny_model(family)
+    held = ffn_parameters(model)
+    with unpacked(model):
+        finding = find_ffns(model)
+        assert ffn_parameters(model) == held
+    roles = {"qwen2_moe": (FFN + EXPERT) * 2, "glm4_moe": FFN + FFN + EXPERT}
+    assert [spec.role for spec in finding.linears] == roles.get(family, EXPERT * BLOCKS)
+    assert held == sum(spec.dense_parameters for spec in finding.linears)
+    assert not finding.experts
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_compute_what_the_fused_ones_do(family: str) -> None:
+    """And give the same gradients; afterwards the fused ones are back, after an error too."""
+    model = tiny_model(family)
+    before = dict(fused_experts(model))
+    expected, gradients = logits(model), _gradients(model)
+    with unpacked(model):
+        assert not dict(fused_experts(model))
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+        for name, gradient in _gradients(model).items():
+            scale = float(gradients[name].abs().max())
+            torch.testing.assert_close(gradient, gradients[name], rtol=1e-3, atol=1e-4 * scale)
+    assert {name: id(module) for name, module in fused_experts(model)} == {
+        name: id(module) for name, module in before.items()
+    }
+    with pytest.raises(ZeroDivisionError), unpacked(model):
+        raise ZeroDivisionError
+    assert dict(fused_experts(model)).keys() == before.keys()
+
+
+def _gradients(model: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    batch = tokens()
+    model(input_ids=batch, labels=batch).loss.backward()
+    named = {n: p.grad for n, p in model.named_parameters() if ".experts." not in n}
+    return {name: gradient.clone() for name, gradient in named.items() if gradient is not None}
+
+
+def test_only_what_is_laid_out_like_experts_is_taken_for_them() -> None:
+    (_, module), *_ = fused_experts(tiny_model("mixtral"))
+    for flag in ("is_transposed", "has_bias"):
+        setattr(module, flag, True)
+        assert not is_fused(module)
+        setattr(module, flag, False)
+    assert is_fused(module)
+    module.register_buffer("scale", torch.ones(1))
+    assert not is_fused(module)
+
+
+def _moments(model: Any, sample: torch.Tensor) -> tuple[tuple[LinearSpec, ...], Moments]:
+    with unpacked(model):
+        linears = select(model)
+    return linears, measure_moments(model, linears, sample, gradient_samples=len(sample))
+
+
+def _routed(model: Any, sample: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What the experts of each block read, (tokens, width), and whose tokens they are."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given: seen.append((given[0], given[1])))
+        for _, module in fused_experts(model)
+    ]
+    model(input_ids=sample)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@torch.no_grad()
+def test_an_expert_has_the_moments_of_its_own_tokens() -> None:
+    model, sample = tiny_model("mixtral", num_experts_per_tok=1), tokens(1, 200)
+    routed = _routed(model, sample)
+    linears, moments = _moments(model, sample)
+    enough = 0
+    for number, spec in enumerate(s for s in linears if s.role == "gate_up"):
+        hidden, chosen = routed[spec.block]
+        own = hidden[(chosen == number % EXPERTS).any(1)].double()
+        if len(own) >= WIDTH:
+            enough += 1
+            found = moments.statistics(spec).second_moment
+            torch.testing.assert_close(found, own.T @ own / 200, rtol=1e-4, atol=1e-6)
+    assert enough >= 2
+    assert {name for name, _ in moments.scarce()} != {spec.ffn for spec in linears}
+
+
+@torch.no_grad()
+def test_an_expert_without_tokens_gets_its_mixtures_mean() -> None:
+    sample = tokens(1, 3)
+    model = tiny_model("mixtral", num_experts_per_tok=1, num_experts=8)
+    routed = _routed(model, sample)
+    linears, moments = _moments(model, sample)
+    empty = {name for name, count in moments.scarce() if count == 0}
+    assert len(empty) >= BLOCKS * 5
+    for spec in (spec for spec in linears if spec.ffn in empty):
+        found = moments.statistics(spec)
+        assert found.second_moment is not None
+        assert found.gradient_moment is not None
+        if spec.role == "gate_up":  # as many tokens as inputs, of 3
+            hidden = routed[spec.block][0].double()
+            mean = hidden.T @ hidden / len(hidden)
+            torch.testing.assert_close(found.second_moment, mean * WIDTH / 3, rtol=1e-4, atol=1e-6)
+        else:  # another expert's channels say how large, and nothing else
+            value = found.second_moment[0, 0]
+            assert value > 0
+            assert torch.equal(found.second_moment, value * torch.eye(INNER).double())
+
+
+@pytest.mark.parametrize("method", ["svd", "asvd", "whitened", "fisher", "nystrom", "auto"])
+def test_few_tokens_are_said_and_do_no_harm(method: str) -> None:
+    model = tiny_model("mixtral", num_experts_per_tok=1, num_experts=8)
+    few: dict[str, Any] = {
+        "num_samples": 1,
+        "seq_len": 4,
+        "rank_multiple": 2,
+        "calibration": "pydoc",
+    }
+    done = lrcompress.factorize(model, byte_tokenizer(), keep_ratio=0.6, method=method, **few)
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    assert bool(logits(model).isfinite().all())
+    assert done.ffn.keep_ratio == pytest.approx(0.6, abs=0.03)
+    said = "16 of 16 experts were given fewer calibration tokens than they have inputs"
+    assert any(note.startswith(said) for note in done.notes) == (method != "svd")
+
+
+@pytest.mark.parametrize("ranks", ["uniform", "loss_aware"])
+@pytest.mark.parametrize("form", ["factored", "pivoted"])
+def test_budgets_are_met_exactly(ranks: str, form: str) -> None:
+    model = tiny_model("qwen2_moe")
+    dense = parameter_count(model)
+    done = lrcompress.factorize(
+        model, byte_tokenizer(), keep_ratio=0.5, method="fisher", ranks=ranks, form=form, **SETTINGS
+    )
+    assert done.model.kept == parameter_count(model) < done.model.dense == dense
+    assert done.ffn.keep_ratio == pytest.approx(0.5, abs=0.02)
+    assert done.ffn.kept == ffn_parameters(model)
+    ranks_of = {one.rank for one in done.linears if one.spec.mixture}
+    assert len(ranks_of) > 1  # every matrix of every expert has a rank of its own
+
+
+def test_experts_can_be_left_out_and_what_is_left_stays_fused(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    lrcompress.factorize(model, rank=4, method="svd", dense_first=1)
+    names = [name for name, _ in fused_experts(model)]
+    assert names == ["model.layers.0.mlp.experts"]
+    model = tiny_model("mixtral")
+    lrcompress.factorize(model, rank=4, method="svd", include=["*.1.mlp.experts.ffns.2.down"])
+    names = [name for name, _ in compressed_layers(model)]
+    assert names == ["model.layers.1.mlp.experts.ffns.2.down"]
+    for parameter in model.parameters():  # nothing holds the fused tensors any more
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+    lrcompress.save(model, tmp_path / "out")
+    assert torch.equal(logits(lrcompress.load(tmp_path / "out")[0]), logits(model))
+
+
+def test_what_fails_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("mixtral")
+    before = logits(model)
+    with pytest.raises(InputError, match="rank"):
+        lrcompress.factorize(model, rank=1000, method="svd")
+    assert len(dict(fused_experts(model))) == BLOCKS
+    assert torch.equal(logits(model), before)
+
+
+def test_optimized_experts_give_the_same() -> None:
+    model = tiny_model("qwen3_moe")
+    lrcompress.factorize(model, byte_tokenizer(), keep_ratio=0.6, **SETTINGS)
+    expected = logits(model)
+    with optimize(model):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_mixture_goes_through_the_commands(
+    mixture: Path, small: Path, text: Path, tmp_path: Path
+) -> None:
+    found = json.loads(invoke("inspect", small, "--json").stdout)
+    assert len(found["rows"]) == BLOCKS * EXPERTS * 2
+    assert found["experts"] == []
+    result = invoke(
+        "eval", small, "--baseline", mixture, "--no-speed", "--perplexity", text,
+        "--context-length", "32", "--limit", "2", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    metrics = json.loads(result.stdout)["metrics"]
+    sizes = {m["model"]: m["value"] for m in metrics if m["name"] == "FFN parameters"}
+    model = lrcompress.load(mixture)[0]
+    assert sizes.popitem()[1] < ffn_parameters(model) * 0.61
+    assert sizes.popitem()[1] == ffn_parameters(model) > 0
+    bench = invoke(
+        "bench", "model", small, "--baseline", mixture, "--prompt-length", "8", "--new-tokens", "2",
+        "--repeats", "3", "--batch-size", "1", "--training-length", "8", "--json",
+    )  # fmt: skip
+    assert bench.exit_code == 0, bench.output
+
+
+@pytest.mark.parametrize(
+    "settings", [{"train": "all"}, {"train": "lora"}, {"self_guided": "reduced"}], ids=str
+)
+def test_experts_are_finetuned(small: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    done = finetuned(small, tmp_path / "tuned", **settings)["finetuned"]
+    assert done["after"] < done["before"]
+    before, after = (lrcompress.load(path)[0].state_dict() for path in (small, tmp_path / "tuned"))
+    assert after.keys() == before.keys()
+    assert any(not torch.equal(after[n], before[n]) for n in after if ".experts.ffns." in n)
+
+
+@pytest.mark.parametrize(
+    ("form", "arguments", "most"),
+    [("dense", "", 1e-4), ("standalone", "trust_remote_code=True", 0)],
+)
+def test_exports_of_a_mixture_load_without_lrcompress(
+    small: Path, tmp_path: Path, form: str, arguments: str, most: float
+) -> None:
+    out = tmp_path / form
+    assert invoke("export", small, "--out", out, f"--{form}").exit_code == 0
+    _check_in_a_process_without_lrcompress(small, out, arguments, most)
+
+
+def test_refined_experts_are_no_worse(mixture: Path) -> None:
+    model = lrcompress.load(mixture)[0]
+    done = lrcompress.factorize(
+        model, byte_tokenizer(), keep_ratio=0.5, refine=True, refine_epochs=2, **SETTINGS
+    )
+    assert len(done.refined) == BLOCKS
+    assert all(block.after <= block.before for block in done.refined)
+
+
+def test_what_does_not_serve_experts_says_so(mixture: Path, tmp_path: Path) -> None:
+    asked = ("factorize", mixture, "--out", tmp_path / "out", "--keep-ratio", "0.6", *SMALL)
+    streamed = invoke(*asked, "--streaming", "--calibration", "pydoc")
+    assert streamed.exit_code == 2
+    assert "streaming does not factorize mixtures of experts" in streamed.stderr
+    anchored = invoke(*asked, "--sequential", "anchored")
+    assert anchored.exit_code == 2
+    assert "anchored cannot fit mixtures of experts" in anchored.stderr
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="--shard does not split mixtures of experts"):
+        placement(ModelSettings(source=str(mixture)), shard=True)
+    with pytest.raises(InputError, match="depend on which experts"):
+        flops.count(tiny_model("mixtral"), 8)
+
+
+def test_new_experts_are_low_rank_from_the_start(tmp_path: Path) -> None:
+    config = tiny_model("mixtral").config
+    config.save_pretrained(tmp_path / "config")
+    result = invoke(
+        "pretrain", tmp_path / "config", "--out", tmp_path / "new", "--data", "pydoc",
+        "--keep-ratio", "0.5", "--max-steps", "2", "--train-length", "32", "--held-out", "2",
+        "--eval-every", "1", "--self-guided", "reduced", "--vocab-size", "300",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    model = lrcompress.load(tmp_path / "new")[0]
+    kinds = [type(block.mlp.experts) for block in model.model.layers]
+    assert Experts in kinds
