@@ -202,11 +202,12 @@ class Compression:
 @contextmanager
 def _widened(model: nn.Module) -> Iterator[None]:
     """In float32; at the end every linear has its own precision again, also one that was put in."""
+    own = next(model.parameters()).dtype  # of experts, which are no linears before and after
     stored = {n: m.weight.dtype for n, m in model.named_modules() if is_linear(m)}
     with in_float32(model):
         yield
     for name, layer in compressed_layers(model):
-        layer.to(stored[name])
+        layer.to(stored.get(name, own))
 
 
 def _refuse_experts(linears: Iterable[LinearSpec]) -> None:

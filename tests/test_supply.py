@@ -53,7 +53,7 @@ def test_what_is_imported_is_declared() -> None:
 def _imported() -> Iterator[str]:
     for file in Path("lrcompress").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-            if isinstance(node, ast.ImportFrom):
+            if isinstance(node, ast.ImportFrom) and not node.level:
                 yield (node.module or "").partition(".")[0]
             elif isinstance(node, ast.Import):
                 yield from (alias.name.partition(".")[0] for alias in node.names)
