@@ -117,7 +117,7 @@ def test_gradients_survive_low_precision_and_the_models_own_checkpointing(
     linears, sample = select(tiny_model()), tokens(2, 20)
     exact = measure_moments(tiny_model(), linears, sample, gradient_samples=len(sample))
     model = tiny_model().to(dtype)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     found = measure_moments(model.train(), linears, sample, gradient_samples=len(sample))
     for spec in linears:
         a, b = exact.statistics(spec).gradient_moment, found.statistics(spec).gradient_moment
