@@ -32,7 +32,7 @@ test: setup
 
 # at most half an hour: every way to break it that tests/torture knows, as often as it should be tried
 torture: setup
-	$(BIN)/pytest tests/torture --full
+	$(BIN)/pytest tests/torture --full -n 2
 
 # lines and branches that the tests run, those of the processes that they start included; without the
 # tests that take memory and files away, which coverage needs itself
