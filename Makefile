@@ -30,7 +30,7 @@ test: setup
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pytest
 
-# at most half an hour: every way to break it that tests/torture knows, as often as it should be tried
+# about five minutes: every way to break it that tests/torture knows, as often as it should be tried
 torture: setup
 	$(BIN)/pytest tests/torture --full -n 2
 

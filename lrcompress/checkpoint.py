@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
@@ -27,6 +26,7 @@ from lrcompress.records import checked_record
 from lrcompress.significance import Comparison
 from lrcompress.stock import to_stock
 from lrcompress.tables import table, training
+from lrcompress.weightfiles import stored_tensors
 
 RECORD, CARD = "lrcompress.json", "README.md"
 # parts that only a low-rank layer has
@@ -105,8 +105,7 @@ def _join(folder: Path, shards: Sequence[Path]) -> None:
             file.replace(named)
         else:
             _link(file, named)
-        with safe_open(named, "pt") as tensors:  # type: ignore[no-untyped-call,unused-ignore]
-            places |= dict.fromkeys(tensors.keys(), named.name)
+        places |= dict.fromkeys(stored_tensors([named]), named.name)
         size += named.stat().st_size
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
     replace_text(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")
@@ -132,16 +131,13 @@ def saved_tensors(folder: Path) -> dict[str, int]:
 
     The numbers leave out format guards and the index vectors of the pivoted form.
     """
-    shapes: dict[str, Sequence[int]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:  # type: ignore[no-untyped-call,unused-ignore]
-            shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
-    shapes = _parameters(shapes)
+    files = sorted(folder.glob("*.safetensors"))
+    shapes = _parameters({key: one.shape for key, one in stored_tensors(files).items()})
     beside = {key.removesuffix(end) for key in shapes for end in OWN if key.endswith(end)}
     passive = {f"{name}.{buffer}" for name in beside for buffer in ("weight", "order")}
     passive |= {key for key, shape in shapes.items() if len(shape) > 1 and math.prod(shape) == 1}
     numbers = sum(math.prod(shape) for key, shape in shapes.items() if key not in passive)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
     return {"parameters": numbers, "bytes": size}
 
 

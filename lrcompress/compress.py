@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +83,20 @@ class Compression:
 
     def run(self) -> Factorization:
         """In the model's own precision; a float16 model that overflows there, in float32."""
+        text = self.text()
+        share = selected_share(self.model, text.linears, self.settings)  # of the bytes it has now
         try:
-            return self._run()
+            return self._run(text, share)
         except NotFiniteError:
             if processes.count() > 1 or self.model.dtype != torch.float16:
                 raise
             with _widened(self.model):
-                done = self._run()
+                done = self._run(self.text(), share)
             return replace(done, notes=(*done.notes, OVERFLOWS))
 
-    def _run(self) -> Factorization:
-        text = self.text()
-        return self.carry_out(self.prepared(text), text)
+    def _run(self, text: Calibration, share: float | None) -> Factorization:
+        parts = (self.settings, share, text.moments, self.progress)
+        return self.carry_out(prepare(self.model, text.linears, *parts), text)
 
     def text(self) -> Calibration:
         """What may be measured; nothing is before it is needed."""
@@ -113,19 +114,6 @@ class Compression:
         if settings.sequential == "anchored":
             _refuse_experts(linears)
         return Calibration(self.model, self.tokenizer, linears, self.calibration, self.progress)
-
-    def prepared(self, text: Calibration) -> Prepared:
-        parts = (self.settings, self.share, text.moments, self.progress)
-        return prepare(self.model, text.linears, *parts)
-
-    @cached_property
-    def share(self) -> float | None:
-        """The budget as a share of the selected parameters: of the bytes that the model first had,
-        also where it is widened after that."""
-        settings = self.settings
-        with unpacked(self.model):
-            linears = select(self.model, settings.include, settings.exclude, settings.dense_first)
-            return selected_share(self.model, linears, settings)
 
     def carry_out(self, prepared: Prepared, text: Calibration) -> Factorization:
         """Shrinks the model as planned, in place; whatever fails, it is as it was."""

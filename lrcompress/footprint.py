@@ -14,6 +14,7 @@ from lrcompress.ffn import find_blocks
 from lrcompress.memory import resident
 from lrcompress.prepare import Planning
 from lrcompress.protocols import LinearSpec
+from lrcompress.quantized import weight_bytes
 from lrcompress.recipe import Recipe
 
 FLOAT32, FLOAT64 = 4, 8
@@ -45,10 +46,10 @@ class Sizes:
     length: int
 
     def footprint(self) -> Footprint:
-        outside = self._bytes(self.model) - sum(map(self._bytes, self._blocks))
+        outside = weight_bytes(self.model) - sum(map(weight_bytes, self._blocks))
         steps = (self._activations(), self._algebra(), self._training())
         memory = resident() + ALLOWANCE + outside + 2 * self._block + self._moments() + max(steps)
-        return Footprint(memory, self._states(kept=True) + sum(map(self._bytes, self._blocks)))
+        return Footprint(memory, self._states(kept=True) + sum(map(weight_bytes, self._blocks)))
 
     @property
     def _blocks(self) -> nn.ModuleList:
@@ -56,11 +57,7 @@ class Sizes:
 
     @property
     def _block(self) -> int:
-        return max(map(self._bytes, self._blocks))
-
-    @staticmethod
-    def _bytes(module: nn.Module) -> int:
-        return sum(p.numel() * p.element_size() for p in module.parameters())
+        return max(map(weight_bytes, self._blocks))
 
     @property
     def _gradients(self) -> bool:

@@ -29,6 +29,7 @@ from lrcompress.protocols import (
     Progress,
     Statistics,
 )
+from lrcompress.quantized import weight_bytes
 from lrcompress.settings import FactorizeSettings
 from lrcompress.sizes import parameter_count
 
@@ -116,35 +117,24 @@ def prepare(
     A plan that takes neither errors nor narrowing comes first, so that a rank that does not fit
     is refused before anything is measured.
     """
-    with unpacked(model):
-        return _prepared(model, linears, settings, keep_ratio, get_moments, progress)
-
-
-def _prepared(
-    model: Any,
-    linears: tuple[LinearSpec, ...],
-    settings: FactorizeSettings,
-    keep_ratio: float | None,
-    get_moments: Callable[[bool], Moments],
-    progress: Progress,
-) -> Prepared:
     planning, moments, plan = Planning.of(settings, keep_ratio), None, None
-    if planning.is_early:
-        choices, channels = planning.choices(ffns_of(model, linears, None))
-        plan = planning.plan(choices)
-    if planning.reads_text(plan):
-        moments = get_moments(planning.gradients)
-    if not planning.is_early:
-        groups = by_ffn(linears)
-        found = divided(
-            groups,
-            lambda specs: planning.choices(ffns_of(model, specs, moments)),
-            progress,
-            "Measuring choices",
-        )
-        choices = tuple(one for part, _ in found for one in part)
-        channels = {name: order for _, orders in found for name, order in orders.items()}
-        plan = planning.plan(choices)
+    with unpacked(model):
+        if planning.is_early:
+            choices, channels = planning.choices(ffns_of(model, linears, None))
+            plan = planning.plan(choices)
+        if planning.reads_text(plan):
+            moments = get_moments(planning.gradients)
+        if not planning.is_early:
+            groups = by_ffn(linears)
+            found = divided(
+                groups,
+                lambda specs: planning.choices(ffns_of(model, specs, moments)),
+                progress,
+                "Measuring choices",
+            )
+            choices = tuple(one for part, _ in found for one in part)
+            channels = {name: order for _, orders in found for name, order in orders.items()}
+            plan = planning.plan(choices)
     method, shared = planning.method, (moments, choices, channels)
     return Prepared(
         linears, method, planning.allocator, *shared, keep_ratio, plan, Decompositions(method)
@@ -160,8 +150,7 @@ def selected_share(
     """
     total, target = parameter_count(model), settings.target_params
     if settings.target_size is not None:
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        target = int(settings.target_size * total / size)
+        target = int(settings.target_size * total / weight_bytes(model))
     if target is None:
         return settings.keep_ratio
     selected = sum(linear.dense_parameters for linear in linears)

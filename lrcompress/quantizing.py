@@ -8,6 +8,7 @@ from torch import nn
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import TorchAoConfig
 
+from lrcompress import faults
 from lrcompress.lowrank import layout
 from lrcompress.protocols import InputError, MachineError
 from lrcompress.quantized import refuse_quantized, require_torchao
@@ -37,6 +38,8 @@ def quantize(model: Any, weights: str) -> list[str]:
     try:
         quantize_(model, scheme, filter_fn=lambda _, name: name in chosen)
     except (RuntimeError, ImportError, NotImplementedError, AssertionError) as error:
+        if faults.reason(error):
+            raise  # no memory, say: that is another sentence
         reason = " ".join(str(error).split())[:200]
         raise MachineError(
             f"{weights} weights are not to be had on this machine: {reason}"

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
-from safetensors import safe_open
 
 from lrcompress import models
 from lrcompress.checkpoint import RECORD, STANDALONE, checksums, read_record
 from lrcompress.protocols import InputError
+from lrcompress.weightfiles import stored_tensors
 
 Kind = Literal["missing", "extra", "size", "checksum", "model"]
 
@@ -84,8 +84,8 @@ def _recorded(folder: Path) -> dict[str, File]:
     record = read_record(folder) or {}
     if "files" not in record:
         raise InputError(
-            f"{str(folder / RECORD)!r} holds no checksums, as an older lrcompress wrote it: "
-            "save the model again with this version"
+            f"{str(folder / RECORD)!r} holds no checksums: load the model and save it "
+            "again with lrcompress"
         )
     try:
         return TypeAdapter(dict[str, File]).validate_python(record["files"])
@@ -127,9 +127,7 @@ def _other_types(folder: Path, dtype: str | None) -> Iterator[Fault]:
     if dtype not in TYPES:
         return
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:  # type: ignore[no-untyped-call,unused-ignore]
-            for name in tensors.keys():  # noqa: SIM118
-                stored = tensors.get_slice(name).get_dtype()
-                if stored in set(TYPES.values()) - {TYPES[dtype], "F32"}:
-                    said = f"{name} is stored as {stored} and config.json says {dtype}"
-                    yield Fault(file.name, "model", said)
+        for name, tensor in stored_tensors([file]).items():
+            if tensor.dtype in set(TYPES.values()) - {TYPES[dtype], "F32"}:
+                said = f"{name} is stored as {tensor.dtype} and config.json says {dtype}"
+                yield Fault(file.name, "model", said)
