@@ -136,8 +136,9 @@ def report_command(
     folders: tuple[Path, ...], out: Path | None, max_loss: float | None, as_json: bool
 ) -> None:
     """Show the report of an eval, run or sweep again; several are joined into one comparison."""
-    from lrcompress import commands, console, sweepfolder
+    from lrcompress import commands, console, scalingfolder, sweepfolder
 
+    scalingfolder.refuse_studies(folders)
     if not any(map(sweepfolder.is_sweep, folders)):
         _show(commands.report_to(folders, out), out, max_loss, as_json)
         return

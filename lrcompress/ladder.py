@@ -21,7 +21,7 @@ from lrcompress.sizes import embedding_count, parameter_count, sequence_length
 # keys that hold for all models of a ladder, or that the ladder itself sets
 SHARED = (
     "source", "data", "tokenizer", "vocab_size", "device", "train_length", "max_steps", "held_out",
-    "eval_every", "batch_size", "seed", "patience", "tensorboard",
+    "eval_every", "batch_size", "seed", "patience", "tensorboard", "shard",
 )  # fmt: skip
 DEFAULT_LENGTH = 512
 

@@ -64,7 +64,7 @@ class Run:
         self.folder.refuse_other(overwrite)  # another process may have been here
         tasks = compare.resolve_tasks(self.recipe.evaluate)
         if "finetune" in self.stages:
-            check_settings(self.recipe.finetune)
+            check_settings(self.recipe.finetune, self.recipe.model.device)
         self._find_others()
         if not all(self.folder.is_made(stage, self._making(stage)) for stage in self.stages):
             refuse_planned(self.recipe)

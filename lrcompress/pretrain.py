@@ -7,12 +7,22 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from lrcompress import processes, stages
+from lrcompress import checkpoint, processes, sharding, stages
+from lrcompress.ffn import has_experts
+from lrcompress.files import discard
 from lrcompress.guidance import Guidance
-from lrcompress.newmodel import NewModel, fit_config, make_tokenizer, new_model, read_config
+from lrcompress.newmodel import (
+    NewModel,
+    bare_model,
+    fit_config,
+    make_tokenizer,
+    new_model,
+    read_config,
+)
 from lrcompress.processes import from_main
-from lrcompress.protocols import Progress, silent
-from lrcompress.settings import PretrainSettings
+from lrcompress.protocols import InputError, Progress, silent
+from lrcompress.settings import ModelSettings, PretrainSettings
+from lrcompress.sources import Loaded, load_settings
 from lrcompress.trainer import BlockDataset, TextTrainer
 from lrcompress.training import Trained, run
 from lrcompress.training_run import Text, TrainingRun, check_device, check_settings
@@ -46,16 +56,35 @@ class Pretraining(TrainingRun):
 
     def checked(self) -> dict[str, Any]:
         settings = self.settings
-        check_settings(settings)
+        check_settings(settings, settings.device, self.command)
         check_device(settings.device, self.command)
         self.config = read_config(settings.source)
+        if settings.shard and has_experts(bare_model(self.config, settings)):
+            raise InputError("--shard does not split mixtures of experts: leave it out")
         return {"trained_from": settings.source}
 
-    def loaded(self) -> tuple[Any, Any]:
+    def loaded(self, work: Path) -> Loaded:
         tokenizer = from_main(lambda: make_tokenizer(self.settings))
         fit_config(self.config, tokenizer, self.settings)
-        self.new = new_model(self.config, self.settings, self.progress)
+        if self.settings.shard:
+            self.new = self._split(work / "start")
+        else:
+            self.new = new_model(self.config, self.settings, self.progress)
         return self.new.model, tokenizer
+
+    def _split(self, start: Path) -> NewModel:
+        """The main process alone makes the whole model, and each then reads its part of it."""
+        described = from_main(lambda: self._saved(start))
+        source = ModelSettings(source=str(start), device=self.settings.device)
+        model, _ = load_settings(source, **sharding.placement(source, shard=True))
+        sharding.check_embedding(model, "an untied one, or another --vocab-size")
+        from_main(lambda: discard(start, start.parent))
+        return NewModel(model, described=described)
+
+    def _saved(self, start: Path) -> dict[str, Any]:
+        new = new_model(self.config, self.settings, self.progress)
+        checkpoint.save(new.model, None, start, new.described, replace=True)
+        return new.described
 
     def trained(self, model: Any, text: Text, run: Path) -> Trained:
         assert self.new is not None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from lrcompress.plaindata import read_yaml
 from lrcompress.printable import shortened
@@ -53,6 +53,15 @@ class ScalingRecipe(Section):
 
     pretrain: PretrainSettings = PretrainSettings()
     scaling: ScalingSettings
+
+    @model_validator(mode="after")
+    def _whole_models(self) -> Self:
+        if self.pretrain.shard:
+            raise ValueError(
+                "pretrain.shard splits one model over processes: leave it out; "
+                "scaling --shard I/N shares whole models between them"
+            )
+        return self
 
 
 # what a command can set that no recipe has

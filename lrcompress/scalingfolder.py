@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,16 @@ from lrcompress.scalingreport import ScalingReport
 RECIPE, POINTS, TOKENIZER, WORK, SPEED = (
     "recipe.yaml", "points", "tokenizer", "training", "speed.json",
 )  # fmt: skip
+
+
+def refuse_studies(folders: Iterable[Path]) -> None:
+    """Raises InputError where one of `folders` has the report of a scaling study."""
+    for folder in folders:
+        if (folder / "scaling.json").is_file():
+            raise InputError(
+                f"{str(folder)!r} is a scaling study: read its scaling.md or scaling.html, which "
+                "lrcompress scaling writes anew"
+            )
 
 
 @dataclass(frozen=True)

@@ -36,19 +36,19 @@ from lrcompress.settings import ModelSettings
 OPTIMIZER, SCHEDULER = "optimizer_parts", "scheduler.pt"
 
 
-def check_processes() -> None:
-    """Raises InputError where there are no processes to split a model over."""
+def check_processes(command: str, device: str) -> None:
+    """Raises InputError where `command` has no processes to split a model over, or not on GPUs."""
     if processes.count() == 1:
         raise InputError(
             "--shard splits a model over several processes and there is one: start it with "
-            "torchrun --nproc-per-node N -m lrcompress finetune"
+            f"torchrun --nproc-per-node N -m lrcompress {command}"
         )
-
-
-def check(source: ModelSettings) -> None:
-    """Raises InputError where the model `source` cannot be split over the processes here."""
-    if source.device == "cpu" and torch.cuda.is_available():
+    if device == "cpu" and torch.cuda.is_available():
         raise InputError("--shard uses the GPUs of a machine that has any: use --device auto")
+
+
+def check_source(source: ModelSettings) -> None:
+    """Raises InputError where the model `source` is stored in a way that cannot be split."""
     if locate(source.source, source.gguf_file).gguf_file:
         raise InputError(f"--shard does not read GGUF, as of {source.source!r}: give a folder")
 
@@ -71,22 +71,26 @@ def placement(source: ModelSettings, shard: bool) -> dict[str, Any]:
     return {"placement": {"distributed_config": split}}
 
 
-def check_trainable(model: Any, train: str) -> None:
-    """Raises InputError where a sharded model would train in lower precision than float32, or a
-    tied embedding in parts of unequal size.
-
-    transformers ties it after it was split, and the two uses then go apart in the last part.
-    """
+def check_precision(model: Any) -> None:
+    """Raises InputError where a sharded model would train in lower precision than float32."""
     if is_sharded(model) and model.dtype != torch.float32:
         raise InputError(
             f"--shard trains what it loads and this is {str(model.dtype)[6:]}: use --dtype float32"
         )
+
+
+def check_embedding(model: Any, instead: str) -> None:
+    """Raises InputError where a sharded model would train a tied embedding in parts of unequal
+    size; `instead` is what to use.
+
+    transformers ties it after it was split, and the two uses then go apart in the last part.
+    """
     entry, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is entry.weight
-    if is_sharded(model) and tied and train == "all" and len(entry.weight) % processes.count():
+    if is_sharded(model) and tied and len(entry.weight) % processes.count():
         raise InputError(
-            f"--shard --train all cannot split a tied embedding of {len(entry.weight)} tokens "
-            f"evenly over {processes.count()} processes: use --train norms, or other "
+            f"--shard cannot train a tied embedding of {len(entry.weight)} tokens, which "
+            f"{processes.count()} processes do not share evenly: use {instead}, or other "
             "--nproc-per-node"
         )
 

@@ -45,8 +45,8 @@ class TrainingRun(ABC):
         """The record that the result begins with, if nothing given is wrong."""
 
     @abstractmethod
-    def loaded(self) -> tuple[Any, Any]:
-        """The model that is trained, and its tokenizer."""
+    def loaded(self, work: Path) -> tuple[Any, Any]:
+        """The model that is trained, and its tokenizer; `work` is the folder of the run."""
 
     @abstractmethod
     def trained(self, model: Any, text: Text, run: Path) -> Trained:
@@ -63,9 +63,9 @@ class TrainingRun(ABC):
 
     def _whole(self, out: Path, resume: bool, replace: bool) -> dict[str, Any]:
         record = agreed(self._checked)
-        model, tokenizer = agreed(self.loaded)
-        text = from_main(lambda: training_text(model, tokenizer, self.settings, self.command))
         work = out.with_name(f".{out.name}.{self.command}")
+        model, tokenizer = agreed(lambda: self.loaded(work))
+        text = from_main(lambda: training_text(model, tokenizer, self.settings, self.command))
         if not resume:
             from_main(lambda: discard(work, out))
         done = self._trained(model, text, work, out)
@@ -110,9 +110,11 @@ def _refuse_divergence(done: Trained, out: Path) -> None:
         )
 
 
-def check_settings(settings: TrainingSettings) -> None:
+def check_settings(settings: TrainingSettings, device: str, command: str) -> None:
     """Raises InputError for what cannot work on this machine, before anything is loaded."""
     processes.share(settings.batch_size, settings.gradient_accumulation)
+    if settings.shard:
+        sharding.check_processes(command, device)
     if settings.tensorboard is not None:
         check_package("tensorboard", "tensorboard")
 

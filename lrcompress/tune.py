@@ -67,25 +67,27 @@ class Finetuning(TrainingRun):
 
     def checked(self) -> dict[str, Any]:
         source, settings = self.source, self.settings
-        check_settings(settings)
+        check_settings(settings, source.device)
         record = checkpoint.read_record(Path(locate(source.source).path)) or {}
         name = settings.teacher or record.get("source")
         if name is None:
             raise InputError(f"{source.source!r} names no source: give --teacher MODEL")
         self.dense = other_source(source, name)
         for each in (source, self.dense) if settings.shard else ():
-            sharding.check(each)
+            sharding.check_source(each)
         check_device(source.device, self.command)
         record.pop("metrics", None)  # they are of the model before training
         if "finetuned" in record:
             record["before"] = learned(record)
         return record
 
-    def loaded(self) -> Loaded:
+    def loaded(self, work: Path) -> Loaded:
         shard = self.settings.shard
         model, tokenizer = load_settings(self.source, **sharding.placement(self.source, shard))
         refuse_quantized(model, "finetune it before it is quantized")
-        sharding.check_trainable(model, self.settings.train)
+        sharding.check_precision(model)
+        if self.settings.train == "all":
+            sharding.check_embedding(model, "--train norms")
         if self.load_teacher is not None:
             self.teacher, _ = self.load_teacher(self.dense)
         else:
@@ -127,10 +129,8 @@ class Finetuning(TrainingRun):
         return cache
 
 
-def check_settings(settings: FinetuneSettings) -> None:
+def check_settings(settings: FinetuneSettings, device: str) -> None:
     """Raises InputError for what cannot work on this machine, before anything is loaded."""
-    training_run.check_settings(settings)
+    training_run.check_settings(settings, device, Finetuning.command)
     if settings.train == "lora":
         check_package("peft", "lora")
-    if settings.shard:
-        sharding.check_processes()

@@ -51,7 +51,7 @@ class Runs:
     def alone(self, name: str) -> dict[str, Any]:
         """What a job's settings give in this process; its output is called NAME.alone."""
         settings = dict(self.jobs[name]["settings"])
-        if settings.pop("shard", False):
+        if settings.pop("shard", False) and "source" in self.jobs[name]:
             settings["parametrization"] = "stored"
         return worker.run(
             self.jobs[name] | {"settings": settings, "out": str(self.folder / f"{name}.alone")}
@@ -59,7 +59,8 @@ class Runs:
 
     def losses(self, out: str) -> torch.Tensor:
         record = json.loads((self.folder / out / "lrcompress.json").read_text())
-        return torch.tensor(sorted(dict(record["finetuned"]["losses"]).items()))
+        trained = record.get("finetuned") or record["pretrained"]
+        return torch.tensor(sorted(dict(trained["losses"]).items()))
 
     def check_same(self, one: str, other: str, within: tuple[float, float]) -> None:
         _check_close(self.losses(one), self.losses(other), within)
@@ -98,7 +99,7 @@ def _pivoted(folder: Path, family: str, **changes: Any) -> Path:
 def runs(
     factorized: Path, pivoted: Path, tied: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Runs:
-    folder = tmp_path_factory.mktemp("devices")
+    folder, new = tmp_path_factory.mktemp("devices"), tied.with_name("dense")
     text = folder / "short.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 22)
     jobs = [
@@ -113,6 +114,12 @@ def runs(
         _job(folder, "uneven", pivoted, shard=True, train="all"),
         _job(folder, "shard_stopped", tied, shard=True, train="all", cross_entropy=0.1, stop=7),
         _job(folder, "shard_stopped", tied, shard=True, train="all", cross_entropy=0.1),
+        _new_job(folder, "new", new, self_guided="full"),
+        _new_job(folder, "new_shard", new, shard=True),
+        _new_job(folder, "new_dense", new, shard=True, keep_ratio=None),
+        _new_job(folder, "new_stopped", new, shard=True, stop=7),
+        _new_job(folder, "new_stopped", new, shard=True),
+        _new_job(folder, "new_uneven", pivoted.with_name("dense"), shard=True),
         _job(folder, "diverges", factorized, train="all", learning_rate=1e6),
         _job(folder, "nowhere", folder / "nowhere"),
         _job(folder, "no_text", factorized, data=["nowhere.txt"]),
@@ -130,6 +137,15 @@ def _job(
 ) -> dict[str, Any]:
     where = {"source": str(source), "out": str(folder / name)}
     return {"name": name, "settings": SETTINGS | settings, "stop": stop} | where
+
+
+def _new_job(
+    folder: Path, name: str, config: Path, stop: int | None = None, **settings: Any
+) -> dict[str, Any]:
+    """A training from scratch, low-rank if `settings` do not say otherwise."""
+    new = {"source": str(config), "tokenizer": str(config), "keep_ratio": 0.6, "rank_multiple": 4}
+    job = {"name": name, "stop": stop, "out": str(folder / name)}
+    return job | {"settings": SETTINGS | new | settings}
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
@@ -179,7 +195,7 @@ def _kill_a_run(source: Path, out: Path) -> None:
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name", ["plain", "passes", "epochs", "shard", "shard_passes"])
+@pytest.mark.parametrize("name", ["plain", "passes", "epochs", "shard", "shard_passes", "new"])
 def test_two_processes_give_what_one_gives(runs: Runs, name: str) -> None:
     alone = runs.alone(name)
     runs.check_same(name, f"{name}.alone", ROUNDING)
@@ -193,7 +209,10 @@ def test_two_processes_give_what_one_gives(runs: Runs, name: str) -> None:
         assert len(whole) == 4
 
 
-@pytest.mark.parametrize(("name", "like"), [("stopped", "plain"), ("shard_stopped", "shard")])
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [("stopped", "plain"), ("shard_stopped", "shard"), ("new_stopped", "new_shard")],
+)
 def test_an_interrupted_run_ends_with_the_same_weights(runs: Runs, name: str, like: str) -> None:
     assert [len(runs.seen(name, rank)["passes"]) for rank in (0, 1)] == [12 - 4] * 2
     runs.check_same(name, like, EXACT)
@@ -221,6 +240,18 @@ def test_a_sharded_run_leaves_an_ordinary_checkpoint(runs: Runs) -> None:
     _check_close(runs.losses("again")[0, 1], best, ROUNDING)
 
 
+@pytest.mark.parametrize("name", ["new_shard", "new_dense"])
+def test_a_new_model_that_was_sharded_is_like_one_that_was_not(runs: Runs, name: str) -> None:
+    runs.alone(name)
+    runs.check_same(name, f"{name}.alone", ROUNDING)
+    sharded, alone = runs.folder / name, runs.folder / f"{name}.alone"
+    assert {f.name for f in sharded.iterdir()} == {f.name for f in alone.iterdir()}
+    assert (sharded / "config.json").read_text() == (alone / "config.json").read_text()
+    keys = [json.loads((one / "lrcompress.json").read_text()).keys() for one in (sharded, alone)]
+    assert keys[0] == keys[1]
+    assert not list(runs.folder.glob(".new*"))
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -228,6 +259,7 @@ def test_a_sharded_run_leaves_an_ordinary_checkpoint(runs: Runs) -> None:
         ("no_text", "nowhere.txt"),
         ("diverges", "training diverged"),
         ("uneven", "--train norms"),
+        ("new_uneven", "--vocab-size"),
     ],
 )
 def test_every_process_ends_and_the_main_one_says_why(runs: Runs, name: str, words: str) -> None:

@@ -192,6 +192,11 @@ def test_what_is_wrong_is_said(config: Path, tmp_path: Path) -> None:
             ("llama-0.3m", *data, "--dense-share", "0.01", "--keep-ratio", "0.5"),
             "leaves no measurement",
         ),
+        (("llama-0.3m", *data, "--shard"), "torchrun --nproc-per-node N -m lrcompress pretrain"),
+        (
+            ("llama-0.3m", *data, "--shard", "--keep-ratio", "0.5", "--self-guided", "full"),
+            "self_guided needs whole layers",
+        ),
         (("llama-0.3m", *data, "--tokenizer", tmp_path), "holds no tokenizer"),
         (("llama-0.3m", *data, "--vocab-size", "900000"), "--vocab-size"),
     ):

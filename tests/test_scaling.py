@@ -134,6 +134,9 @@ def test_the_report(study: Path) -> None:
     kinds = [path.suffix for path in (study / "figures").iterdir()]
     assert sorted(kinds) == [".png"] * 3 + [".svg"] * 3
     assert not list((study / "training").glob("*"))
+    result = invoke("report", study)
+    assert result.exit_code == 2
+    assert "is a scaling study: read its scaling.md" in result.output
 
 
 def test_nothing_is_trained_twice(
@@ -172,6 +175,7 @@ def test_what_is_wrong_is_said(ladder: Path, study: Path, tmp_path: Path, text: 
     for flags, out, words in (
         (("--shard", "3/2"), "out", "--shard '3/2'"),
         (("--set", "pretrain.data=[]"), "out", "pretrain.data"),
+        (("--set", "pretrain.shard=true"), "out", "scaling --shard I/N"),
         (("--set", "scaling.variants.low.seed=3"), "out", "scaling.variants.low.seed"),
         (("--set", "scaling.variants.low.keep_ratio=2"), "out", "scaling.variants.low.keep_ratio"),
         (("--set", "scaling.equal_flops={guided: none}"), "out", "none of the variants"),

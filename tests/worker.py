@@ -1,8 +1,8 @@
 """What each process of tests that start torchrun does: several jobs, one after another.
 
-Its argument is a folder with jobs.json, a list of {name, source, out, settings, stop} for
-finetunings, where with `stop` every process is interrupted in that pass, or of {name, out, recipe}
-for factorizations. What a process saw goes to NAME.RANK.json there.
+Its argument is a folder with jobs.json: a list of {name, source, out, settings, stop} for
+trainings, without `source` those of new models; with `stop` every process is interrupted in that
+pass. {name, out, recipe} is a factorization. What a process saw goes to NAME.RANK.json there.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from unittest import mock
 
 import torch
 
-from lrcompress import factorizing, processes, tune
+from lrcompress import factorizing, pretrain, processes, tune
 from lrcompress.decompositions import Decompositions
-from lrcompress.distill import DistillationTrainer
 from lrcompress.protocols import InputError
 from lrcompress.recipe import Recipe
-from lrcompress.settings import FinetuneSettings, ModelSettings
+from lrcompress.settings import FinetuneSettings, ModelSettings, PretrainSettings
+from lrcompress.trainer import TextTrainer
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """The sequences of every pass, and the error that ended the job."""
-    original = DistillationTrainer.training_step
+    original = TextTrainer.training_step
     passes: list[Any] = []
     error = None
 
@@ -36,15 +36,21 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         passes.append(inputs["input_ids"].tolist())
         return original(self, model, inputs, *rest)
 
-    DistillationTrainer.training_step = recorded
+    TextTrainer.training_step = recorded
     try:
-        source, settings = ModelSettings(source=job["source"]), FinetuneSettings(**job["settings"])
-        tune.finetune_to(source, settings, Path(job["out"]))
+        _train(job.get("source"), job["settings"], Path(job["out"]))
     except (InputError, processes.SaidElsewhereError, KeyboardInterrupt) as caught:
         error = [type(caught).__name__, str(caught)]
     finally:
-        DistillationTrainer.training_step = original
+        TextTrainer.training_step = original
     return {"passes": passes, "error": error}
+
+
+def _train(source: str | None, settings: dict[str, Any], out: Path) -> None:
+    if source is None:
+        pretrain.pretrain_to(PretrainSettings(**settings), out)
+    else:
+        tune.finetune_to(ModelSettings(source=source), FinetuneSettings(**settings), out)
 
 
 def factorize(job: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -24,6 +25,10 @@ class TrainingSettings(Section):
     gradient_accumulation: int = Field(
         1, ge=1, description="Forward passes that a process splits its share of a step into."
     )
+    shard: bool = Field(
+        False,
+        description="Split parameters, gradients and optimizer state over the processes (FSDP2).",
+    )
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass instead of keeping them."
     )
@@ -45,6 +50,12 @@ class TrainingSettings(Section):
     tensorboard: str | None = Field(None, description="Folder for TensorBoard's logs.")
     seed: int = Field(0, ge=0, lt=2**32, description="Chooses the sequences and their order.")
 
+    def _whole(self, asked: Mapping[str, bool]) -> Self:
+        """Refuses what is `asked` for of things that a sharded model cannot do."""
+        for name in (name for name, wanted in asked.items() if wanted and self.shard):
+            raise ValueError(f"{name} needs whole layers in every process: leave it or shard out")
+        return self
+
 
 class FinetuneSettings(TrainingSettings):
     """Training of a compressed model towards its dense teacher."""
@@ -57,10 +68,6 @@ class FinetuneSettings(TrainingSettings):
         description="Folder that keeps the teacher's likeliest tokens, so that it runs once.",
     )
     teacher_top_k: int = Field(64, ge=1, description="Likeliest tokens kept at a position.")
-    shard: bool = Field(
-        False,
-        description="Split parameters, gradients and optimizer state over the processes (FSDP2).",
-    )
     temperature: float = Field(1.0, gt=0, description="Softens both distributions.")
     cross_entropy: float = Field(
         0.0, ge=0, description="Weight of the language-model loss beside the divergence."
@@ -96,9 +103,7 @@ class FinetuneSettings(TrainingSettings):
             "self_guided": self.self_guided != "off",
             "teacher_cache": self.teacher_cache is not None,
         }
-        for name in (name for name, asked in whole.items() if asked and self.shard):
-            raise ValueError(f"{name} needs whole layers in every process: leave it or shard out")
-        return self
+        return self._whole(whole)
 
     @property
     def balances(self) -> bool:
@@ -156,7 +161,8 @@ class PretrainSettings(TrainingSettings):
                 f"dense_share {self.dense_share:g} of {self.max_steps} steps leaves no "
                 f"measurement, each {self.eval_every} steps, on both sides: set eval_every to less"
             )
-        return self
+        guided = self.self_guided != "off"
+        return self._whole({"self_guided": guided, "dense_share": self.dense_share > 0})
 
     @property
     def dense_steps(self) -> int:
