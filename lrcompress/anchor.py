@@ -22,8 +22,9 @@ from lrcompress.blocks import Pass
 from lrcompress.decompositions import Decompositions
 from lrcompress.linalg import to_float64
 from lrcompress.lowrank import install
+from lrcompress.plans import Plan
 from lrcompress.prepare import Prepared
-from lrcompress.protocols import FFN, Form, LinearSpec, NotFiniteError, Plan, Progress
+from lrcompress.protocols import FFN, Form, LinearSpec, NotFiniteError, Progress
 from lrcompress.shrink import ShrunkLinear, shrunk_ffn, shrunk_linear
 from lrcompress.sizes import evaluation_mode
 from lrcompress.streams import Streams

@@ -24,9 +24,9 @@ FFN_BENCH = ("ffn_bench",)
 def bench_ffn_command(out: Path | None, as_json: bool, **options: Any) -> None:
     """Time one FFN with random weights, dense against compressed, beside the ideal speed-up."""
     settings = build_sections(FFN_BENCH, options)["ffn_bench"]
-    from lrcompress import commands, console
+    from lrcompress import bars, commands, console
 
-    console.show_bench(commands.bench_ffn_to(settings, out, console.progress), out, as_json)
+    console.show_bench(commands.bench_ffn_to(settings, out, bars.progress), out, as_json)
 
 
 MODEL_BENCH = ("model_bench", "model")
@@ -39,7 +39,7 @@ MODEL_BENCH = ("model_bench", "model")
 def bench_model_command(source: str, out: Path | None, as_json: bool, **options: Any) -> None:
     """Time MODEL: prefill, decode and a training step, with peak memory, beside its baseline."""
     given = build_sections(MODEL_BENCH, options, source=source)
-    from lrcompress import commands, console
+    from lrcompress import bars, commands, console
 
-    found = commands.bench_model_to(given["model"], given["model_bench"], out, console.progress)
+    found = commands.bench_model_to(given["model"], given["model_bench"], out, bars.progress)
     console.show_bench(found, out, as_json)

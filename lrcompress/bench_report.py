@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from lrcompress import figures
 from lrcompress.figures import INK, Picture, draw, legend
-from lrcompress.files import render, replace_text
+from lrcompress.files import replace_text
+from lrcompress.rendering import render
 from lrcompress.timing import FEW_TOKENS, Speedup, Timing, speedups
 
 ROOFLINE = "roofline"

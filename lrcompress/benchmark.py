@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.ffn import find_ffns
-from lrcompress.protocols import InputError, Metric, Progress, silent
+from lrcompress.metric import Metric
+from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.sizes import maximum_length
 from lrcompress.timing import in_turn, machine
 

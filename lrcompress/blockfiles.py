@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lrcompress.files import keeping, replace_tensors, replace_text
-from lrcompress.protocols import Choices, Curve, LinearSpec, Shape
+from lrcompress.plans import Choices, Curve, Shape
+from lrcompress.protocols import LinearSpec
 
 ARRAYS = ("ranks", "parameters", "errors")  # of a Curve
 FORMAT = {"format": "pt"}  # without it transformers refuses a file

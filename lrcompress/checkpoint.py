@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 import platform
@@ -17,14 +16,14 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from lrcompress import experts, lowrank
-from lrcompress.files import json_text, render, replace_text, writing
+from lrcompress.files import replace_text, writing
+from lrcompress.metric import Metric, Summary
 from lrcompress.plaindata import read_object
-from lrcompress.protocols import InputError, Metric, Summary
+from lrcompress.protocols import InputError
 from lrcompress.quantizer import record_layout
 from lrcompress.records import checked_record
+from lrcompress.rendering import json_text, render
 from lrcompress.significance import Comparison
-from lrcompress.stock import to_stock
 from lrcompress.tables import table, training
 from lrcompress.weightfiles import stored_tensors
 
@@ -32,7 +31,6 @@ RECORD, CARD = "lrcompress.json", "README.md"
 # parts that only a low-rank layer has
 OWN = (".A.weight", ".Z.weight")
 QDATA = "._weight_qdata"
-STANDALONE, STANDALONE_MODULE = "low_rank_modules", "modeling_lowrank"
 
 
 def save(
@@ -53,15 +51,15 @@ def save(
     """
     record_layout(model)
     with writing(out, replace) as folder:
-        _write_weights(model, tokenizer, folder, state)
+        write_weights(model, tokenizer, folder, state)
         if shards:
             _join(folder, shards)
-        complete = dict(record) | _saved(folder)
+        complete = dict(record) | saved_as(folder)
         write_record(folder, complete)
     return complete
 
 
-def _saved(folder: Path) -> dict[str, Any]:
+def saved_as(folder: Path) -> dict[str, Any]:
     return {
         "versions": versions(),
         "saved": saved_tensors(folder),
@@ -82,7 +80,7 @@ def checksums(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _write_weights(
+def write_weights(
     model: Any, tokenizer: Any, folder: Path, state: Mapping[str, Tensor] | None = None
 ) -> None:
     config = model.config.__dict__
@@ -200,56 +198,3 @@ def _title(record: Mapping[str, Any]) -> str:
     dense = record.get("pretrained") or record.get("quantized")
     kind = "Low-rank" if record.get("counts") or not dense else "Dense"
     return f"{kind} {record.get('source') or record.get('trained_from') or 'causal language model'}"
-
-
-def export_dense(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:
-    """Writes `model` with every compressed layer turned back into a stock layer.
-
-    Narrowed FFNs get the width of the widest, with zeros for the channels that others lack,
-    where the family's config has one intermediate size; else their original width. Anything
-    that loads the original architecture loads the result.
-    """
-    to_stock(model)
-    origin = {"source": record.get("source"), "export": "dense", "factorized_from": dict(record)}
-    save(model, tokenizer, out, origin)
-
-
-def export_standalone(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:
-    """Writes a folder that loads with trust_remote_code=True where lrcompress is not installed.
-
-    The layers' own source goes with the weights, followed by subclasses of the stock config
-    and model that rebuild the low-rank layers from the config.
-    """
-    modules = lowrank.layout(model)
-    with writing(out) as folder:
-        _write_weights(model, tokenizer, folder)
-        (folder / f"{STANDALONE_MODULE}.py").write_text(_standalone_source(model), "utf-8")
-        (folder / "experts.py").write_text(inspect.getsource(experts), "utf-8")
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        config.pop("quantization_config", None)
-        config |= {STANDALONE: modules, "auto_map": _auto_map(model)}
-        config["architectures"] = [f"LowRank{type(model).__name__}"]
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        write_record(folder, dict(record) | {"export": "standalone"} | _saved(folder))
-
-
-def _auto_map(model: Any) -> dict[str, str]:
-    return {
-        "AutoConfig": f"{STANDALONE_MODULE}.LowRank{type(model.config).__name__}",
-        "AutoModelForCausalLM": f"{STANDALONE_MODULE}.LowRank{type(model).__name__}",
-    }
-
-
-def _standalone_source(model: Any) -> str:
-    config, name = type(model.config).__name__, type(model).__name__
-    return inspect.getsource(lowrank) + (
-        f"\n\nfrom transformers import {config}, {name}  # noqa: E402\n\n\n"
-        f"class LowRank{config}({config}):\n"
-        '    """The stock config; `low_rank_modules` records the low-rank layers."""\n\n\n'
-        f"class LowRank{name}({name}):\n"
-        '    """The stock model with its low-rank layers in place."""\n\n'
-        f"    config_class = LowRank{config}\n\n"
-        f"    def __init__(self, config: LowRank{config}) -> None:\n"
-        "        super().__init__(config)\n"
-        "        rebuild(self, config.low_rank_modules)\n"
-    )

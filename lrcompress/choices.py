@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from lrcompress.protocols import FFN, Choices, Curve, Form, InputError, LinearSpec, Method, Shape
+from lrcompress.plans import Choices, Curve, Shape
+from lrcompress.protocols import FFN, Form, InputError, LinearSpec, Method
 
 # widths, as shares of all channels, at which narrowing and low rank are combined
 COMBINED_WIDTHS = (0.85, 0.7, 0.55, 0.4)

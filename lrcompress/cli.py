@@ -58,10 +58,10 @@ def factorize_command(source: str, out: Path, **options: Any) -> None:
     MODEL is a folder, a .gguf file or a hub id. Give --rank or --keep-ratio.
     """
     recipe = build_recipe(FACTORIZE, source, options)
-    from lrcompress import console, factorizing
+    from lrcompress import bars, console, factorizing
 
     resumes(recipe.refine.enabled or recipe.factorize.streaming)
-    record = factorizing.factorize_to(recipe, out, console.progress, say=console.say)
+    record = factorizing.factorize_to(recipe, out, bars.progress, say=bars.say)
     if processes.is_main():
         console.show_factorization(record, out)
 
@@ -79,10 +79,10 @@ def finetune_command(source: str, out: Path, resume: bool, **options: Any) -> No
     An interrupted run goes on from its last checkpoint when the same command is given again.
     """
     recipe = build_recipe(FINETUNE, source, options)
-    from lrcompress import console, tune
+    from lrcompress import bars, console, tune
 
     resumes()
-    record = tune.finetune_to(recipe.model, recipe.finetune, out, console.progress, resume=resume)
+    record = tune.finetune_to(recipe.model, recipe.finetune, out, bars.progress, resume=resume)
     if processes.is_main():
         console.show_recovery(record["finetuned"], out)
 
@@ -119,9 +119,9 @@ def eval_command(
     """Measure MODEL: perplexity, tasks, size and speed, beside --baseline if given."""
     recipe = build_recipe(EVALUATE, source, options)
     check_max_loss(recipe.evaluate, bool(recipe.evaluate.baseline), max_loss)
-    from lrcompress import commands, console
+    from lrcompress import bars, commands
 
-    found = commands.evaluate_to(recipe, out, console.progress, write_card)
+    found = commands.evaluate_to(recipe, out, bars.progress, write_card)
     if write_card and not as_json:
         click.echo(f"Wrote lrcompress.json and README.md of {source}.")
     _show(found, out, max_loss, as_json)
@@ -157,14 +157,14 @@ MODEL = ("model",)
 def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) -> None:
     """List the FFN linears of MODEL, their size and their break-even rank."""
     settings = build_recipe(MODEL, source, options).model
-    from lrcompress import console, models, sources
+    from lrcompress import bars, console, models, sources
     from lrcompress.inspection import inspect
 
     if energy:
         model, _ = sources.load_settings(settings)
     else:
         model = models.skeleton(settings.source, settings.gguf_file, settings.trust_remote_code)
-    found = inspect(model, energy, console.progress)
+    found = inspect(model, energy, bars.progress)
     if as_json:
         click.echo(json.dumps(found.to_dict(), indent=2))
     else:
@@ -191,10 +191,10 @@ def run_command(
 
     recipe = read_recipe(recipe_file, overrides)
     check_max_loss(recipe.evaluate, True, max_loss)  # without a baseline: its own dense model
-    from lrcompress import checkpoint, console, pipeline, runfolder
+    from lrcompress import bars, checkpoint, console, pipeline, runfolder
 
     resumes()
-    found = pipeline.Run(recipe, out, console.progress, console.say).all(overwrite)
+    found = pipeline.Run(recipe, out, bars.progress, bars.say).all(overwrite)
     model, tuned = out / runfolder.MODEL, out / runfolder.FINETUNED
     if not as_json:
         console.show_factorization(checkpoint.read_record(model) or {}, model)
@@ -222,10 +222,10 @@ def sweep_command(
     from lrcompress.recipe import read_recipe
 
     recipe = read_recipe(recipe_file, (*overrides, *sweep_overrides(keep_ratio, method)))
-    from lrcompress import console, sweep
+    from lrcompress import bars, console, sweep
 
     resumes()
-    found = sweep.Sweep(recipe, out, console.progress).all()
+    found = sweep.Sweep(recipe, out, bars.progress).all()
     console.show_sweep(found, out, as_json)
 
 

@@ -23,6 +23,7 @@ from lrcompress import (
 )
 from lrcompress.bench_report import Bench
 from lrcompress.contamination import refuse_recorded
+from lrcompress.export import export_dense, export_standalone
 from lrcompress.ffn_benchmark import bench_ffn, device_of
 from lrcompress.files import check_free, places, writing
 from lrcompress.fusing import optimize
@@ -171,7 +172,7 @@ def export_to(settings: ModelSettings, out: Path, standalone: bool) -> None:
             raise InputError(
                 f"{settings.source!r} has no low-rank layers: there is nothing to export"
             )
-        write = checkpoint.export_standalone if standalone else checkpoint.export_dense
+        write = export_standalone if standalone else export_dense
         write(model, tokenizer, out, record)
 
 

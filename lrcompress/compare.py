@@ -16,8 +16,9 @@ from lrcompress.ffn import ffn_parameters
 from lrcompress.fusing import optimize
 from lrcompress.harness import Asking, run_tasks
 from lrcompress.lowrank import is_compressed
+from lrcompress.metric import Metric
 from lrcompress.perplexity import perplexity
-from lrcompress.protocols import InputError, Metric, Progress, silent
+from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.quantized import is_quantized, weight_bytes
 from lrcompress.recipe import from_flat
 from lrcompress.settings import EvaluateSettings

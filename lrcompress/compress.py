@@ -23,9 +23,10 @@ from lrcompress.ffn import find_ffns, select
 from lrcompress.finite import unsound
 from lrcompress.lowrank import compressed_layers, install, is_linear
 from lrcompress.mixtures import unpacked
+from lrcompress.plans import Plan
 from lrcompress.prepare import Prepared, check_weights, prepare, selected_share
 from lrcompress.processes import from_main
-from lrcompress.protocols import InputError, LinearSpec, NotFiniteError, Plan, Progress, silent
+from lrcompress.protocols import InputError, LinearSpec, NotFiniteError, Progress, silent
 from lrcompress.quantizer import record_layout
 from lrcompress.recipe import from_flat, sections
 from lrcompress.refine import refine

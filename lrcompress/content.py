@@ -13,10 +13,12 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
 from lrcompress.details import Details
-from lrcompress.files import NOT_FINITE, json_text, replace_text
+from lrcompress.files import replace_text
+from lrcompress.metric import PUBLISHED, Number, Summary
 from lrcompress.plaindata import read_object
 from lrcompress.points import PointSummary
-from lrcompress.protocols import PUBLISHED, InputError, Number, Summary
+from lrcompress.protocols import InputError
+from lrcompress.rendering import NOT_FINITE, json_text
 from lrcompress.significance import Comparison
 from lrcompress.tables import Text
 from lrcompress.tradeoff import Front

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import exp, inf, isnan
 from statistics import median
 
-from lrcompress.protocols import PUBLISHED
+from lrcompress.metric import PUBLISHED
 
 LARGEST = 700.0  # exp overflows above 709
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lrcompress.data import Fingerprint
-from lrcompress.protocols import Form, LinearSpec, Plan
+from lrcompress.plans import Plan
+from lrcompress.protocols import Form, LinearSpec
 from lrcompress.refined import RefinedBlock
 from lrcompress.shrink import ShrunkLinear
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
-import math
 import os
 import re
 import shutil
@@ -13,9 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from typing import TYPE_CHECKING
 
 from lrcompress import faults
 from lrcompress.protocols import InputError, MachineError
@@ -225,26 +221,6 @@ def replace_text(file: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-# of the texts that stand for numbers which JSON lacks
-NOT_FINITE = "^(NaN|-?Infinity)$"
-
-
-def json_text(content: Any) -> str:
-    """Valid JSON, also where numbers are not finite."""
-    return json.dumps(finite(content), indent=2, allow_nan=False, default=str) + "\n"
-
-
-def finite(value: Any) -> Any:
-    """`value` with texts for the numbers in it that are not finite."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return json.dumps(float(value))
-    if isinstance(value, Mapping):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return value
-
-
 def safe_name(text: str) -> str:
     """`text` as a part of a path: other characters than those of plain words become _."""
     return re.sub(r"[^\w+=.,-]", "_", text).strip(".")[:120] or "_"
@@ -260,15 +236,3 @@ def places(names: Iterable[str]) -> dict[str, str]:
             place = f"{safe_name(one)}-{number}"
         found[one] = place
     return found
-
-
-def render(template: str, escape: bool, **values: Any) -> str:
-    """A template of this package, with HTML escaping where `escape` says so."""
-    environment = Environment(
-        loader=PackageLoader("lrcompress", "."),
-        autoescape=escape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(**values)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from lrcompress.checkpoint import versions
-from lrcompress.protocols import MachineError, Metric, Progress, silent
+from lrcompress.metric import Metric
+from lrcompress.protocols import MachineError, Progress, silent
 from lrcompress.tables import QUESTIONS
 from lrcompress.task_cache import Entry, TaskCache, fingerprint, identity, questions
 from lrcompress.task_logs import Logs

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 from lrcompress.details import BlockChange, Continuation, Details, TokenChange
-from lrcompress.files import json_text
-from lrcompress.protocols import Metric
+from lrcompress.metric import Metric
+from lrcompress.rendering import json_text
 from lrcompress.report import Report
 from lrcompress.tables import labels, title
 from lrcompress.tradeoff import NO_QUALITY, SPEEDS

@@ -16,14 +16,8 @@ from lrcompress.corpora import Corpus
 from lrcompress.data import bos_token, encode, token_hash
 from lrcompress.details import LARGEST
 from lrcompress.finite import cause
-from lrcompress.protocols import (
-    PERPLEXITY,
-    InputError,
-    Metric,
-    NotFiniteError,
-    Progress,
-    silent,
-)
+from lrcompress.metric import PERPLEXITY, Metric
+from lrcompress.protocols import InputError, NotFiniteError, Progress, silent
 
 # logits rows turned into float32 at a time: a whole window times a large vocabulary is gigabytes
 LOSS_ROWS = 256

@@ -11,8 +11,9 @@ from lrcompress.contamination import refuse_planned, refuse_recorded
 from lrcompress.details import Details
 from lrcompress.factorizing import factorize_to
 from lrcompress.files import places
+from lrcompress.metric import Metric
 from lrcompress.models import locate
-from lrcompress.protocols import Metric, Progress, Say, silent, unsaid
+from lrcompress.protocols import Progress, Say, silent, unsaid
 from lrcompress.recipe import Recipe, read_recipe
 from lrcompress.report import Report
 from lrcompress.runfolder import RunFolder

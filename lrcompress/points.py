@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lrcompress.protocols import PUBLISHED, Metric, Summary
+from lrcompress.metric import PUBLISHED, Metric, Summary
 
 DENSE = "dense"
 

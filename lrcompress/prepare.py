@@ -16,19 +16,9 @@ from lrcompress.decompositions import Decompositions
 from lrcompress.ffn import linears_of
 from lrcompress.lowrank import dense_weight
 from lrcompress.mixtures import unpacked
+from lrcompress.plans import Allocator, Budget, Choices, Plan
 from lrcompress.processes import divided
-from lrcompress.protocols import (
-    FFN,
-    Allocator,
-    Budget,
-    Choices,
-    InputError,
-    LinearSpec,
-    Method,
-    Plan,
-    Progress,
-    Statistics,
-)
+from lrcompress.protocols import FFN, InputError, LinearSpec, Method, Progress, Statistics
 from lrcompress.quantized import weight_bytes
 from lrcompress.settings import FactorizeSettings
 from lrcompress.sizes import parameter_count

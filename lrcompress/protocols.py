@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 T = TypeVar("T")
 
-# of dataclasses that are published as JSON: a field's meaning is the docstring after it
-PUBLISHED = {"use_attribute_docstrings": True, "json_schema_serialization_defaults_required": True}
-Number = int | float  # what is counted stays an int when it is read back
 
 Role = Literal["gate", "up", "gate_up", "down"]
 Statistic = Literal["second_moment", "gradient_moment"]
@@ -213,122 +209,3 @@ class Method(Protocol):
     def order(self, ffn: FFN) -> ChannelOrder: ...
 
     def narrow(self, ffn: FFN, channels: Tensor) -> FFN: ...
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The options of one linear: exact parameter count and estimated loss at each rank.
-
-    Ranks ascend; the last option, rank 0 in the array, is to stay dense at no loss.
-    """
-
-    name: str
-    ranks: np.ndarray
-    parameters: np.ndarray
-    errors: np.ndarray
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One width of an FFN: what narrowing to it costs, and the options of its linears then.
-
-    `width` is None where all channels stay.
-    """
-
-    width: int | None
-    error: float
-    curves: tuple[Curve, ...]
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Every way in which a method could shrink one FFN."""
-
-    ffn: str
-    linears: tuple[LinearSpec, ...]
-    shapes: tuple[Shape, ...]
-
-    @property
-    def dense_parameters(self) -> int:
-        return sum(linear.dense_parameters for linear in self.linears)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What may be kept: one rank for every linear, or a share of the selected parameters."""
-
-    rank: int | None = None
-    keep_ratio: float | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Linear name -> rank, FFN name -> width. What is absent stays dense, or wide."""
-
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    widths: Mapping[str, int] = field(default_factory=dict)
-
-    def spec(self, linear: LinearSpec) -> LinearSpec:
-        """`linear` with the shape that it has under this plan."""
-        width = self.widths.get(linear.ffn)
-        return linear if width is None else linear.narrowed(width)
-
-    def parameters(self, linear: LinearSpec, form: Form) -> int:
-        """Exact parameter count of `linear` under this plan, bias included."""
-        return self.spec(linear).parameters(self.ranks.get(linear.name), form)
-
-
-class Allocator(Protocol):
-    """A rank policy: a frozen dataclass whose fields are its recipe keys.
-
-    It sees parameter counts and estimated losses only. Where `needs_errors` is false the
-    errors may be missing (NaN) for methods that would have to compute them.
-    """
-
-    needs_errors: ClassVar[bool]
-
-    def allocate(self, choices: Sequence[Choices], budget: Budget) -> Plan: ...
-
-
-PERPLEXITY = "token perplexity"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One measured number of one model, with everything needed to repeat the measurement."""
-
-    __pydantic_config__ = PUBLISHED
-
-    model: str
-    """What the model is called in this report."""
-    name: str
-    value: Number
-    unit: str
-    """Empty where the name says it all."""
-    higher_is_better: bool
-    conditions: Mapping[str, object] = field(default_factory=dict)
-    """How it was measured; `data` is the text or the file of questions."""
-    low: Number | None = None
-    """The slowest run of a speed, one standard error below a score; null where unknown."""
-    high: Number | None = None
-    """The fastest run of a speed, one standard error above a score; null where unknown."""
-
-
-@dataclass(frozen=True)
-class Metric(Summary):
-    """A number with its samples, where they are known.
-
-    They are what it is a mean of: the sum and the weight of each window (nats, tokens) or the score
-    and 1 of each item of a task.
-    """
-
-    samples: Sequence[Sequence[Number]] = field(default_factory=list)
-
-    @property
-    def is_exponential(self) -> bool:
-        """Whether it is exp of the mean of its samples, and not the mean."""
-        return self.name == PERPLEXITY
-
-    def summary(self) -> dict[str, object]:
-        """All fields but the samples, of which a task has thousands."""
-        return {k: v for k, v in vars(self).items() if k != "samples"}

@@ -15,9 +15,10 @@ from lrcompress import content, figures
 from lrcompress.content import Evaluation, Samples
 from lrcompress.details import Details
 from lrcompress.figures import Picture
-from lrcompress.files import finite, render, replace_text
-from lrcompress.protocols import Metric
+from lrcompress.files import replace_text
+from lrcompress.metric import Metric
 from lrcompress.records import checked_record
+from lrcompress.rendering import finite, render
 from lrcompress.reportfigures import pictures
 from lrcompress.significance import Comparison, comparisons
 from lrcompress.tables import Text, table, texts, training

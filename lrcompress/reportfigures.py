@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from lrcompress.details import BlockChange, Details, TokenChange
 from lrcompress.figures import COLOURS, INK, Picture, draw, legend, plain_logarithms
 from lrcompress.files import places
-from lrcompress.protocols import Metric
+from lrcompress.metric import Metric
 from lrcompress.tables import TRAININGS
 
 NORMAL_95 = 1.96

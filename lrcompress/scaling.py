@@ -18,8 +18,9 @@ import torch
 from lrcompress import benchmark, newmodel, pretrain
 from lrcompress.ffn import ffn_parameters
 from lrcompress.ladder import Rung, non_embedding, rungs, variant_settings
+from lrcompress.metric import Metric
 from lrcompress.models import load_tokenizer
-from lrcompress.protocols import InputError, Metric, Progress, silent
+from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.recipe import ScalingRecipe
 from lrcompress.scalingfolder import ScalingFolder
 from lrcompress.scalingpoint import DENSE, ScalingPoint, Shard

@@ -11,7 +11,8 @@ from typing import Any
 
 from lrcompress import figures, locks, scalingreport, stages
 from lrcompress.files import discard, refuse_links, replace_text, writing
-from lrcompress.protocols import InputError, Metric
+from lrcompress.metric import Metric
+from lrcompress.protocols import InputError
 from lrcompress.recipe import ScalingRecipe, to_yaml
 from lrcompress.scalingpoint import ScalingPoint
 from lrcompress.scalingreport import ScalingReport

@@ -15,7 +15,7 @@ import numpy as np
 
 from lrcompress import figures
 from lrcompress.figures import Picture
-from lrcompress.files import render, replace_text
+from lrcompress.files import replace_text
 from lrcompress.intervals import shown
 from lrcompress.laws import (
     TITLES,
@@ -30,7 +30,8 @@ from lrcompress.laws import (
     variants,
     verdicts,
 )
-from lrcompress.protocols import Metric
+from lrcompress.metric import Metric
+from lrcompress.rendering import render
 from lrcompress.scalingfigures import Series, picture
 from lrcompress.scalingpoint import ScalingPoint
 from lrcompress.settings.scaling import ScalingSettings

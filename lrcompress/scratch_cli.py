@@ -33,10 +33,10 @@ def pretrain_command(source: str, out: Path, resume: bool, **options: Any) -> No
     last checkpoint when the same command is given again.
     """
     settings = build_sections(PRETRAIN, options, source=source)["pretrain"]
-    from lrcompress import console, pretrain
+    from lrcompress import bars, console, pretrain
 
     resumes()
-    record = pretrain.pretrain_to(settings, out, console.progress, resume=resume)
+    record = pretrain.pretrain_to(settings, out, bars.progress, resume=resume)
     if processes.is_main():
         console.show_recovery(record["pretrained"], out)
 
@@ -57,9 +57,9 @@ def scaling_command(
     from lrcompress.recipe import read_scaling
 
     recipe, part = read_scaling(recipe_file, overrides), read_shard(shard)
-    from lrcompress import console, scaling, scalingreport
+    from lrcompress import bars, scaling, scalingreport
 
     resumes()
-    points = scaling.scaling(recipe, out, console.progress, part)
+    points = scaling.scaling(recipe, out, bars.progress, part)
     click.echo((out / "scaling.md").read_text("utf-8"))
     click.echo(f"Wrote {out}: {', '.join(scalingreport.FORMATS)}; {len(points)} models.")

@@ -7,9 +7,10 @@ from typing import Any
 
 from lrcompress.corpora import read_corpus
 from lrcompress.perplexity import perplexity
+from lrcompress.plans import Budget, Plan
 from lrcompress.prepare import Prepared
 from lrcompress.processes import from_main
-from lrcompress.protocols import Budget, InputError, Plan, Progress, silent
+from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.settings import FactorizeSettings
 from lrcompress.shrink import shrink
 from lrcompress.sizes import evaluation_mode, sequence_length

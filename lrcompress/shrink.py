@@ -22,9 +22,10 @@ from lrcompress.lowrank import (
     empty_like,
     install,
 )
+from lrcompress.plans import Plan
 from lrcompress.prepare import Prepared, by_ffn
 from lrcompress.processes import divided
-from lrcompress.protocols import FFN, Form, LinearSpec, Plan, Progress, Statistics
+from lrcompress.protocols import FFN, Form, LinearSpec, Progress, Statistics
 from lrcompress.sizes import parameter_count
 
 # singular values of a linear that are kept for its picture

@@ -12,7 +12,8 @@ import numpy as np
 from scipy import stats
 
 from lrcompress.details import LARGEST
-from lrcompress.protocols import PUBLISHED, InputError, Metric
+from lrcompress.metric import PUBLISHED, Metric
+from lrcompress.protocols import InputError
 from lrcompress.tables import comparable, title
 
 ALPHA = 0.05

@@ -27,9 +27,10 @@ from lrcompress.ffn import find_ffns, select
 from lrcompress.footprint import Footprint, Sizes
 from lrcompress.lowrank import rebuild
 from lrcompress.offload import OffloadedModel
+from lrcompress.plans import Choices, Plan
 from lrcompress.prepare import Planning, Prepared, check_weights, ffns_of, selected_share
 from lrcompress.processes import agreed, count, is_main, own_part
-from lrcompress.protocols import Choices, InputError, LinearSpec, Plan, Progress, Say
+from lrcompress.protocols import InputError, LinearSpec, Progress, Say
 from lrcompress.recipe import Recipe
 from lrcompress.refined import RefinedBlock
 from lrcompress.shrink import ShrunkLinear

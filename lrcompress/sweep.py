@@ -21,9 +21,10 @@ from lrcompress.compress import Compression
 from lrcompress.contamination import reads_text, refuse_planned
 from lrcompress.corpora import read_corpus
 from lrcompress.memory import peak_memory
+from lrcompress.plans import Budget
 from lrcompress.points import DENSE, Point, label
 from lrcompress.prepare import Prepared, prepare
-from lrcompress.protocols import Budget, InputError, Progress, silent
+from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.quantized import require_torchao
 from lrcompress.quantizing import quantize
 from lrcompress.recipe import Recipe

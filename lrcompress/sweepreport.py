@@ -12,9 +12,10 @@ from pathlib import Path
 from lrcompress import content, figures
 from lrcompress.content import Sweep
 from lrcompress.figures import Picture
-from lrcompress.files import render, replace_text
+from lrcompress.files import replace_text
+from lrcompress.metric import PERPLEXITY, Metric
 from lrcompress.points import Point
-from lrcompress.protocols import PERPLEXITY, Metric
+from lrcompress.rendering import render
 from lrcompress.significance import Comparison, comparisons
 from lrcompress.sweepfigures import pictures
 from lrcompress.tables import cell, comparable, conditions, number, title

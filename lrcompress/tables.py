@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import PurePath
 from typing import Any
 
-from lrcompress.protocols import PUBLISHED, Summary
+from lrcompress.metric import PUBLISHED, Summary
 
 # conditions that may differ between two models whose numbers are still worth a ratio
 COMPARABLE = {"dtype", "device"}

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lrcompress.files import finite, places, writing
+from lrcompress.files import places, writing
+from lrcompress.rendering import finite
 
 FOLDER = "samples"
 Logs = Mapping[str, Sequence[Mapping[str, Any]]]  # task -> its questions as lm-eval logs them

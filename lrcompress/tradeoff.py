@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lrcompress.metric import PUBLISHED, Metric, Number
 from lrcompress.points import DENSE, Point, label
-from lrcompress.protocols import PUBLISHED, Metric, Number
 from lrcompress.tables import comparable, title
 
 SIZES = ("parameters", "weight bytes")

@@ -99,9 +99,11 @@ class Finetuning(TrainingRun):
     def trained(self, model: Any, text: Text, run: Path) -> Trained:
         settings, held = self.settings, self.settings.held_out
         cache = self._cache(text)
+        if cache is not None and settings.self_guided == "off":
+            self.teacher = None  # all that it says is kept, and its memory is needed
         return train(
             model,
-            self.teacher if cache is None or settings.self_guided != "off" else None,
+            self.teacher,
             BlockDataset(text.tokens[held:], cache, held),
             BlockDataset(text.tokens[:held], cache),
             settings,

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from lrcompress import models
-from lrcompress.checkpoint import RECORD, STANDALONE, checksums, read_record
+from lrcompress.checkpoint import RECORD, checksums, read_record
+from lrcompress.export import STANDALONE
 from lrcompress.protocols import InputError
 from lrcompress.weightfiles import stored_tensors
 

@@ -13,8 +13,8 @@ from lrcompress.anchor import Anchoring
 from lrcompress.blockfiles import StreamFiles
 from lrcompress.calibration import Calibration
 from lrcompress.lowrank import install
+from lrcompress.plans import Plan
 from lrcompress.prepare import Prepared
-from lrcompress.protocols import Plan
 from lrcompress.recipe import Recipe
 from lrcompress.refine import Refinement
 from lrcompress.refined import RefinedBlock

@@ -12,8 +12,8 @@ from lrcompress.details import (
     Token,
     TokenChange,
 )
+from lrcompress.metric import PERPLEXITY, Metric
 from lrcompress.points import Point
-from lrcompress.protocols import PERPLEXITY, Metric
 
 SCRIPT = "<script>window.broken = true</script>"
 TEXT = {"data": "t.txt", "windows": 8, "tokens": 512, "sha256": "0" * 64}

@@ -12,7 +12,8 @@ from lrcompress.allocators import ALLOCATORS
 from lrcompress.allocators.loss_aware import LossAware
 from lrcompress.allocators.uniform import Uniform
 from lrcompress.choices import Grid
-from lrcompress.protocols import Budget, Choices, Curve, Form, InputError, LinearSpec, Plan, Shape
+from lrcompress.plans import Budget, Choices, Curve, Plan, Shape
+from lrcompress.protocols import Form, InputError, LinearSpec
 
 FORMS: list[Form] = ["factored", "pivoted"]
 SIZE = (576, 1536)

@@ -14,8 +14,9 @@ from jsonschema import ValidationError as SchemaError
 
 from lrcompress import checkpoint, content, report, sweepreport, task_logs
 from lrcompress.details import BlockChange, Details, PositionLoss, TokenChange
+from lrcompress.metric import Metric
 from lrcompress.points import Point
-from lrcompress.protocols import InputError, Metric
+from lrcompress.protocols import InputError
 from lrcompress.report import Report
 from lrcompress.significance import comparisons, not_shown
 from lrcompress.sweepreport import SweepReport

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lrcompress import models, report, scalingreport, sweepreport
+from lrcompress.metric import Metric
 from lrcompress.plaindata import MOST, read_json, read_yaml
 from lrcompress.printable import printable
-from lrcompress.protocols import InputError, Metric
+from lrcompress.protocols import InputError
 from lrcompress.report import Report
 from lrcompress.scalingreport import ScalingReport
 from lrcompress.settings import ScalingSettings

@@ -13,8 +13,8 @@ import pytest
 from lrcompress import report, sweepreport
 from lrcompress.details import BlockChange, Continuation, Details, PositionLoss, TokenChange
 from lrcompress.join import join
+from lrcompress.metric import Metric
 from lrcompress.points import Point
-from lrcompress.protocols import Metric
 from lrcompress.recipe import read_recipe
 from lrcompress.report import FORMATS, Report
 from lrcompress.sweepfolder import SweepFolder

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lrcompress.protocols import InputError, Metric
+from lrcompress.metric import Metric
+from lrcompress.protocols import InputError
 from lrcompress.significance import comparisons, holm, not_shown
 
 

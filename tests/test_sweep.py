@@ -18,7 +18,8 @@ from lrcompress.cli import main
 from lrcompress.decompositions import Decompositions
 from lrcompress.factorizers import svd
 from lrcompress.factorizers.svd import PlainSVD
-from lrcompress.protocols import FFN, InputError, LinearSpec, Metric, Statistics
+from lrcompress.metric import Metric
+from lrcompress.protocols import FFN, InputError, LinearSpec, Statistics
 from lrcompress.recipe import Recipe, checked
 from lrcompress.sweep import sweep
 from lrcompress.sweepreport import FORMATS

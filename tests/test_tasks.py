@@ -15,7 +15,8 @@ from datasets import Dataset, DatasetDict
 from transformers import LlamaForCausalLM
 
 import lrcompress
-from lrcompress.protocols import InputError, Metric
+from lrcompress.metric import Metric
+from lrcompress.protocols import InputError
 from lrcompress.task_cache import fingerprint
 from lrcompress.tasks import resolve
 from tests.conftest import interrupt, invoke, small_recipe

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from lrcompress.metric import PERPLEXITY, Metric
 from lrcompress.points import Point
-from lrcompress.protocols import PERPLEXITY, Metric
 from lrcompress.sweepreport import FORMATS, SweepReport, markdown, to_csv, to_json
 from lrcompress.tradeoff import Front, fronts, knee, non_dominated, over_dense
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from lrcompress.protocols import Budget, Choices, Curve, InputError, Plan, Shape
+from lrcompress.plans import Budget, Choices, Curve, Plan, Shape
+from lrcompress.protocols import InputError
 
 # halvings of the multiplier's bracket, in log space
 BISECTIONS = 44

@@ -11,7 +11,8 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_
 
 from lrcompress.allocators import ALLOCATORS
 from lrcompress.factorizers import ESTIMATE_LOSS, FACTORIZERS
-from lrcompress.protocols import Allocator, Form, Method
+from lrcompress.plans import Allocator
+from lrcompress.protocols import Form, Method
 from lrcompress.settings.section import Section
 from lrcompress.values import Names, Options, Percent, Size, allowed_words, one_of
 

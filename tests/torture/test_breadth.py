@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lrcompress
-from lrcompress import checkpoint
+from lrcompress.export import export_dense
 from lrcompress.ffn import ffn_parameters
 from lrcompress.lowrank import compressed_layers
 from lrcompress.sizes import parameter_count
@@ -67,7 +67,7 @@ def written(model: Any) -> torch.Tensor:
 
 
 def check_export(model: Any, folder: Path, expected: torch.Tensor) -> None:
-    checkpoint.export_dense(model, byte_tokenizer(), folder / "dense", {})
+    export_dense(model, byte_tokenizer(), folder / "dense", {})
     dense = AutoModelForCausalLM.from_pretrained(folder / "dense")
     assert not any(compressed_layers(dense))
     # products of factors are rounded once, their sums in another order

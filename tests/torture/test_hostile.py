@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from lrcompress import checkpoint, models, report, sweepreport
-from lrcompress.files import json_text
 from lrcompress.protocols import InputError, MachineError
+from lrcompress.rendering import json_text
 from lrcompress.report import Report
 from lrcompress.sweepreport import SweepReport
 from tests.conftest import invoke

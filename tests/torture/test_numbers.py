@@ -153,7 +153,7 @@ def test_narrowing(method: str, moment: str, tally: Tally) -> None:
 @pytest.mark.parametrize("policy", ["loss_aware", "uniform"])
 def test_budgets_are_met(method: str, moment: str, policy: str) -> None:
     from lrcompress.allocators import ALLOCATORS
-    from lrcompress.protocols import Budget
+    from lrcompress.plans import Budget
 
     allocator = pkgutil.resolve_name(ALLOCATORS[policy])()
     choices, _ = ffn_choices(_ffn(moment), METHODS[method], Grid("pivoted", 1), True)
