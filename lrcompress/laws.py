@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from lrcompress.bends import Bend, bend
 from lrcompress.fits import Fit, Law, SlopeComparison, compare, fit, gap
 from lrcompress.intervals import Interval, mean, shown
 from lrcompress.scalingpoint import DENSE, ScalingPoint, size_name
@@ -27,12 +28,14 @@ SIZES: dict[Law, int] = {"power": 3, "decade": 3, "offset": 4}
 
 @dataclass(frozen=True)
 class FittedLaw:
-    """One law of one variant along one axis; `against` the dense models' of the same law."""
+    """One law of one variant along one axis; `against` the dense models' of the same law. `bend` is
+    that of both variants' points, with the law "decade" only."""
 
     axis: Axis
     variant: str
     fit: Fit
     against: SlopeComparison | None
+    bend: Bend | None = None
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,21 @@ def laws(points: Sequence[ScalingPoint], resamples: int) -> list[FittedLaw]:
             dense = fits.get(DENSE)
             for variant, one in fits.items():
                 compared = None if dense is None or one is dense else compare(one, dense)
-                found.append(FittedLaw(axis, variant, one, compared))
+                bent = (
+                    _bend(usable(points), axis, variant) if compared and law == "decade" else None
+                )
+                found.append(FittedLaw(axis, variant, one, compared, bent))
     return found
+
+
+def _bend(points: Sequence[ScalingPoint], axis: Axis, variant: str) -> Bend | None:
+    of = {name: [p for p in points if p.variant == name] for name in (variant, DENSE)}
+    x, loss, dense_x, dense_loss = (
+        [getattr(point, key) for point in of[name]]
+        for name in (variant, DENSE)
+        for key in (axis, "loss")
+    )
+    return bend(x, loss, dense_x, dense_loss)
 
 
 def _fits(
@@ -120,7 +136,18 @@ def _sentence(
         f"{TITLES[one.axis]}: {shown(one.fit.slope)} nats against {shown(dense.fit.slope)}, "
         f"difference {shown(against.difference, '+')}, p = {against.p_value:.2g}."
     )
+    if one.bend is not None and one.bend.is_shown:
+        return f"{said} {_bent(one.bend, one.axis)}"
     return f"{said} {_crossing(against, one.axis, points)}"
+
+
+def _bent(bent: Bend, axis: Axis) -> str:
+    return (
+        f"But the points bend away from a line (p = {bent.p_value:.2g}), and its slope is that of "
+        f"where they lie. With one bend for both, at equal {TITLES[axis]}: "
+        f"{bent.verdict}, {shown(bent.steeper, '+')} nats per decade, and "
+        f"{shown(bent.level, '+')} nats of loss at the mean."
+    )
 
 
 def _crossing(against: SlopeComparison, axis: Axis, points: Sequence[ScalingPoint]) -> str:

@@ -121,6 +121,7 @@ def _law(one: FittedLaw) -> dict[str, Any]:
         "slope": asdict(one.fit.slope),
         "irreducible": None if floor is None else asdict(floor),
         "against_dense": against,
+        "bend": None if one.bend is None else asdict(one.bend),
     }
 
 

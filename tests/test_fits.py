@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lrcompress.bends import bend
 from lrcompress.fits import Law, compare, fit, predicted
 from lrcompress.protocols import InputError
 
@@ -92,3 +93,50 @@ def test_too_few_points_are_refused() -> None:
         fit([1e12, 1e13], [5.0, 4.0], "power")
     with pytest.raises(InputError, match="needs 3 sizes"):
         fit([1e12, 1e12, 1e13, 1e13], [5.0, 5.1, 4.0, 4.1], "offset")
+
+
+def bent(seed: int, sizes: np.ndarray, steeper: float, bow: float = -0.3) -> np.ndarray:
+    """Losses on a parabola in log x; `steeper` nats per decade about its middle."""
+    z = np.log10(sizes) - 14
+    noise = 0.02 * np.random.default_rng(seed).standard_normal(len(sizes))
+    return np.asarray(5 - (0.5 + steeper) * z + bow * z * z + noise)
+
+
+CHEAPER = SIZES / 10
+
+
+def test_a_bend_does_not_pass_for_a_slope() -> None:
+    """Two variants of one bent curve, one of which is cheaper at every size."""
+    trials, fooled, right = 200, 0, 0
+    for seed in range(trials):
+        x, base = bent(2 * seed, CHEAPER, 0.0), bent(2 * seed + 1, SIZES, 0.0)
+        line = compare(fit(CHEAPER, x, "decade", 50), fit(SIZES, base, "decade", 50))
+        fooled += line.verdict == "less steep"
+        found = bend(CHEAPER, x, SIZES, base)
+        assert found is not None
+        assert found.is_shown
+        right += 0.0 in found.steeper and 0.0 in found.level
+    assert fooled > 0.9 * trials
+    assert right >= 0.85 * trials  # two intervals of 95 %
+
+
+def test_a_slope_is_found_beside_a_bend() -> None:
+    trials, inside = 200, 0
+    for seed in range(trials):
+        found = bend(CHEAPER, bent(seed, CHEAPER, 0.2), SIZES, bent(-seed - 1 + 10**6, SIZES, 0.0))
+        assert found is not None
+        inside += 0.2 in found.steeper
+        assert found.verdict == "steeper"
+    assert inside >= 0.9 * trials
+
+
+def test_straight_points_are_not_said_to_bend() -> None:
+    said = [
+        bend(CHEAPER, bent(s, CHEAPER, 0.0, 0.0), SIZES, bent(s + 10**6, SIZES, 0.0, 0.0))
+        for s in range(200)
+    ]
+    assert sum(one is not None and one.is_shown for one in said) <= 0.1 * len(said)
+
+
+def test_too_few_points_have_no_bend() -> None:
+    assert bend([1e3, 1e4], [3.0, 2.0], [1e3, 1e4, 1e5], [3.0, 2.0, 1.5]) is None
