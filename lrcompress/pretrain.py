@@ -19,7 +19,7 @@ from lrcompress.newmodel import (
     new_model,
     read_config,
 )
-from lrcompress.processes import from_main
+from lrcompress.processes import agreed, from_main
 from lrcompress.protocols import InputError, Progress, silent
 from lrcompress.settings import ModelSettings, PretrainSettings
 from lrcompress.sources import Loaded, load_settings
@@ -74,15 +74,17 @@ class Pretraining(TrainingRun):
 
     def _split(self, start: Path) -> NewModel:
         """The main process alone makes the whole model, and each then reads its part of it."""
+        bare = bare_model(self.config, self.settings)
+        sharding.check_embedding(bare, "an untied one, or another --vocab-size")
         described = from_main(lambda: self._saved(start))
         source = ModelSettings(source=str(start), device=self.settings.device)
-        model, _ = load_settings(source, **sharding.placement(source, shard=True))
-        sharding.check_embedding(model, "an untied one, or another --vocab-size")
+        model, _ = agreed(lambda: load_settings(source, **sharding.placement(source, shard=True)))
         from_main(lambda: discard(start, start.parent))
         return NewModel(model, described=described)
 
     def _saved(self, start: Path) -> dict[str, Any]:
-        new = new_model(self.config, self.settings, self.progress)
+        on_cpu = self.settings.model_copy(update={"device": "cpu"})  # a GPU may not hold it
+        new = new_model(self.config, on_cpu, self.progress)
         checkpoint.save(new.model, None, start, new.described, replace=True)
         return new.described
 

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar, copy_context
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -37,8 +38,12 @@ class SaidElsewhereError(Exception):
         self.code = code
 
 
+# set while the main process does something by itself
+ALONE = ContextVar("alone", default=False)
+
+
 def count() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return 1 if ALONE.get() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
@@ -172,13 +177,13 @@ def agreed(function: Callable[[], T]) -> T:
 def from_main(function: Callable[[], T]) -> T:
     """What `function` gives in the main process, for all of them; it runs in no other.
 
-    Errors as in `agreed`.
+    What it calls sees one process, so that it does not wait for the others. Errors as in `agreed`.
     """
     if count() == 1:
         return function()
     import torch.distributed as dist
 
-    found = [_attempt(function) if is_main() else (None, None)]
+    found = [copy_context().run(_alone, function) if is_main() else (None, None)]
     dist.broadcast_object_list(found, src=0)
     value, fault = found[0]
     _raise_first([fault])
@@ -191,6 +196,11 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
     except (InputError, MachineError, SaidElsewhereError) as error:
         # as plain text: a cause may be too large to send, or not loadable elsewhere
         return None, error if isinstance(error, SaidElsewhereError) else type(error)(str(error))
+
+
+def _alone(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    ALONE.set(True)
+    return _attempt(function)
 
 
 def _raise_first(faults: list[Exception | None]) -> None:

@@ -80,14 +80,14 @@ def check_precision(model: Any) -> None:
 
 
 def check_embedding(model: Any, instead: str) -> None:
-    """Raises InputError where a sharded model would train a tied embedding in parts of unequal
-    size; `instead` is what to use.
+    """Raises InputError where `model`, once sharded, would train a tied embedding in unequal parts;
+    `instead` is what to use.
 
     transformers ties it after it was split, and the two uses then go apart in the last part.
     """
     entry, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is entry.weight
-    if is_sharded(model) and tied and len(entry.weight) % processes.count():
+    if tied and len(entry.weight) % processes.count():
         raise InputError(
             f"--shard cannot train a tied embedding of {len(entry.weight)} tokens, which "
             f"{processes.count()} processes do not share evenly: use {instead}, or other "

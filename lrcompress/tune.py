@@ -86,7 +86,7 @@ class Finetuning(TrainingRun):
         model, tokenizer = load_settings(self.source, **sharding.placement(self.source, shard))
         refuse_quantized(model, "finetune it before it is quantized")
         sharding.check_precision(model)
-        if self.settings.train == "all":
+        if shard and self.settings.train == "all":
             sharding.check_embedding(model, "--train norms")
         if self.load_teacher is not None:
             self.teacher, _ = self.load_teacher(self.dense)

@@ -325,7 +325,7 @@ def test_full_disk_is_one_sentence(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_weights", full)
+    monkeypatch.setattr(checkpoint, "write_weights", full)
     out = tmp_path / "out"
     result = invoke("factorize", dense, "--out", out, "--rank", "4", "--method", "svd")
     assert result.exit_code == 1
