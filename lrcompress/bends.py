@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
-from lrcompress.intervals import CONFIDENCE, Interval, Points
+from lrcompress.intervals import CONFIDENCE, Interval, Points, steepness
 
 # of c, d and e above
 CURVATURE, LEVEL, SLOPE = 2, 3, 4
@@ -40,9 +40,7 @@ class Bend:
 
     @property
     def verdict(self) -> str:
-        if self.steeper.low > 0:
-            return "steeper"
-        return "less steep" if self.steeper.high < 0 else "not shown to differ"
+        return steepness(self.steeper)
 
 
 def bend(x: Points, loss: Points, base_x: Points, base_loss: Points) -> Bend | None:

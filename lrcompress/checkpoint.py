@@ -60,6 +60,7 @@ def save(
 
 
 def saved_as(folder: Path) -> dict[str, Any]:
+    """What the record says of the files in `folder`: versions, counts and checksums."""
     return {
         "versions": versions(),
         "saved": saved_tensors(folder),
@@ -83,6 +84,7 @@ def checksums(folder: Path) -> dict[str, dict[str, Any]]:
 def write_weights(
     model: Any, tokenizer: Any, folder: Path, state: Mapping[str, Tensor] | None = None
 ) -> None:
+    """Writes model and tokenizer as transformers does; `state` as in `save`."""
     config = model.config.__dict__
     config.pop("auto_map", None)  # it would point at code that is not in this folder
     model.save_pretrained(folder, state_dict=state)

@@ -7,14 +7,8 @@ from torch import Tensor
 
 # below this share of the full rank the randomized range finder is cheaper than a full eigh
 RANDOMIZED_SHARE = 0.125
-
-
 RANDOMIZED_MINIMUM = 1024
-
-
 OVERSAMPLING = 32
-
-
 POWER_STEPS = 6
 
 

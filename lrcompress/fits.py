@@ -22,7 +22,7 @@ import numpy as np
 from scipy.optimize import least_squares
 from scipy.stats import t as student
 
-from lrcompress.intervals import CONFIDENCE, Interval, Points
+from lrcompress.intervals import CONFIDENCE, Interval, Points, steepness
 from lrcompress.protocols import InputError
 
 Law = Literal["power", "offset", "decade"]
@@ -181,9 +181,7 @@ class SlopeComparison:
 
     @property
     def verdict(self) -> str:
-        if self.difference.low > 0:
-            return "steeper"
-        return "less steep" if self.difference.high < 0 else "not shown to differ"
+        return steepness(self.difference)
 
 
 def compare(found: Fit, baseline: Fit) -> SlopeComparison:

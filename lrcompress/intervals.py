@@ -26,6 +26,13 @@ class Interval:
         return self.low <= value <= self.high
 
 
+def steepness(difference: Interval) -> str:
+    """What a difference of two slopes, and its interval, say of the first."""
+    if difference.low > 0:
+        return "steeper"
+    return "less steep" if difference.high < 0 else "not shown to differ"
+
+
 def mean(values: Points) -> tuple[Interval, float]:
     """Of independent differences, with Student's interval, and the p-value of their being zero.
 

@@ -91,9 +91,8 @@ def laws(points: Sequence[ScalingPoint], resamples: int) -> list[FittedLaw]:
             dense = fits.get(DENSE)
             for variant, one in fits.items():
                 compared = None if dense is None or one is dense else compare(one, dense)
-                bent = (
-                    _bend(usable(points), axis, variant) if compared and law == "decade" else None
-                )
+                lines = compared is not None and law == "decade"
+                bent = _bend(usable(points), axis, variant) if lines else None
                 found.append(FittedLaw(axis, variant, one, compared, bent))
     return found
 

@@ -7,11 +7,7 @@ from dataclasses import dataclass, field
 
 # of dataclasses that are published as JSON: a field's meaning is the docstring after it
 PUBLISHED = {"use_attribute_docstrings": True, "json_schema_serialization_defaults_required": True}
-
-
 Number = int | float  # what is counted stays an int when it is read back
-
-
 PERPLEXITY = "token perplexity"
 
 

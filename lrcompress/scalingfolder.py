@@ -25,7 +25,7 @@ RECIPE, POINTS, TOKENIZER, WORK, SPEED = (
 def refuse_studies(folders: Iterable[Path]) -> None:
     """Raises InputError where one of `folders` has the report of a scaling study."""
     for folder in folders:
-        if (folder / "scaling.json").is_file():
+        if (folder / scalingreport.JSON).is_file():
             raise InputError(
                 f"{str(folder)!r} is a scaling study: read its scaling.md or scaling.html, which "
                 "lrcompress scaling writes anew"

@@ -37,6 +37,7 @@ from lrcompress.scalingpoint import ScalingPoint
 from lrcompress.settings.scaling import ScalingSettings
 from lrcompress.tables import table
 
+JSON = "scaling.json"
 # points of a curve in a picture
 FINE = 60
 LAWS = {
@@ -139,7 +140,7 @@ def to_csv(report: ScalingReport) -> str:
 FORMATS: Mapping[str, Callable[[ScalingReport], str]] = {
     "scaling.md": markdown,
     "scaling.html": html,
-    "scaling.json": to_json,
+    JSON: to_json,
     "scaling.csv": to_csv,
 }
 PICTURES: Mapping[str, Axis] = {
