@@ -37,6 +37,15 @@ def damped(moment: Tensor, damping: float) -> Tensor:
     )
 
 
+def shrunk(moment: Tensor, shrinkage: float) -> Tensor:
+    """(1 - shrinkage) moment + shrinkage diag(moment): what features have in common counts less."""
+    if shrinkage == 0:
+        return moment
+    found = (1 - shrinkage) * moment
+    found.diagonal().copy_(moment.diagonal())
+    return found
+
+
 def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
     """metric^1/2 and metric^-1/2 of a symmetric positive definite matrix, by eigh.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.factorizers import FACTORIZERS
+from lrcompress.factorizers.nystrom import Auto, Nystrom
 from lrcompress.factorizers.svd import DiagonalSVD, FisherSVD, PlainSVD, WhitenedSVD
 from lrcompress.linalg import Metric, decompose, pivot, spectrum
 from lrcompress.protocols import Factors, InputError, Statistics
@@ -173,6 +174,48 @@ def test_spectrum_is_that_of_the_decomposition(shape: tuple[int, int]) -> None:
 def test_bad_damping_is_refused(options: dict[str, float]) -> None:
     with pytest.raises(InputError, match="damping"):
         WhitenedSVD(**options)
+
+
+@pytest.mark.parametrize("option", ["shrinkage", "output_shrinkage"])
+@pytest.mark.parametrize("kind", [FisherSVD, Nystrom, Auto])
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+def test_bad_shrinkage_is_refused(option: str, kind: Any, value: float) -> None:
+    with pytest.raises(InputError, match=rf"shrinkage {value} is not in \[0, 1\]"):
+        kind(**{option: value})
+
+
+def test_shrinkage_keeps_sizes_and_takes_off_correlations() -> None:
+    _, statistics = problem((24, 16))
+    X, G = statistics.second_moment, statistics.gradient_moment
+    assert X is not None
+    assert G is not None
+    whole = FisherSVD(shrinkage=1, output_shrinkage=1, damping=1e-9, output_damping=1e-9)
+    for metric, moment in ((whole.metric(statistics), X), (whole.output_metric(statistics), G)):
+        torch.testing.assert_close(metric.matrix, torch.diag(moment.diagonal()), atol=1e-8, rtol=0)
+    half = FisherSVD(shrinkage=0.5, damping=1e-9).metric(statistics).matrix
+    torch.testing.assert_close(half, (X + torch.diag(X.diagonal())) / 2, atol=1e-8, rtol=0)
+    none = WhitenedSVD().metric(statistics).matrix
+    torch.testing.assert_close(none, FisherSVD(shrinkage=0, damping=1e-6).metric(statistics).matrix)
+
+
+def test_shrinkage_helps_on_text_that_was_not_measured() -> None:
+    """Few samples of many features: the factors of the shrunk moments err less on others."""
+    size = 64
+    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).double()
+    true = torch.eye(size, dtype=torch.float64)
+    errors = {}
+    for shrinkage in (0.0, 0.3):
+        method = FisherSVD(shrinkage=shrinkage, output_shrinkage=shrinkage)
+        found = []
+        for seed in range(5):
+            g = torch.Generator().manual_seed(seed)
+            x, y = (torch.randn(size + 16, size, generator=g).double() for _ in range(2))
+            few = Statistics(x.T @ x / len(x), y.T @ y / len(y))
+            factors = factors_of(method, weight, few, 16)
+            difference = weight - factors.B @ factors.A
+            found.append(float((difference @ true * difference).sum()))
+        errors[shrinkage] = sum(found)
+    assert errors[0.3] < 0.9 * errors[0.0]
 
 
 def test_method_without_its_statistics_says_so() -> None:

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrcompress.factorizers.svd import FisherSVD
-from lrcompress.linalg import to_float64
+from lrcompress.factorizers.svd import OUTPUT_SHRINKAGE, SHRINKAGE, FisherSVD, check_shrinkage
+from lrcompress.linalg import shrunk, to_float64
 from lrcompress.narrowing import order_channels, reconstruction
 from lrcompress.protocols import (
     FFN,
@@ -30,7 +30,7 @@ class Nystrom:
     With C the second moment of down_proj's input h, J the channels kept and h ~ C_J C_JJ⁻¹ h_J,
     down_proj becomes W_down C_J C_JJ⁻¹ and gate and up lose the rows of the others. Channels go
     by the loss that they save, M = W_downᵀ G W_down with G of down_proj's output (`two_sided`),
-    or by the error of the FFN's output, G = I.
+    or by the error of the FFN's output, G = I. Both moments are shrunk as those of `fisher` are.
     """
 
     requires: ClassVar[frozenset[Statistic]] = frozenset({"second_moment", "gradient_moment"})
@@ -38,8 +38,12 @@ class Nystrom:
     truncates: ClassVar[bool] = False
     two_sided: bool = True
     ridge: float = 1e-6
+    shrinkage: float = SHRINKAGE
+    output_shrinkage: float = OUTPUT_SHRINKAGE
 
     def __post_init__(self) -> None:
+        check_shrinkage(self.shrinkage)
+        check_shrinkage(self.output_shrinkage)
         if not 0 < self.ridge <= 1:
             raise InputError(f"ridge {self.ridge} is not in (0, 1]")
 
@@ -56,15 +60,18 @@ class Nystrom:
         scaled, gradient = weight, statistics.gradient_moment
         if self.two_sided:
             assert gradient is not None
-            scaled = to_float64(gradient) @ weight
+            scaled = shrunk(to_float64(gradient), self.output_shrinkage) @ weight
+        return order_channels(self._second_moment(statistics), weight.T @ scaled)
+
+    def _second_moment(self, statistics: Statistics) -> Tensor:
         assert statistics.second_moment is not None
-        return order_channels(statistics.second_moment, weight.T @ scaled)
+        return shrunk(to_float64(statistics.second_moment), self.shrinkage)
 
     def narrow(self, ffn: FFN, channels: Tensor) -> FFN:
         """`ffn` with `channels` (kept,) alone, and the statistics of what is left."""
         down, statistics = _down(ffn)
         assert statistics.second_moment is not None
-        fold = reconstruction(statistics.second_moment, channels, self.ridge)
+        fold = reconstruction(self._second_moment(statistics), channels, self.ridge)
         weights, biases, moments = dict(ffn.weights), dict(ffn.biases), dict(ffn.statistics)
         weights[down.name] = to_float64(weights[down.name]) @ fold
         kept = statistics.second_moment[channels][:, channels]
@@ -115,7 +122,7 @@ class Auto(FisherSVD):
         self._nystrom()
 
     def _nystrom(self) -> Nystrom:
-        return Nystrom(ridge=self.ridge)
+        return Nystrom(True, self.ridge, self.shrinkage, self.output_shrinkage)
 
     def order(self, ffn: FFN) -> ChannelOrder:
         return self._nystrom().order(ffn)
