@@ -29,6 +29,9 @@ from lrcompress.shrink import ShrunkLinear, shrunk_ffn, shrunk_linear
 from lrcompress.sizes import evaluation_mode
 from lrcompress.streams import Streams
 
+# an input with less than this share of the mean energy counts as having that much
+SILENT = 1e-9
+
 
 class Fit:
     """Sums over tokens of v vᵀ and t vᵀ: least squares of targets t from inputs v."""
@@ -54,13 +57,14 @@ class Fit:
         return self.moment / self.tokens
 
     def weight(self, prior: Tensor, damping: float) -> Tensor:
-        """argmin over W of E‖t - W v‖² + ridge ‖W - prior‖², ridge relative to mean v²."""
+        """argmin over W of E‖t - W v‖² + Σ_j ridge_j ‖W_j - prior_j‖², ridge_j = damping E v_j²."""
         assert self.moment is not None
         assert self.cross is not None
-        ridge = damping * self.moment.diagonal().mean()
-        eye = torch.eye(len(self.moment), dtype=self.moment.dtype, device=self.moment.device)
-        right = self.cross + ridge * to_float64(prior)
-        solution: Tensor = torch.linalg.solve(self.moment + ridge * eye, right.T)
+        sizes = self.moment.diagonal()
+        least = SILENT * sizes.mean() if bool(sizes.any()) else torch.ones_like(sizes[0])
+        ridge = damping * sizes.clamp_min(least)
+        right = self.cross + to_float64(prior) * ridge
+        solution: Tensor = torch.linalg.solve(self.moment + torch.diag(ridge), right.T)
         return solution.T
 
 

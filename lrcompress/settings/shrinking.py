@@ -60,7 +60,11 @@ class FactorizeSettings(Section):
         "it have become.",
     )
     anchor_damping: float = Field(
-        1e-3, gt=0, le=1, description="Pull of anchored fits towards the original weights."
+        0.3,
+        gt=0,
+        le=1,
+        description="Pull of anchored fits towards the original weights, relative to each input's "
+        "mean square.",
     )
     streaming: bool = Field(
         False,
