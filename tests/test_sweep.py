@@ -181,7 +181,8 @@ def test_no_linear_is_decomposed_twice_in_one_shape(
     monkeypatch.setattr(svd, "decompose", counted)
     monkeypatch.setattr(Decompositions, "factors", asked)
     ratios = [0.95, 0.9, 0.85, 0.8, 0.6]
-    sweep(recipe(source, methods=[method], keep_ratios=ratios), tmp_path / "out")
+    plain = {"method": method, "method_options": {"shrinkage": 0, "output_shrinkage": 0}}
+    sweep(recipe(source, variants={"plain": plain}, keep_ratios=ratios), tmp_path / "out")
     assert len(set(decomposed)) == len(decomposed) < wanted[0]
 
 

@@ -127,7 +127,7 @@ class RefineSettings(Section):
         json_schema_extra={"flag": "refine_epochs"},
     )
     learning_rate: float = Field(
-        0.02,
+        0.004,
         gt=0,
         le=1,
         description="Step of Adam, relative to the root mean square of each weight and to the "
