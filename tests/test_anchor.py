@@ -29,6 +29,25 @@ def test_fit_is_least_squares() -> None:
     torch.testing.assert_close(fit.second_moment().float(), x.T @ x / 200)
 
 
+def test_the_pull_towards_the_weights_is_by_each_inputs_own_size() -> None:
+    """A unit of an input changes its weights by that unit; silent inputs keep theirs."""
+    generator = torch.Generator().manual_seed(0)
+    x, targets = (torch.randn(50, width, generator=generator) for width in (6, 4))
+    x[:, 5] = 0
+    units = torch.tensor([0.1, 1.0, 10.0, 5.0, 0.5, 1.0])
+    prior = torch.randn(4, 6, generator=generator)
+    plain, scaled = Fit("x"), Fit("x")
+    plain.add(x, targets)
+    scaled.add(x * units, targets)
+    found = plain.weight(prior, 0.3)
+    again = scaled.weight(prior / units, 0.3) * units
+    torch.testing.assert_close(again, found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[:, 5].float(), prior[:, 5])
+    silent = Fit("x")
+    silent.add(torch.zeros(50, 6), targets)
+    torch.testing.assert_close(silent.weight(prior, 0.3).float(), prior)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streams_reproduce_the_model(family: str) -> None:
     model = tiny_model(family)

@@ -122,7 +122,11 @@ class Auto(FisherSVD):
         self._nystrom()
 
     def _nystrom(self) -> Nystrom:
-        return Nystrom(True, self.ridge, self.shrinkage, self.output_shrinkage)
+        return Nystrom(
+            ridge=self.ridge,
+            shrinkage=self.shrinkage,
+            output_shrinkage=self.output_shrinkage,
+        )
 
     def order(self, ffn: FFN) -> ChannelOrder:
         return self._nystrom().order(ffn)
