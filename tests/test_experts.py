@@ -256,7 +256,9 @@ def test_a_mixture_goes_through_the_commands(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"train": "all"}, {"train": "lora"}, {"self_guided": "reduced"}], ids=str
+    "settings",
+    [{"train": "all", "learning_rate": 3e-4}, {"train": "lora"}, {"self_guided": "reduced"}],
+    ids=str,
 )
 def test_experts_are_finetuned(small: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     done = finetuned(small, tmp_path / "tuned", **settings)["finetuned"]

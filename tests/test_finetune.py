@@ -305,7 +305,7 @@ def test_hidden_states_are_matched(factorized: Path, tmp_path: Path) -> None:
 
 def test_stops_early_without_improvement(factorized: Path, tmp_path: Path) -> None:
     done = finetuned(
-        factorized, tmp_path / "out", learning_rate=0.01, max_steps=60, eval_every=2, patience=2
+        factorized, tmp_path / "out", learning_rate=0.03, max_steps=60, eval_every=2, patience=2
     )["finetuned"]
     assert done["steps"] < 60
     assert done["steps"] - done["best_step"] == 4
