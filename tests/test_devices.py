@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from lrcompress import processes
 from lrcompress.protocols import InputError
+from lrcompress.training import last_checkpoint
 from tests import worker
 from tests.conftest import SMALL, invoke
 from tests.tiny import saved_model
@@ -181,12 +182,18 @@ def _finetune(source: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
     return _started("-m", "lrcompress", "finetune", str(source), "--out", str(out), *flags)
 
 
+def _reached(work: Path) -> int:
+    """The step of the newest whole checkpoint under `work`; 0 if there is none."""
+    found = [last_checkpoint(folder.parent) for folder in work.glob("*/checkpoint-*")]
+    return max((int(one.rpartition("-")[2]) for one in found if one), default=0)
+
+
 def _kill_a_run(source: Path, out: Path) -> None:
-    """Starts the run `out` and ends torchrun when there is a checkpoint."""
+    """Starts the run `out` and ends torchrun when there is a checkpoint, written to its end."""
     process = _finetune(source, out, *_flags(LONG))
     work = out.with_name(f".{out.name}.finetune")
     until = time.monotonic() + PATIENCE
-    while not any(work.glob("*/checkpoint-20/trainer_state.json")):
+    while _reached(work) < 20:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.01)
