@@ -184,7 +184,7 @@ def _finetune(source: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
 
 def _reached(work: Path) -> int:
     """The step of the newest whole checkpoint under `work`; 0 if there is none."""
-    found = [last_checkpoint(folder.parent) for folder in work.glob("*/checkpoint-*")]
+    found = [last_checkpoint(folder) for folder in work.glob("*")]
     return max((int(one.rpartition("-")[2]) for one in found if one), default=0)
 
 

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrcompress.factorizers.nystrom import Auto, Nystrom
+from lrcompress.linalg import shrunk
 from lrcompress.narrowing import order_channels, reconstruction
+from lrcompress.protocols import FFN, LinearSpec, Statistics
 
 
 def moments(width: int, out: int, samples: int = 2000) -> tuple[Tensor, Tensor]:
@@ -39,6 +42,41 @@ def test_errors_are_those_of_the_channels(width: int) -> None:
     for kept in (1, width // 3, width - 2):
         expected = measured(C, M, found.channels[:kept])
         assert float(found.errors[kept]) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def tiny_ffn(width: int, out: int) -> FFN:
+    generator = torch.Generator().manual_seed(1)
+    up = LinearSpec("up", 0, "up", out, width, False, "x", "ffn")
+    down = LinearSpec("down", 0, "down", width, out, False, "h", "ffn")
+    g = torch.randn(500, out, generator=generator, dtype=torch.float64)
+    g = g @ torch.randn(out, out, generator=generator, dtype=torch.float64)
+    measured = {
+        "up": Statistics(torch.eye(out).double(), torch.eye(width).double()),
+        "down": Statistics(moments(width, out)[0], g.T @ g / 500),
+    }
+    shapes = {"up": (width, out), "down": (out, width)}
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return FFN("ffn", (up, down), weights, {"up": None, "down": None}, measured, True)
+
+
+@pytest.mark.parametrize("kind", [Nystrom, Auto])
+@pytest.mark.parametrize(("shrinkage", "output_shrinkage"), [(0.0, 0.0), (0.1, 0.6), (1.0, 1.0)])
+def test_the_estimated_error_of_an_ffn_is_the_measured_one(
+    kind: type[Nystrom | Auto], shrinkage: float, output_shrinkage: float
+) -> None:
+    """Order and reconstruction are of the same shrunk moments."""
+    ffn = tiny_ffn(24, 8)
+    method = kind(shrinkage=shrinkage, output_shrinkage=output_shrinkage)
+    found, down = method.order(ffn), ffn.statistics["down"]
+    X, G = down.second_moment, down.gradient_moment
+    assert X is not None
+    assert G is not None
+    for kept in (5, 12, 20):
+        channels = found.channels[:kept]
+        rest = ffn.weights["down"].double()
+        rest[:, channels] -= method.narrow(ffn, channels).weights["down"]
+        error = shrunk(G, output_shrinkage) @ rest @ shrunk(X, shrinkage) @ rest.T
+        assert float(found.errors[kept]) == pytest.approx(float(error.trace()), rel=1e-3)
 
 
 def test_as_good_as_the_plain_greedy_loop() -> None:
