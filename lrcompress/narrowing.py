@@ -10,8 +10,8 @@ from lrcompress.protocols import ChannelOrder
 
 # channels taken between two updates of the full matrices, and the candidates they come from:
 # within the candidates every step is exact, so only a channel from outside can be missed
-STEP = 16
-POOL = 48
+STEP = 32
+POOL = 96
 # a channel whose residual is this small against its own second moment is reconstructed already
 EXHAUSTED = 1e-9
 # the matrices are cut to the channels that are left when these are fewer than this share
@@ -100,21 +100,27 @@ def _take_out(D: Tensor, M: Tensor, spread: Tensor, picked: Tensor) -> Tensor:
     """
     block = D[picked][:, picked]
     Q = torch.linalg.solve_triangular(torch.linalg.cholesky(block), D[picked], upper=False).T
-    V = D @ (M @ Q)
-    inner = Q.T @ M @ Q
-    D -= Q @ Q.T
+    MQ = M @ Q
+    V, inner = D @ MQ, Q.T @ MQ
+    D.addmm_(Q, Q.T, alpha=-1)
     left: Tensor = spread - 2 * (V * Q).sum(1) + ((Q @ inner) * Q).sum(1)
     return left.clamp_min(0)
 
 
-def reconstruction(second_moment: Tensor, channels: Tensor, damping: float) -> Tensor:
-    """R (width, kept) with h ~ R h_J in least squares, damped towards the channels themselves:
-    (C_J + ridge E_J) (C_JJ + ridge)⁻¹, E the identity. Channels of J stay as they are."""
-    C = to_float64(second_moment)
-    block, mean = C[channels][:, channels], C.diagonal()[channels].mean()
-    ridge = damping * mean if mean > 0 else torch.ones_like(mean)
-    right, rows = C[channels], torch.arange(len(channels), device=C.device)
-    right[rows, channels] += ridge
-    block.diagonal().add_(ridge)
-    solution: Tensor = torch.linalg.solve(block, right)
-    return solution.T
+def folded(weight: Tensor, second_moment: Tensor, channels: Tensor, damping: float) -> Tensor:
+    """down_proj (out, width) of `channels` J (kept,) alone: W_J + W_K C_KJ (C_JJ + ridge)⁻¹.
+
+    The other channels K are reconstructed from those of J in least squares, damped towards zero.
+    """
+    W, C = to_float64(weight), to_float64(second_moment)
+    others = torch.ones(len(C), dtype=torch.bool, device=C.device)
+    others[channels] = False
+    block, right = C[channels][:, channels], W[:, others] @ C[others][:, channels]
+    mean = block.diagonal().mean()
+    block.diagonal().add_(damping * mean if mean > 0 else torch.ones_like(mean))
+    lower, failed = torch.linalg.cholesky_ex(block)
+    if bool(failed):  # singular but for rounding
+        solution: Tensor = torch.linalg.solve(block, right.T)
+    else:
+        solution = torch.cholesky_solve(right.T, lower)
+    return W[:, channels] + solution.T

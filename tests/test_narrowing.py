@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lrcompress.factorizers.nystrom import Auto, Nystrom
 from lrcompress.linalg import shrunk
-from lrcompress.narrowing import order_channels, reconstruction
+from lrcompress.narrowing import folded, order_channels
 from lrcompress.protocols import FFN, LinearSpec, Statistics
 
 
@@ -25,7 +25,7 @@ def moments(width: int, out: int, samples: int = 2000) -> tuple[Tensor, Tensor]:
 def measured(C: Tensor, M: Tensor, channels: Tensor) -> float:
     """tr(M D) with D the residual after reconstruction from `channels`, computed directly."""
     fold = torch.zeros_like(C)
-    fold[:, channels] = reconstruction(C, channels, 1e-14)
+    fold[:, channels] = folded(torch.eye(len(C)), C, channels, 1e-14)
     rest = torch.eye(len(C), dtype=C.dtype) - fold
     return float((M * (rest @ C @ rest.T)).sum())
 
@@ -115,5 +115,5 @@ def test_constant_and_silent_channels() -> None:
     C[3], C[:, 3] = 0, 0
     found = order_channels(C, M)
     assert int(found.channels[-1]) == 3
-    fold = reconstruction(C, found.channels[:10], 1e-6)
+    fold = folded(torch.eye(len(C)), C, found.channels[:10], 1e-6)
     assert bool(fold.isfinite().all())

@@ -27,6 +27,40 @@ class Decision:
     error: float
 
 
+class Menu:
+    """The decisions open to one FFN; those of shapes without a rank to choose are made once.
+
+    `floor` is the least share of its parameters that any linear keeps.
+    """
+
+    def __init__(self, ffn: Choices, floor: float) -> None:
+        self.ffn, self.floor = ffn, floor
+        chosen = [all(len(curve.ranks) == 1 for curve in shape.curves) for shape in ffn.shapes]
+        self.open = [shape for shape, made in zip(ffn.shapes, chosen, strict=True) if not made]
+        made = [shape for shape, made in zip(ffn.shapes, chosen, strict=True) if made]
+        self.made = [self._decide(shape, 0.0) for shape in made]
+        self.errors = np.array([decision.error for decision in self.made])
+        self.parameters = np.array([decision.parameters for decision in self.made])
+
+    def best(self, multiplier: float) -> Decision:
+        """That with the least (estimated loss + multiplier x parameters)."""
+        found = [self._decide(shape, multiplier) for shape in self.open]
+        if self.made:
+            found.append(self.made[int(np.argmin(self.errors + multiplier * self.parameters))])
+        return min(found, key=lambda decision: decision.error + multiplier * decision.parameters)
+
+    def _decide(self, shape: Shape, multiplier: float) -> Decision:
+        error, parameters, ranks = shape.error, 0, []
+        for linear, curve in zip(self.ffn.linears, shape.curves, strict=True):
+            allowed = curve.parameters >= self.floor * linear.dense_parameters
+            errors = np.where(allowed, curve.errors, np.inf)
+            best = int(np.argmin(errors + multiplier * curve.parameters))
+            error += float(errors[best])
+            parameters += int(curve.parameters[best])
+            ranks.append(int(curve.ranks[best]))
+        return Decision(shape.width, tuple(ranks), parameters, error)
+
+
 @dataclass(frozen=True)
 class LossAware:
     """Every FFN takes the option with the least (estimated loss + multiplier x parameters).
@@ -67,59 +101,45 @@ class LossAware:
         total = sum(ffn.dense_parameters for ffn in choices)
         unit = float(np.log(_largest_error(choices) / total or 1.0))
         low, high = unit - 60.0, unit + 60.0  # log of the multiplier, in any unit of loss
-        tight = self._at(choices, np.exp(high))
-        loose = self._at(choices, np.exp(low))
+        menus = [Menu(ffn, self.floor) for ffn in choices]
+        tight, loose = _at(menus, np.exp(high)), _at(menus, np.exp(low))
         if _spent(loose) <= parameters:
             return loose
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            found = self._at(choices, np.exp(middle))
+            found = _at(menus, np.exp(middle))
             if _spent(found) > parameters:
                 low, loose = middle, found
             else:
                 high, tight = middle, found
-        return self._fill(choices, tight, parameters, np.exp(high))
+        return _filled(menus, tight, parameters, np.exp(high))
 
-    def _at(self, choices: Sequence[Choices], multiplier: float) -> list[Decision]:
-        return [self._best(ffn, multiplier) for ffn in choices]
 
-    def _best(self, ffn: Choices, multiplier: float) -> Decision:
-        found = [self._decide(ffn, shape, multiplier) for shape in ffn.shapes]
-        return min(found, key=lambda decision: decision.error + multiplier * decision.parameters)
+def _at(menus: Sequence[Menu], multiplier: float) -> list[Decision]:
+    return [menu.best(multiplier) for menu in menus]
 
-    def _decide(self, ffn: Choices, shape: Shape, multiplier: float) -> Decision:
-        error, parameters, ranks = shape.error, 0, []
-        for linear, curve in zip(ffn.linears, shape.curves, strict=True):
-            allowed = curve.parameters >= self.floor * linear.dense_parameters
-            errors = np.where(allowed, curve.errors, np.inf)
-            best = int(np.argmin(errors + multiplier * curve.parameters))
-            error += float(errors[best])
-            parameters += int(curve.parameters[best])
-            ranks.append(int(curve.ranks[best]))
-        return Decision(shape.width, tuple(ranks), parameters, error)
 
-    def _fill(
-        self, choices: Sequence[Choices], tight: list[Decision], budget: float, multiplier: float
-    ) -> list[Decision]:
-        """`tight` with single FFNs moved to larger options while one fits, best first."""
-        filled = list(tight)
-        # looser multipliers give each FFN its larger options
-        loosened = [
-            [self._best(ffn, multiplier * 2.0**-step / 8) for step in range(-12, 24)]
-            for ffn in choices
+def _filled(
+    menus: Sequence[Menu], tight: list[Decision], budget: float, multiplier: float
+) -> list[Decision]:
+    """`tight` with single FFNs moved to larger options while one fits, best first."""
+    filled = list(tight)
+    # looser multipliers give each FFN its larger options
+    loosened = [
+        [menu.best(multiplier * 2.0**-step / 8) for step in range(-12, 24)] for menu in menus
+    ]
+    while True:
+        left = budget - _spent(filled)
+        moves = [
+            ((now.error - option.error) / (option.parameters - now.parameters), i, option)
+            for i, (now, options) in enumerate(zip(filled, loosened, strict=True))
+            for option in (*options, *_one_step(menus[i].ffn, now))
+            if 0 < option.parameters - now.parameters <= left and option.error <= now.error
         ]
-        while True:
-            left = budget - _spent(filled)
-            moves = [
-                ((now.error - option.error) / (option.parameters - now.parameters), i, option)
-                for i, (now, options) in enumerate(zip(filled, loosened, strict=True))
-                for option in (*options, *_one_step(choices[i], now))
-                if 0 < option.parameters - now.parameters <= left and option.error <= now.error
-            ]
-            if not moves:
-                return filled
-            _, i, option = max(moves, key=lambda move: move[:2])
-            filled[i] = option
+        if not moves:
+            return filled
+        _, i, option = max(moves, key=lambda move: move[:2])
+        filled[i] = option
 
 
 def _one_step(ffn: Choices, now: Decision) -> Iterator[Decision]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrcompress.factorizers.svd import OUTPUT_SHRINKAGE, SHRINKAGE, FisherSVD, check_shrinkage
 from lrcompress.linalg import shrunk, to_float64
-from lrcompress.narrowing import order_channels, reconstruction
+from lrcompress.narrowing import folded, order_channels
 from lrcompress.protocols import (
     FFN,
     ChannelOrder,
@@ -71,9 +71,9 @@ class Nystrom:
         """`ffn` with `channels` (kept,) alone, and the statistics of what is left."""
         down, statistics = _down(ffn)
         assert statistics.second_moment is not None
-        fold = reconstruction(self._second_moment(statistics), channels, self.ridge)
         weights, biases, moments = dict(ffn.weights), dict(ffn.biases), dict(ffn.statistics)
-        weights[down.name] = to_float64(weights[down.name]) @ fold
+        second_moment = self._second_moment(statistics)
+        weights[down.name] = folded(weights[down.name], second_moment, channels, self.ridge)
         kept = statistics.second_moment[channels][:, channels]
         moments[down.name] = replace(statistics, second_moment=kept)
         for linear in ffn.linears:
