@@ -152,8 +152,7 @@ class Anchoring:
         name = linears[0].name
         fit = Fit(f"the input of {name}")
         for hidden, target in zip(self.streams.compressed, dense, strict=True):
-            inputs = self.streams.run(index, hidden, (name,)).inputs[name]
-            fit.add(inputs, target.inputs[name])
+            fit.add(self.streams.read_by(name, index, hidden), target.inputs[name])
         weights, statistics = dict(ffn.weights), dict(ffn.statistics)
         moment = fit.second_moment()
         eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
