@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lrcompress.ffn import find_blocks
+from lrcompress.fisher import drawn_scores
 from lrcompress.protocols import InputError
 
 Extras = tuple[tuple[Any, ...], dict[str, Any]]
@@ -142,12 +143,30 @@ class Blocks:
         seen.output = output if isinstance(output, Tensor) else output[0]
         return seen
 
+    def read_by(self, name: str, block: int, hidden: Tensor) -> Tensor:
+        """What the linear `name` of a block reads; the block is run no further."""
+        found: list[Tensor] = []
+
+        def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            found.append(arguments[0])
+            raise _Reached
+
+        hook = self.model.get_submodule(name).register_forward_pre_hook(stop)
+        try:
+            self.run(block, hidden)
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+        return found[0]
+
     @torch.enable_grad()
-    def loss_gradient(self, hidden: Tensor, sample: Tensor) -> Tensor:
-        """Of `summed_loss` with respect to `hidden`, the output of the last block."""
+    def score_gradient(self, hidden: Tensor, sample: Tensor, seed: int) -> Tensor:
+        """What `drawn_scores` are by the chain rule in `hidden`, the output of the last block."""
         leaf = hidden.detach().requires_grad_(True)
         with self._passing_on(leaf):
-            return torch.autograd.grad(summed_loss(self.model, sample[None]), leaf)[0]
+            logits = logits_of(self.model, sample[None])
+            return torch.autograd.grad(logits, leaf, drawn_scores(logits.detach(), seed))[0]
 
     @torch.enable_grad()
     def input_gradient(self, block: int, hidden: Tensor, gradient: Tensor) -> Tensor:
@@ -157,12 +176,10 @@ class Blocks:
         return torch.autograd.grad(output, leaf, gradient)[0]
 
 
-def summed_loss(model: Any, sample: Tensor) -> Tensor:
-    """The language-model loss of one sample (1, length), summed over its tokens, in nats."""
-    sample = sample.to(model.device)
-    logits = model(input_ids=sample, use_cache=False).logits[0, :-1]
-    targets = sample[0, 1:].to(logits.device)
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+def logits_of(model: Any, sample: Tensor) -> Tensor:
+    """(length, vocabulary) of one sample (1, length)."""
+    logits: Tensor = model(input_ids=sample.to(model.device), use_cache=False).logits[0]
+    return logits
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Moments of one block at a time, from hidden states and gradients that are kept on disk.
 
 All samples run through a block before the next is read. Where gradients are wanted, a pass
-forwards keeps what every block reads, and a pass backwards the gradient of the loss with respect
+forwards keeps what every block reads, and a pass backwards the gradient with respect
 to what it gives: from the two any block's moments follow without the others.
 """
 
@@ -97,7 +97,7 @@ class Blockwise:
         for sample in own:
             if not self.gradients.has(blocks - 1, sample):
                 states, tokens = self._states(blocks, sample), self.tokens[sample]
-                gradient = self.blocks.loss_gradient(states, tokens)
+                gradient = self.blocks.score_gradient(states, tokens, seed=sample)
                 self.gradients.write(blocks - 1, sample, gradient)
         steps = range(blocks - 1, self.first, -1)
         for index in progress(steps, "Running blocks backwards", len(steps)):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lrcompress.blocks import Forward, replaced_forwards, summed_loss
+from lrcompress.blocks import Forward, logits_of, replaced_forwards
 from lrcompress.ffn import find_blocks
+from lrcompress.fisher import drawn_scores
 from lrcompress.mixtures import unpacked
 from lrcompress.processes import own_part
 from lrcompress.protocols import (
@@ -163,9 +164,9 @@ def measure_moments(
 ) -> Moments:
     """Runs `tokens` (samples, length) through the model, one sample at a time.
 
-    In the first `gradient_samples` of them a backward pass of the language-model loss, summed
-    over the sample, follows the forward pass; blocks are checkpointed, parameters get no gradients
-    and stay as they are. Several processes share the samples, and all get the sums.
+    In the first `gradient_samples` of them a backward pass of `drawn_scores` follows the forward
+    pass; blocks are checkpointed, parameters get no gradients and stay as they are. Several
+    processes share the samples, and all get the sums.
     """
     samples, length = tokens.shape
     gradient_samples = min(gradient_samples, samples)
@@ -174,7 +175,7 @@ def measure_moments(
         for index in progress(own, "Calibrating", len(own)):
             batch = tokens[index][None].to(model.device)
             if index < gradient_samples:
-                _with_gradients(model, batch, moments)
+                _with_gradients(model, batch, moments, seed=index)
             else:
                 _forward(model, batch)
     moments.add_up(linears, model.device)
@@ -188,12 +189,12 @@ def _forward(model: Any, sample: Tensor) -> None:
 
 
 @torch.enable_grad()
-def _with_gradients(model: Any, sample: Tensor, moments: Moments) -> None:
+def _with_gradients(model: Any, sample: Tensor, moments: Moments, seed: int) -> None:
     with _frozen(model), replaced_forwards(list(find_blocks(model)[1]), _checkpointing):
-        loss = summed_loss(model, sample)
+        logits = logits_of(model, sample)
         moments.backward = True
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            logits.backward(drawn_scores(logits.detach(), seed))  # type: ignore[no-untyped-call]
         finally:
             moments.backward = False
 

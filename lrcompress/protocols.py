@@ -115,8 +115,8 @@ class Statistics:
     """What calibration measured about one linear.
 
     `second_moment` is the mean of x xᵀ over calibration tokens, shape (in, in);
-    `gradient_moment` that of g gᵀ, g the gradient of the loss of a whole sample with respect to
-    the linear's output, shape (out, out).
+    `gradient_moment` that of g gᵀ, shape (out, out), g being what `drawn_scores` of a whole sample
+    are by the chain rule in the linear's output.
     """
 
     second_moment: Tensor | None = None

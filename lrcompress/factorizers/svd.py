@@ -126,10 +126,10 @@ class WhitenedSVD(ScaledSVD):
 class FisherSVD(WhitenedSVD):
     """X = E x xᵀ and G = E g gᵀ: least estimated rise of the loss itself.
 
-    g is the gradient of the language-model loss with respect to the layer's output, so G Kronecker
-    X is the layer's empirical Fisher matrix in K-FAC's factorization (arXiv 1503.05671), and the
-    squared error is twice the second-order estimate of the rise of the loss: comparable from
-    one linear to another. `whitened` is the one-sided case G = I.
+    g is what `drawn_scores` of the logits are by the chain rule in the layer's output, so G
+    Kronecker X is the layer's Fisher matrix in K-FAC's factorization (arXiv 1503.05671), and the
+    squared error is twice the second-order estimate of the divergence from the dense model's
+    predictions: comparable from one linear to another. `whitened` is the one-sided case G = I.
 
     Both moments are shrunk towards their diagonals (as Ledoit and Wolf 2004 do with covariances):
     correlations of other text than the calibration's are weaker.
