@@ -17,6 +17,7 @@ from torch import Tensor
 from lrcompress.blockfiles import Activations
 from lrcompress.blocks import Blocks
 from lrcompress.calibrate import Moments
+from lrcompress.joint import JointErrors, Trial, held_out
 from lrcompress.offload import OffloadedModel
 from lrcompress.processes import agreed, count, own_part
 from lrcompress.protocols import LinearSpec, Progress
@@ -25,8 +26,8 @@ from lrcompress.protocols import LinearSpec, Progress
 class Blockwise:
     """Moments of the `linears` of one block, from tokens (samples, length).
 
-    The first `gradient_samples` get a backward pass. What `work` holds is not computed again.
-    Several processes share the samples.
+    The first `gradient_samples` get a backward pass, and so do those held out for trials. What
+    `work` holds is not computed again. Several processes share the samples.
     """
 
     def __init__(
@@ -38,7 +39,8 @@ class Blockwise:
         work: Path,
     ) -> None:
         self.source, self.linears, self.tokens = source, linears, tokens
-        self.gradient_samples = min(gradient_samples, len(tokens))
+        self.kept = len(tokens) - (held_out(len(tokens)) if gradient_samples else 0)
+        self.gradient_samples = min(gradient_samples, self.kept)
         self.hidden, self.gradients = Activations(work / "hidden"), Activations(work / "gradient")
         with source.resident(0):
             self.blocks = Blocks(source.model, tokens)
@@ -90,7 +92,7 @@ class Blockwise:
             self._advance(index, own if index < self.last else self._with_gradients(own))
 
     def _with_gradients(self, samples: Sequence[int]) -> Sequence[int]:
-        return [sample for sample in samples if sample < self.gradient_samples]
+        return [s for s in samples if s < self.gradient_samples or s >= self.kept]
 
     def _backward(self, progress: Progress) -> None:
         own, blocks = self._with_gradients(own_part(range(len(self.tokens)))), self.source.count
@@ -131,7 +133,7 @@ class Blockwise:
         specs = [spec for spec in self.linears if spec.block == index]
         moments, length = Moments(specs, self.gradient_samples > 0), self.tokens.shape[1]
         with moments.watching(self.source.model):
-            for sample in range(len(self.tokens)):
+            for sample in range(self.kept):
                 if sample < self.gradient_samples:
                     self._input_gradient(index, sample)
                     moments.gradient_tokens += length
@@ -139,6 +141,15 @@ class Blockwise:
                     self._watch(index, sample)
                 moments.tokens += length
         return moments
+
+    def errors(self, index: int, trials: Sequence[Trial]) -> dict[str, list[float]]:
+        """Of trials of block number `index`: bit for bit those of `measure_errors`."""
+        errors, samples = JointErrors(trials), range(self.kept, len(self.tokens))
+        with errors.watching(self.source.model):
+            for sample in samples:
+                errors.start()
+                self._input_gradient(index, sample)
+        return errors.means(self.tokens.shape[1])
 
     @torch.no_grad()
     def _watch(self, index: int, sample: int) -> None:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lrcompress.blocks import Forward, logits_of, replaced_forwards
 from lrcompress.ffn import find_blocks
 from lrcompress.fisher import drawn_scores
+from lrcompress.joint import JointErrors, Trial, held_out
 from lrcompress.mixtures import unpacked
 from lrcompress.processes import own_part
 from lrcompress.protocols import (
@@ -183,20 +184,34 @@ def measure_moments(
     return moments
 
 
+def measure_errors(
+    model: Any, trials: Sequence[Trial], tokens: Tensor, progress: Progress = silent
+) -> dict[str, list[float]]:
+    """Mean (gᵀ D h)² of each trial by the name of its linear, for each of the `tokens` (samples,
+    length) that are held out."""
+    count = len(tokens)
+    samples, errors = range(count - held_out(count), count), JointErrors(trials)
+    with unpacked(model), evaluation_mode(model), errors.watching(model):
+        for index in progress(samples, "Trying choices", len(samples)):
+            errors.start()
+            _with_gradients(model, tokens[index][None].to(model.device), errors, seed=index)
+    return errors.means(tokens.shape[1])
+
+
 @torch.no_grad()
 def _forward(model: Any, sample: Tensor) -> None:
     model.base_model(input_ids=sample, use_cache=False)  # without the head
 
 
 @torch.enable_grad()
-def _with_gradients(model: Any, sample: Tensor, moments: Moments, seed: int) -> None:
+def _with_gradients(model: Any, sample: Tensor, watching: Moments | JointErrors, seed: int) -> None:
     with _frozen(model), replaced_forwards(list(find_blocks(model)[1]), _checkpointing):
         logits = logits_of(model, sample)
-        moments.backward = True
+        watching.backward = True
         try:
             logits.backward(drawn_scores(logits.detach(), seed))  # type: ignore[no-untyped-call]
         finally:
-            moments.backward = False
+            watching.backward = False
 
 
 @contextmanager

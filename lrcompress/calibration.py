@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from lrcompress.calibrate import Moments, measure_moments
+from lrcompress.calibrate import Moments, measure_errors, measure_moments
 from lrcompress.corpora import SELF, read_corpus
 from lrcompress.data import Fingerprint, bos_token, fingerprint, in_turn, token_blocks
+from lrcompress.joint import Trial, held_out
 from lrcompress.processes import from_main
 from lrcompress.protocols import InputError, LinearSpec, Progress, silent
 from lrcompress.sampling import sampled_blocks
@@ -24,7 +26,8 @@ READ_SAMPLES, WRITTEN_SAMPLES = 50, 20
 class Calibration:
     """Tokens and moments of one model; whatever stage asks first has them made.
 
-    `reading` and `measuring` are the seconds that text and moments took.
+    `reading` are the seconds that the text took, `measuring` those of moments, with gradients or
+    without.
     """
 
     def __init__(
@@ -37,8 +40,9 @@ class Calibration:
     ) -> None:
         self.model, self.tokenizer, self.linears = model, tokenizer, linears
         self.settings, self.progress = settings, progress
-        self.reading = self.measuring = 0.0
-        self._moments: Moments | None = None
+        self.reading = 0.0
+        self.measuring: dict[bool, float] = {}
+        self._moments: dict[bool, Moments] = {}
 
     @cached_property
     def _text(self) -> tuple[Tensor, Fingerprint]:
@@ -59,14 +63,21 @@ class Calibration:
         return self._text[1] if "_text" in vars(self) else None
 
     def moments(self, gradients: bool) -> Moments:
-        """Measured with gradients if they are wanted; those serve who wants none, too."""
-        known = self._moments
-        if known is None or (gradients and not known.gradient_tokens):
-            samples = self.settings.gradient_samples if gradients else 0
+        """Of all samples; or, with gradients, of those that are not held out for trials."""
+        if gradients not in self._moments:
             tokens, started = self.tokens, time.perf_counter()
-            known = measure_moments(self.model, self.linears, tokens, samples, self.progress)
-            self._moments, self.measuring = known, time.perf_counter() - started
-        return known
+            if gradients:
+                tokens = tokens[: len(tokens) - held_out(len(tokens))]
+            samples = self.settings.gradient_samples if gradients else 0
+            found = measure_moments(self.model, self.linears, tokens, samples, self.progress)
+            self._moments[gradients] = found
+            self.measuring[gradients] = time.perf_counter() - started
+        return self._moments[gradients]
+
+    def errors(self, trials: Sequence[Trial]) -> dict[str, list[float]]:
+        """What `trials` cost on each sample that is held out, by the name of their linears."""
+        parts = (self.model, trials, self.tokens, self.progress)
+        return from_main(lambda: measure_errors(*parts))
 
 
 def calibration_tokens(

@@ -96,7 +96,7 @@ class Compression:
             return replace(done, notes=(*done.notes, OVERFLOWS))
 
     def _run(self, text: Calibration, share: float | None) -> Factorization:
-        parts = (self.settings, share, text.moments, self.progress)
+        parts = (self.settings, share, text, self.progress)
         return self.carry_out(prepare(self.model, text.linears, *parts), text)
 
     def text(self) -> Calibration:

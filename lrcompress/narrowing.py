@@ -78,12 +78,13 @@ def _pick(
         usable = free & (diagonal > least)
         if not bool(usable.any()):
             break
-        gains = torch.where(usable, S.diagonal() / diagonal.clamp_min(least), -1.0)
-        j = int(gains.argmax())
+        # rounding may take gains below zero, where channels that are out would win
+        gains = (S.diagonal() / diagonal.clamp_min(least)).clamp_min(0)
+        j = int(torch.where(usable, gains, -1.0).argmax())
         if picked and float(gains[j]) < outside:
             break
         picked.append(int(pool[j]))
-        lowered.append(max(float(gains[j]), 0.0))
+        lowered.append(float(gains[j]))
         free[j] = False
         d, s, pivot = R[:, j].clone(), S[:, j].clone(), float(R[j, j])
         R -= torch.outer(d, d) / pivot
@@ -98,8 +99,10 @@ def _take_out(D: Tensor, M: Tensor, spread: Tensor, picked: Tensor) -> Tensor:
     With Q Qᵀ = D_J D_JJ⁻¹ D_Jᵀ the residual becomes D - Q Qᵀ, and its diag(D M D) follows from
     V = D M Q without a product of two full matrices.
     """
-    block = D[picked][:, picked]
-    Q = torch.linalg.solve_triangular(torch.linalg.cholesky(block), D[picked], upper=False).T
+    sizes = D.diagonal()[picked].sqrt()  # these may differ by many decades
+    rows = D[picked] / sizes[:, None]
+    block = rows[:, picked] / sizes
+    Q = torch.linalg.solve_triangular(torch.linalg.cholesky(block), rows, upper=False).T
     MQ = M @ Q
     V, inner = D @ MQ, Q.T @ MQ
     D.addmm_(Q, Q.T, alpha=-1)

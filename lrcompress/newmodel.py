@@ -146,17 +146,13 @@ def bare_model(config: Any, settings: PretrainSettings) -> Any:
 def _records(model: Any, settings: PretrainSettings) -> dict[str, dict[str, Any]]:
     """What `rebuild` is told of each linear that gets a rank."""
     linears, truncation = select(model, dense_first=settings.dense_first), _truncation(settings)
-    prepared = prepare(model, linears, truncation, settings.keep_ratio, _no_moments, silent)
+    prepared = prepare(model, linears, truncation, settings.keep_ratio, None, silent)
     assert prepared.plan is not None
     shapes = {spec.name: [spec.out_features, spec.in_features] for spec in linears}
     return {
         name: {"form": truncation.form, "rank": rank, "shape": shapes[name]}
         for name, rank in prepared.plan.ranks.items()
     }
-
-
-def _no_moments(_: bool) -> Any:
-    raise AssertionError("plain truncation needs no moments")
 
 
 def _truncation(settings: PretrainSettings) -> FactorizeSettings:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from lrcompress.calibrate import Moments
 from lrcompress.choices import Grid, ffn_choices
 from lrcompress.decompositions import Decompositions
 from lrcompress.ffn import linears_of
+from lrcompress.joint import Trial, corrected, trial
 from lrcompress.lowrank import dense_weight
 from lrcompress.mixtures import unpacked
 from lrcompress.plans import Allocator, Budget, Choices, Plan
@@ -78,6 +79,11 @@ class Planning:
     def gradients(self) -> bool:
         return "gradient_moment" in self.method.requires
 
+    @property
+    def tries(self) -> bool:
+        """Whether estimates are of the loss, and compared from block to block."""
+        return self.gradients and self.method.estimates_loss and self.allocator.needs_errors
+
     def choices(self, ffns: Iterable[FFN]) -> tuple[tuple[Choices, ...], dict[str, Tensor]]:
         """Of each FFN, and the order of its channels where the method narrows."""
         found, channels = [], {}
@@ -88,10 +94,26 @@ class Planning:
                 channels[ffn.name] = order.cpu()
         return tuple(found), channels
 
+    def trials(
+        self, ffns: Iterable[FFN], choices: Iterable[Choices], channels: Mapping[str, Tensor]
+    ) -> list[Trial]:
+        """One of each FFN, as far as there is something to try."""
+        pairs = zip(ffns, choices, strict=True)
+        found = [trial(ffn, self.method, one, channels.get(ffn.name)) for ffn, one in pairs]
+        return [one for one in found if one is not None]
+
     def plan(self, choices: Sequence[Choices]) -> Plan | None:
         if self.budget.rank is None and self.budget.keep_ratio is None:
             return None
         return self.allocator.allocate(choices, self.budget)
+
+
+class Text(Protocol):
+    """What can be measured on the calibration text."""
+
+    def moments(self, gradients: bool) -> Moments: ...
+
+    def errors(self, trials: Sequence[Trial]) -> dict[str, list[float]]: ...
 
 
 def prepare(
@@ -99,7 +121,7 @@ def prepare(
     linears: tuple[LinearSpec, ...],
     settings: FactorizeSettings,
     keep_ratio: float | None,
-    get_moments: Callable[[bool], Moments],
+    text: Text | None,
     progress: Progress,
 ) -> Prepared:
     """Calibrates if the method needs it, and plans if the budget is known.
@@ -113,7 +135,8 @@ def prepare(
             choices, channels = planning.choices(ffns_of(model, linears, None))
             plan = planning.plan(choices)
         if planning.reads_text(plan):
-            moments = get_moments(planning.gradients)
+            assert text is not None
+            moments = text.moments(planning.gradients)
         if not planning.is_early:
             groups = by_ffn(linears)
             found = divided(
@@ -124,6 +147,10 @@ def prepare(
             )
             choices = tuple(one for part, _ in found for one in part)
             channels = {name: order for _, orders in found for name, order in orders.items()}
+            if planning.tries and text is not None:
+                ffns = ffns_of(model, linears, moments)
+                trials = planning.trials(ffns, choices, channels)
+                choices = corrected(choices, trials, text.errors(trials))
             plan = planning.plan(choices)
     method, shared = planning.method, (moments, choices, channels)
     return Prepared(

@@ -192,11 +192,15 @@ class Method(Protocol):
 
     `narrows`: it chooses intermediate channels to keep, through `order` and `narrow`.
     `truncates`: it replaces linears by low-rank factors, through `error_curve` and `decompose`.
+    `estimates_loss`: its squared errors are twice an estimate of the rise of the loss.
     """
 
     requires: ClassVar[frozenset[Statistic]]
     narrows: ClassVar[bool]
     truncates: ClassVar[bool]
+
+    @property
+    def estimates_loss(self) -> bool: ...
 
     def error_curve(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """Squared error at every rank 0 .. min(out, in) in the method's metric; float64."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lrcompress.blockfiles import BlockFiles
+from lrcompress.blockfiles import BlockFiles, Found
 from lrcompress.blockwise import Blockwise
 from lrcompress.calibrate import Moments
 from lrcompress.calibration import Calibration
@@ -25,6 +25,7 @@ from lrcompress.experts import fused_experts
 from lrcompress.factorization import Counts, Factorization, counts, notes
 from lrcompress.ffn import find_ffns, select
 from lrcompress.footprint import Footprint, Sizes
+from lrcompress.joint import corrected
 from lrcompress.lowrank import rebuild
 from lrcompress.offload import OffloadedModel
 from lrcompress.plans import Choices, Plan
@@ -137,8 +138,15 @@ class Streaming:
             self._reach(index)
             with self.source.resident(index):
                 check_weights(self.source.model, specs)
-                ffns = ffns_of(self.source.model, specs, self._moments(index))
-                self.files.write_choices(index, self.planning.choices(ffns))
+                self.files.write_choices(index, self._choices(index, specs))
+
+    def _choices(self, index: int, specs: Sequence[LinearSpec]) -> Found:
+        planning, model, moments = self.planning, self.source.model, self._moments(index)
+        choices, channels = planning.choices(ffns_of(model, specs, moments))
+        if planning.tries and self.measured is not None:
+            trials = planning.trials(ffns_of(model, specs, moments), choices, channels)
+            choices = corrected(choices, trials, self.measured.errors(index, trials))
+        return choices, channels
 
     @torch.no_grad()
     def _shrink(self, prepared: Prepared, plan: Plan) -> None:

@@ -162,8 +162,8 @@ class Sweep:
         text = self._compression(self.variants[0], self._model).text()
         needs = [variant.factorize.compressor().requires for variant in self.variants]
         with peak_memory() as memory:
-            if any(needs):
-                text.moments(any("gradient_moment" in need for need in needs))
+            for gradients in sorted({"gradient_moment" in need for need in needs if need}):
+                text.moments(gradients)
         return text, memory.peak
 
     def _refuse_contamination(self) -> None:
@@ -178,7 +178,7 @@ class Sweep:
     def _prepared(self, variant: Variant) -> tuple[Prepared, float]:
         """What all points of a variant share, and the seconds that it took."""
         text, started = self._text[0], time.perf_counter()
-        arguments = (variant.factorize, None, text.moments, self.progress)
+        arguments = (variant.factorize, None, text, self.progress)
         prepared = prepare(self._model, text.linears, *arguments).for_many_plans()
         return prepared, time.perf_counter() - started
 
@@ -221,14 +221,15 @@ class Sweep:
         peak: int | None,
     ) -> Point:
         """`point` with its part in what was shared."""
-        measured = prepared.moments is not None
-        if not (measured or variant.refine.enabled or variant.factorize.sequential == "anchored"):
+        moments = prepared.moments
+        if not (moments or variant.refine.enabled or variant.factorize.sequential == "anchored"):
             return point
         read = text.fingerprint
         assert read is not None
         words = f"{read.num_samples} x {read.seq_len} tokens of {read.data}"
-        seconds = point.seconds + text.reading + (text.measuring if measured else 0.0)
-        memory = max(point.memory or 0, (peak or 0) if measured else 0) or None
+        measuring = text.measuring[moments.gradient_tokens > 0] if moments else 0.0
+        seconds = point.seconds + text.reading + measuring
+        memory = max(point.memory or 0, (peak or 0) if moments else 0) or None
         return replace(point, text=words, seconds=seconds, memory=memory)
 
     def _measured(self, variant: str, ratio: float, model: Any) -> Point:

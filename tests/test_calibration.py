@@ -57,16 +57,18 @@ def test_writing_leaves_the_random_state_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_moments_are_measured_once_and_gradients_when_asked() -> None:
+def test_moments_are_measured_once_with_gradients_and_once_without() -> None:
     model = tiny_model()
-    settings = CalibrationSettings(num_samples=4, gradient_samples=2, seq_len=16)
+    settings = CalibrationSettings(num_samples=9, gradient_samples=2, seq_len=16)
     found = Calibration(model, byte_tokenizer(), select(model), settings)
     assert found.fingerprint is None
     plain = found.moments(False)
     assert found.moments(False) is plain
     both = found.moments(True)
-    assert both is found.moments(False)
-    assert (both.tokens, both.gradient_tokens) == (64, 32)
+    assert found.moments(True) is both
+    assert found.moments(False) is plain
+    assert (plain.tokens, plain.gradient_tokens) == (144, 0)
+    assert (both.tokens, both.gradient_tokens) == (128, 32)  # one sample is held out
     assert found.fingerprint is not None
 
 

@@ -17,7 +17,7 @@ from tests.test_devices import run_torchrun
 from tests.test_streaming import record, weights
 from tests.tiny import saved_model
 
-TEXT = {"data": ["pydoc"], "num_samples": 5, "gradient_samples": 3, "seq_len": 64}
+TEXT = {"data": ["pydoc"], "num_samples": 9, "gradient_samples": 3, "seq_len": 64}
 SEQUENTIAL = {"sequential": "anchored"}
 # so that the tiny models become low rank in every block
 LOW_RANK = {"method": "auto", "method_options": {"shrinkage": 0, "output_shrinkage": 0}}

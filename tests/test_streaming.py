@@ -27,7 +27,7 @@ from lrcompress.walk import Walk
 from tests.conftest import interrupt, invoke, small_recipe
 from tests.tiny import STANDARD, byte_tokenizer, logits, saved_model, tiny_model
 
-TEXT = ("--calibration", "pydoc", "--num-samples", "4", "--seq-len", "64")
+TEXT = ("--calibration", "pydoc", "--num-samples", "9", "--seq-len", "64")
 GRADIENTS = ("--gradient-samples", "2")
 # what differs between two runs of the same settings
 OWN = ("seconds", "recipe", "saved")
@@ -109,7 +109,7 @@ def test_weights_that_are_stored_otherwise_than_computed(tmp_path: Path) -> None
 
 
 STEPS: list[tuple[type, str, int]] = [
-    (Activations, "write", 7),
+    (Activations, "write", 14),
     (Blockwise, "_input_gradient", 3),
     (BlockFiles, "write_choices", 2),
     (BlockFiles, "write", 2),
@@ -147,7 +147,7 @@ def test_an_interrupted_run_goes_on(
 )
 def test_what_is_kept_stays_within_what_is_said(tmp_path: Path, flags: dict[str, str]) -> None:
     dense = saved_model(tmp_path / "dense", num_hidden_layers=4)
-    text = {"data": "pydoc", "num_samples": 4, "seq_len": 256, "gradient_samples": 2}
+    text = {"data": "pydoc", "num_samples": 9, "seq_len": 256, "gradient_samples": 2}
     settings = {"keep_ratio": 0.6, "streaming": True} | flags
     recipe = Recipe(model={"source": str(dense)}, calibration=text, factorize=settings)
     said: list[str] = []

@@ -93,7 +93,7 @@ def test_nothing_is_measured_twice(
 
     def counted(*arguments: Any) -> Any:
         measured.append(arguments[0])
-        if len(measured) == 3:
+        if len(measured) == 4:
             raise KeyboardInterrupt
         return quality(*arguments)
 
@@ -107,8 +107,10 @@ def test_nothing_is_measured_twice(
     with pytest.raises(KeyboardInterrupt):
         sweep(wanted, tmp_path / "out")
     points = sweep(wanted, tmp_path / "out")
-    assert measured[:3] == ["dense", "calibration", "whitened at 0.8"]
-    assert measured[3:] == [
+    # without gradients, and with them
+    assert measured[:4] == ["dense", "calibration", "calibration", "whitened at 0.8"]
+    assert measured[4:] == [
+        "calibration",
         "calibration",
         "whitened at 0.8",
         "whitened at 0.5",
@@ -116,7 +118,7 @@ def test_nothing_is_measured_twice(
         "nystrom at 0.5",
     ]
     assert sweep(wanted, tmp_path / "out") == points
-    assert len(measured) == 8
+    assert len(measured) == 10
 
 
 @pytest.mark.parametrize("method", ["svd", "whitened", "fisher", "auto"])

@@ -47,6 +47,10 @@ class Nystrom:
         if not 0 < self.ridge <= 1:
             raise InputError(f"ridge {self.ridge} is not in (0, 1]")
 
+    @property
+    def estimates_loss(self) -> bool:
+        return self.two_sided
+
     def error_curve(self, weight: Tensor, statistics: Statistics) -> Tensor:
         raise TypeError("nystrom leaves linears at full rank")
 

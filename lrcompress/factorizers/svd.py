@@ -32,6 +32,7 @@ class ScaledSVD:
     requires: ClassVar[frozenset[Statistic]] = frozenset()
     narrows: ClassVar[bool] = False
     truncates: ClassVar[bool] = True
+    estimates_loss: ClassVar[bool] = False
 
     def metric(self, statistics: Statistics) -> Metric | None:
         """X of shape (in, in), or its diagonal (in,); None for the identity."""
@@ -136,6 +137,7 @@ class FisherSVD(WhitenedSVD):
     """
 
     requires: ClassVar[frozenset[Statistic]] = frozenset({"second_moment", "gradient_moment"})
+    estimates_loss: ClassVar[bool] = True
     damping: float = 1e-3
     output_damping: float = 1e-2
     shrinkage: float = SHRINKAGE

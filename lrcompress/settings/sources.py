@@ -38,7 +38,7 @@ class CalibrationSettings(Section):
         description="Blocks of text; default 50 or what the text holds, 20 of the model's own.",
     )
     gradient_samples: int = Field(
-        12,
+        8,
         ge=1,
         description="Of these, blocks with a backward pass, for methods that weigh by the loss.",
     )

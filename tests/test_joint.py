@@ -1,0 +1,142 @@
+"""What a change costs is measured without taking inputs and gradients as independent."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lrcompress.calibrate import measure_errors, measure_moments
+from lrcompress.factorizers.nystrom import Auto, Nystrom
+from lrcompress.factorizers.svd import FisherSVD
+from lrcompress.ffn import select
+from lrcompress.fisher import drawn_scores
+from lrcompress.joint import Trial, corrected
+from lrcompress.plans import Choices, Curve, Shape
+from lrcompress.prepare import Planning, ffns_of, prepare
+from lrcompress.protocols import LinearSpec, silent
+from lrcompress.settings import FactorizeSettings
+from tests.tiny import tiny_model, tokens
+
+
+def down_of(model: torch.nn.Module, block: int) -> LinearSpec:
+    found: LinearSpec = next(s for s in select(model) if s.block == block and s.role == "down")
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_errors_are_means_over_tokens(family: str) -> None:
+    model, sample = tiny_model(family), tokens(23, 20)
+    down = down_of(model, 0)
+    change = 0.1 * torch.randn(down.out_features, down.in_features)
+    found = measure_errors(model, [Trial(down, change, 1.0)], sample)
+    module, seen = model.get_submodule(down.name), []
+    module.register_forward_hook(lambda _, x, y: seen.append((x[0].flatten(0, -2), y)))
+    expected = []
+    for seed in (21, 22):  # an eighth
+        seen.clear()
+        logits = model(input_ids=sample[seed : seed + 1]).logits[0]
+        h, output = seen[0]
+        g = torch.autograd.grad(logits, output, drawn_scores(logits.detach(), seed))[0]
+        products = (g.flatten(0, -2) * (h.detach() @ change.T)).sum(-1)
+        expected.append(float(products.square().mean()))
+    assert found == {down.name: pytest.approx(expected, rel=1e-4)}
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_an_error_is_twice_the_divergence_of_a_small_change() -> None:
+    """In the last block, behind which no token reads another."""
+    model, sample = tiny_model(), tokens(48, 64)
+    down = down_of(model, 1)
+    weight = model.get_submodule(down.name).weight
+    generator = torch.Generator().manual_seed(0)
+    change = 0.02 * weight.std().detach() * torch.randn(weight.shape, generator=generator)
+    found = measure_errors(model, [Trial(down, change, 1.0)], sample)
+    sample = sample[-6:]
+    with torch.no_grad():
+        before = model(input_ids=sample).logits.double().log_softmax(-1)
+        weight -= change
+        after = model(input_ids=sample).logits.double().log_softmax(-1)
+    divergence = float((before.exp() * (before - after)).sum(-1).mean())
+    assert sum(found[down.name]) / 6 / 2 == pytest.approx(divergence, rel=0.3)
+
+
+def choices_of(block: int) -> Choices:
+    linear = LinearSpec(f"{block}.down", block, "down", 8, 4, False, "h", f"{block}")
+    curve = Curve(linear.name, np.array([1, 0]), np.array([12, 32]), np.array([3.0, 0.0]))
+    return Choices(linear.ffn, (linear,), (Shape(None, 0.0, (curve,)), Shape(6, 2.0, ())))
+
+
+def test_estimates_of_a_block_are_scaled_alike() -> None:
+    first, second, third = (choices_of(block) for block in range(3))
+    trials = [Trial(one.linears[0], torch.zeros(4, 8), 2.0) for one in (first, second)]
+    measured = {"0.down": [2.5, 10.0], "1.down": [0.0, 0.0]}
+    found = corrected([first, second, third], trials, measured)
+    assert found[0].shapes[0].curves[0].errors.tolist() == pytest.approx([7.5, 0.0])
+    assert found[0].shapes[1].error == pytest.approx(5.0)
+    # nothing measured, and nothing tried
+    assert [one.shapes[1].error for one in found[1:]] == [2.0, 2.0]
+
+
+class Told:
+    """A text of which every trial cost `factor` times its estimate in block 0."""
+
+    def __init__(self, model: torch.nn.Module, factor: float) -> None:
+        self.model, self.factor = model, factor
+        self.trials: list[Trial] = []
+
+    def moments(self, gradients: bool):  # type: ignore[no-untyped-def]
+        sample = tokens(4, 32)
+        return measure_moments(self.model, select(self.model), sample, 4 * gradients)
+
+    def errors(self, trials):  # type: ignore[no-untyped-def]
+        self.trials = list(trials)
+        return {
+            one.linear.name: [one.estimated * (1.0 if one.linear.block else self.factor)]
+            for one in trials
+        }
+
+
+@pytest.mark.parametrize("method", ["auto", "fisher", "nystrom"])
+def test_what_costs_more_than_it_seemed_keeps_more(method: str) -> None:
+    model = tiny_model()
+    linears = select(model)
+    settings = FactorizeSettings(keep_ratio=0.5, method=method, rank_multiple=1)
+    kept = []
+    for factor in (1.0, 100.0):
+        text = Told(model, factor)
+        plan = prepare(model, linears, settings, 0.5, text, silent).plan
+        assert plan is not None
+        assert len(text.trials) == 2
+        assert all(bool((one.change != 0).any()) for one in text.trials)
+        kept.append(sum(plan.parameters(s, settings.form) for s in linears if s.block == 0))
+    assert kept[1] > kept[0]
+
+
+def test_errors_in_another_unit_are_not_corrected() -> None:
+    model = tiny_model()
+    options = {"two_sided": False}
+    settings = FactorizeSettings(
+        keep_ratio=0.5, method="nystrom", method_options=options, ranks="loss_aware"
+    )
+    text = Told(model, 100.0)
+    assert prepare(model, select(model), settings, 0.5, text, silent).plan is not None
+    assert text.trials == []
+
+
+@pytest.mark.parametrize("method", [Auto(), Nystrom(), FisherSVD()])
+def test_the_estimate_is_that_of_the_change(method: Auto | Nystrom | FisherSVD) -> None:
+    """In moments that are not shrunk, where the change costs tr(G D X Dᵀ)."""
+    model = tiny_model()
+    linears = select(model)
+    name = {"Auto": "auto", "Nystrom": "nystrom", "FisherSVD": "fisher"}[type(method).__name__]
+    options = {"shrinkage": 0, "output_shrinkage": 0}
+    settings = FactorizeSettings(keep_ratio=0.5, method=name, method_options=options)
+    planning, moments = Planning.of(settings, 0.5), Told(model, 1.0).moments(True)
+    choices, channels = planning.choices(ffns_of(model, linears, moments))
+    for one in planning.trials(ffns_of(model, linears, moments), choices, channels):
+        found = moments.statistics(one.linear)
+        assert found.gradient_moment is not None
+        D = one.change.double()
+        cost = float((found.gradient_moment.double() @ D @ found.second_moment @ D.T).trace())
+        assert one.estimated == pytest.approx(cost, rel=0.05)
