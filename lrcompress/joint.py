@@ -45,20 +45,26 @@ def trial(ffn: FFN, method: Method, choices: Choices, channels: Tensor | None) -
     """Of down_proj: of its channels, where the method narrows, or of its rank."""
     if (down := ffn.down) is None:
         return None
-    weight = to_float64(ffn.weights[down.name])
     if channels is None:
-        rank = max(1, round(SHARE * down.full_rank))
-        found = method.decompose(weight, ffn.statistics[down.name], rank).factors(weight, rank)
-        change, estimated = weight - found.B @ found.A, found.error
-    else:
-        narrowed = [shape for shape in choices.shapes if shape.width is not None]
-        if not narrowed:
-            return None
-        shape = min(narrowed, key=lambda one: abs((one.width or 0) - SHARE * down.in_features))
-        kept = channels[: shape.width].to(weight.device)
-        change, estimated = weight.clone(), shape.error
-        change[:, kept] -= method.narrow(ffn, kept).weights[down.name]
-    return Trial(down, change.float(), estimated)
+        return _truncated(ffn, method, down)
+    narrowed = [shape for shape in choices.shapes if shape.width is not None]
+    return _narrowed(ffn, method, down, narrowed, channels) if narrowed else None
+
+
+def _truncated(ffn: FFN, method: Method, down: LinearSpec) -> Trial:
+    weight, rank = to_float64(ffn.weights[down.name]), max(1, round(SHARE * down.full_rank))
+    found = method.decompose(weight, ffn.statistics[down.name], rank).factors(weight, rank)
+    return Trial(down, (weight - found.B @ found.A).float(), found.error)
+
+
+def _narrowed(
+    ffn: FFN, method: Method, down: LinearSpec, shapes: Sequence[Shape], channels: Tensor
+) -> Trial:
+    change = to_float64(ffn.weights[down.name]).clone()
+    shape = min(shapes, key=lambda one: abs((one.width or 0) - SHARE * down.in_features))
+    kept = channels[: shape.width].to(change.device)
+    change[:, kept] -= method.narrow(ffn, kept).weights[down.name]
+    return Trial(down, change.float(), shape.error)
 
 
 class JointErrors:
