@@ -82,7 +82,10 @@ class BlockFiles:
     def write_choices(self, block: int, found: Found) -> None:
         choices, channels = found
         content = {
-            "choices": [{"ffn": one.ffn, "shapes": [*map(_shape, one.shapes)]} for one in choices],
+            "choices": [
+                {"ffn": one.ffn, "factor": one.factor, "shapes": [*map(_shape, one.shapes)]}
+                for one in choices
+            ],
             "channels": {name: order.tolist() for name, order in channels.items()},
         }
         with keeping(f"the choices of block {block} in {str(self.folder)!r}"):
@@ -111,7 +114,7 @@ def _read_choices(content: Mapping[str, Any], linears: Sequence[LinearSpec]) -> 
         Shape(shape["width"], shape["error"], tuple(map(_read_curve, shape["curves"])))
         for shape in content["shapes"]
     ]
-    return Choices(content["ffn"], own, tuple(shapes))
+    return Choices(content["ffn"], own, tuple(shapes), content["factor"])
 
 
 def _read_curve(content: Mapping[str, Any]) -> Curve:

@@ -4,7 +4,7 @@ Estimates from moments take an FFN's inputs and the gradients of its outputs as 
 K-FAC does. They are not: in many blocks the tokens with the largest inputs have the largest
 gradients too. So each FFN is changed on trial, and the mean of (gᵀ D h)² over tokens is measured
 for that one change D, which needs no independence, on samples that the moments have not seen. What
-it is over its estimate corrects all estimates of the block.
+it is over its estimate is the factor by which a policy corrects all estimates of the block.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from statistics import geometric_mean
 from torch import Tensor, nn
 
 from lrcompress.linalg import to_float64
-from lrcompress.plans import Choices, Curve, Shape
+from lrcompress.plans import Choices, Shape
 from lrcompress.protocols import FFN, LinearSpec, Method
 
 # of the channels, or of the full rank, that a trial keeps
@@ -110,16 +110,16 @@ class JointErrors:
 def corrected(
     choices: Sequence[Choices], trials: Sequence[Trial], measured: Mapping[str, Sequence[float]]
 ) -> tuple[Choices, ...]:
-    """`choices` with the estimates of each block times what its trials cost over their estimates.
+    """`choices` with the factor of each block: what its trials cost over their estimates.
 
-    That is the geometric mean over samples, so that a strange one does not decide. Estimates stay
-    as they are where there is nothing to compare.
+    That is the geometric mean over samples, so that a strange one does not decide; 1 where there is
+    nothing to compare.
     """
     by_block: defaultdict[int, list[Trial]] = defaultdict(list)
     for one in trials:
         by_block[one.linear.block].append(one)
     factors = {block: _factor(found, measured) for block, found in by_block.items()}
-    return tuple(_scaled(one, factors.get(one.linears[0].block, 1.0)) for one in choices)
+    return tuple(replace(one, factor=factors.get(one.linears[0].block, 1.0)) for one in choices)
 
 
 def _factor(trials: Sequence[Trial], measured: Mapping[str, Sequence[float]]) -> float:
@@ -127,13 +127,3 @@ def _factor(trials: Sequence[Trial], measured: Mapping[str, Sequence[float]]) ->
     samples = zip(*(measured[one.linear.name] for one in trials), strict=True)
     costs = [cost for cost in map(sum, samples) if cost > 0]
     return geometric_mean(costs) / estimated if costs and estimated > 0 else 1.0
-
-
-def _scaled(choices: Choices, factor: float) -> Choices:
-    def curve(one: Curve) -> Curve:
-        return replace(one, errors=one.errors * factor)
-
-    def shape(one: Shape) -> Shape:
-        return Shape(one.width, one.error * factor, tuple(map(curve, one.curves)))
-
-    return replace(choices, shapes=tuple(map(shape, choices.shapes)))

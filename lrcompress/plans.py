@@ -39,11 +39,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Choices:
-    """Every way in which a method could shrink one FFN."""
+    """Every way in which a method could shrink one FFN.
+
+    `factor` is what a small change of it costs, by trial, over its estimate.
+    """
 
     ffn: str
     linears: tuple[LinearSpec, ...]
     shapes: tuple[Shape, ...]
+    factor: float = 1.0
 
     @property
     def dense_parameters(self) -> int:

@@ -192,7 +192,7 @@ class Method(Protocol):
 
     `narrows`: it chooses intermediate channels to keep, through `order` and `narrow`.
     `truncates`: it replaces linears by low-rank factors, through `error_curve` and `decompose`.
-    `estimates_loss`: its squared errors are twice an estimate of the rise of the loss.
+    `estimates_loss`: its squared errors are twice an estimate of the divergence from dense.
     """
 
     requires: ClassVar[frozenset[Statistic]]

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from lrcompress.allocators.loss_aware import LossAware
 from lrcompress.calibrate import measure_errors, measure_moments
 from lrcompress.factorizers.nystrom import Auto, Nystrom
 from lrcompress.factorizers.svd import FisherSVD
 from lrcompress.ffn import select
 from lrcompress.fisher import drawn_scores
 from lrcompress.joint import Trial, corrected
-from lrcompress.plans import Choices, Curve, Shape
+from lrcompress.plans import Budget, Choices, Curve, Shape
 from lrcompress.prepare import Planning, ffns_of, prepare
 from lrcompress.protocols import LinearSpec, silent
 from lrcompress.settings import FactorizeSettings
@@ -67,15 +68,31 @@ def choices_of(block: int) -> Choices:
     return Choices(linear.ffn, (linear,), (Shape(None, 0.0, (curve,)), Shape(6, 2.0, ())))
 
 
-def test_estimates_of_a_block_are_scaled_alike() -> None:
+def test_a_factor_is_that_of_its_block() -> None:
     first, second, third = (choices_of(block) for block in range(3))
     trials = [Trial(one.linears[0], torch.zeros(4, 8), 2.0) for one in (first, second)]
     measured = {"0.down": [2.5, 10.0], "1.down": [0.0, 0.0]}
     found = corrected([first, second, third], trials, measured)
-    assert found[0].shapes[0].curves[0].errors.tolist() == pytest.approx([7.5, 0.0])
-    assert found[0].shapes[1].error == pytest.approx(5.0)
-    # nothing measured, and nothing tried
-    assert [one.shapes[1].error for one in found[1:]] == [2.0, 2.0]
+    # the geometric mean; then nothing measured, and nothing tried
+    assert [one.factor for one in found] == pytest.approx([2.5, 1.0, 1.0])
+    assert [one.shapes for one in found] == [one.shapes for one in (first, second, third)]
+
+
+def choices_with_ranks(block: int, factor: float) -> Choices:
+    linear = LinearSpec(f"{block}.down", block, "down", 64, 64, False, "h", f"{block}")
+    ranks = np.arange(1, 64)
+    counts = [linear.parameters(int(rank), "pivoted") for rank in ranks]
+    errors = np.exp(-ranks / 16) - np.exp(-4)
+    curve = Curve(linear.name, np.append(ranks, 0), np.append(counts, 4096), np.append(errors, 0.0))
+    return Choices(linear.ffn, (linear,), (Shape(None, 0.0, (curve,)),), factor)
+
+
+@pytest.mark.parametrize(("keep_ratio", "moves"), [(0.9, True), (0.6, True), (0.4, False)])
+def test_factors_count_less_the_less_is_kept(keep_ratio: float, moves: bool) -> None:
+    choices = [choices_with_ranks(0, 3.0), choices_with_ranks(1, 1.0)]
+    ranks = LossAware().allocate(choices, Budget(keep_ratio=keep_ratio)).ranks
+    first, second = (ranks.get(f"{block}.down", 64) for block in (0, 1))
+    assert first > second + 2 if moves else abs(first - second) <= 1
 
 
 class Told:
@@ -101,11 +118,11 @@ class Told:
 def test_what_costs_more_than_it_seemed_keeps_more(method: str) -> None:
     model = tiny_model()
     linears = select(model)
-    settings = FactorizeSettings(keep_ratio=0.5, method=method, rank_multiple=1)
+    settings = FactorizeSettings(keep_ratio=0.7, method=method, rank_multiple=1)
     kept = []
     for factor in (1.0, 100.0):
         text = Told(model, factor)
-        plan = prepare(model, linears, settings, 0.5, text, silent).plan
+        plan = prepare(model, linears, settings, 0.7, text, silent).plan
         assert plan is not None
         assert len(text.trials) == 2
         assert all(bool((one.change != 0).any()) for one in text.trials)

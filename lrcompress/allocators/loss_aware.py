@@ -13,6 +13,8 @@ from lrcompress.protocols import InputError
 
 # halvings of the multiplier's bracket, in log space
 BISECTIONS = 44
+# shares kept from which on the factors of trials count in full, and down to which not at all
+TRUSTED, DISTRUSTED = 0.8, 0.4
 # loss of leaving all out, as a share of the largest that is estimated: above rounding alone
 PRIOR = 1e-9
 
@@ -35,18 +37,18 @@ class Menu:
 
     def __init__(self, ffn: Choices, floor: float) -> None:
         self.ffn, self.floor = ffn, floor
-        chosen = [all(len(curve.ranks) == 1 for curve in shape.curves) for shape in ffn.shapes]
-        self.open = [shape for shape, made in zip(ffn.shapes, chosen, strict=True) if not made]
-        made = [shape for shape, made in zip(ffn.shapes, chosen, strict=True) if made]
-        self.made = [self._decide(shape, 0.0) for shape in made]
-        self.errors = np.array([decision.error for decision in self.made])
-        self.parameters = np.array([decision.parameters for decision in self.made])
+        self.open = [shape for shape in ffn.shapes if _has_ranks(shape)]
+        settled = [shape for shape in ffn.shapes if not _has_ranks(shape)]
+        self.settled = [self._decide(shape, 0.0) for shape in settled]
+        self.errors = np.array([decision.error for decision in self.settled])
+        self.parameters = np.array([decision.parameters for decision in self.settled])
 
     def best(self, multiplier: float) -> Decision:
         """That with the least (estimated loss + multiplier x parameters)."""
         found = [self._decide(shape, multiplier) for shape in self.open]
-        if self.made:
-            found.append(self.made[int(np.argmin(self.errors + multiplier * self.parameters))])
+        if self.settled:
+            best = int(np.argmin(self.errors + multiplier * self.parameters))
+            found.append(self.settled[best])
         return min(found, key=lambda decision: decision.error + multiplier * decision.parameters)
 
     def _decide(self, shape: Shape, multiplier: float) -> Decision:
@@ -82,7 +84,8 @@ class LossAware:
         if budget.keep_ratio is None:
             raise InputError("loss_aware needs a budget to share out: give --keep-ratio")
         total = sum(ffn.dense_parameters for ffn in choices)
-        decisions = self.decide(_steadied(choices), budget.keep_ratio * total)
+        corrected = _corrected(choices, budget.keep_ratio)
+        decisions = self.decide(_steadied(corrected), budget.keep_ratio * total)
         ranks = {
             curve.name: rank
             for ffn, decision in zip(choices, decisions, strict=True)
@@ -113,6 +116,10 @@ class LossAware:
             else:
                 high, tight = middle, found
         return _filled(menus, tight, parameters, np.exp(high))
+
+
+def _has_ranks(shape: Shape) -> bool:
+    return any(len(curve.ranks) > 1 for curve in shape.curves)
 
 
 def _at(menus: Sequence[Menu], multiplier: float) -> list[Decision]:
@@ -164,6 +171,20 @@ def _one_step(ffn: Choices, now: Decision) -> Iterator[Decision]:
 
 def _curves(ffn: Choices, decision: Decision) -> tuple[Curve, ...]:
     return next(shape.curves for shape in ffn.shapes if shape.width == decision.width)
+
+
+def _corrected(choices: Sequence[Choices], keep_ratio: float) -> list[Choices]:
+    """Estimates times the factors, which are of changes as small as where most is kept."""
+    trust = min(max((keep_ratio - DISTRUSTED) / (TRUSTED - DISTRUSTED), 0.0), 1.0)
+    return [_scaled(ffn, ffn.factor**trust) for ffn in choices]
+
+
+def _scaled(ffn: Choices, factor: float) -> Choices:
+    def shape(one: Shape) -> Shape:
+        curves = tuple(replace(curve, errors=curve.errors * factor) for curve in one.curves)
+        return Shape(one.width, one.error * factor, curves)
+
+    return replace(ffn, shapes=tuple(map(shape, ffn.shapes)))
 
 
 def _steadied(choices: Sequence[Choices]) -> tuple[Choices, ...]:
