@@ -17,8 +17,8 @@ from torch import Tensor
 from lrcompress.blockfiles import Activations
 from lrcompress.blocks import Blocks
 from lrcompress.calibrate import Moments
-from lrcompress.joint import JointErrors, Trial, held_out
 from lrcompress.offload import OffloadedModel
+from lrcompress.probes import Probe, ProbeErrors, held_out
 from lrcompress.processes import agreed, count, own_part
 from lrcompress.protocols import LinearSpec, Progress
 
@@ -26,7 +26,7 @@ from lrcompress.protocols import LinearSpec, Progress
 class Blockwise:
     """Moments of the `linears` of one block, from tokens (samples, length).
 
-    The first `gradient_samples` get a backward pass, and so do those held out for trials. What
+    The first `gradient_samples` get a backward pass, and so do those held out for probes. What
     `work` holds is not computed again. Several processes share the samples.
     """
 
@@ -39,8 +39,9 @@ class Blockwise:
         work: Path,
     ) -> None:
         self.source, self.linears, self.tokens = source, linears, tokens
-        self.kept = len(tokens) - (held_out(len(tokens)) if gradient_samples else 0)
-        self.gradient_samples = min(gradient_samples, self.kept)
+        count = len(tokens)
+        self.held = held_out(count) if gradient_samples else range(count, count)
+        self.gradient_samples = min(gradient_samples, self.held.start)
         self.hidden, self.gradients = Activations(work / "hidden"), Activations(work / "gradient")
         with source.resident(0):
             self.blocks = Blocks(source.model, tokens)
@@ -92,7 +93,7 @@ class Blockwise:
             self._advance(index, own if index < self.last else self._with_gradients(own))
 
     def _with_gradients(self, samples: Sequence[int]) -> Sequence[int]:
-        return [s for s in samples if s < self.gradient_samples or s >= self.kept]
+        return [s for s in samples if s < self.gradient_samples or s in self.held]
 
     def _backward(self, progress: Progress) -> None:
         own, blocks = self._with_gradients(own_part(range(len(self.tokens)))), self.source.count
@@ -133,7 +134,7 @@ class Blockwise:
         specs = [spec for spec in self.linears if spec.block == index]
         moments, length = Moments(specs, self.gradient_samples > 0), self.tokens.shape[1]
         with moments.watching(self.source.model):
-            for sample in range(self.kept):
+            for sample in range(self.held.start):
                 if sample < self.gradient_samples:
                     self._input_gradient(index, sample)
                     moments.gradient_tokens += length
@@ -142,11 +143,11 @@ class Blockwise:
                 moments.tokens += length
         return moments
 
-    def errors(self, index: int, trials: Sequence[Trial]) -> dict[str, list[float]]:
-        """Of trials of block number `index`: bit for bit those of `measure_errors`."""
-        errors, samples = JointErrors(trials), range(self.kept, len(self.tokens))
+    def errors(self, index: int, probes: Sequence[Probe]) -> dict[str, list[float]]:
+        """Of probes of block number `index`: bit for bit those of `measure_errors`."""
+        errors = ProbeErrors(probes)
         with errors.watching(self.source.model):
-            for sample in samples:
+            for sample in self.held:
                 errors.start()
                 self._input_gradient(index, sample)
         return errors.means(self.tokens.shape[1])

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from lrcompress.blocks import Forward, logits_of, replaced_forwards
 from lrcompress.ffn import find_blocks
 from lrcompress.fisher import drawn_scores
-from lrcompress.joint import JointErrors, Trial, held_out
 from lrcompress.mixtures import unpacked
+from lrcompress.probes import Probe, ProbeErrors, held_out
 from lrcompress.processes import own_part
 from lrcompress.protocols import (
     InputError,
@@ -185,14 +185,13 @@ def measure_moments(
 
 
 def measure_errors(
-    model: Any, trials: Sequence[Trial], tokens: Tensor, progress: Progress = silent
+    model: Any, probes: Sequence[Probe], tokens: Tensor, progress: Progress = silent
 ) -> dict[str, list[float]]:
-    """Mean (gᵀ D h)² of each trial by the name of its linear, for each of the `tokens` (samples,
+    """Mean (gᵀ D h)² of each probe by the name of its linear, for each of the `tokens` (samples,
     length) that are held out."""
-    count = len(tokens)
-    samples, errors = range(count - held_out(count), count), JointErrors(trials)
+    samples, errors = held_out(len(tokens)), ProbeErrors(probes)
     with unpacked(model), evaluation_mode(model), errors.watching(model):
-        for index in progress(samples, "Trying choices", len(samples)):
+        for index in progress(samples, "Probing", len(samples)):
             errors.start()
             _with_gradients(model, tokens[index][None].to(model.device), errors, seed=index)
     return errors.means(tokens.shape[1])
@@ -204,7 +203,7 @@ def _forward(model: Any, sample: Tensor) -> None:
 
 
 @torch.enable_grad()
-def _with_gradients(model: Any, sample: Tensor, watching: Moments | JointErrors, seed: int) -> None:
+def _with_gradients(model: Any, sample: Tensor, watching: Moments | ProbeErrors, seed: int) -> None:
     with _frozen(model), replaced_forwards(list(find_blocks(model)[1]), _checkpointing):
         logits = logits_of(model, sample)
         watching.backward = True

@@ -12,7 +12,7 @@ from torch import Tensor
 from lrcompress.calibrate import Moments, measure_errors, measure_moments
 from lrcompress.corpora import SELF, read_corpus
 from lrcompress.data import Fingerprint, bos_token, fingerprint, in_turn, token_blocks
-from lrcompress.joint import Trial, held_out
+from lrcompress.probes import Probe, held_out
 from lrcompress.processes import from_main
 from lrcompress.protocols import InputError, LinearSpec, Progress, silent
 from lrcompress.sampling import sampled_blocks
@@ -63,20 +63,20 @@ class Calibration:
         return self._text[1] if "_text" in vars(self) else None
 
     def moments(self, gradients: bool) -> Moments:
-        """Of all samples; or, with gradients, of those that are not held out for trials."""
+        """Of all samples; or, with gradients, of those that are not held out for probes."""
         if gradients not in self._moments:
             tokens, started = self.tokens, time.perf_counter()
             if gradients:
-                tokens = tokens[: len(tokens) - held_out(len(tokens))]
+                tokens = tokens[: held_out(len(tokens)).start]
             samples = self.settings.gradient_samples if gradients else 0
             found = measure_moments(self.model, self.linears, tokens, samples, self.progress)
             self._moments[gradients] = found
             self.measuring[gradients] = time.perf_counter() - started
         return self._moments[gradients]
 
-    def errors(self, trials: Sequence[Trial]) -> dict[str, list[float]]:
-        """What `trials` cost on each sample that is held out, by the name of their linears."""
-        parts = (self.model, trials, self.tokens, self.progress)
+    def errors(self, probes: Sequence[Probe]) -> dict[str, list[float]]:
+        """What `probes` cost on each sample that is held out, by the name of their linears."""
+        parts = (self.model, probes, self.tokens, self.progress)
         return from_main(lambda: measure_errors(*parts))
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from lrcompress.ffn import find_blocks
-from lrcompress.joint import held_out
 from lrcompress.memory import resident
 from lrcompress.prepare import Planning
+from lrcompress.probes import held_out
 from lrcompress.protocols import LinearSpec
 from lrcompress.quantized import weight_bytes
 from lrcompress.recipe import Recipe
@@ -74,7 +74,7 @@ class Sizes:
         blocks = len(self._blocks) + 1 if not self.planning.is_early or self._gradients else 2
         streams = 4 * (self.recipe.factorize.sequential == "anchored")
         streams += 8 * FLOAT32 // size * self.recipe.refine.enabled
-        kept_gradients = min(asked + held_out(self.samples), self.samples) if asked else 0
+        kept_gradients = min(asked + len(held_out(self.samples)), self.samples) if asked else 0
         return one * (blocks * (self.samples + kept_gradients) + streams * self.samples)
 
     def _activations(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Protocol, Self
@@ -14,10 +14,10 @@ from lrcompress.calibrate import Moments
 from lrcompress.choices import Grid, ffn_choices
 from lrcompress.decompositions import Decompositions
 from lrcompress.ffn import linears_of
-from lrcompress.joint import Trial, corrected, trial
 from lrcompress.lowrank import dense_weight
 from lrcompress.mixtures import unpacked
 from lrcompress.plans import Allocator, Budget, Choices, Plan
+from lrcompress.probes import Probe, corrected, probe
 from lrcompress.processes import divided
 from lrcompress.protocols import FFN, InputError, LinearSpec, Method, Progress, Statistics
 from lrcompress.quantized import weight_bytes
@@ -80,7 +80,7 @@ class Planning:
         return "gradient_moment" in self.method.requires
 
     @property
-    def tries(self) -> bool:
+    def is_probed(self) -> bool:
         """Whether estimates are of the loss, and compared from block to block."""
         return self.gradients and self.method.estimates_loss and self.allocator.needs_errors
 
@@ -94,13 +94,26 @@ class Planning:
                 channels[ffn.name] = order.cpu()
         return tuple(found), channels
 
-    def trials(
+    def probes(
         self, ffns: Iterable[FFN], choices: Iterable[Choices], channels: Mapping[str, Tensor]
-    ) -> list[Trial]:
-        """One of each FFN, as far as there is something to try."""
+    ) -> list[Probe]:
+        """One of each FFN, as far as there is something to change."""
         pairs = zip(ffns, choices, strict=True)
-        found = [trial(ffn, self.method, one, channels.get(ffn.name)) for ffn, one in pairs]
+        found = [probe(ffn, self.method, one, channels.get(ffn.name)) for ffn, one in pairs]
         return [one for one in found if one is not None]
+
+    def corrected(
+        self,
+        ffns: Iterable[FFN],
+        choices: tuple[Choices, ...],
+        channels: Mapping[str, Tensor],
+        measure: Callable[[list[Probe]], Mapping[str, Sequence[float]]],
+    ) -> tuple[Choices, ...]:
+        """`choices` with the factors of probes, where there are to be any."""
+        if not self.is_probed:
+            return choices
+        made = self.probes(ffns, choices, channels)
+        return corrected(choices, made, measure(made))
 
     def plan(self, choices: Sequence[Choices]) -> Plan | None:
         if self.budget.rank is None and self.budget.keep_ratio is None:
@@ -113,7 +126,7 @@ class Text(Protocol):
 
     def moments(self, gradients: bool) -> Moments: ...
 
-    def errors(self, trials: Sequence[Trial]) -> dict[str, list[float]]: ...
+    def errors(self, probes: Sequence[Probe]) -> dict[str, list[float]]: ...
 
 
 def prepare(
@@ -147,10 +160,9 @@ def prepare(
             )
             choices = tuple(one for part, _ in found for one in part)
             channels = {name: order for _, orders in found for name, order in orders.items()}
-            if planning.tries and text is not None:
+            if text is not None:
                 ffns = ffns_of(model, linears, moments)
-                trials = planning.trials(ffns, choices, channels)
-                choices = corrected(choices, trials, text.errors(trials))
+                choices = planning.corrected(ffns, choices, channels, text.errors)
             plan = planning.plan(choices)
     method, shared = planning.method, (moments, choices, channels)
     return Prepared(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,6 @@ from lrcompress.experts import fused_experts
 from lrcompress.factorization import Counts, Factorization, counts, notes
 from lrcompress.ffn import find_ffns, select
 from lrcompress.footprint import Footprint, Sizes
-from lrcompress.joint import corrected
 from lrcompress.lowrank import rebuild
 from lrcompress.offload import OffloadedModel
 from lrcompress.plans import Choices, Plan
@@ -143,9 +143,9 @@ class Streaming:
     def _choices(self, index: int, specs: Sequence[LinearSpec]) -> Found:
         planning, model, moments = self.planning, self.source.model, self._moments(index)
         choices, channels = planning.choices(ffns_of(model, specs, moments))
-        if planning.tries and self.measured is not None:
-            trials = planning.trials(ffns_of(model, specs, moments), choices, channels)
-            choices = corrected(choices, trials, self.measured.errors(index, trials))
+        if self.measured is not None:
+            ffns, measure = ffns_of(model, specs, moments), partial(self.measured.errors, index)
+            choices = planning.corrected(ffns, choices, channels, measure)
         return choices, channels
 
     @torch.no_grad()

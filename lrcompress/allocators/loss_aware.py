@@ -13,7 +13,7 @@ from lrcompress.protocols import InputError
 
 # halvings of the multiplier's bracket, in log space
 BISECTIONS = 44
-# shares kept from which on the factors of trials count in full, and down to which not at all
+# shares kept from which on the factors of probes count in full, and down to which not at all
 TRUSTED, DISTRUSTED = 0.8, 0.4
 # loss of leaving all out, as a share of the largest that is estimated: above rounding alone
 PRIOR = 1e-9

@@ -12,9 +12,9 @@ from lrcompress.factorizers.nystrom import Auto, Nystrom
 from lrcompress.factorizers.svd import FisherSVD
 from lrcompress.ffn import select
 from lrcompress.fisher import drawn_scores
-from lrcompress.joint import Trial, corrected
 from lrcompress.plans import Budget, Choices, Curve, Shape
 from lrcompress.prepare import Planning, ffns_of, prepare
+from lrcompress.probes import Probe, corrected
 from lrcompress.protocols import LinearSpec, silent
 from lrcompress.settings import FactorizeSettings
 from tests.tiny import tiny_model, tokens
@@ -30,7 +30,7 @@ def test_errors_are_means_over_tokens(family: str) -> None:
     model, sample = tiny_model(family), tokens(23, 20)
     down = down_of(model, 0)
     change = 0.1 * torch.randn(down.out_features, down.in_features)
-    found = measure_errors(model, [Trial(down, change, 1.0)], sample)
+    found = measure_errors(model, [Probe(down, change, 1.0)], sample)
     module, seen = model.get_submodule(down.name), []
     module.register_forward_hook(lambda _, x, y: seen.append((x[0].flatten(0, -2), y)))
     expected = []
@@ -52,7 +52,7 @@ def test_an_error_is_twice_the_divergence_of_a_small_change() -> None:
     weight = model.get_submodule(down.name).weight
     generator = torch.Generator().manual_seed(0)
     change = 0.02 * weight.std().detach() * torch.randn(weight.shape, generator=generator)
-    found = measure_errors(model, [Trial(down, change, 1.0)], sample)
+    found = measure_errors(model, [Probe(down, change, 1.0)], sample)
     sample = sample[-6:]
     with torch.no_grad():
         before = model(input_ids=sample).logits.double().log_softmax(-1)
@@ -70,10 +70,10 @@ def choices_of(block: int) -> Choices:
 
 def test_a_factor_is_that_of_its_block() -> None:
     first, second, third = (choices_of(block) for block in range(3))
-    trials = [Trial(one.linears[0], torch.zeros(4, 8), 2.0) for one in (first, second)]
+    probes = [Probe(one.linears[0], torch.zeros(4, 8), 2.0) for one in (first, second)]
     measured = {"0.down": [2.5, 10.0], "1.down": [0.0, 0.0]}
-    found = corrected([first, second, third], trials, measured)
-    # the geometric mean; then nothing measured, and nothing tried
+    found = corrected([first, second, third], probes, measured)
+    # the geometric mean; then nothing measured, and nothing probed
     assert [one.factor for one in found] == pytest.approx([2.5, 1.0, 1.0])
     assert [one.shapes for one in found] == [one.shapes for one in (first, second, third)]
 
@@ -96,21 +96,21 @@ def test_factors_count_less_the_less_is_kept(keep_ratio: float, moves: bool) -> 
 
 
 class Told:
-    """A text of which every trial cost `factor` times its estimate in block 0."""
+    """A text of which every probe cost `factor` times its estimate in block 0."""
 
     def __init__(self, model: torch.nn.Module, factor: float) -> None:
         self.model, self.factor = model, factor
-        self.trials: list[Trial] = []
+        self.probes: list[Probe] = []
 
     def moments(self, gradients: bool):  # type: ignore[no-untyped-def]
         sample = tokens(4, 32)
         return measure_moments(self.model, select(self.model), sample, 4 * gradients)
 
-    def errors(self, trials):  # type: ignore[no-untyped-def]
-        self.trials = list(trials)
+    def errors(self, probes):  # type: ignore[no-untyped-def]
+        self.probes = list(probes)
         return {
             one.linear.name: [one.estimated * (1.0 if one.linear.block else self.factor)]
-            for one in trials
+            for one in probes
         }
 
 
@@ -124,8 +124,8 @@ def test_what_costs_more_than_it_seemed_keeps_more(method: str) -> None:
         text = Told(model, factor)
         plan = prepare(model, linears, settings, 0.7, text, silent).plan
         assert plan is not None
-        assert len(text.trials) == 2
-        assert all(bool((one.change != 0).any()) for one in text.trials)
+        assert len(text.probes) == 2
+        assert all(bool((one.change != 0).any()) for one in text.probes)
         kept.append(sum(plan.parameters(s, settings.form) for s in linears if s.block == 0))
     assert kept[1] > kept[0]
 
@@ -138,7 +138,7 @@ def test_errors_in_another_unit_are_not_corrected() -> None:
     )
     text = Told(model, 100.0)
     assert prepare(model, select(model), settings, 0.5, text, silent).plan is not None
-    assert text.trials == []
+    assert text.probes == []
 
 
 @pytest.mark.parametrize("method", [Auto(), Nystrom(), FisherSVD()])
@@ -151,7 +151,7 @@ def test_the_estimate_is_that_of_the_change(method: Auto | Nystrom | FisherSVD) 
     settings = FactorizeSettings(keep_ratio=0.5, method=name, method_options=options)
     planning, moments = Planning.of(settings, 0.5), Told(model, 1.0).moments(True)
     choices, channels = planning.choices(ffns_of(model, linears, moments))
-    for one in planning.trials(ffns_of(model, linears, moments), choices, channels):
+    for one in planning.probes(ffns_of(model, linears, moments), choices, channels):
         found = moments.statistics(one.linear)
         assert found.gradient_moment is not None
         D = one.change.double()

@@ -2,7 +2,7 @@
 
 Estimates from moments take an FFN's inputs and the gradients of its outputs as independent, as
 K-FAC does. They are not: in many blocks the tokens with the largest inputs have the largest
-gradients too. So each FFN is changed on trial, and the mean of (gᵀ D h)² over tokens is measured
+gradients too. So each FFN is changed as a probe, and the mean of (gᵀ D h)² over tokens is measured
 for that one change D, which needs no independence, on samples that the moments have not seen. What
 it is over its estimate is the factor by which a policy corrects all estimates of the block.
 """
@@ -21,19 +21,19 @@ from lrcompress.linalg import to_float64
 from lrcompress.plans import Choices, Shape
 from lrcompress.protocols import FFN, LinearSpec, Method
 
-# of the channels, or of the full rank, that a trial keeps
+# of the channels, or of the full rank, that a probe keeps
 SHARE = 0.7
-# samples for trials alone, and the least share that they are of
+# samples for probes alone, and the least share that they are of
 SAMPLES, SAMPLES_OF = 6, 8
 
 
-def held_out(samples: int) -> int:
-    """How many of `samples`, the last ones, are for trials and not for moments."""
-    return min(SAMPLES, samples // SAMPLES_OF)
+def held_out(samples: int) -> range:
+    """Which of `samples`, the last ones, are for probes and not for moments."""
+    return range(samples - min(SAMPLES, samples // SAMPLES_OF), samples)
 
 
 @dataclass(frozen=True)
-class Trial:
+class Probe:
     """`change` (out, in), float32, is what `linear` loses, `estimated` its squared error."""
 
     linear: LinearSpec
@@ -41,7 +41,7 @@ class Trial:
     estimated: float
 
 
-def trial(ffn: FFN, method: Method, choices: Choices, channels: Tensor | None) -> Trial | None:
+def probe(ffn: FFN, method: Method, choices: Choices, channels: Tensor | None) -> Probe | None:
     """Of down_proj: of its channels, where the method narrows, or of its rank."""
     if (down := ffn.down) is None:
         return None
@@ -51,28 +51,28 @@ def trial(ffn: FFN, method: Method, choices: Choices, channels: Tensor | None) -
     return _narrowed(ffn, method, down, narrowed, channels) if narrowed else None
 
 
-def _truncated(ffn: FFN, method: Method, down: LinearSpec) -> Trial:
+def _truncated(ffn: FFN, method: Method, down: LinearSpec) -> Probe:
     weight, rank = to_float64(ffn.weights[down.name]), max(1, round(SHARE * down.full_rank))
     found = method.decompose(weight, ffn.statistics[down.name], rank).factors(weight, rank)
-    return Trial(down, (weight - found.B @ found.A).float(), found.error)
+    return Probe(down, (weight - found.B @ found.A).float(), found.error)
 
 
 def _narrowed(
     ffn: FFN, method: Method, down: LinearSpec, shapes: Sequence[Shape], channels: Tensor
-) -> Trial:
+) -> Probe:
     change = to_float64(ffn.weights[down.name]).clone()
     shape = min(shapes, key=lambda one: abs((one.width or 0) - SHARE * down.in_features))
     kept = channels[: shape.width].to(change.device)
     change[:, kept] -= method.narrow(ffn, kept).weights[down.name]
-    return Trial(down, change.float(), shape.error)
+    return Probe(down, change.float(), shape.error)
 
 
-class JointErrors:
-    """Sums over the tokens of each sample of (gᵀ D h)², D the change of each trial."""
+class ProbeErrors:
+    """Sums over the tokens of each sample of (gᵀ D h)², D the change of each probe."""
 
-    def __init__(self, trials: Sequence[Trial]) -> None:
-        self.trials = trials
-        self.sums: dict[str, list[float]] = {one.linear.name: [] for one in trials}
+    def __init__(self, probes: Sequence[Probe]) -> None:
+        self.probes = probes
+        self.sums: dict[str, list[float]] = {one.linear.name: [] for one in probes}
         self.backward = False
 
     def start(self) -> None:
@@ -83,12 +83,12 @@ class JointErrors:
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
-            for one in self.trials:
+            for one in self.probes:
                 module = model.get_submodule(one.linear.name)
                 stack.callback(module.register_forward_hook(self._watch(one)).remove)
             yield
 
-    def _watch(self, one: Trial) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def _watch(self, one: Probe) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def watch(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad and not self.backward:  # not when checkpointing runs it again
                 h = arguments[0].detach().flatten(0, -2).float()
@@ -108,22 +108,22 @@ class JointErrors:
 
 
 def corrected(
-    choices: Sequence[Choices], trials: Sequence[Trial], measured: Mapping[str, Sequence[float]]
+    choices: Sequence[Choices], probes: Sequence[Probe], measured: Mapping[str, Sequence[float]]
 ) -> tuple[Choices, ...]:
-    """`choices` with the factor of each block: what its trials cost over their estimates.
+    """`choices` with the factor of each block: what its probes cost over their estimates.
 
     That is the geometric mean over samples, so that a strange one does not decide; 1 where there is
     nothing to compare.
     """
-    by_block: defaultdict[int, list[Trial]] = defaultdict(list)
-    for one in trials:
+    by_block: defaultdict[int, list[Probe]] = defaultdict(list)
+    for one in probes:
         by_block[one.linear.block].append(one)
     factors = {block: _factor(found, measured) for block, found in by_block.items()}
     return tuple(replace(one, factor=factors.get(one.linears[0].block, 1.0)) for one in choices)
 
 
-def _factor(trials: Sequence[Trial], measured: Mapping[str, Sequence[float]]) -> float:
-    estimated = sum(one.estimated for one in trials)
-    samples = zip(*(measured[one.linear.name] for one in trials), strict=True)
+def _factor(probes: Sequence[Probe], measured: Mapping[str, Sequence[float]]) -> float:
+    estimated = sum(one.estimated for one in probes)
+    samples = zip(*(measured[one.linear.name] for one in probes), strict=True)
     costs = [cost for cost in map(sum, samples) if cost > 0]
     return geometric_mean(costs) / estimated if costs and estimated > 0 else 1.0
