@@ -69,7 +69,7 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 test-real: setup
 	$(BIN)/pytest -m real_model
 
-# about two hours: the tables of docs/results.md
+# about three hours: the tables of docs/results.md
 TRAIN ?= wikitext2,c4
 TEST ?= wikitext2,c4
 results: setup

@@ -18,7 +18,7 @@ from lrcompress import checkpoint, processes
 from lrcompress.anchor import shrink_anchored
 from lrcompress.calibration import Calibration
 from lrcompress.experts import LIST
-from lrcompress.factorization import Counts, Factorization, counts, notes
+from lrcompress.factorization import Counts, Factorization, counts, notes, probed
 from lrcompress.ffn import find_ffns, select
 from lrcompress.finite import unsound
 from lrcompress.lowrank import compressed_layers, install, is_linear
@@ -145,6 +145,7 @@ class Compression:
             counts(finding.linears, plan, settings.form),
             Counts(before, parameter_count(model)),
             text.fingerprint,
+            probed(prepared.choices),
             trials,
             refined,
             tuple(notes(done, finding.experts, scarce, selected, prepared.keep_ratio)),

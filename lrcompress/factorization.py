@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lrcompress.data import Fingerprint
-from lrcompress.plans import Plan
+from lrcompress.plans import Choices, Plan
 from lrcompress.protocols import Form, LinearSpec
 from lrcompress.refined import RefinedBlock
 from lrcompress.shrink import ShrunkLinear
@@ -35,7 +35,8 @@ class Counts:
 class Factorization:
     """What `factorize` did. Counts: the selected linears, all FFNs, and the whole model.
 
-    `trials` lists what a search for a perplexity tried, `refined` what refinement did.
+    `probed` has by FFN what its probe cost over its estimate, `trials` lists what a search for a
+    perplexity tried, `refined` what refinement did.
     """
 
     linears: tuple[ShrunkLinear, ...]
@@ -43,6 +44,7 @@ class Factorization:
     ffn: Counts
     model: Counts
     calibration: Fingerprint | None
+    probed: Mapping[str, float]
     trials: tuple[dict[str, float], ...]
     refined: tuple[RefinedBlock, ...]
     notes: tuple[str, ...]
@@ -56,6 +58,7 @@ class Factorization:
                 "model": self.model.to_dict(),
             },
             "calibration": self.calibration.to_dict() if self.calibration else None,
+            "probed": dict(self.probed),
             "trials": list(self.trials),
             "refined": [asdict(block) for block in self.refined],
             "notes": list(self.notes),
@@ -70,6 +73,11 @@ def counts(linears: Sequence[LinearSpec], plan: Plan, form: Form) -> Counts:
         sum(linear.dense_parameters for linear in linears),
         sum(plan.parameters(linear, form) for linear in linears),
     )
+
+
+def probed(choices: Sequence[Choices]) -> dict[str, float]:
+    """The factor of each FFN that a probe corrected."""
+    return {one.ffn: one.factor for one in choices if one.factor != 1.0}
 
 
 def notes(

@@ -23,7 +23,7 @@ from lrcompress.calibration import Calibration
 from lrcompress.corpora import SELF
 from lrcompress.decompositions import Decompositions
 from lrcompress.experts import fused_experts
-from lrcompress.factorization import Counts, Factorization, counts, notes
+from lrcompress.factorization import Counts, Factorization, counts, notes, probed
 from lrcompress.ffn import find_ffns, select
 from lrcompress.footprint import Footprint, Sizes
 from lrcompress.lowrank import rebuild
@@ -69,7 +69,7 @@ class Streaming:
         plan = prepared.plan
         assert plan is not None
         agreed(lambda: self._shrink(prepared, plan))
-        return agreed(lambda: self._finished(plan))
+        return agreed(lambda: self._finished(prepared, plan))
 
     @property
     def shards(self) -> list[Path]:
@@ -179,7 +179,7 @@ class Streaming:
             }
             self.files.write(index, self.source.stored(index, block), record)
 
-    def _finished(self, plan: Plan) -> Factorization:
+    def _finished(self, prepared: Prepared, plan: Plan) -> Factorization:
         model, form = self.source.model, self.settings.form
         records = [self.files.record(index) for index in range(self.source.count)]
         specs = {spec.name: spec for spec in self.linears}
@@ -194,6 +194,7 @@ class Streaming:
             counts(finding.linears, plan, form),
             Counts(before, parameter_count(model)),
             self.text.fingerprint,
+            probed(prepared.choices),
             (),
             tuple(RefinedBlock(**one) for record in records for one in record["refined"]),
             tuple(notes(done, finding.experts, (), selected, self.share)),

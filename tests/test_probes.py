@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import lrcompress
 from lrcompress.allocators.loss_aware import LossAware
 from lrcompress.calibrate import measure_errors, measure_moments
 from lrcompress.factorizers.nystrom import Auto, Nystrom
@@ -17,7 +18,7 @@ from lrcompress.prepare import Planning, ffns_of, prepare
 from lrcompress.probes import Probe, corrected
 from lrcompress.protocols import LinearSpec, silent
 from lrcompress.settings import FactorizeSettings
-from tests.tiny import tiny_model, tokens
+from tests.tiny import byte_tokenizer, tiny_model, tokens
 
 
 def down_of(model: torch.nn.Module, block: int) -> LinearSpec:
@@ -157,3 +158,17 @@ def test_the_estimate_is_that_of_the_change(method: Auto | Nystrom | FisherSVD) 
         D = one.change.double()
         cost = float((found.gradient_moment.double() @ D @ found.second_moment @ D.T).trace())
         assert one.estimated == pytest.approx(cost, rel=0.05)
+
+
+def test_what_probes_found_is_recorded() -> None:
+    settings = {"calibration": "pydoc:calibration", "seq_len": 32, "gradient_samples": 4}
+    found = []
+    for samples in (4, 16):  # too few to hold one out, and two held out
+        model = tiny_model()
+        done = lrcompress.factorize(
+            model, byte_tokenizer(), keep_ratio=0.8, num_samples=samples, **settings
+        )
+        found.append(done.to_dict()["probed"])
+    assert found[0] == {}
+    assert found[1].keys() == {spec.ffn for spec in select(tiny_model())}
+    assert all(0 < factor < 100 for factor in found[1].values())
