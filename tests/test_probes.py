@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -161,7 +163,11 @@ def test_the_estimate_is_that_of_the_change(method: Auto | Nystrom | FisherSVD) 
 
 
 def test_what_probes_found_is_recorded() -> None:
-    settings = {"calibration": "pydoc:calibration", "seq_len": 32, "gradient_samples": 4}
+    settings: dict[str, Any] = {
+        "calibration": "pydoc:calibration",
+        "seq_len": 32,
+        "gradient_samples": 4,
+    }
     found = []
     for samples in (4, 16):  # too few to hold one out, and two held out
         model = tiny_model()
