@@ -35,8 +35,8 @@ class Counts:
 class Factorization:
     """What `factorize` did. Counts: the selected linears, all FFNs, and the whole model.
 
-    `probed` has by FFN what its probe cost over its estimate, `trials` lists what a search for a
-    perplexity tried, `refined` what refinement did.
+    `probed` has by FFN what the probes of its block cost over their estimates, `trials` lists what
+    a search for a perplexity tried, `refined` what refinement did.
     """
 
     linears: tuple[ShrunkLinear, ...]
@@ -76,7 +76,7 @@ def counts(linears: Sequence[LinearSpec], plan: Plan, form: Form) -> Counts:
 
 
 def probed(choices: Sequence[Choices]) -> dict[str, float]:
-    """The factor of each FFN that a probe corrected."""
+    """The factor of each FFN whose estimates were corrected."""
     return {one.ffn: one.factor for one in choices if one.factor != 1.0}
 
 

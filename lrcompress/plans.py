@@ -41,7 +41,7 @@ class Shape:
 class Choices:
     """Every way in which a method could shrink one FFN.
 
-    `factor` is what a small change of it costs, by a probe, over its estimate.
+    `factor` is what probes of its block cost over their estimates.
     """
 
     ffn: str
