@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.block_error import BlockError
-from lrcompress.linalg import damped, roots, to_float64
+from lrcompress.factorizers.svd import OUTPUT_SHRINKAGE
+from lrcompress.linalg import damped, roots, shrunk, to_float64
 from lrcompress.lowrank import install
 from lrcompress.prepare import Prepared
 from lrcompress.protocols import InputError, LinearSpec, Progress
@@ -135,7 +136,7 @@ class Refinement:
         return done
 
     def _metric(self, index: int, specs: Sequence[LinearSpec]) -> Tensor | None:
-        """G^1/2 of the block's output: what an error there costs, where that was measured.
+        """G^1/2 of the block's output, shrunk: what an error there costs, where that was measured.
 
         A linear whose output is added to the residual stream has the block's own gradient.
         """
@@ -146,8 +147,8 @@ class Refinement:
         gradient = moments.gradient(down[-1])
         if gradient is None or not self.streams.adds_to_residual(index, down[-1].name):
             return None
-        root = roots(damped(to_float64(gradient), METRIC_DAMPING))[0]
-        return root.to(self.streams.dtype)
+        moment = shrunk(to_float64(gradient), OUTPUT_SHRINKAGE)
+        return roots(damped(moment, METRIC_DAMPING))[0].to(self.streams.dtype)
 
     def _train(self, error: BlockError, named: Mapping[str, nn.Parameter]) -> RefinedBlock:
         """Adam with a cosine schedule; the parameters of the best epoch stay, or the first ones.

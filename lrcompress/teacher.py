@@ -23,11 +23,13 @@ class TeacherCache:
     """Files of `CHUNK` sequences; a file that is there is whole.
 
     For every position but the last of a sequence: `teacher_ids` (k,) and `teacher_log_probs`
-    (k + 1,), the last of them that of all other tokens together, at the temperature given.
+    (k + 1,), the last of them that of all other tokens together, at the temperature given. The
+    teacher's products are in bfloat16 with `autocast`, as they are in a run that has no cache.
     """
 
-    def __init__(self, folder: Path, top_k: int, temperature: float) -> None:
+    def __init__(self, folder: Path, top_k: int, temperature: float, autocast: bool) -> None:
         self.folder, self.top_k, self.temperature = folder, top_k, temperature
+        self.autocast = autocast
 
     def missing(self, sequences: int) -> list[int]:
         """Numbers of the files that are still to be made."""
@@ -39,7 +41,8 @@ class TeacherCache:
     ) -> None:
         """Runs the teacher over tokens (sequences, length). Raises MachineError on a full disk."""
         wanted = list(chunks)
-        with evaluation_mode(teacher):
+        precision = torch.autocast(teacher.device.type, torch.bfloat16, enabled=self.autocast)
+        with evaluation_mode(teacher), precision:
             for number in progress(wanted, "Teacher", len(wanted)):
                 blocks = tokens[number * CHUNK : (number + 1) * CHUNK]
                 found = [self._predictions(teacher, block) for block in blocks]

@@ -17,7 +17,7 @@ from lrcompress.sources import Loaded, load_settings, other_source
 from lrcompress.tables import learned
 from lrcompress.teacher import TeacherCache
 from lrcompress.trainer import BlockDataset
-from lrcompress.training import Trained
+from lrcompress.training import Trained, autocast
 from lrcompress.training_run import Text, TrainingRun, check_device, check_package
 
 LoadTeacher = Callable[[ModelSettings], Loaded]
@@ -121,10 +121,10 @@ class Finetuning(TrainingRun):
         settings = self.settings
         if settings.teacher_cache is None:
             return None
-        kept = [settings.teacher_top_k, settings.temperature]
+        kept = (settings.teacher_top_k, settings.temperature, autocast(self.teacher, settings))
         inputs = [stages.model_inputs(self.dense), text.mark["sha256"], kept]
         folder = Path(settings.teacher_cache) / stages.digest(inputs)[:16]
-        cache = TeacherCache(folder, settings.teacher_top_k, settings.temperature)
+        cache = TeacherCache(folder, *kept)
         missing = from_main(lambda: cache.missing(len(text.tokens)))
         own = processes.own_part(missing)
         agreed(lambda: cache.fill(self.teacher, text.tokens, own, self.progress))

@@ -190,11 +190,13 @@ def exact(log_p: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return top.indices, torch.cat([top.values, others(log_p, top.indices)], dim=-1)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_teacher_runs_once_with_a_cache(
-    factorized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    factorized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    live = finetuned(factorized, tmp_path / "live")["finetuned"]
-    kept = {"teacher_cache": str(tmp_path / "cache"), "teacher_top_k": 256}
+    asked = {"precision": precision}
+    live = finetuned(factorized, tmp_path / "live", **asked)["finetuned"]
+    kept = {"teacher_cache": str(tmp_path / "cache"), "teacher_top_k": 256, **asked}
     cached = finetuned(factorized, tmp_path / "cached", **kept)["finetuned"]
     # all but one of 257 tokens are kept: nothing is lost
     for found, expected in zip(cached["losses"], live["losses"], strict=True):
