@@ -11,8 +11,10 @@ import torch
 import lrcompress
 from lrcompress import compress, refine
 from lrcompress.factorization import Factorization
+from lrcompress.linalg import to_float64
 from lrcompress.lowrank import compressed_layers
-from lrcompress.protocols import InputError
+from lrcompress.prepare import prepare
+from lrcompress.protocols import InputError, silent
 from lrcompress.settings import CalibrationSettings, FactorizeSettings, RefineSettings
 from tests.tiny import byte_tokenizer, logits, tiny_model
 
@@ -50,6 +52,34 @@ def test_blocks_get_better_on_held_out_samples(method: str) -> None:
     done = refined(tiny_model(), text=LONG, method=method)
     assert sum(b.after for b in done.refined) < 0.98 * sum(b.before for b in done.refined)
     assert done.refined[0].estimates_loss == (method != "whitened")
+
+
+def test_the_loss_is_weighed_by_shrunk_gradients_and_by_size() -> None:
+    model = tiny_model()
+    asked = CalibrationSettings(**TEXT), FactorizeSettings(keep_ratio=0.6, rank_multiple=2)
+    parts = compress.Compression(model, byte_tokenizer(), *asked, RefineSettings(), silent, None)
+    text = parts.text()
+    prepared = prepare(model, text.linears, asked[1], None, text, silent)
+    down = next(spec for spec in text.linears if spec.role == "down")
+    assert prepared.moments is not None
+    found = prepared.moments.gradient(down)
+    assert found is not None
+    gradient = to_float64(found)
+    held = text.tokens[:2]
+    wanted = hidden_after_block_0(model, held)
+    compress.apply(model, byte_tokenizer(), *asked, RefineSettings())
+    off = hidden_after_block_0(model, held) - wanted
+    g = 0.4 * gradient + 0.6 * gradient.diagonal().diag()
+    g += 1e-2 * gradient.diagonal().mean() * torch.eye(len(g))
+    size = wanted.square().sum(-1)
+    median = size.median(-1, keepdim=True).values
+    expected = ((off @ g * off).sum(-1) * (median / size).clamp_max(1)).mean()
+    assert refined(tiny_model()).refined[0].before == pytest.approx(float(expected), rel=1e-4)
+
+
+@torch.no_grad()
+def hidden_after_block_0(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return to_float64(model.eval()(input_ids=tokens, output_hidden_states=True).hidden_states[1])
 
 
 def test_closer_to_the_dense_model() -> None:
