@@ -68,6 +68,8 @@ def show_recovery(done: Mapping[str, Any], out: object) -> None:
         f"Trained {done['trained_parameters']:,} parameters for {done['steps']} steps, "
         f"{done['tokens']:,} tokens{pace}."
     )
+    if (guided := done["guided_share"]) is not None:
+        _line(f"Dense weights guided {guided:.0%} of the compressed layers at first.")
     _line(
         f"Held-out loss: {done['before']:.4f} -> {done['after']:.4f}, of step {done['best_step']}."
     )

@@ -32,6 +32,7 @@ class Guidance(TrainerCallback):  # type: ignore[misc]
     def __init__(self, steps: int, reduced: bool, seed: int) -> None:
         self.steps, self.reduced, self.seed = max(1, round(SHARE_OF_STEPS * steps)), reduced, seed
         self.share = 1.0
+        self.layers = 0  # that have a guide
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -59,6 +60,7 @@ class Guidance(TrainerCallback):  # type: ignore[misc]
         With `training` the guides are parts of the model inside, so that they train with it and
         are in its checkpoints.
         """
+        self.layers = len(pairs)
         with ExitStack() as stack:
             for layer, dense in pairs:
                 if training:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,12 @@ def train(
     guidance = Guidance(settings.max_steps, settings.self_guided == "reduced", settings.seed)
     make = partial(DistillationTrainer, teacher=teacher, objective=_objective(settings))
     prepared = _guided(model, teacher, settings, guidance)
-    return run(
+    done = run(
         model, prepared, make, blocks, held_out, settings, work, progress, callbacks=[guidance]
     )
+    if settings.self_guided == "off":
+        return done
+    return replace(done, guided_share=guidance.layers / len(list(compressed_layers(model))))
 
 
 def check_pair(model: Any, teacher: Any, hidden_states: bool) -> None:

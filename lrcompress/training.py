@@ -30,7 +30,8 @@ class Trained:
     The weights of the best step are kept; `after` is their loss as they are saved: merged, packed,
     in the model's own precision.
     `seconds` are of this process, and the rate is of the steps that it took; None if it took none.
-    `diverged` is the reason for which training was stopped, if it was.
+    `diverged` is the reason for which training was stopped, if it was. `guided_share` is that of
+    the compressed layers which a teacher's weights guided, if that was asked for.
     """
 
     steps: int
@@ -43,6 +44,7 @@ class Trained:
     seconds: float
     tokens_per_second: float | None
     diverged: str | None = None
+    guided_share: float | None = None
 
     def then(self, other: Trained) -> Trained:
         """One training of this and `other`, which went on with what this one had made."""

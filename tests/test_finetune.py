@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerState
 
 import lrcompress
-from lrcompress import checkpoint, console, training, tune
+from lrcompress import checkpoint, console, recovery, training, tune
 from lrcompress.distill import DistillationTrainer
 from lrcompress.divergence import kl_divergence, top_k_divergence
 from lrcompress.guidance import Guidance, guides
@@ -296,6 +296,23 @@ def test_self_guided_training(dense: Path, tmp_path: Path, how: str, train: str)
     assert invoke("factorize", dense, "--out", tmp_path / "low", "--rank", 12).exit_code == 0
     done = finetuned(tmp_path / "low", tmp_path / "out", self_guided=how, train=train)["finetuned"]
     assert done["after"] < done["before"]
+    assert done["guided_share"] == 1
+
+
+def test_how_many_layers_had_a_guide_is_said(
+    dense: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert invoke("factorize", dense, "--out", tmp_path / "low", "--rank", 12).exit_code == 0
+    monkeypatch.setattr(recovery, "guides", lambda *models: guides(*models)[:1])
+    done = finetuned(tmp_path / "low", tmp_path / "out", self_guided="full")["finetuned"]
+    layers = len(layout_of(tmp_path / "low"))
+    assert layers > 1
+    assert done["guided_share"] == 1 / layers
+    console.show_recovery(done, "out")
+    assert f"guided {1 / layers:.0%} of the compressed layers" in capsys.readouterr().out
 
 
 def test_hidden_states_are_matched(factorized: Path, tmp_path: Path) -> None:
