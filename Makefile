@@ -78,7 +78,7 @@ results: setup
 
 # what tests/test_content.py holds equal to the code
 schemas: setup
-	$(BIN)/python -c "from lrcompress.content import write_schemas; write_schemas('docs')"
+	$(BIN)/python -c "from lrcompress.reporting.metrics_json import write_schemas; write_schemas('docs')"
 
 clean:
 	rm -rf $(VENV) $(AUDIT) $(OLDEST) runs

@@ -19,8 +19,8 @@ import click
 import torch
 from torch import Tensor
 
-from lrcompress.factorizers.svd import WhitenedSVD
-from lrcompress.protocols import Statistics
+from lrcompress.methods.svd import WhitenedSVD
+from lrcompress.runtime.protocols import Statistics
 
 
 def svd_llm(weight: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -11,31 +11,31 @@ from typing import TYPE_CHECKING, Any
 
 from wrapt import when_imported
 
-from lrcompress.protocols import InputError, MachineError
+from lrcompress.runtime.protocols import InputError, MachineError
 
 if TYPE_CHECKING:
-    from lrcompress.compare import evaluate
-    from lrcompress.compress import factorize, save
-    from lrcompress.fusing import optimize
-    from lrcompress.models import load
-    from lrcompress.pipeline import run
+    from lrcompress.compression.factorize import factorize, save
+    from lrcompress.evaluation.evaluate import evaluate
+    from lrcompress.layers.optimize import optimize
+    from lrcompress.models.loading import load
+    from lrcompress.workflows.run.pipeline import run
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "MachineError", "evaluate", "factorize", "load", "optimize", "run", "save"]
 
 _HOMES = {
-    "evaluate": "compare",
-    "factorize": "compress",
-    "load": "models",
-    "optimize": "fusing",
-    "run": "pipeline",
-    "save": "compress",
+    "evaluate": "evaluation.evaluate",
+    "factorize": "compression.factorize",
+    "load": "models.loading",
+    "optimize": "layers.optimize",
+    "run": "workflows.run.pipeline",
+    "save": "compression.factorize",
 }
 
 
 @when_imported("transformers.quantizers.auto")
 def _register(_: object) -> None:
-    import lrcompress.quantizer  # noqa: F401
+    import lrcompress.models.hf_quantizer  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

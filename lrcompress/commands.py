@@ -11,42 +11,39 @@ from typing import Any, Self
 
 import torch
 
-from lrcompress import (
-    bench_report,
-    checkpoint,
-    compare,
-    content,
-    locks,
-    report,
-    sweepreport,
-    task_logs,
-)
-from lrcompress.bench_report import Bench
-from lrcompress.contamination import refuse_recorded
-from lrcompress.export import export_dense, export_standalone
-from lrcompress.ffn_benchmark import bench_ffn, device_of
-from lrcompress.files import check_free, places, writing
-from lrcompress.fusing import optimize
-from lrcompress.join import join
-from lrcompress.lowrank import compressed_layers
-from lrcompress.model_benchmark import bench_models
-from lrcompress.protocols import InputError, Progress, silent
-from lrcompress.quantized import refuse_quantized, weight_bytes
-from lrcompress.quantizing import quantize
-from lrcompress.recipe import Recipe
-from lrcompress.report import Report
-from lrcompress.settings import (
+from lrcompress.benchmark import report as bench_report
+from lrcompress.benchmark.ffn import bench_ffn, device_of
+from lrcompress.benchmark.model import bench_models
+from lrcompress.benchmark.report import Bench
+from lrcompress.benchmark.timer import Timing, machine
+from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.checkpoint.export.standalone import export_dense, export_standalone
+from lrcompress.config import (
     FFNBenchSettings,
     ModelBenchSettings,
     ModelSettings,
     QuantizeSettings,
     Section,
 )
-from lrcompress.sources import Loaded, load_settings, other_source, record_of
-from lrcompress.sweepfolder import read_report
-from lrcompress.sweepreport import SweepReport
-from lrcompress.tables import labels
-from lrcompress.timing import Timing, machine
+from lrcompress.config.recipe import Recipe
+from lrcompress.evaluation import evaluate
+from lrcompress.evaluation.contamination import refuse_recorded
+from lrcompress.evaluation.tasks import sample_logs
+from lrcompress.layers.lowrank import compressed_layers
+from lrcompress.layers.optimize import optimize
+from lrcompress.layers.quantized import refuse_quantized, weight_bytes
+from lrcompress.models.sources import Loaded, load_settings, other_source, record_of
+from lrcompress.models.torchao import quantize
+from lrcompress.reporting import metrics_json, report
+from lrcompress.reporting.merge import join
+from lrcompress.reporting.report import Report
+from lrcompress.reporting.tables import labels
+from lrcompress.runtime import locks
+from lrcompress.runtime.files import check_free, places, writing
+from lrcompress.runtime.protocols import InputError, Progress, silent
+from lrcompress.workflows.sweep import report as sweep_report
+from lrcompress.workflows.sweep.folder import read_report
+from lrcompress.workflows.sweep.report import SweepReport
 
 
 def evaluate_to(
@@ -67,36 +64,36 @@ def evaluate_to(
 
 def _evaluated(recipe: Recipe, out: Path | None, progress: Progress, card: bool) -> Report:
     settings = recipe.evaluate
-    tasks = compare.resolve_tasks(settings)
+    tasks = evaluate.resolve_tasks(settings)
     others = [other_source(recipe.model, name) for name in settings.baseline]
     found = [_Column.load(source) for source in (*others, recipe.model)]
     names = [column.source.source for column in found]
     titles = labels([column.kind for column in found], names)
     columns = dict(zip(titles, found, strict=True))
     models = {title: column.loaded for title, column in columns.items()}
-    length = compare.common_length(models, settings)
+    length = evaluate.common_length(models, settings)
     for title, column in columns.items():
         refuse_recorded(title, column.loaded[1], settings, length, column.record or {})
-    details = compare.details(models, settings, progress)  # first: it refuses unfit prompts
-    measured = compare.measure(models, settings, tasks, progress)
+    details = evaluate.details(models, settings, progress)  # first: it refuses unfit prompts
+    measured = evaluate.measure(models, settings, tasks, progress)
     title, record = f"{recipe.model.source}: evaluation", found[-1].record or {}
     made = Report(title, tuple(measured.metrics), details, record)
     if out is not None:
         with writing(out) as partial:
             report.write(partial, made)
             for model, place in places(models).items():
-                task_logs.write(partial / task_logs.FOLDER / place, measured.logs[model])
+                sample_logs.write(partial / sample_logs.FOLDER / place, measured.logs[model])
     if card:
-        checkpoint.write_measured(Path(recipe.model.source), made.metrics, made.comparisons)
+        checkpoint_folder.write_measured(Path(recipe.model.source), made.metrics, made.comparisons)
     return made
 
 
 def _check_card(source: str) -> None:
     folder = Path(source)
-    if not folder.is_dir() or checkpoint.read_record(folder) is None:
+    if not folder.is_dir() or checkpoint_folder.read_record(folder) is None:
         raise InputError(
             f"{source!r} is no checkpoint of lrcompress, which could keep the numbers: leave out "
-            f"--write-card, or evaluate a folder with a {checkpoint.RECORD}"
+            f"--write-card, or evaluate a folder with a {checkpoint_folder.RECORD}"
         )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{source!r} cannot be written to: leave out --write-card")
@@ -110,7 +107,7 @@ def report_to(folders: Sequence[Path], out: Path | None = None) -> Report:
     """
     if out is not None:
         check_free(out)
-    with content.showing(folders):
+    with metrics_json.showing(folders):
         made = join({_name(folder): report.read(folder) for folder in folders})
         if out is None:
             report.markdown(made)
@@ -135,13 +132,13 @@ def sweep_report_to(folders: Sequence[Path], out: Path | None = None) -> SweepRe
         )
     if out is not None:
         check_free(out)
-    with content.showing(folders):
+    with metrics_json.showing(folders):
         found = read_report(folders[0])
         if out is None:
-            sweepreport.markdown(found)
+            sweep_report.markdown(found)
         else:
             with writing(out) as partial:
-                sweepreport.write(partial, found)
+                sweep_report.write(partial, found)
     return found
 
 
@@ -159,7 +156,7 @@ class _Column:
 
     @property
     def kind(self) -> str:
-        return compare.kind(self.loaded[0], "finetuned" in (self.record or {}))
+        return evaluate.kind(self.loaded[0], "finetuned" in (self.record or {}))
 
 
 def export_to(settings: ModelSettings, out: Path, standalone: bool) -> None:
@@ -193,7 +190,7 @@ def quantize_to(source: ModelSettings, settings: QuantizeSettings, out: Path) ->
             "bytes": weight_bytes(model),
             "torchao": version("torchao"),
         }
-        return checkpoint.save(model, tokenizer, out, record)
+        return checkpoint_folder.save(model, tokenizer, out, record)
 
 
 def bench_ffn_to(
@@ -239,7 +236,7 @@ def _bench(
     out: Path | None,
 ) -> Bench:
     asked = settings.model_dump(mode="json")
-    found = Bench(title, asked, machine(device) | checkpoint.versions(), timings)
+    found = Bench(title, asked, machine(device) | checkpoint_folder.versions(), timings)
     if out is not None:
         with writing(out) as partial:
             bench_report.write(partial, found)

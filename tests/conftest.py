@@ -64,7 +64,7 @@ Invoke = Callable[..., Result]
 
 def invoke(*arguments: object) -> Result:
     """The command line in this process. An exception that is no exit is a traceback: raised."""
-    from lrcompress.cli import main
+    from lrcompress.cli.app import main
 
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):

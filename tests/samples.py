@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lrcompress.details import (
+from lrcompress.reporting.differences import (
     BlockChange,
     Continuation,
     Details,
@@ -12,8 +12,8 @@ from lrcompress.details import (
     Token,
     TokenChange,
 )
-from lrcompress.metric import PERPLEXITY, Metric
-from lrcompress.points import Point
+from lrcompress.reporting.metric import PERPLEXITY, Metric
+from lrcompress.workflows.sweep.point import Point
 
 SCRIPT = "<script>window.broken = true</script>"
 TEXT = {"data": "t.txt", "windows": 8, "tokens": 512, "sha256": "0" * 64}

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lrcompress.allocators import ALLOCATORS
-from lrcompress.allocators.loss_aware import LossAware
-from lrcompress.allocators.uniform import Uniform
-from lrcompress.choices import Grid
-from lrcompress.plans import Budget, Choices, Curve, Plan, Shape
-from lrcompress.protocols import Form, InputError, LinearSpec
+from lrcompress.methods.allocators.loss_aware import LossAware
+from lrcompress.methods.allocators.uniform import Uniform
+from lrcompress.methods.candidates import Grid
+from lrcompress.methods.plan import Budget, Choices, Curve, Plan, Shape
+from lrcompress.methods.registry import ALLOCATORS
+from lrcompress.runtime.protocols import Form, InputError, LinearSpec
 
 FORMS: list[Form] = ["factored", "pivoted"]
 SIZE = (576, 1536)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import lrcompress
-from lrcompress.anchor import Anchoring, Fit
-from lrcompress.lowrank import compressed_layers
-from lrcompress.streams import Streams
+from lrcompress.compression.anchored import Anchoring, Fit
+from lrcompress.compression.hidden_streams import Streams
+from lrcompress.layers.lowrank import compressed_layers
 from tests.tiny import byte_tokenizer, logits, tiny_model, tokens
 
 SETTINGS: dict[str, Any] = {"num_samples": 16, "seq_len": 64, "sequential": "anchored"}

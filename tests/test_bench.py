@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from lrcompress import ffn_benchmark, memory
-from lrcompress.bench_report import FILES
-from lrcompress.settings import FFNBenchSettings
-from lrcompress.timing import Cost, Timing, in_turn, seconds, speedups
+from lrcompress.benchmark import ffn
+from lrcompress.benchmark.report import FILES
+from lrcompress.benchmark.timer import Cost, Timing, in_turn, seconds, speedups
+from lrcompress.config import FFNBenchSettings
+from lrcompress.runtime import memory
 from tests.conftest import invoke
 from tests.tiny import saved_model
 
@@ -96,10 +97,10 @@ def test_seconds_are_of_one_call() -> None:
 
 def test_weights_are_the_same_in_every_run() -> None:
     settings = FFNBenchSettings(width=64, ffn_width=128, keep_ratios=(0.5,), forms=("pivoted",))
-    what = ffn_benchmark.Alternative("pivoted", 0.5, "plain")
-    first, again = (ffn_benchmark.make(what, settings, CPU, "float32") for _ in range(2))
-    optimized = ffn_benchmark.Alternative("pivoted", 0.5, "optimized")
-    fast = ffn_benchmark.make(optimized, settings, CPU, "float32")
+    what = ffn.Alternative("pivoted", 0.5, "plain")
+    first, again = (ffn.make(what, settings, CPU, "float32") for _ in range(2))
+    optimized = ffn.Alternative("pivoted", 0.5, "optimized")
+    fast = ffn.make(optimized, settings, CPU, "float32")
     x = torch.randn(20, 64)
     with torch.no_grad():
         assert torch.equal(first(x), again(x))

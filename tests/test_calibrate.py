@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import lrcompress
-from lrcompress.calibrate import measure_moments
-from lrcompress.ffn import select
-from lrcompress.fisher import drawn_scores
-from lrcompress.protocols import InputError
+from lrcompress.compression.calibration.moments import measure_moments
+from lrcompress.layers.ffn_layouts import select
+from lrcompress.layers.fisher import drawn_scores
+from lrcompress.runtime.protocols import InputError
 from tests.tiny import byte_tokenizer, tiny_model, tokens
 
 

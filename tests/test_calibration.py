@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from lrcompress.calibration import Calibration, calibration_tokens
-from lrcompress.data import Fingerprint
-from lrcompress.ffn import select
-from lrcompress.protocols import InputError
-from lrcompress.settings import CalibrationSettings
+from lrcompress.compression.calibration.session import Calibration, calibration_tokens
+from lrcompress.config import CalibrationSettings
+from lrcompress.data.packing import Fingerprint
+from lrcompress.layers.ffn_layouts import select
+from lrcompress.runtime.protocols import InputError
 from tests.tiny import byte_tokenizer, tiny_model
 
 

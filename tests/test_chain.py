@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
-from lrcompress import compare, pipeline, sources, tables
-from lrcompress.distill import DistillationTrainer
-from lrcompress.protocols import InputError
-from lrcompress.recipe import Recipe, read_recipe
+from lrcompress.config.recipe import Recipe, read_recipe
+from lrcompress.evaluation import evaluate
+from lrcompress.models import sources
+from lrcompress.reporting import tables
+from lrcompress.runtime.protocols import InputError
+from lrcompress.training.distillation import DistillationTrainer
+from lrcompress.workflows.run import pipeline
 from tests.conftest import SMALL, interrupt, invoke, small_recipe
 
 MODELS = ["dense", "factorized", "finetuned"]
@@ -80,7 +83,7 @@ def test_run_shows_all_three_side_by_side(
             assert words in shown
     for module, stage in ((pipeline, "factorize_to"), (pipeline, "finetune_to")):
         monkeypatch.setattr(module, stage, not_again)
-    monkeypatch.setattr(compare, "quality", not_again)
+    monkeypatch.setattr(evaluate, "quality", not_again)
     assert invoke("run", recipe_file, out).exit_code == 0
 
 

@@ -25,7 +25,7 @@ EVAL = ("--limit", "2", "--context-length", "64", "--no-speed")
 
 def test_help_is_fast_and_needs_no_torch() -> None:
     script = (
-        "import sys; from lrcompress.cli import main\n"
+        "import sys; from lrcompress.cli.app import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: assert 'torch' not in sys.modules"
     )
@@ -320,12 +320,12 @@ def test_already_low_rank_is_refused(factorized: Path, tmp_path: Path) -> None:
 def test_full_disk_is_one_sentence(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lrcompress import checkpoint
+    from lrcompress.checkpoint import folder as checkpoint_folder
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_weights", full)
+    monkeypatch.setattr(checkpoint_folder, "write_weights", full)
     out = tmp_path / "out"
     result = invoke("factorize", dense, "--out", out, "--rank", "4", "--method", "svd")
     assert result.exit_code == 1
@@ -344,7 +344,7 @@ def test_no_permission_is_one_sentence(dense: Path) -> None:
 # shells start background jobs with Ctrl-C ignored, and what the tests start would inherit that
 LISTENING = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    "from lrcompress.cli import main; main()"
+    "from lrcompress.cli.app import main; main()"
 )
 
 

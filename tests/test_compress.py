@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import lrcompress
-from lrcompress import linalg
-from lrcompress.factorizers import svd
-from lrcompress.ffn import find_ffns, select
-from lrcompress.lowrank import LowRankLinear, compressed_layers
-from lrcompress.protocols import InputError
+from lrcompress.layers.ffn_layouts import find_ffns, select
+from lrcompress.layers.lowrank import LowRankLinear, compressed_layers
+from lrcompress.methods import linalg, svd
+from lrcompress.runtime.protocols import InputError
 from tests.tiny import byte_tokenizer, logits, tiny_model
 
 SETTINGS: dict[str, Any] = {"num_samples": 4, "seq_len": 48}

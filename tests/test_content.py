@@ -12,14 +12,17 @@ import pytest
 from jsonschema import Draft202012Validator
 from jsonschema import ValidationError as SchemaError
 
-from lrcompress import checkpoint, content, report, sweepreport, task_logs
-from lrcompress.details import BlockChange, Details, PositionLoss, TokenChange
-from lrcompress.metric import Metric
-from lrcompress.points import Point
-from lrcompress.protocols import InputError
-from lrcompress.report import Report
-from lrcompress.significance import comparisons, not_shown
-from lrcompress.sweepreport import SweepReport
+from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.evaluation.tasks import sample_logs
+from lrcompress.reporting import metrics_json, report
+from lrcompress.reporting.differences import BlockChange, Details, PositionLoss, TokenChange
+from lrcompress.reporting.metric import Metric
+from lrcompress.reporting.report import Report
+from lrcompress.reporting.significance import comparisons, not_shown
+from lrcompress.runtime.protocols import InputError
+from lrcompress.workflows.sweep import report as sweep_report
+from lrcompress.workflows.sweep.point import Point
+from lrcompress.workflows.sweep.report import SweepReport
 from tests import samples
 
 NAN, INF = math.nan, math.inf
@@ -52,7 +55,7 @@ def hopeless() -> Report:
 
 def test_the_published_schemas_are_those_of_the_code() -> None:
     """`make schemas` writes them anew."""
-    for name, text in content.schemas().items():
+    for name, text in metrics_json.schemas().items():
         assert (Path("docs") / name).read_text("utf-8") == text
 
 
@@ -61,10 +64,10 @@ def test_what_is_written_fits_the_published_schemas() -> None:
     swept = SweepReport("model", tuple(samples.points()))
     written = {
         "metrics.schema.json": report.to_json(evaluated),
-        "sweep.schema.json": sweepreport.to_json(swept),
+        "sweep.schema.json": sweep_report.to_json(swept),
     }
     for name, text in written.items():
-        schema, found = json.loads(content.schemas()[name]), strict(text)
+        schema, found = json.loads(metrics_json.schemas()[name]), strict(text)
         Draft202012Validator(schema).validate(found)
         with pytest.raises(SchemaError, match="1 was expected"):
             Draft202012Validator(schema).validate(found | {"version": 2})
@@ -72,7 +75,7 @@ def test_what_is_written_fits_the_published_schemas() -> None:
 
 @pytest.mark.parametrize("name", ["metrics.schema.json", "sweep.schema.json"])
 def test_every_kind_of_thing_is_described(name: str) -> None:
-    schema = strict(content.schemas()[name])
+    schema = strict(metrics_json.schemas()[name])
     for kind in (schema, *schema["$defs"].values()):
         assert kind["description"]
         assert kind["required"] == list(kind["properties"])
@@ -123,30 +126,30 @@ def test_a_sweep_with_them_has_its_report(tmp_path: Path) -> None:
         Point("dense", 1.0, 1.0, 0.0, None, "", dense),
         Point("svd", 0.8, 0.8, 1.0, None, "", broken),
     ]
-    sweepreport.write(tmp_path, SweepReport("model", tuple(points)))
-    found = content.read(content.Sweep, tmp_path / "sweep.json")
+    sweep_report.write(tmp_path, SweepReport("model", tuple(points)))
+    found = metrics_json.read(metrics_json.Sweep, tmp_path / "sweep.json")
     assert math.isnan(found.points[1].metrics[1].value)
     assert strict((tmp_path / "sweep.json").read_text())["fronts"][0]["left_out"] == ["svd at 0.8"]
-    assert content.to_json(found) == (tmp_path / "sweep.json").read_text()
+    assert metrics_json.to_json(found) == (tmp_path / "sweep.json").read_text()
 
 
 def test_records_cards_and_logs_are_valid_json_too(tmp_path: Path) -> None:
-    checkpoint.write_record(tmp_path, {"source": "model"})
-    checkpoint.write_measured(tmp_path, hopeless().metrics, ())
+    checkpoint_folder.write_record(tmp_path, {"source": "model"})
+    checkpoint_folder.write_measured(tmp_path, hopeless().metrics, ())
     record = strict((tmp_path / "lrcompress.json").read_text())
     assert record["metrics"][-1]["value"] == "Infinity"
     assert "| task word_perplexity | – | inf | – | lower |" in (tmp_path / "README.md").read_text()
-    checkpoint.write_record(tmp_path, record)  # as an export passes it on
+    checkpoint_folder.write_record(tmp_path, record)  # as an export passes it on
     assert "| task word_perplexity | – | inf | – | lower |" in (tmp_path / "README.md").read_text()
-    task_logs.write(tmp_path / "logs", {"task": [{"resps": [[-INF, False]]}]})
+    sample_logs.write(tmp_path / "logs", {"task": [{"resps": [[-INF, False]]}]})
     assert strict((tmp_path / "logs" / "task.jsonl").read_text()) == {
         "resps": [["-Infinity", False]]
     }
 
 
 def test_damaged_metrics_of_a_record_are_named_and_nothing_is_written(tmp_path: Path) -> None:
-    checkpoint.write_record(tmp_path, {"source": "model"})
+    checkpoint_folder.write_record(tmp_path, {"source": "model"})
     before = {file.name: file.read_text() for file in tmp_path.iterdir()}
     with pytest.raises(InputError, match=r"lrcompress\.json' are damaged"):
-        checkpoint.write_record(tmp_path, {"metrics": [{"model": "dense"}]})
+        checkpoint_folder.write_record(tmp_path, {"metrics": [{"model": "dense"}]})
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrcompress.corpora import Corpus, read_corpus
-from lrcompress.data import bos_token, encode, token_blocks
-from lrcompress.protocols import InputError
+from lrcompress.data.corpora import Corpus, read_corpus
+from lrcompress.data.packing import bos_token, encode, token_blocks
+from lrcompress.runtime.protocols import InputError
 from tests.tiny import byte_tokenizer
 
 

@@ -12,14 +12,14 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 
 import lrcompress
-from lrcompress import compare
-from lrcompress.block_change import block_changes
-from lrcompress.continuations import continuations
-from lrcompress.corpora import read_corpus
-from lrcompress.details import PositionLoss
-from lrcompress.perplexity import corpus_windows
-from lrcompress.protocols import InputError
-from lrcompress.token_change import token_changes
+from lrcompress.data.corpora import read_corpus
+from lrcompress.evaluation import evaluate
+from lrcompress.evaluation.block_divergence import block_changes
+from lrcompress.evaluation.continuations import continuations
+from lrcompress.evaluation.perplexity import corpus_windows
+from lrcompress.evaluation.token_divergence import token_changes
+from lrcompress.reporting.differences import PositionLoss
+from lrcompress.runtime.protocols import InputError
 from tests.conftest import invoke
 from tests.tiny import FAMILIES, byte_tokenizer, tiny_model
 
@@ -199,7 +199,7 @@ def test_json_stays_json_beside_a_verdict(dense: Path, factorized: Path, text: P
 def test_an_unfit_prompt_is_refused_before_anything_is_measured(
     dense: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "quality", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(evaluate, "quality", lambda *_: pytest.fail("measured"))
     result = invoke("eval", dense, "--perplexity", text, "--prompt", "word " * 200)
     assert result.exit_code == 2
     assert "positions of the model" in result.stderr

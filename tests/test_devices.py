@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lrcompress import processes
-from lrcompress.protocols import InputError
-from lrcompress.training import last_checkpoint
+from lrcompress.runtime import distributed
+from lrcompress.runtime.protocols import InputError
+from lrcompress.training.loop import last_checkpoint
 from tests import worker
 from tests.conftest import SMALL, invoke
 from tests.tiny import saved_model
@@ -306,29 +306,29 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
 
 
 def test_a_step_is_shared(told: Told) -> None:
-    assert processes.share(8, 2) == 4
+    assert distributed.share(8, 2) == 4
     with pytest.raises(InputError, match="multiple of 3, such as --batch-size 9"):
-        processes.share(8, 3)
+        distributed.share(8, 3)
     told(4, 2)
-    assert processes.share(8, 2) == 1
+    assert distributed.share(8, 2) == 1
     with pytest.raises(InputError, match=r"4 processes.*--batch-size 12"):
-        processes.share(9, 1)
+        distributed.share(9, 1)
 
 
 def test_a_process_has_its_own_device(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert processes.own_device("cuda:1") == "cuda:1"
+    assert distributed.own_device("cuda:1") == "cuda:1"
     told(4, 2)
-    assert processes.own_device("cpu") == "cpu"
+    assert distributed.own_device("cpu") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert processes.own_device("auto") == "cpu"
+    assert distributed.own_device("auto") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert processes.own_device("auto") == "cuda:1"
+    assert distributed.own_device("auto") == "cuda:1"
     with pytest.raises(InputError, match="--device auto"):
-        processes.own_device("cuda:1")
+        distributed.own_device("cuda:1")
     told(4, 4)
     with pytest.raises(InputError, match="4 processes on a machine with 2 GPUs"):
-        processes.own_device("auto")
+        distributed.own_device("auto")
 
 
 def test_what_cannot_be_shared_is_said(factorized: Path, tmp_path: Path, told: Told) -> None:

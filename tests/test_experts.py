@@ -10,17 +10,17 @@ import pytest
 import torch
 
 import lrcompress
-from lrcompress import flops
-from lrcompress.calibrate import Moments, measure_moments
-from lrcompress.experts import Experts, fused_experts, is_fused
-from lrcompress.ffn import ffn_parameters, find_ffns, select
-from lrcompress.fusing import optimize
-from lrcompress.lowrank import compressed_layers
-from lrcompress.mixtures import unpacked
-from lrcompress.protocols import InputError, LinearSpec
-from lrcompress.settings import ModelSettings
-from lrcompress.sharding import placement
-from lrcompress.sizes import parameter_count
+from lrcompress.benchmark import flops
+from lrcompress.compression.calibration.moments import Moments, measure_moments
+from lrcompress.config import ModelSettings
+from lrcompress.layers.experts import Experts, fused_experts, is_fused
+from lrcompress.layers.ffn_layouts import ffn_parameters, find_ffns, select
+from lrcompress.layers.lowrank import compressed_layers
+from lrcompress.layers.model_info import parameter_count
+from lrcompress.layers.moe import unpacked
+from lrcompress.layers.optimize import optimize
+from lrcompress.runtime.protocols import InputError, LinearSpec
+from lrcompress.training.fsdp import placement
 from tests.conftest import SMALL, invoke
 from tests.test_cli import _check_in_a_process_without_lrcompress
 from tests.test_finetune import finetuned

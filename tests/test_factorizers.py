@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrcompress.factorizers import FACTORIZERS
-from lrcompress.factorizers.nystrom import Auto, Nystrom
-from lrcompress.factorizers.svd import DiagonalSVD, FisherSVD, PlainSVD, WhitenedSVD
-from lrcompress.linalg import Metric, decompose, pivot, spectrum
-from lrcompress.protocols import Factors, InputError, Statistics
+from lrcompress.methods import registry
+from lrcompress.methods.linalg import Metric, decompose, pivot, spectrum
+from lrcompress.methods.nystrom import Auto, Nystrom
+from lrcompress.methods.svd import DiagonalSVD, FisherSVD, PlainSVD, WhitenedSVD
+from lrcompress.runtime.protocols import Factors, InputError, Statistics
 
 SHAPES = [(24, 16), (16, 24), (20, 20)]
-METHODS = {name: pkgutil.resolve_name(home)() for name, home in FACTORIZERS.items()}
+METHODS = {name: pkgutil.resolve_name(home)() for name, home in registry.METHODS.items()}
 TRUNCATING = {name: method for name, method in METHODS.items() if method.truncates}
 each_method = pytest.mark.parametrize("method", TRUNCATING.values(), ids=list(TRUNCATING))
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -12,13 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lrcompress
-from lrcompress.checkpoint import saved_tensors
-from lrcompress.ffn import find_ffns, select
-from lrcompress.lowrank import compressed_layers, dense_weight
-from lrcompress.mixtures import unpacked
-from lrcompress.protocols import InputError
-from lrcompress.sizes import parameter_count
-from lrcompress.stock import to_stock
+from lrcompress.checkpoint.export.dense import to_stock
+from lrcompress.checkpoint.folder import saved_tensors
+from lrcompress.layers.ffn_layouts import find_ffns, select
+from lrcompress.layers.lowrank import compressed_layers, dense_weight
+from lrcompress.layers.model_info import parameter_count
+from lrcompress.layers.moe import unpacked
+from lrcompress.runtime.protocols import InputError
 from tests.tiny import (
     BLOCKS,
     FAMILIES,

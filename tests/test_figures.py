@@ -12,16 +12,17 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from lrcompress import figures, reportfigures, sweepfigures
-from lrcompress.details import Details
-from lrcompress.figures import Picture
-from lrcompress.tradeoff import fronts
+from lrcompress.reporting import evaluation_figures, figures
+from lrcompress.reporting.differences import Details
+from lrcompress.reporting.figures import Picture
+from lrcompress.workflows.sweep import figures as sweep_figures
+from lrcompress.workflows.sweep.pareto import fronts
 from tests.samples import DETAILS, METRICS, RECORD, SCRIPT, points
 
 
 @cache
 def drawn() -> dict[str, Picture]:
-    return {p.name: p for p in reportfigures.pictures(METRICS, DETAILS, RECORD)}
+    return {p.name: p for p in evaluation_figures.pictures(METRICS, DETAILS, RECORD)}
 
 
 def test_every_kind_of_number_has_its_picture() -> None:
@@ -32,7 +33,7 @@ def test_every_kind_of_number_has_its_picture() -> None:
     assert {p.section for p in found.values()} == {
         "metrics", "tokens", "blocks", "refinement", "ranks", "training",
     }  # fmt: skip
-    assert not list(reportfigures.pictures(METRICS[:1], Details(), {}))
+    assert not list(evaluation_figures.pictures(METRICS[:1], Details(), {}))
 
 
 def test_the_words_have_the_numbers() -> None:
@@ -59,14 +60,14 @@ def test_svg_is_an_element_in_the_colour_of_its_page() -> None:
 def test_names_from_outside_are_text_and_no_formulas() -> None:
     scores = [metric for metric in METRICS if metric.low is not None]
     named = [replace(score, name=f"{SCRIPT} $x$") for score in scores]
-    (picture,) = reportfigures.pictures(named, Details(), {})
+    (picture,) = evaluation_figures.pictures(named, Details(), {})
     assert SCRIPT not in picture.svg
     assert "&lt;script&gt;" in picture.svg
     assert "$x$" in picture.svg
 
 
 def test_equal_numbers_give_equal_files() -> None:
-    again = reportfigures.pictures(METRICS, DETAILS, {"refined": RECORD["refined"]})
+    again = evaluation_figures.pictures(METRICS, DETAILS, {"refined": RECORD["refined"]})
     for picture in again:
         assert picture == drawn()[picture.name]
 
@@ -87,21 +88,21 @@ def test_ids_of_one_page_differ() -> None:
 
 
 def test_a_sweep_has_a_picture_for_each_quality() -> None:
-    found = list(sweepfigures.pictures(fronts(points())))
+    found = list(sweep_figures.pictures(fronts(points())))
     assert [p.name for p in found] == ["front-token_perplexity_t.txt"]
     assert "against parameters: small at 0.5, small at 0.8, dense" in found[0].text
 
 
 def test_every_cost_has_a_panel_and_no_panel_is_empty() -> None:
     (front,) = fronts(points())
-    text = next(iter(sweepfigures.pictures([front, front, front]))).svg
+    text = next(iter(sweep_figures.pictures([front, front, front]))).svg
     assert text.count(">parameters</text>") == 3
     assert ">0.6</text>" not in text  # of axes that nothing was drawn on
 
 
 def test_texts_of_alike_names_have_pictures_of_their_own() -> None:
     twice = [replace(DETAILS.tokens[0], data=data) for data in ("a/b.txt", "a_b.txt")]
-    found = reportfigures.pictures([], Details(tokens=tuple(twice)), {})
+    found = evaluation_figures.pictures([], Details(tokens=tuple(twice)), {})
     assert [p.name for p in found] == ["positions-a_b.txt", "positions-a_b.txt-2"]
 
 
@@ -109,16 +110,16 @@ def test_more_variants_than_colours_have_other_marks() -> None:
     sizes = range(len(figures.COLOURS) + 2)
     many = [replace(points()[1], variant=f"v{size}", keep_ratio=0.8) for size in sizes]
     (front,) = fronts([points()[0], *many])
-    shapes = re.findall(r'<path id="(m\w+)"', next(iter(sweepfigures.pictures([front]))).svg)
+    shapes = re.findall(r'<path id="(m\w+)"', next(iter(sweep_figures.pictures([front]))).svg)
     assert len(set(shapes)) >= len(figures.COLOURS) + 2
 
 
 def test_a_single_point_has_no_front_to_draw() -> None:
-    assert not list(sweepfigures.pictures(fronts(points()[:1])))
+    assert not list(sweep_figures.pictures(fronts(points()[:1])))
 
 
 @pytest.mark.parametrize("errors", [(0.0, 0.0), (0.0, 0.3)])
 def test_blocks_without_any_error_are_drawn(errors: tuple[float, ...]) -> None:
     blocks = tuple(replace(block, errors=errors) for block in DETAILS.blocks)
-    (picture,) = reportfigures.pictures([], Details(blocks=blocks), {})
+    (picture,) = evaluation_figures.pictures([], Details(blocks=blocks), {})
     assert picture.name == "blocks"

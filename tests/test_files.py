@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from lrcompress import faults, files, locks, models, scalingfolder, stages
-from lrcompress.files import discard, replace_text, writing
-from lrcompress.protocols import InputError, MachineError
-from lrcompress.recipe import read_recipe
-from lrcompress.runfolder import RunFolder
-from lrcompress.scalingfolder import ScalingFolder
-from lrcompress.scalingpoint import ScalingPoint
+from lrcompress.checkpoint import fingerprints
+from lrcompress.config.recipe import read_recipe
+from lrcompress.models import loading
+from lrcompress.runtime import faults, files, locks
+from lrcompress.runtime.files import discard, replace_text, writing
+from lrcompress.runtime.protocols import InputError, MachineError
+from lrcompress.workflows.run.folder import RunFolder
+from lrcompress.workflows.scaling import folder as scaling_folder
+from lrcompress.workflows.scaling.folder import ScalingFolder
+from lrcompress.workflows.scaling.point import ScalingPoint
 from tests.conftest import invoke, small_recipe
 
 
@@ -123,12 +126,12 @@ def test_a_point_is_kept_before_its_checkpoints_go(
         assert (work / "checkpoint-4").is_dir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scalingfolder, "discard", killed)
+    monkeypatch.setattr(scaling_folder, "discard", killed)
     folder = ScalingFolder(None, tmp_path)  # type: ignore[arg-type]  # only claims read the recipe
     (tmp_path / "points").mkdir()
     with pytest.raises(KeyboardInterrupt):
         folder.point("one", [1], trained)
-    assert stages.read(tmp_path / "points" / "one.json")["inputs"] == stages.digest([1])
+    assert fingerprints.read(tmp_path / "points" / "one.json")["inputs"] == fingerprints.digest([1])
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def test_a_model_that_the_machine_cannot_load_is_no_bad_input(
     def limited(*_: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(models, "_load_model", limited)
+    monkeypatch.setattr(loading, "_load_model", limited)
     result = invoke("inspect", dense, "--energy")
     assert result.exit_code == 1
     assert "cannot be loaded: too many files are open" in result.stderr

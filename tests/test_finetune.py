@@ -13,16 +13,18 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerState
 
 import lrcompress
-from lrcompress import checkpoint, console, recovery, training, tune
-from lrcompress.distill import DistillationTrainer
-from lrcompress.divergence import kl_divergence, top_k_divergence
-from lrcompress.guidance import Guidance, guides
-from lrcompress.lowrank import FactoredLinear, compressed_layers
-from lrcompress.parametrization import balance, pack
-from lrcompress.protocols import InputError, MachineError
-from lrcompress.settings import FinetuneSettings, ModelSettings
-from lrcompress.teacher import TeacherCache, others
-from lrcompress.training_run import training_text
+from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.cli import display
+from lrcompress.config import FinetuneSettings, ModelSettings
+from lrcompress.layers.lowrank import FactoredLinear, compressed_layers
+from lrcompress.runtime.protocols import InputError, MachineError
+from lrcompress.training import finetune, loop, recovery
+from lrcompress.training.distillation import DistillationTrainer
+from lrcompress.training.job import training_text
+from lrcompress.training.losses import kl_divergence, top_k_divergence
+from lrcompress.training.self_guided import Guidance, guides
+from lrcompress.training.teacher_cache import TeacherCache, others
+from lrcompress.training.trainable import balance, pack
 from tests.conftest import interrupt, invoke
 from tests.tiny import logits, saved_model
 
@@ -34,7 +36,7 @@ QUICK: dict[str, Any] = {
 
 def finetuned(source: Path, out: Path, **settings: Any) -> dict[str, Any]:
     checked = FinetuneSettings(**(QUICK | settings))
-    return tune.finetune_to(ModelSettings(source=str(source)), checked, out)
+    return finetune.finetune_to(ModelSettings(source=str(source)), checked, out)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -117,9 +119,9 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
     for step, state in ((4, "{}"), (8, '{"half')):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        (folder / training.STATE).write_text(state)
+        (folder / loop.STATE).write_text(state)
     (tmp_path / "checkpoint-12").mkdir()
-    assert training.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert loop.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
 def test_divergence_stops_with_one_sentence(factorized: Path, tmp_path: Path) -> None:
@@ -311,7 +313,7 @@ def test_how_many_layers_had_a_guide_is_said(
     layers = len(layout_of(tmp_path / "low"))
     assert layers > 1
     assert done["guided_share"] == 1 / layers
-    console.show_recovery(done, "out")
+    display.show_recovery(done, "out")
     assert f"guided {1 / layers:.0%} of the compressed layers" in capsys.readouterr().out
 
 
@@ -375,7 +377,7 @@ def test_progress_tells_pace_and_loss(factorized: Path, tmp_path: Path) -> None:
             said.append(f"{description} {item}")
             yield item
 
-    tune.finetune_to(
+    finetune.finetune_to(
         ModelSettings(source=str(factorized)), FinetuneSettings(**QUICK), tmp_path / "out", note
     )
     assert re.search(r"Training loss \d+\.\d+, [\d,]+ tokens/s, 0:0\d left", said[-1])
@@ -389,8 +391,8 @@ def test_no_resume_starts_over(
     checked = FinetuneSettings(**QUICK)
     source = ModelSettings(source=str(factorized))
     with pytest.raises(KeyboardInterrupt):
-        tune.finetune_to(source, checked, tmp_path / "out")
-    tune.finetune_to(source, checked, tmp_path / "out", resume=False)
+        finetune.finetune_to(source, checked, tmp_path / "out")
+    finetune.finetune_to(source, checked, tmp_path / "out", resume=False)
     assert len(steps) == 6 + 12
 
 
@@ -416,21 +418,21 @@ def test_a_run_that_had_ended_is_not_trained_on(
 ) -> None:
     stops = {"learning_rate": 0.01, "max_steps": 60, "eval_every": 2, "patience": 2}
     finetuned(factorized, tmp_path / "undisturbed", **stops)
-    save = checkpoint.save
+    save = checkpoint_folder.save
 
     def fails(*_: Any, **__: Any) -> Any:
         raise MachineError("the disk is full")
 
-    monkeypatch.setattr(checkpoint, "save", fails)
+    monkeypatch.setattr(checkpoint_folder, "save", fails)
     with pytest.raises(MachineError):
         finetuned(factorized, tmp_path / "out", **stops)
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(checkpoint_folder, "save", save)
     monkeypatch.setattr(DistillationTrainer, "training_step", None)  # would fail if it were called
     record = finetuned(factorized, tmp_path / "out", **stops)
     assert record["finetuned"]["tokens_per_second"] is None
     expected, found = weights(tmp_path / "undisturbed"), weights(tmp_path / "out")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    console.show_recovery(record["finetuned"], "out")
+    display.show_recovery(record["finetuned"], "out")
 
 
 def test_caches_of_two_teachers_are_apart(dense: Path, factorized: Path, tmp_path: Path) -> None:

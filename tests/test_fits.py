@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lrcompress.bends import bend
-from lrcompress.fits import Law, compare, fit, predicted
-from lrcompress.protocols import InputError
+from lrcompress.runtime.protocols import InputError
+from lrcompress.workflows.scaling.curvature import bend
+from lrcompress.workflows.scaling.law_fit import Law, compare, fit, predicted
 
 SIZES = np.repeat(np.geomspace(1e12, 1e16, 6), 2)
 TRUE: dict[Law, tuple[float, ...]] = {

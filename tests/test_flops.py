@@ -9,9 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import lrcompress
-from lrcompress import flops
-from lrcompress.guidance import Guidance, guides
-from lrcompress.lowrank import compressed_layers
+from lrcompress.benchmark import flops
+from lrcompress.layers.lowrank import compressed_layers
+from lrcompress.training.self_guided import Guidance, guides
 from tests.tiny import tiny_model, tokens
 
 BATCH, LENGTH = 3, 24

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lrcompress
-from lrcompress.ffn import find_ffns
-from lrcompress.fused import FUSED, Shared
-from lrcompress.fusing import optimize
-from lrcompress.lowrank import compressed_layers
-from lrcompress.stock import to_stock
+from lrcompress.checkpoint.export.dense import to_stock
+from lrcompress.layers.ffn_layouts import find_ffns
+from lrcompress.layers.fused import FUSED, Shared
+from lrcompress.layers.lowrank import compressed_layers
+from lrcompress.layers.optimize import optimize
 from tests.tiny import FAMILIES, byte_tokenizer, logits, tiny_model, tokens
 
 
@@ -175,7 +175,7 @@ def test_nothing_is_absorbed_across_what_knows_the_channels() -> None:
 
 
 def test_adapters_are_left_as_they_are() -> None:
-    from lrcompress.parametrization import with_adapters
+    from lrcompress.training.trainable import with_adapters
 
     model = with_adapters(low_rank("llama"), 2, 0)
     expected = logits(model)
@@ -186,7 +186,7 @@ def test_adapters_are_left_as_they_are() -> None:
 
 @pytest.mark.parametrize("form", ["factored", "pivoted"])
 def test_adapters_that_come_later_are_not_passed_over(form: str) -> None:
-    from lrcompress.parametrization import with_adapters
+    from lrcompress.training.trainable import with_adapters
 
     model, other = low_rank("llama", form), low_rank("llama", form)
     optimize(model)

@@ -17,15 +17,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lrcompress import models, report, scalingreport, sweepreport
-from lrcompress.metric import Metric
-from lrcompress.plaindata import MOST, read_json, read_yaml
-from lrcompress.printable import printable
-from lrcompress.protocols import InputError
-from lrcompress.report import Report
-from lrcompress.scalingreport import ScalingReport
-from lrcompress.settings import ScalingSettings
-from lrcompress.sweepreport import SweepReport
+from lrcompress.config import ScalingSettings
+from lrcompress.models import loading
+from lrcompress.reporting import report
+from lrcompress.reporting.metric import Metric
+from lrcompress.reporting.report import Report
+from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.safe_parsing import MOST, read_json, read_yaml
+from lrcompress.runtime.sanitize import printable
+from lrcompress.workflows.scaling import report as scaling_report
+from lrcompress.workflows.scaling.report import ScalingReport
+from lrcompress.workflows.sweep import report as sweep_report
+from lrcompress.workflows.sweep.report import SweepReport
 from tests.conftest import SMALL, invoke, small_recipe
 from tests.samples import DETAILS, METRICS, RECORD, points
 from tests.test_scaling import made as made_points
@@ -275,7 +278,7 @@ def test_a_card_is_not_written_through_a_link(factorized: Path, tmp_path: Path) 
 
 
 def test_a_sweep_names_points_of_its_folder(tmp_path: Path) -> None:
-    sweepreport.write(tmp_path, SweepReport("here", tuple(points())))
+    sweep_report.write(tmp_path, SweepReport("here", tuple(points())))
     (tmp_path / "points").mkdir()
     known = json.loads((tmp_path / "sweep.json").read_text())
     known["points"][1]["variant"] = "../../outside"
@@ -386,7 +389,7 @@ def test_a_config_of_no_model_is_one_sentence(
 ) -> None:
     folder = changed(dense, tmp_path / "model", **keys)
     with pytest.raises(InputError, match="cannot be loaded"):
-        models.load(folder)
+        loading.load(folder)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "{", '{"model": {"type": "BPE"}}', "\0"])
@@ -434,7 +437,7 @@ def _pages() -> Iterator[tuple[str, str]]:
     metrics = tuple(_attacking(METRICS))
     made = Report(ATTACK, metrics, _attacking(DETAILS), _attacking(RECORD), (ATTACK,))
     yield "report", report.html(made)
-    yield "sweep", sweepreport.html(SweepReport(ATTACK, tuple(_attacking(points()))))
+    yield "sweep", sweep_report.html(SweepReport(ATTACK, tuple(_attacking(points()))))
     low = f"low{ATTACK}"
     ladder = made_points({"dense": 0.35, low: 0.40})
     ladder[0] = replace(ladder[0], size=ATTACK, device=ATTACK, diverged=ATTACK)
@@ -442,9 +445,9 @@ def _pages() -> Iterator[tuple[str, str]]:
         sizes={name: {} for name in ("a", "b", "c")}, variants={"low": {}}, resamples=50
     )
     found = ScalingReport(settings, ladder, [ATTACK], metrics[:1])
-    yield "scaling", scalingreport.html(found)
+    yield "scaling", scaling_report.html(found)
     whole = ScalingReport(settings, ladder[1:], [], [])
-    yield "scaling with pictures", scalingreport.html(whole)
+    yield "scaling with pictures", scaling_report.html(whole)
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrcompress.factorizers.nystrom import Auto, Nystrom
-from lrcompress.linalg import shrunk
-from lrcompress.narrowing import folded, order_channels
-from lrcompress.protocols import FFN, LinearSpec, Statistics
+from lrcompress.methods.channel_selection import folded, order_channels
+from lrcompress.methods.linalg import shrunk
+from lrcompress.methods.nystrom import Auto, Nystrom
+from lrcompress.runtime.protocols import FFN, LinearSpec, Statistics
 
 
 def moments(width: int, out: int, samples: int = 2000) -> tuple[Tensor, Tensor]:

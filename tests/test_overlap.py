@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lrcompress.corpora import read_corpus
-from lrcompress.data import fingerprint
-from lrcompress.overlap import SKETCH, TOLERATED, found_share, shingles, sketch
+from lrcompress.data.corpora import read_corpus
+from lrcompress.data.ngram_overlap import SKETCH, TOLERATED, found_share, shingles, sketch
+from lrcompress.data.packing import fingerprint
 
 
 def text(count: int, seed: int) -> torch.Tensor:

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from lrcompress import report, sweepreport
-from lrcompress.report import Report
-from lrcompress.sweepreport import SweepReport
+from lrcompress.reporting import report
+from lrcompress.reporting.report import Report
+from lrcompress.workflows.sweep import report as sweep_report
+from lrcompress.workflows.sweep.report import SweepReport
 from tests.samples import DETAILS, METRICS, RECORD, SCRIPT, points
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -36,7 +37,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = Report(f"{SCRIPT} & report", METRICS, DETAILS, RECORD)
     (folder / "report.html").write_text(report.html(made), "utf-8")
     swept = SweepReport(SCRIPT, tuple(points()))
-    (folder / "sweep.html").write_text(sweepreport.html(swept), "utf-8")
+    (folder / "sweep.html").write_text(sweep_report.html(swept), "utf-8")
     return {name: folder / f"{name}.html" for name in ("report", "sweep")}
 
 

@@ -8,10 +8,10 @@ from itertools import product
 import pytest
 import torch
 
-from lrcompress.corpora import Corpus
-from lrcompress.data import encode
-from lrcompress.perplexity import perplexity, windows
-from lrcompress.protocols import InputError
+from lrcompress.data.corpora import Corpus
+from lrcompress.data.packing import encode
+from lrcompress.evaluation.perplexity import perplexity, windows
+from lrcompress.runtime.protocols import InputError
 from tests.tiny import byte_tokenizer, tiny_model
 
 TEXT = "It was the best of times, it was the worst of times. " * 6

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lrcompress import benchmark, compare, pipeline
-from lrcompress.protocols import InputError
-from lrcompress.recipe import Recipe, read_recipe
+from lrcompress.benchmark import throughput
+from lrcompress.config.recipe import Recipe, read_recipe
+from lrcompress.evaluation import evaluate
+from lrcompress.runtime.protocols import InputError
+from lrcompress.workflows.run import pipeline
 from tests.conftest import invoke, small_recipe
 
 
@@ -43,26 +45,26 @@ def test_run_leaves_a_model_and_a_report(recipe_file: Path, tmp_path: Path) -> N
 def test_interrupted_run_continues(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, speed = tmp_path / "out", benchmark.speed
+    out, speed = tmp_path / "out", throughput.speed
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(benchmark, "speed", interrupted)
+    monkeypatch.setattr(throughput, "speed", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(recipe, out)
     assert not (out / "report.md").exists()
     written = (out / "model" / "model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(benchmark, "speed", speed)
+    monkeypatch.setattr(throughput, "speed", speed)
 
     def not_again(*_: object) -> None:
         raise AssertionError("a finished stage was done again")
 
-    monkeypatch.setattr(compare, "quality", not_again)
+    monkeypatch.setattr(evaluate, "quality", not_again)
     monkeypatch.setattr(pipeline, "factorize_to", not_again)
     first = pipeline.run(recipe, out)
     assert (out / "model" / "model.safetensors").stat().st_mtime_ns == written
-    monkeypatch.setattr(benchmark, "speed", not_again)
+    monkeypatch.setattr(throughput, "speed", not_again)
     assert pipeline.run(recipe, out) == first
 
 

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lrcompress
-from lrcompress import newmodel, pretrain
-from lrcompress.guidance import Guidance
-from lrcompress.lowrank import FactoredLinear, compressed_layers
-from lrcompress.protocols import InputError
-from lrcompress.settings import PretrainSettings
-from lrcompress.trainer import TextTrainer
+from lrcompress.config import PretrainSettings
+from lrcompress.layers.lowrank import FactoredLinear, compressed_layers
+from lrcompress.runtime.protocols import InputError
+from lrcompress.training import new_model, pretrain
+from lrcompress.training.self_guided import Guidance
+from lrcompress.training.trainer import TextTrainer
 from tests.conftest import interrupt, invoke
 from tests.tiny import byte_tokenizer, tiny_model, tokens
 
@@ -75,9 +75,9 @@ def test_all_but_the_first_block_are_low_rank(config: Path, tmp_path: Path) -> N
 def test_factors_begin_as_the_truncated_dense_weights(config: Path) -> None:
     given = QUICK | {"source": str(config), "tokenizer": str(config)}
     settings = PretrainSettings(**given)
-    dense = newmodel.new_model(newmodel.read_config(str(config)), settings).model
+    dense = new_model.new_model(new_model.read_config(str(config)), settings).model
     low = settings.model_copy(update={"keep_ratio": 0.5})
-    model = newmodel.new_model(newmodel.read_config(str(config)), low).model
+    model = new_model.new_model(new_model.read_config(str(config)), low).model
     for name, layer in compressed_layers(model):
         assert isinstance(layer, FactoredLinear)
         U, S, V = torch.linalg.svd(dense.get_submodule(name).weight.detach())
@@ -102,7 +102,7 @@ def test_guides_train_and_go(config: Path, tmp_path: Path, how: str) -> None:
 
 def test_guides_get_gradients_and_let_go(config: Path) -> None:
     given = QUICK | {"source": str(config), "keep_ratio": 0.5, "self_guided": "full"}
-    new = newmodel.new_model(newmodel.read_config(str(config)), PretrainSettings(**given))
+    new = new_model.new_model(new_model.read_config(str(config)), PretrainSettings(**given))
     guidance = Guidance(steps=8, reduced=False, seed=0)
     assert guidance.guided_steps == 4
     with guidance.guiding(new.pairs, training=True):
@@ -209,7 +209,7 @@ def test_what_is_wrong_is_said(config: Path, tmp_path: Path) -> None:
 def test_a_model_without_weights_has_the_same_shapes(config: Path) -> None:
     given = QUICK | {"source": str(config), "keep_ratio": 0.5}
     settings = PretrainSettings(**given)
-    model = newmodel.new_model(newmodel.read_config(str(config)), settings).model
-    bare = newmodel.bare_model(newmodel.read_config(str(config)), settings)
+    model = new_model.new_model(new_model.read_config(str(config)), settings).model
+    bare = new_model.bare_model(new_model.read_config(str(config)), settings)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert {name: tensor.shape for name, tensor in bare.state_dict().items()} == shapes

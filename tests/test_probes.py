@@ -9,17 +9,17 @@ import pytest
 import torch
 
 import lrcompress
-from lrcompress.allocators.loss_aware import LossAware
-from lrcompress.calibrate import measure_errors, measure_moments
-from lrcompress.factorizers.nystrom import Auto, Nystrom
-from lrcompress.factorizers.svd import FisherSVD
-from lrcompress.ffn import select
-from lrcompress.fisher import drawn_scores
-from lrcompress.plans import Budget, Choices, Curve, Shape
-from lrcompress.prepare import Planning, ffns_of, prepare
-from lrcompress.probes import Probe, corrected
-from lrcompress.protocols import LinearSpec, silent
-from lrcompress.settings import FactorizeSettings
+from lrcompress.compression.calibration.moments import measure_errors, measure_moments
+from lrcompress.compression.calibration.probes import Probe, corrected
+from lrcompress.compression.planning import Planning, ffns_of, prepare
+from lrcompress.config import FactorizeSettings
+from lrcompress.layers.ffn_layouts import select
+from lrcompress.layers.fisher import drawn_scores
+from lrcompress.methods.allocators.loss_aware import LossAware
+from lrcompress.methods.nystrom import Auto, Nystrom
+from lrcompress.methods.plan import Budget, Choices, Curve, Shape
+from lrcompress.methods.svd import FisherSVD
+from lrcompress.runtime.protocols import LinearSpec, silent
 from tests.tiny import byte_tokenizer, tiny_model, tokens
 
 

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import lrcompress
-from lrcompress.lowrank import PivotedLinear
-from lrcompress.quantized import is_quantized, weight_bytes
-from lrcompress.quantizing import quantize
+from lrcompress.layers.lowrank import PivotedLinear
+from lrcompress.layers.quantized import is_quantized, weight_bytes
+from lrcompress.models.torchao import quantize
 from tests.conftest import SMALL, invoke, small_recipe
 from tests.tiny import logits, tiny_model
 

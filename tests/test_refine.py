@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import lrcompress
-from lrcompress import compress, refine
-from lrcompress.factorization import Factorization
-from lrcompress.linalg import to_float64
-from lrcompress.lowrank import compressed_layers
-from lrcompress.prepare import prepare
-from lrcompress.protocols import InputError, silent
-from lrcompress.settings import CalibrationSettings, FactorizeSettings, RefineSettings
+from lrcompress.compression import factorize, refine
+from lrcompress.compression.planning import prepare
+from lrcompress.compression.result import Factorization
+from lrcompress.config import CalibrationSettings, FactorizeSettings, RefineSettings
+from lrcompress.layers.lowrank import compressed_layers
+from lrcompress.methods.linalg import to_float64
+from lrcompress.runtime.protocols import InputError, silent
 from tests.tiny import byte_tokenizer, logits, tiny_model
 
 TEXT: dict[str, Any] = {"data": ["pydoc"], "num_samples": 16, "seq_len": 64}
@@ -26,7 +26,7 @@ FAMILIES = ["llama", "phi3", "gpt2", "openai-gpt", "opt", "gemma2", "falcon", "g
 def refined(
     model: Any, work: Path | None = None, text: dict[str, Any] = TEXT, **settings: Any
 ) -> Factorization:
-    return compress.apply(
+    return factorize.apply(
         model,
         byte_tokenizer(),
         CalibrationSettings(**text),
@@ -57,7 +57,7 @@ def test_blocks_get_better_on_held_out_samples(method: str) -> None:
 def test_the_loss_is_weighed_by_shrunk_gradients_and_by_size() -> None:
     model = tiny_model()
     asked = CalibrationSettings(**TEXT), FactorizeSettings(keep_ratio=0.6, rank_multiple=2)
-    parts = compress.Compression(model, byte_tokenizer(), *asked, RefineSettings(), silent, None)
+    parts = factorize.Compression(model, byte_tokenizer(), *asked, RefineSettings(), silent, None)
     text = parts.text()
     prepared = prepare(model, text.linears, asked[1], None, text, silent)
     down = next(spec for spec in text.linears if spec.role == "down")
@@ -67,7 +67,7 @@ def test_the_loss_is_weighed_by_shrunk_gradients_and_by_size() -> None:
     gradient = to_float64(found)
     held = text.tokens[:2]
     wanted = hidden_after_block_0(model, held)
-    compress.apply(model, byte_tokenizer(), *asked, RefineSettings())
+    factorize.apply(model, byte_tokenizer(), *asked, RefineSettings())
     off = hidden_after_block_0(model, held) - wanted
     g = 0.4 * gradient + 0.6 * gradient.diagonal().diag()
     g += 1e-2 * gradient.diagonal().mean() * torch.eye(len(g))

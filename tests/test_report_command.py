@@ -10,14 +10,21 @@ from typing import Any
 
 import pytest
 
-from lrcompress import report, sweepreport
-from lrcompress.details import BlockChange, Continuation, Details, PositionLoss, TokenChange
-from lrcompress.join import join
-from lrcompress.metric import Metric
-from lrcompress.points import Point
-from lrcompress.recipe import read_recipe
-from lrcompress.report import FORMATS, Report
-from lrcompress.sweepfolder import SweepFolder
+from lrcompress.config.recipe import read_recipe
+from lrcompress.reporting import report
+from lrcompress.reporting.differences import (
+    BlockChange,
+    Continuation,
+    Details,
+    PositionLoss,
+    TokenChange,
+)
+from lrcompress.reporting.merge import join
+from lrcompress.reporting.metric import Metric
+from lrcompress.reporting.report import FORMATS, Report
+from lrcompress.workflows.sweep import report as sweep_report
+from lrcompress.workflows.sweep.folder import SweepFolder
+from lrcompress.workflows.sweep.point import Point
 from tests.conftest import SMALL, invoke
 
 QUICK = ("--limit", "8", "--context-length", "64", "--compared-windows", "2")
@@ -64,7 +71,7 @@ def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("lrcompress.commands.load_settings", loads)
-    monkeypatch.setattr("lrcompress.sweep.load_settings", loads)
+    monkeypatch.setattr("lrcompress.workflows.sweep.sweep.load_settings", loads)
 
 
 def test_a_report_is_written_again_byte_for_byte(
@@ -250,7 +257,7 @@ def test_the_report_of_a_sweep_is_written_again(
     result = invoke("report", folder, "--out", out)
     assert result.exit_code == 0, result.output
     assert "svd at 0.5" in result.stdout
-    for name in sweepreport.FORMATS:
+    for name in sweep_report.FORMATS:
         assert (out / name).read_bytes() == (folder / name).read_bytes()
     assert invoke("report", folder, "--json").stdout == swept[1]
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import yaml
 
-from lrcompress import scaling
-from lrcompress.ladder import rungs
-from lrcompress.laws import laws, matched, paired, verdicts
-from lrcompress.models import load_tokenizer
-from lrcompress.protocols import InputError
-from lrcompress.recipe import ScalingRecipe, read_any, read_scaling
-from lrcompress.scalingpoint import ScalingPoint, Shard
-from lrcompress.scalingreport import FORMATS
-from lrcompress.trainer import TextTrainer
+from lrcompress.config.recipe import ScalingRecipe, read_any, read_scaling
+from lrcompress.models.loading import load_tokenizer
+from lrcompress.runtime.protocols import InputError
+from lrcompress.training.trainer import TextTrainer
+from lrcompress.workflows.scaling import study as scaling_study
+from lrcompress.workflows.scaling.comparison import laws, matched, paired, verdicts
+from lrcompress.workflows.scaling.ladder import rungs
+from lrcompress.workflows.scaling.point import ScalingPoint, Shard
+from lrcompress.workflows.scaling.report import FORMATS
 from tests.conftest import interrupt, invoke
 from tests.tiny import byte_tokenizer, tiny_model
 
@@ -144,7 +144,7 @@ def test_nothing_is_trained_twice(
 ) -> None:
     before = {name: (study / name).read_bytes() for name in FORMATS}
     monkeypatch.setattr(TextTrainer, "training_step", None)  # would fail if it were called
-    assert len(scaling.scaling(read_scaling(ladder), study)) == 12
+    assert len(scaling_study.scaling(read_scaling(ladder), study)) == 12
     assert {name: (study / name).read_bytes() for name in FORMATS} == before
 
 
@@ -156,10 +156,10 @@ def test_an_interrupted_study_goes_on_and_shards_add_up(
     with monkeypatch.context() as patch:
         interrupt(patch, TextTrainer, "training_step", 8)
         with pytest.raises(KeyboardInterrupt):
-            scaling.scaling(recipe, out, shard=(2, 2))
-    assert len(scaling.scaling(recipe, out, shard=(2, 2))) == 4
+            scaling_study.scaling(recipe, out, shard=(2, 2))
+    assert len(scaling_study.scaling(recipe, out, shard=(2, 2))) == 4
     assert "**Not whole**: 4 models" in (out / "scaling.md").read_text()
-    assert len(scaling.scaling(recipe, out, shard=(1, 2))) == 8
+    assert len(scaling_study.scaling(recipe, out, shard=(1, 2))) == 8
     found, expected = (losses(folder) for folder in (out, study))
     assert found == {label: expected[label] for label in found}
 

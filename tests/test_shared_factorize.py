@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lrcompress.models import load
-from lrcompress.stock import to_stock
+from lrcompress.checkpoint.export.dense import to_stock
+from lrcompress.models.loading import load
 from tests import worker
 from tests.test_devices import run_torchrun
 from tests.test_streaming import record, weights

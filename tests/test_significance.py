@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lrcompress.metric import Metric
-from lrcompress.protocols import InputError
-from lrcompress.significance import comparisons, holm, not_shown
+from lrcompress.reporting.metric import Metric
+from lrcompress.reporting.significance import comparisons, holm, not_shown
+from lrcompress.runtime.protocols import InputError
 
 
 def windows(model: str, losses: np.ndarray, tokens: int = 100) -> Metric:

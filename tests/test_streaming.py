@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lrcompress
-from lrcompress import checkpoint
-from lrcompress.blockfiles import Activations, BlockFiles
-from lrcompress.blocks import Blocks
-from lrcompress.blockwise import Blockwise
-from lrcompress.models import load
-from lrcompress.offload import OffloadedModel
-from lrcompress.protocols import InputError, silent
-from lrcompress.recipe import Recipe
-from lrcompress.streaming import Streaming
-from lrcompress.walk import Walk
+from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.compression.streaming.block_moments import Blockwise
+from lrcompress.compression.streaming.block_steps import Walk
+from lrcompress.compression.streaming.block_store import Activations, BlockFiles
+from lrcompress.compression.streaming.factorize import Streaming
+from lrcompress.config.recipe import Recipe
+from lrcompress.layers.block_runner import Blocks
+from lrcompress.models.loading import load
+from lrcompress.models.offload import OffloadedModel
+from lrcompress.runtime.protocols import InputError, silent
 from tests.conftest import interrupt, invoke, small_recipe
 from tests.tiny import STANDARD, byte_tokenizer, logits, saved_model, tiny_model
 
@@ -188,7 +188,7 @@ def test_a_full_disk_at_the_end_costs_no_block(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_record", full)
+        patch.setattr(checkpoint_folder, "write_record", full)
         result = invoke("factorize", dense, "--out", out, *TEXT, *GRADIENTS, *flags)
         assert result.exit_code == 1
         assert "the disk is full" in result.output

@@ -13,18 +13,21 @@ import torch
 from click.testing import CliRunner
 
 import lrcompress
-from lrcompress import benchmark, calibrate, calibration, compare, linalg
-from lrcompress.cli import main
-from lrcompress.decompositions import Decompositions
-from lrcompress.factorizers import svd
-from lrcompress.factorizers.svd import PlainSVD
-from lrcompress.metric import Metric
-from lrcompress.protocols import FFN, InputError, LinearSpec, Statistics
-from lrcompress.recipe import Recipe, checked
-from lrcompress.sweep import sweep
-from lrcompress.sweepreport import FORMATS
-from lrcompress.tradeoff import fronts
-from lrcompress.variants import variants
+from lrcompress.benchmark import throughput
+from lrcompress.cli.app import main
+from lrcompress.compression.calibration import moments
+from lrcompress.compression.calibration import session as calibration_session
+from lrcompress.config.recipe import Recipe, checked
+from lrcompress.evaluation import evaluate
+from lrcompress.methods import linalg, svd
+from lrcompress.methods.decomposition_cache import Decompositions
+from lrcompress.methods.svd import PlainSVD
+from lrcompress.reporting.metric import Metric
+from lrcompress.runtime.protocols import FFN, InputError, LinearSpec, Statistics
+from lrcompress.workflows.sweep.pareto import fronts
+from lrcompress.workflows.sweep.report import FORMATS
+from lrcompress.workflows.sweep.sweep import sweep
+from lrcompress.workflows.sweep.variants import variants
 from tests.tiny import BLOCKS, byte_tokenizer, tiny_model
 
 TEXT = {"num_samples": 8, "gradient_samples": 4, "seq_len": 64}
@@ -89,7 +92,7 @@ def test_nothing_is_measured_twice(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[str] = []
-    quality, moments = compare.quality, calibrate.measure_moments
+    quality, measure_moments = evaluate.quality, moments.measure_moments
 
     def counted(*arguments: Any) -> Any:
         measured.append(arguments[0])
@@ -99,10 +102,10 @@ def test_nothing_is_measured_twice(
 
     def calibrated(*arguments: Any) -> Any:
         measured.append("calibration")
-        return moments(*arguments)
+        return measure_moments(*arguments)
 
-    monkeypatch.setattr(compare, "quality", counted)
-    monkeypatch.setattr(calibration, "measure_moments", calibrated)
+    monkeypatch.setattr(evaluate, "quality", counted)
+    monkeypatch.setattr(calibration_session, "measure_moments", calibrated)
     wanted = recipe(source, methods=["whitened", "nystrom"])
     with pytest.raises(KeyboardInterrupt):
         sweep(wanted, tmp_path / "out")
@@ -127,11 +130,11 @@ def test_weights_are_those_of_single_runs_bit_for_bit(
 ) -> None:
     made: list[dict[str, torch.Tensor]] = []
 
-    def kept(label: str, loaded: Any, *_: Any) -> compare.Measured:
+    def kept(label: str, loaded: Any, *_: Any) -> evaluate.Measured:
         made.append(loaded[0].state_dict())
-        return compare.Measured([], {})
+        return evaluate.Measured([], {})
 
-    monkeypatch.setattr(compare, "quality", kept)
+    monkeypatch.setattr(evaluate, "quality", kept)
     sweep(recipe(source, methods=[method]), tmp_path / "out")
     for ratio, weights in zip((0.8, 0.5), made[1:], strict=True):
         model, tokenizer = lrcompress.load(source)
@@ -152,12 +155,12 @@ def test_one_decomposition_serves_every_keep_ratio(
         solved[0] += 1
         return eigh(matrix)
 
-    def noted(*_: Any) -> compare.Measured:
+    def noted(*_: Any) -> evaluate.Measured:
         before.append(solved[0])
-        return compare.Measured([], {})
+        return evaluate.Measured([], {})
 
     monkeypatch.setattr(torch.linalg, "eigh", counted)
-    monkeypatch.setattr(compare, "quality", noted)
+    monkeypatch.setattr(evaluate, "quality", noted)
     sweep(recipe(source, methods=[method], keep_ratios=[0.8, 0.6, 0.4]), tmp_path / "out")
     dense, first, second, third = before
     assert dense == 0
@@ -256,7 +259,7 @@ def test_a_finished_sweep_loads_and_measures_nothing(
     def loads(*_: Any) -> Any:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("lrcompress.sweep.load_settings", loads)
+    monkeypatch.setattr("lrcompress.workflows.sweep.sweep.load_settings", loads)
     assert sweep(wanted, tmp_path / "out", again) == points
     assert again.calls == 0
     assert all((tmp_path / "out" / name).is_file() for name in FORMATS)
@@ -265,13 +268,13 @@ def test_a_finished_sweep_loads_and_measures_nothing(
 def test_speeds_are_measured_beside_the_dense_model(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns, speed = list[list[str]](), benchmark.speed
+    turns, speed = list[list[str]](), throughput.speed
 
     def noted(models: Any, *arguments: Any) -> list[Metric]:
         turns.append(list(models))
         return speed(models, *arguments)
 
-    monkeypatch.setattr(benchmark, "speed", noted)
+    monkeypatch.setattr(throughput, "speed", noted)
     wanted = recipe(source, methods=["svd"])
     quick = {"speed": True, "prompt_length": 8, "new_tokens": 2, "repeats": 2}
     evaluate = wanted.evaluate.model_copy(update=quick | {"training_speed": True})

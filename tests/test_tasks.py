@@ -15,10 +15,10 @@ from datasets import Dataset, DatasetDict
 from transformers import LlamaForCausalLM
 
 import lrcompress
-from lrcompress.metric import Metric
-from lrcompress.protocols import InputError
-from lrcompress.task_cache import fingerprint
-from lrcompress.tasks import resolve
+from lrcompress.evaluation.tasks.cache import fingerprint
+from lrcompress.evaluation.tasks.registry import resolve
+from lrcompress.reporting.metric import Metric
+from lrcompress.runtime.protocols import InputError
 from tests.conftest import interrupt, invoke, small_recipe
 from tests.tiny import byte_tokenizer, tiny_model
 
@@ -160,7 +160,7 @@ def test_a_seed_chooses_the_examples(tmp_path: Path) -> None:
 
 
 def examples(task: Path, seed: int) -> list[Any]:
-    from lrcompress.harness import Asking, _ask
+    from lrcompress.evaluation.tasks.runner import Asking, _ask
 
     tasks = resolve([str(task)], seed)
     _ask(tasks.tasks["mine"], tasks, Asking(128, None, 1))
@@ -390,7 +390,7 @@ def test_run_keeps_logs_of_what_it_measured(dense: Path, text: Path, tmp_path: P
 
 
 def test_models_and_tasks_of_like_names_get_files_of_their_own() -> None:
-    from lrcompress.files import places
+    from lrcompress.runtime.files import places
 
     found = places(["dense a/b", "dense a_b", "../x", "é:1", ""])
     assert list(found.values()) == ["dense_a_b", "dense_a_b-2", "_x", "é_1", "_"]

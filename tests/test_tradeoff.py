@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from lrcompress.metric import PERPLEXITY, Metric
-from lrcompress.points import Point
-from lrcompress.sweepreport import FORMATS, SweepReport, markdown, to_csv, to_json
-from lrcompress.tradeoff import Front, fronts, knee, non_dominated, over_dense
+from lrcompress.reporting.metric import PERPLEXITY, Metric
+from lrcompress.workflows.sweep.pareto import Front, fronts, knee, non_dominated, over_dense
+from lrcompress.workflows.sweep.point import Point
+from lrcompress.workflows.sweep.report import FORMATS, SweepReport, markdown, to_csv, to_json
 
 TEXT = {"data": "t.txt", "windows": 8}
 RUN = {"runs": 5, "device": "cpu", "threads": 1}

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lrcompress import checkpoint
-from lrcompress.protocols import InputError
-from lrcompress.verification import Fault, verify
+from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.checkpoint.verify import Fault, verify
+from lrcompress.runtime.protocols import InputError
 from tests.conftest import invoke
 
 
@@ -73,8 +73,8 @@ def test_truncated_missing_and_extra_files_are_named(saved: Path) -> None:
 
 
 def _with_new_checksums(saved: Path) -> None:
-    record = checkpoint.read_record(saved) or {}
-    checkpoint.write_record(saved, record | {"files": checkpoint.checksums(saved)})
+    record = checkpoint_folder.read_record(saved) or {}
+    checkpoint_folder.write_record(saved, record | {"files": checkpoint_folder.checksums(saved)})
 
 
 def test_tensors_have_to_fit_the_config(saved: Path) -> None:

@@ -16,12 +16,14 @@ from unittest import mock
 
 import torch
 
-from lrcompress import factorizing, pretrain, processes, tune
-from lrcompress.decompositions import Decompositions
-from lrcompress.protocols import InputError
-from lrcompress.recipe import Recipe
-from lrcompress.settings import FinetuneSettings, ModelSettings, PretrainSettings
-from lrcompress.trainer import TextTrainer
+from lrcompress.compression import factorize_folder
+from lrcompress.config import FinetuneSettings, ModelSettings, PretrainSettings
+from lrcompress.config.recipe import Recipe
+from lrcompress.methods.decomposition_cache import Decompositions
+from lrcompress.runtime import distributed
+from lrcompress.runtime.protocols import InputError
+from lrcompress.training import finetune, pretrain
+from lrcompress.training.trainer import TextTrainer
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     TextTrainer.training_step = recorded
     try:
         _train(job.get("source"), job["settings"], Path(job["out"]))
-    except (InputError, processes.SaidElsewhereError, KeyboardInterrupt) as caught:
+    except (InputError, distributed.SaidElsewhereError, KeyboardInterrupt) as caught:
         error = [type(caught).__name__, str(caught)]
     finally:
         TextTrainer.training_step = original
@@ -50,7 +52,7 @@ def _train(source: str | None, settings: dict[str, Any], out: Path) -> None:
     if source is None:
         pretrain.pretrain_to(PretrainSettings(**settings), out)
     else:
-        tune.finetune_to(ModelSettings(source=source), FinetuneSettings(**settings), out)
+        finetune.finetune_to(ModelSettings(source=source), FinetuneSettings(**settings), out)
 
 
 def factorize(job: dict[str, Any]) -> dict[str, Any]:
@@ -63,15 +65,15 @@ def factorize(job: dict[str, Any]) -> dict[str, Any]:
 
     with mock.patch.object(Decompositions, "factors", recorded):
         try:
-            factorizing.factorize_to(Recipe(**job["recipe"]), Path(job["out"]))
-        except (InputError, processes.SaidElsewhereError) as caught:
+            factorize_folder.factorize_to(Recipe(**job["recipe"]), Path(job["out"]))
+        except (InputError, distributed.SaidElsewhereError) as caught:
             error = [type(caught).__name__, str(caught)]
     return {"linears": linears, "error": error}
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    with processes.group("auto"):
+    with distributed.group("auto"):
         for job in json.loads((folder / "jobs.json").read_text()):
             seen = factorize(job) if "recipe" in job else run(job)
             (folder / f"{job['name']}.{os.environ['RANK']}.json").write_text(json.dumps(seen))

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lrcompress.cli import main
+from lrcompress.cli.app import main
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"  # of the server: a fork has no other threads

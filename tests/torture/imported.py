@@ -4,7 +4,7 @@ import matplotlib.backends.backend_agg  # noqa: F401
 import transformers.models.llama.modeling_llama
 import transformers.trainer  # noqa: F401
 
-import lrcompress.console
-import lrcompress.pipeline
-import lrcompress.pretrain
-import lrcompress.sweep  # noqa: F401
+import lrcompress.cli.display
+import lrcompress.training.pretrain
+import lrcompress.workflows.run.pipeline
+import lrcompress.workflows.sweep.sweep  # noqa: F401

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lrcompress
-from lrcompress.export import export_dense
-from lrcompress.ffn import ffn_parameters
-from lrcompress.lowrank import compressed_layers
-from lrcompress.sizes import parameter_count
+from lrcompress.checkpoint.export.standalone import export_dense
+from lrcompress.layers.ffn_layouts import ffn_parameters
+from lrcompress.layers.lowrank import compressed_layers
+from lrcompress.layers.model_info import parameter_count
 from tests.tiny import FAMILIES, MIXTURES, MORE_MIXTURES, byte_tokenizer, logits, tiny_model, tokens
 from tests.torture.conftest import Tally, Times
 

@@ -14,11 +14,14 @@ import yaml
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from lrcompress import checkpoint, models, report, sweepreport
-from lrcompress.protocols import InputError, MachineError
-from lrcompress.rendering import json_text
-from lrcompress.report import Report
-from lrcompress.sweepreport import SweepReport
+from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.models import loading
+from lrcompress.reporting import report
+from lrcompress.reporting.render import json_text
+from lrcompress.reporting.report import Report
+from lrcompress.runtime.protocols import InputError, MachineError
+from lrcompress.workflows.sweep import report as sweep_report
+from lrcompress.workflows.sweep.report import SweepReport
 from tests.conftest import invoke
 from tests.mutations import damaged, disturbed, explore, tampered
 from tests.samples import DETAILS, METRICS, RECORD, points
@@ -90,7 +93,7 @@ def _dumped(tree: Any) -> str:
 def _loaded(folder: Path) -> torch.Tensor | None:
     """The logits of what lrcompress loads; None where it refuses."""
     try:
-        return logits(models.load(folder, dtype="float32")[0])
+        return logits(loading.load(folder, dtype="float32")[0])
     except (InputError, MachineError) as error:
         refused(error)
         return None
@@ -125,7 +128,7 @@ def test_configs_of_checkpoints(
 ) -> None:
     folder = shutil.copytree(factorized, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    right = logits(models.load(factorized)[0])
+    right = logits(loading.load(factorized)[0])
 
     def check(record: Any) -> None:
         (folder / "config.json").write_text(json.dumps(config | {"quantization_config": record}))
@@ -143,7 +146,7 @@ def test_headers_and_lengths_of_weights(
     content = (folder / "model.safetensors").read_bytes()
     size = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
-    right = logits(models.load(factorized)[0])
+    right = logits(loading.load(factorized)[0])
 
     def check(changed: Any) -> None:
         if not isinstance(changed, bytes):
@@ -166,11 +169,11 @@ def test_records_of_checkpoints(tmp_path: Path, times: Times, tally: Tally) -> N
     record = RECORD | {"source": "here", "calibration": text, "before": {"calibration": text}}
 
     def check(changed: Any) -> None:
-        (folder / checkpoint.RECORD).write_text(json.dumps(changed))
+        (folder / checkpoint_folder.RECORD).write_text(json.dumps(changed))
         try:
-            known = checkpoint.read_record(folder)
+            known = checkpoint_folder.read_record(folder)
             assert known is not None
-            checkpoint.write_record(folder, known)
+            checkpoint_folder.write_record(folder, known)
             _rendered(Report("title", METRICS, DETAILS, known))
         except InputError as error:
             refused(error)
@@ -190,7 +193,7 @@ def test_reports(kind: str, tmp_path: Path, times: Times, tally: Tally) -> None:
         report.write(tmp_path, Report("title", METRICS, DETAILS, RECORD))
         file = tmp_path / "metrics.json"
     else:
-        sweepreport.write(tmp_path, SweepReport("here", tuple(points())))
+        sweep_report.write(tmp_path, SweepReport("here", tuple(points())))
         file = tmp_path / "sweep.json"
         (tmp_path / "points").mkdir()
         for point in points():

@@ -23,8 +23,8 @@ import pytest
 import torch
 
 import lrcompress
-from lrcompress.protocols import InputError
-from lrcompress.verification import verify
+from lrcompress.checkpoint.verify import verify
+from lrcompress.runtime.protocols import InputError
 from tests.conftest import SMALL, small_recipe
 from tests.torture import forked
 from tests.torture.conftest import Tally, Times

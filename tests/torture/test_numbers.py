@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 import lrcompress
-from lrcompress.choices import Grid, ffn_choices
-from lrcompress.factorizers import FACTORIZERS
-from lrcompress.factorizers.svd import PlainSVD
-from lrcompress.lowrank import FORMS, compressed_layers
-from lrcompress.protocols import FFN, LinearSpec, Statistics
-from lrcompress.shrink import fill
+from lrcompress.compression.replace_layers import fill
+from lrcompress.layers.lowrank import FORMS, compressed_layers
+from lrcompress.methods import registry
+from lrcompress.methods.candidates import Grid, ffn_choices
+from lrcompress.methods.svd import PlainSVD
+from lrcompress.runtime.protocols import FFN, LinearSpec, Statistics
 from tests.test_factorizers import factors_of, measured_error
 from tests.tiny import byte_tokenizer, logits, tiny_model
 from tests.torture.conftest import Tally
 
 OUT, IN = 24, 16
-METHODS = {name: pkgutil.resolve_name(home)() for name, home in FACTORIZERS.items()}
+METHODS = {name: pkgutil.resolve_name(home)() for name, home in registry.METHODS.items()}
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -152,8 +152,8 @@ def test_narrowing(method: str, moment: str, tally: Tally) -> None:
 @each_method
 @pytest.mark.parametrize("policy", ["loss_aware", "uniform"])
 def test_budgets_are_met(method: str, moment: str, policy: str) -> None:
-    from lrcompress.allocators import ALLOCATORS
-    from lrcompress.plans import Budget
+    from lrcompress.methods.plan import Budget
+    from lrcompress.methods.registry import ALLOCATORS
 
     allocator = pkgutil.resolve_name(ALLOCATORS[policy])()
     choices, _ = ffn_choices(_ffn(moment), METHODS[method], Grid("pivoted", 1), True)

@@ -1,0 +1,69 @@
+"""A compressed model as others load it: stock layers, or with the code of its own."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lrcompress.checkpoint.export.dense import to_stock
+from lrcompress.checkpoint.folder import save, saved_as, write_record, write_weights
+from lrcompress.layers import experts, lowrank
+from lrcompress.runtime.files import writing
+
+STANDALONE, STANDALONE_MODULE = "low_rank_modules", "modeling_lowrank"
+
+
+def export_dense(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:
+    """Writes `model` with every compressed layer turned back into a stock layer.
+
+    Narrowed FFNs get the width of the widest, with zeros for the channels that others lack,
+    where the family's config has one intermediate size; else their original width. Anything
+    that loads the original architecture loads the result.
+    """
+    to_stock(model)
+    origin = {"source": record.get("source"), "export": "dense", "factorized_from": dict(record)}
+    save(model, tokenizer, out, origin)
+
+
+def export_standalone(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:
+    """Writes a folder that loads with trust_remote_code=True where lrcompress is not installed.
+
+    The layers' own source goes with the weights, followed by subclasses of the stock config
+    and model that rebuild the low-rank layers from the config.
+    """
+    modules = lowrank.layout(model)
+    with writing(out) as folder:
+        write_weights(model, tokenizer, folder)
+        (folder / f"{STANDALONE_MODULE}.py").write_text(_standalone_source(model), "utf-8")
+        (folder / "experts.py").write_text(inspect.getsource(experts), "utf-8")
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config.pop("quantization_config", None)
+        config |= {STANDALONE: modules, "auto_map": _auto_map(model)}
+        config["architectures"] = [f"LowRank{type(model).__name__}"]
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        write_record(folder, dict(record) | {"export": "standalone"} | saved_as(folder))
+
+
+def _auto_map(model: Any) -> dict[str, str]:
+    return {
+        "AutoConfig": f"{STANDALONE_MODULE}.LowRank{type(model.config).__name__}",
+        "AutoModelForCausalLM": f"{STANDALONE_MODULE}.LowRank{type(model).__name__}",
+    }
+
+
+def _standalone_source(model: Any) -> str:
+    config, name = type(model.config).__name__, type(model).__name__
+    return inspect.getsource(lowrank) + (
+        f"\n\nfrom transformers import {config}, {name}  # noqa: E402\n\n\n"
+        f"class LowRank{config}({config}):\n"
+        '    """The stock config; `low_rank_modules` records the low-rank layers."""\n\n\n'
+        f"class LowRank{name}({name}):\n"
+        '    """The stock model with its low-rank layers in place."""\n\n'
+        f"    config_class = LowRank{config}\n\n"
+        f"    def __init__(self, config: LowRank{config}) -> None:\n"
+        "        super().__init__(config)\n"
+        "        rebuild(self, config.low_rank_modules)\n"
+    )

@@ -1,0 +1,96 @@
+"""What the command factorize does, in memory or streaming, from folder to folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lrcompress.checkpoint import fingerprints
+from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.compression.factorize import apply
+from lrcompress.compression.result import Factorization
+from lrcompress.compression.streaming.factorize import Streaming
+from lrcompress.config.recipe import Recipe
+from lrcompress.models.offload import OffloadedModel
+from lrcompress.models.sources import load_settings, record_of
+from lrcompress.reporting.tables import learned
+from lrcompress.runtime import distributed, locks
+from lrcompress.runtime.distributed import agreed, from_main
+from lrcompress.runtime.files import discard
+from lrcompress.runtime.protocols import InputError, Progress, Say, silent, unsaid
+
+
+def factorize_to(
+    recipe: Recipe,
+    out: Path,
+    progress: Progress = silent,
+    replace: bool = False,
+    say: Say = unsaid,
+) -> dict[str, Any]:
+    """Loads, factorizes and saves to `out`; returns what lrcompress.json holds.
+
+    `say` is told what streaming will need, before it starts.
+    Under torchrun every process calls it, and the main one writes. Raises InputError if `out`
+    exists, unless an older result there is to be replaced.
+    """
+    if not distributed.is_main():
+        progress, say = silent, unsaid
+    with distributed.group(recipe.model.device), locks.beside(out, replace):
+        if recipe.factorize.streaming:
+            return _streamed(recipe, out, progress, replace, say)
+        return _in_memory(recipe, out, progress, replace)
+
+
+def _in_memory(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> dict[str, Any]:
+    device = agreed(lambda: distributed.own_device(recipe.model.device))
+    model, tokenizer = agreed(lambda: load_settings(recipe.model, device=device))
+    work = out.with_name(f".{out.name}.refine")  # refined blocks, until the whole is saved
+    parts = (recipe.calibration, recipe.factorize, recipe.refine, progress, work)
+    done = agreed(lambda: apply(model, tokenizer, *parts))
+    saved = from_main(
+        lambda: checkpoint_folder.save(model, tokenizer, out, _made(recipe, done), replace)
+    )
+    from_main(lambda: discard(work, out))
+    return saved
+
+
+def _streamed(
+    recipe: Recipe, out: Path, progress: Progress, replace: bool, say: Say
+) -> dict[str, Any]:
+    work = out.with_name(f".{out.name}.streaming")  # of this output: blocks of all settings
+    own = work / from_main(lambda: fingerprints.digest(fingerprints.factorizing(recipe)))[:16]
+    distributed.check_shared(own)
+    try:
+        source = agreed(lambda: OffloadedModel.load(recipe.model, own))
+        run = agreed(lambda: Streaming(recipe, source, own, progress, say))
+        record = _made(recipe, agreed(run.run))
+    except InputError:
+        _remove_empty(work)
+        raise
+    saved = from_main(
+        lambda: checkpoint_folder.save(
+            source.model, source.tokenizer, out, record, replace, source.outside(), run.shards
+        )
+    )
+    from_main(lambda: discard(work, out))
+    return saved
+
+
+def _remove_empty(folder: Path) -> None:
+    """Removes the folders below `folder`, and itself, in which there is no file."""
+    below = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
+    for one in (*below, folder):
+        if not any(one.iterdir()):
+            one.rmdir()
+
+
+def _made(recipe: Recipe, done: Factorization) -> dict[str, Any]:
+    """The record of what was done, and of what had been learned before."""
+    record = {
+        "source": recipe.model.source,
+        "recipe": recipe.model_dump(mode="json"),
+        **done.to_dict(),
+    }
+    if before := learned(record_of(recipe.model) or {}):
+        record["before"] = before
+    return record

@@ -1,0 +1,58 @@
+"""Hidden states of a text in front of one block at a time, dense and compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrcompress.layers.block_runner import Blocks
+
+
+class Streams(Blocks):
+    """The hidden states of every sample in front of one block, dense and compressed.
+
+    Both start at the embedding of `tokens` (samples, length); whoever walks through the blocks
+    moves them on. States are kept in `dtype`, by default the model's own.
+    """
+
+    def __init__(self, model: Any, tokens: Tensor, dtype: torch.dtype | None = None) -> None:
+        super().__init__(model, tokens, dtype)
+        self.dense = [self.embedded(sample) for sample in tokens]
+        self.compressed = list(self.dense)
+
+    def adds_to_residual(self, block: int, name: str) -> bool:
+        """Whether the linear's output reaches the block's output unchanged; shown by a shift.
+
+        It is as large as what it is added to, so that rounding in low precision does not hide it.
+        """
+        module = self.model.get_submodule(name)
+        plain = self.run(block, self.compressed[0], gives=(name,))
+        shift = torch.maximum(plain.outputs[name].abs().mean(), plain.output.abs().mean())
+        hook = module.register_forward_hook(lambda _, __, output: output + shift)
+        try:
+            moved = self.run(block, self.compressed[0]).output
+        finally:
+            hook.remove()
+        difference = (moved - plain.output) / shift - 1
+        return float(difference.abs().mean()) < 1e-2
+
+
+@contextmanager
+def in_float32(block: nn.Module) -> Iterator[None]:
+    """Weights of lower precision in float32; those that did not change come back bit for bit."""
+    before = [
+        (tensor, tensor.dtype)
+        for tensor in (*block.parameters(), *block.buffers())
+        if tensor.dtype in (torch.float16, torch.bfloat16)
+    ]
+    try:
+        for tensor, _ in before:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in before:
+            tensor.data = tensor.data.to(dtype)

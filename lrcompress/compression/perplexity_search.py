@@ -1,0 +1,65 @@
+"""The smallest model whose perplexity on a validation text stays within a limit."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from lrcompress.compression.planning import Prepared
+from lrcompress.compression.replace_layers import shrink
+from lrcompress.config import FactorizeSettings
+from lrcompress.data.corpora import read_corpus
+from lrcompress.evaluation.perplexity import perplexity
+from lrcompress.layers.model_info import evaluation_mode, sequence_length
+from lrcompress.methods.plan import Budget, Plan
+from lrcompress.runtime.distributed import from_main
+from lrcompress.runtime.protocols import InputError, Progress, silent
+
+# keep_ratios tried, and windows of validation text for each
+TRIALS = 6
+LOWEST = 0.1
+WINDOWS = 12
+
+
+def smallest_within(
+    model: Any, tokenizer: Any, prepared: Prepared, settings: FactorizeSettings, progress: Progress
+) -> tuple[Plan, tuple[dict[str, float], ...]]:
+    """Bisects keep_ratio for a perplexity of at most (1 + max_perplexity_increase) x dense.
+
+    Returns the plan of the smallest keep_ratio that held the limit, and all that was tried.
+    Perplexity falls as keep_ratio rises but for noise, so the answer is exact to the last
+    halving of the range. Raises InputError where not even the largest trial holds it.
+    """
+    assert settings.max_perplexity_increase is not None
+    if tokenizer is None:
+        raise InputError("max_perplexity_increase measures perplexity, which takes a tokenizer")
+    limit = _measure(model, tokenizer, settings) * (1 + settings.max_perplexity_increase)
+    low, high, prepared = LOWEST, 1.0, prepared.for_many_plans()
+    best: Plan | None = None
+    trials = []
+    for _ in progress(range(TRIALS), "Searching", TRIALS):
+        ratio = (low + high) / 2
+        plan = prepared.allocator.allocate(prepared.choices, Budget(keep_ratio=ratio))
+        trial = copy.deepcopy(model)
+        shrink(trial, prepared, plan, settings.form, silent)
+        found = _measure(trial, tokenizer, settings)
+        trials.append({"keep_ratio": ratio, "perplexity": found, "limit": limit})
+        if found <= limit:
+            best, high = plan, ratio
+        else:
+            low = ratio
+    if best is None:
+        raise InputError(
+            f"no keep_ratio up to {low:.3f} holds the perplexity on {settings.validation!r} "
+            f"within {limit:.4g}: allow a larger --max-perplexity-increase"
+        )
+    return best, tuple(trials)
+
+
+def _measure(model: Any, tokenizer: Any, settings: FactorizeSettings) -> float:
+    corpus = read_corpus(settings.validation, "test")
+    length = sequence_length(model, None)
+    with evaluation_mode(model):
+        return from_main(
+            lambda: perplexity("trial", model, tokenizer, corpus, length, limit=WINDOWS).value
+        )

@@ -1,0 +1,195 @@
+"""Measures several models side by side: size, perplexity, tasks and speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from lrcompress.benchmark import throughput
+from lrcompress.config import EvaluateSettings
+from lrcompress.config.recipe import from_flat
+from lrcompress.data.corpora import read_corpus
+from lrcompress.evaluation.block_divergence import block_changes
+from lrcompress.evaluation.continuations import continuations
+from lrcompress.evaluation.perplexity import perplexity
+from lrcompress.evaluation.tasks.cache import TaskCache
+from lrcompress.evaluation.tasks.registry import Tasks, resolve
+from lrcompress.evaluation.tasks.runner import Asking, run_tasks
+from lrcompress.evaluation.tasks.sample_logs import Logs
+from lrcompress.evaluation.token_divergence import token_changes
+from lrcompress.layers.ffn_layouts import ffn_parameters
+from lrcompress.layers.lowrank import is_compressed
+from lrcompress.layers.model_info import evaluation_mode, parameter_count, sequence_length
+from lrcompress.layers.optimize import optimize
+from lrcompress.layers.quantized import is_quantized, weight_bytes
+from lrcompress.models.sources import Loaded
+from lrcompress.reporting.differences import BlockChange, Details, TokenChange
+from lrcompress.reporting.metric import Metric
+from lrcompress.reporting.tables import labels
+from lrcompress.runtime.protocols import InputError, Progress, silent
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The metrics of models, and by the label of each what its tasks asked and it answered."""
+
+    metrics: list[Metric]
+    logs: Mapping[str, Logs]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    *,
+    baseline: Any = None,
+    progress: Progress = silent,
+    **settings: Any,
+) -> list[Metric]:
+    """Measures `model`, and `baseline` beside it in the same run: a loaded model, or several.
+
+    `settings` are the keys of the recipe's `evaluate` section: perplexity, tasks, limit,
+    context_length, ... Raises InputError where a setting is refused, a text or task cannot be
+    read, or a loss is not finite.
+    """
+    checked = from_flat({"evaluate": EvaluateSettings}, settings)["evaluate"]
+    given = [] if baseline is None else baseline
+    others = list(given) if isinstance(given, list | tuple) else [given]
+    names = ["baseline"] * len(others) + ["model"]
+    kinds = [kind(one) for one in (*others, model)]
+    pairs = [(one, tokenizer) for one in (*others, model)]
+    models = dict(zip(labels(kinds, names), pairs, strict=True))
+    return measure(models, checked, resolve_tasks(checked), progress).metrics
+
+
+def kind(model: Any, trained: bool = False) -> str:
+    """What a model is called in a report."""
+    name = ("finetuned" if trained else "factorized") if is_compressed(model) else "dense"
+    return f"quantized {name}" if is_quantized(model) else name
+
+
+def resolve_tasks(settings: EvaluateSettings) -> Tasks | None:
+    """The tasks of `settings`, found before any model is loaded; None where there are none.
+
+    Raises InputError where one cannot be read, or its results cannot be kept.
+    """
+    if not settings.tasks:
+        return None
+    TaskCache.at(settings.task_cache)
+    return resolve(settings.tasks, settings.seed, settings.data_dir)
+
+
+def measure(
+    models: Mapping[str, Loaded],
+    settings: EvaluateSettings,
+    tasks: Tasks | None,
+    progress: Progress = silent,
+) -> Measured:
+    """Every metric of every model, models in the order given, each with its own tokenizer."""
+    length = common_length(models, settings)
+    found: list[Metric] = []
+    logs: dict[str, Logs] = {}
+    for label, loaded in models.items():
+        one = quality(label, loaded, settings, tasks, length, progress)
+        found += one.metrics
+        logs.update(one.logs)
+    return Measured(found + speed(models, settings, progress), logs)
+
+
+def details(
+    models: Mapping[str, Loaded], settings: EvaluateSettings, progress: Progress = silent
+) -> Details:
+    """Later models against the first, token by token and block by block, and all on the prompts."""
+    for _, tokenizer in models.values():
+        _check_tokenizer(tokenizer, settings)
+    length, limit = common_length(models, settings), settings.compared_windows
+    if settings.limit is not None:
+        limit = min(limit, settings.limit)
+    tokens: list[TokenChange] = []
+    blocks: list[BlockChange] = []
+    with _evaluating(models):
+        texts = continuations(models, settings.prompts, settings.continuation_tokens, progress)
+        if len(models) > 1 and limit:
+            corpora = [read_corpus(spec, "test") for spec in settings.perplexity]
+            for corpus in corpora:
+                window = (length, settings.stride, limit)
+                tokens += token_changes(models, corpus, *window, progress)
+            for corpus in corpora[:1]:
+                blocks += block_changes(models, corpus, length, limit, progress)
+    return Details(tuple(tokens), tuple(blocks), tuple(texts))
+
+
+@contextmanager
+def _evaluating(models: Mapping[str, Loaded]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for model, _ in models.values():
+            stack.enter_context(evaluation_mode(model))
+        yield
+
+
+def common_length(models: Mapping[str, Loaded], settings: EvaluateSettings) -> int:
+    """Tokens of a window that fits every model."""
+    return min(sequence_length(model, settings.context_length) for model, _ in models.values())
+
+
+def speed(
+    models: Mapping[str, Loaded], settings: EvaluateSettings, progress: Progress = silent
+) -> list[Metric]:
+    """Speed in use and in training of all models in alternation, as the settings ask for it;
+    compressed models are optimized for it, and put back."""
+    alone = {label: model for label, (model, _) in models.items()}
+    length, repeats = settings.prompt_length, settings.repeats
+    found: list[Metric] = []
+    with _evaluating(models), ExitStack() as stack:
+        if settings.speed or settings.training_speed:
+            for model in alone.values():
+                stack.enter_context(optimize(model))
+        if settings.speed:
+            found += throughput.speed(alone, length, settings.new_tokens, repeats, progress)
+        if settings.training_speed:
+            size = settings.batch_size
+            found += throughput.training_speed(alone, size, length, repeats, progress)
+    return found
+
+
+def quality(
+    label: str,
+    loaded: Loaded,
+    settings: EvaluateSettings,
+    tasks: Tasks | None,
+    length: int,
+    progress: Progress = silent,
+) -> Measured:
+    """Size, perplexities and task metrics of one model, in windows of `length` tokens."""
+    model, tokenizer = loaded
+    _check_tokenizer(tokenizer, settings)
+    corpora = [read_corpus(spec, "test") for spec in settings.perplexity]
+    found = list(size(label, model))
+    logs: Logs = {}
+    with evaluation_mode(model):
+        for corpus in corpora:
+            window = (length, settings.stride, settings.limit)
+            found.append(perplexity(label, model, tokenizer, corpus, *window, progress))
+        if tasks:
+            asking = Asking(length, settings.limit, settings.num_fewshot, settings.batch_size)
+            cache = TaskCache.at(settings.task_cache)
+            done = run_tasks(label, model, tokenizer, tasks, asking, cache, progress)
+            found += done.metrics
+            logs = done.logs
+    return Measured(found, {label: logs})
+
+
+def _check_tokenizer(tokenizer: Any, settings: EvaluateSettings) -> None:
+    if tokenizer is None and (settings.perplexity or settings.tasks or settings.prompts):
+        raise InputError("the model has no tokenizer: add the tokenizer's files to its folder")
+
+
+def size(label: str, model: Any) -> Iterator[Metric]:
+    """Parameters of the FFNs, if they are known, and of the model, and its weights' bytes."""
+    held = ffn_parameters(model)
+    if held:
+        yield Metric(label, "FFN parameters", held, "", False)
+    yield Metric(label, "parameters", parameter_count(model), "", False)
+    dtype = {"dtype": str(model.dtype)[6:]}
+    yield Metric(label, "weight bytes", weight_bytes(model), "B", False, dtype)

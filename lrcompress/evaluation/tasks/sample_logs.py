@@ -1,0 +1,26 @@
+"""What a model was asked and answered, question by question: one JSON-lines file for each task."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lrcompress.reporting.render import finite
+from lrcompress.runtime.files import places, writing
+
+FOLDER = "samples"
+Logs = Mapping[str, Sequence[Mapping[str, Any]]]  # task -> its questions as lm-eval logs them
+
+
+def write(folder: Path, logs: Logs) -> None:
+    """Writes `folder`/TASK.jsonl; what stood in `folder` gives way to it, also to nothing."""
+    if not logs:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    with writing(folder, replace=True) as partial:
+        for task, name in places(logs).items():
+            lines = [json.dumps(finite(one), ensure_ascii=False) for one in logs[task]]
+            (partial / f"{name}.jsonl").write_text("\n".join([*lines, ""]), "utf-8")

@@ -1,0 +1,102 @@
+"""What a method could do to each FFN, as exact parameter counts against estimated losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from lrcompress.methods.plan import Choices, Curve, Shape
+from lrcompress.runtime.protocols import FFN, Form, InputError, LinearSpec, Method
+
+# widths, as shares of all channels, at which narrowing and low rank are combined
+COMBINED_WIDTHS = (0.85, 0.7, 0.55, 0.4)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which ranks and widths are considered: multiples, or exactly one rank."""
+
+    form: Form
+    multiple: int
+    rank: int | None = None
+
+    def ranks(self, linear: LinearSpec) -> list[int]:
+        """Ascending ranks of `linear` that save parameters."""
+        every = (
+            [self.rank]
+            if self.rank is not None
+            else range(min(self.multiple, linear.full_rank), linear.full_rank, self.multiple)
+        )
+        return [r for r in every if 1 <= r < linear.full_rank and linear.saves(r, self.form)]
+
+    def widths(self, width: int) -> list[int]:
+        """Widths below `width`, descending."""
+        return list(range((width - 1) // self.multiple * self.multiple, 0, -self.multiple))
+
+
+def ffn_choices(
+    ffn: FFN, method: Method, grid: Grid, errors: bool
+) -> tuple[Choices, Tensor | None]:
+    """The choices of one FFN, and its channels in the order in which narrowing keeps them.
+
+    Without `errors` those that take a decomposition are left out as NaN.
+    """
+    if not method.truncates and ffn.down is None:
+        raise InputError(
+            f"{ffn.name} cannot be narrowed without all of its linears: do not exclude any of "
+            "them, or use a method that truncates, such as fisher"
+        )
+    if method.narrows and ffn.down is not None:
+        shapes, channels = _narrowed_shapes(ffn, method, grid, errors)
+    else:
+        shapes, channels = [], None
+    full = Shape(None, 0.0, tuple(_curves(ffn, method, grid, errors)))
+    return Choices(ffn.name, ffn.linears, (full, *shapes)), channels
+
+
+def _narrowed_shapes(
+    ffn: FFN, method: Method, grid: Grid, errors: bool
+) -> tuple[list[Shape], Tensor]:
+    assert ffn.down is not None
+    order = method.order(ffn)
+    full = ffn.down.in_features
+    shapes = []
+    combined = {_rounded(share * full, grid.multiple) for share in COMBINED_WIDTHS}
+    for width in grid.widths(full):
+        if method.truncates and errors and width in combined:
+            narrowed = method.narrow(ffn, order.channels[:width])
+            curves = _curves(narrowed, method, grid, errors)
+        else:
+            curves = (_dense_curve(linear.narrowed(width)) for linear in ffn.linears)
+        shapes.append(Shape(width, float(order.errors[width]), tuple(curves)))
+    return shapes, order.channels
+
+
+def _rounded(value: float, multiple: int) -> int:
+    return multiple * round(value / multiple)
+
+
+def _curves(ffn: FFN, method: Method, grid: Grid, errors: bool) -> Iterator[Curve]:
+    for linear in ffn.linears:
+        if not method.truncates:
+            yield _dense_curve(linear)
+            continue
+        ranks = grid.ranks(linear)
+        counts = [linear.parameters(rank, grid.form) for rank in ranks]
+        found = [float("nan")] * len(ranks)
+        if errors:
+            weight, statistics = ffn.weights[linear.name], ffn.statistics[linear.name]
+            found = method.error_curve(weight, statistics)[ranks].tolist()
+        yield Curve(
+            linear.name,
+            np.array([*ranks, 0]),
+            np.array([*counts, linear.dense_parameters]),
+            np.array([*found, 0.0]),
+        )
+
+
+def _dense_curve(linear: LinearSpec) -> Curve:
+    return Curve(linear.name, np.array([0]), np.array([linear.dense_parameters]), np.array([0.0]))

@@ -1,0 +1,119 @@
+"""A model whose blocks stay on disk: the weights of one at a time are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from lrcompress.config import ModelSettings
+from lrcompress.layers.ffn_layouts import find_blocks
+from lrcompress.models.loading import checked_device, load, locate, skeleton
+from lrcompress.runtime import distributed
+from lrcompress.runtime.protocols import InputError
+
+
+@dataclass(frozen=True)
+class OffloadedModel:
+    """`model` holds the weights outside its blocks; those of a block while it is `resident`.
+
+    `weights` gives each weight of a block by name, read from the safetensors files; `prefix` is the
+    name of the list of blocks.
+    """
+
+    model: Any
+    tokenizer: Any
+    weights: Mapping[str, Tensor]
+    prefix: str
+
+    @classmethod
+    def load(cls, source: ModelSettings, work: Path) -> Self:
+        """The folder `work` gets the weights that transformers does not store as it computes.
+
+        Raises InputError for GGUF, and where the model cannot be loaded.
+        """
+        if locate(source.source, source.gguf_file).gguf_file:
+            raise InputError(
+                f"--streaming does not read GGUF, as of {source.source!r}: give a folder"
+            )
+        bare = skeleton(source.source, None, source.trust_remote_code)
+        prefix, _ = find_blocks(bare)
+        device = distributed.own_device(source.device)
+        if device == "auto":
+            device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        places = dict.fromkeys(_outside(bare, prefix), checked_device(device)) | {prefix: "disk"}
+        placement = {
+            "device_map": places,
+            "offload_folder": str(work / f"converted-{distributed.rank()}"),
+        }
+        arguments = source.model_dump(exclude={"source", "gguf_file", "device"})
+        model, tokenizer = load(source.source, **arguments, placement=placement)
+        weights = _reader(find_blocks(model)[1])
+        remove_hook_from_submodules(model)
+        del model.hf_device_map
+        return cls(model.requires_grad_(False).eval(), tokenizer, weights, prefix)
+
+    @property
+    def count(self) -> int:
+        """Number of blocks."""
+        return len(find_blocks(self.model)[1])
+
+    @contextmanager
+    def resident(self, index: int) -> Iterator[nn.Module]:
+        """Block number `index` with its weights; then it is as it was, whatever was put in."""
+        block = find_blocks(self.model)[1][index]
+        before = {name: module for name, module in block.named_modules() if name}
+        empty = {name: p for name, p in block.named_parameters() if p.is_meta}
+        try:
+            for name, parameter in empty.items():
+                weight = self.weights[f"{self.prefix}.{index}.{name}"].to(self.model.device)
+                _set(block, name, nn.Parameter(weight, requires_grad=parameter.requires_grad))
+            yield block
+        finally:
+            for name, module in before.items():
+                parent, _, child = name.rpartition(".")
+                setattr(block.get_submodule(parent), child, module)
+            for name, parameter in empty.items():
+                _set(block, name, parameter)
+
+    def stored(self, index: int, block: nn.Module) -> dict[str, Tensor]:
+        """The weights of a resident block by the names that a checkpoint has for them."""
+        state = {f"{self.prefix}.{index}.{n}": tensor for n, tensor in block.state_dict().items()}
+        stored = revert_weight_conversion(self.model, state)
+        return {name: tensor.contiguous() for name, tensor in stored.items()}
+
+    def outside(self) -> dict[str, Tensor]:
+        """The weights outside the blocks."""
+        state = self.model.state_dict()
+        return {n: tensor for n, tensor in state.items() if not n.startswith(f"{self.prefix}.")}
+
+
+def _set(block: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, own = name.rpartition(".")
+    block.get_submodule(owner).register_parameter(own, parameter)
+
+
+def _outside(model: nn.Module, prefix: str) -> Iterator[str]:
+    """Names of the modules and parameters that together are all but the blocks."""
+    parent, path = model, ""
+    for part in prefix.split("."):
+        for name, _ in (*parent.named_children(), *parent.named_parameters(recurse=False)):
+            if name != part:
+                yield path + name
+        parent, path = parent.get_submodule(part), f"{path}{part}."
+
+
+def _reader(blocks: nn.ModuleList) -> Mapping[str, Tensor]:
+    """What accelerate would read the weights of the blocks with."""
+    for module in blocks.modules():
+        found = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if found is not None:
+            return found.dataset  # type: ignore[no-any-return]
+    raise InputError("the model's blocks hold no weights: there is nothing to stream")

@@ -1,0 +1,170 @@
+"""What metrics.json and sweep.json hold, with the JSON Schema of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+from jinja2 import TemplateError
+from pydantic import TypeAdapter, ValidationError
+from pydantic.json_schema import GenerateJsonSchema
+
+from lrcompress.reporting.differences import Details
+from lrcompress.reporting.metric import PUBLISHED, Number, Summary
+from lrcompress.reporting.render import NOT_FINITE, json_text
+from lrcompress.reporting.significance import Comparison
+from lrcompress.reporting.tables import Text
+from lrcompress.runtime.files import replace_text
+from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.safe_parsing import read_object
+from lrcompress.workflows.sweep.pareto import Front
+from lrcompress.workflows.sweep.point import PointSummary
+
+VERSION: Final = 1
+METRICS, SWEEP = "metrics.json", "sweep.json"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a metric of a model is a mean of."""
+
+    __pydantic_config__ = PUBLISHED
+
+    model: str
+    metric: str
+    """Name and, where there is one, text or file of the metric."""
+    values: Sequence[Sequence[Number]]
+    """For each window of a text, in order, its summed loss in nats and its tokens; for each item of
+    a task its score and 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """metrics.json of lrcompress: some models beside each other.
+
+    Numbers that are not finite are the texts NaN, Infinity and -Infinity: JSON has no numbers for
+    them, and null says that something is unknown or was not measured.
+    """
+
+    __pydantic_config__ = PUBLISHED
+
+    version: Literal[1] = VERSION
+    """Of this schema. Another one is another layout; fields may be added within one."""
+    title: str
+    notes: tuple[str, ...]
+    """Sentences on the report as a whole."""
+    metrics: tuple[Summary, ...]
+    """Model by model; the first model is the one that others are compared with."""
+    comparisons: tuple[Comparison, ...]
+    details: Details
+    texts: tuple[Text, ...]
+    """What the models were calibrated, trained and evaluated on."""
+    training: Mapping[str, Any] | None
+    """`finetuned` of the last model's lrcompress.json (docs/checkpoint.md), or null."""
+    factorization: Mapping[str, Any] | None
+    """The rest of the last model's lrcompress.json, without what stands elsewhere here, or null."""
+    samples: tuple[Samples, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """sweep.json of lrcompress: one model at several keep ratios by several methods.
+
+    Numbers that are not finite are the texts NaN, Infinity and -Infinity: JSON has no numbers for
+    them, and null says that something is unknown or was not measured.
+    """
+
+    __pydantic_config__ = PUBLISHED
+
+    version: Literal[1] = VERSION
+    """Of this schema. Another one is another layout; fields may be added within one."""
+    source: str
+    """The dense model, as the recipe names it."""
+    points: tuple[PointSummary, ...]
+    """The first is the dense model's."""
+    comparisons: tuple[Comparison, ...]
+    """Of every point with the dense model's."""
+    fronts: tuple[Front, ...]
+    """Every quality against every cost."""
+
+
+Content = TypeVar("Content", Evaluation, Sweep)
+
+
+def to_json(content: Evaluation | Sweep) -> str:
+    return json_text(TypeAdapter[Any](type(content)).dump_python(content))
+
+
+def read(kind: type[Content], file: Path) -> Content:
+    """Raises InputError where `file` is missing, damaged, or of another version."""
+    found = _object(file)
+    if (version := found.get("version")) != VERSION:
+        raise InputError(
+            f"{str(file)!r} has version {version or 'none'} of the layout, and this lrcompress "
+            f"reads {VERSION}: measure again, or use the lrcompress that wrote it"
+        )
+    try:
+        return TypeAdapter(kind).validate_python(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise damaged(file, f"{where}: {first['msg'].lower()}") from None
+
+
+def _object(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise InputError(
+            f"{str(file.parent)!r} has no {file.name}: give a folder with a finished report"
+        )
+    try:
+        return read_object(file)
+    except ValueError as error:
+        raise damaged(file, str(error)) from None
+
+
+@contextmanager
+def showing(folders: Sequence[Path]) -> Iterator[None]:
+    """Around what makes reports of numbers that others may have written: of the right kind each,
+    they may still not go together. Raises one InputError then."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, TemplateError) as error:
+        names = ", ".join(repr(str(folder)) for folder in folders)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(
+            f"what {names} holds cannot be shown ({reason}): restore it, or measure again"
+        ) from error
+
+
+def damaged(file: Path, reason: str) -> InputError:
+    return InputError(f"{str(file)!r} is damaged ({reason}): restore it, or measure again")
+
+
+class _Schema(GenerateJsonSchema):
+    def float_schema(self, schema: Any) -> dict[str, Any]:
+        return super().float_schema(schema) | {"type": ["number", "string"], "pattern": NOT_FINITE}
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def schemas() -> dict[str, str]:
+    """File name -> JSON Schema of what is written, for docs/."""
+    kinds: dict[str, Any] = {METRICS: Evaluation, SWEEP: Sweep}
+    return {name.replace(".", ".schema."): _schema(kind) for name, kind in kinds.items()}
+
+
+def write_schemas(folder: str) -> None:
+    for name, text in schemas().items():
+        replace_text(Path(folder) / name, text)
+
+
+def _schema(kind: Any) -> str:
+    adapter = TypeAdapter[Any](kind)
+    made = adapter.json_schema(mode="serialization", schema_generator=_Schema)
+    return json_text({"$schema": _Schema.schema_dialect} | made)

@@ -1,0 +1,142 @@
+"""Training on packed text with transformers' Trainer: the next tokens, measured and watched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lrcompress.runtime.files import keeping
+from lrcompress.training.fsdp import ShardingTrainer
+from lrcompress.training.losses import token_loss
+from lrcompress.training.teacher_cache import TeacherCache
+
+# a loss this many times the best one is divergence
+DIVERGED = 3.0
+
+
+class BlockDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Packed token blocks (samples, length) as the Trainer reads them.
+
+    With a cache each comes with the teacher's predictions; `first` is its number there.
+    """
+
+    def __init__(self, blocks: Tensor, cache: TeacherCache | None = None, first: int = 0) -> None:
+        self.blocks, self.cache, self.first = blocks, cache, first
+
+    def part(self, begin: int, end: int | None = None) -> BlockDataset:
+        return BlockDataset(self.blocks[begin:end], self.cache, self.first + begin)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        block = self.blocks[index]
+        kept = {} if self.cache is None else self.cache.read(self.first + index)
+        return {"input_ids": block, "labels": block} | kept  # Trainer wants labels for a loss
+
+
+class TextTrainer(ShardingTrainer):
+    """Trains by the mean cross-entropy of the next tokens; subclasses by another loss."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        # the loss is a mean over a micro-batch: Trainer must divide by the accumulation steps
+        self.loss_is_scaled_for_ga = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        loss = self.loss(model, inputs)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def loss(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Nats per token of the sequences `input_ids` (batch, length)."""
+        tokens = inputs["input_ids"]
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+        return token_loss(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    @torch.no_grad()
+    def loss_of(self, model: Any) -> float:
+        """Mean held-out loss of `model` as it is, without autocast; the same in every process."""
+        model.eval()
+        losses = []
+        for index in range(len(self.eval_dataset)):
+            row = self.eval_dataset[index]
+            batch = {key: value[None].to(model.device) for key, value in row.items()}
+            losses.append(float(self.compute_loss(model, batch)))
+        return sum(losses) / len(losses)
+
+    def restore(self, state: TrainerState) -> None:
+        """Loads the best weights of a run that has ended already, if a measurement was finite."""
+        self.state = state
+        if state.best_model_checkpoint is not None:
+            self._load_best_model()
+
+    def _save_checkpoint(self, *arguments: Any, **keywords: Any) -> None:
+        with keeping(f"a checkpoint in {self.args.output_dir!r}"), _own_names(self.model):
+            super()._save_checkpoint(*arguments, **keywords)
+
+
+@contextmanager
+def _own_names(model: Any) -> Iterator[None]:
+    """Weights are saved under the names that Trainer finds them by; some families have others for
+    their files."""
+    before = vars(model).get("_weight_conversions")
+    model._weight_conversions = []
+    try:
+        yield
+    finally:
+        del model._weight_conversions
+        if before is not None:
+            model._weight_conversions = before
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Stops a run that diverges, or that has not improved for `patience` measurements.
+
+    It remembers nothing but the reason: what it needs is in the state that checkpoints keep.
+    """
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience = patience
+        self.diverged: str | None = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        control.should_training_stop |= self.has_ended(state)
+
+    def has_ended(self, state: TrainerState) -> bool:
+        """Whether a run with this state is over; notes the reason if it diverged."""
+        training = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        losses = [loss for _, loss in held_out_losses(state)]
+        best = min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
+        if training and not math.isfinite(training[-1]):
+            self.diverged = f"the training loss is {training[-1]} at step {state.global_step}"
+        elif losses and not losses[-1] <= DIVERGED * best:
+            self.diverged = f"the held-out loss is {losses[-1]:.4g} at step {state.global_step}"
+        if self.diverged or (state.max_steps and state.global_step >= state.max_steps):
+            return True
+        without = len(losses) - 1 - losses.index(best) if math.isfinite(best) else 0
+        return self.patience is not None and without >= self.patience
+
+
+def held_out_losses(state: TrainerState) -> list[tuple[int, float]]:
+    """(step, loss) of every measurement, in order."""
+    found = [entry for entry in state.log_history if "eval_loss" in entry]
+    return [(int(entry["step"]), float(entry["eval_loss"])) for entry in found]
