@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.methods.svd import WhitenedSVD
-from lrcompress.runtime.protocols import Statistics
+from lrcompress.methods.types import Statistics
 
 
 def svd_llm(weight: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from wrapt import when_imported
 
-from lrcompress.runtime.protocols import InputError, MachineError
+from lrcompress.runtime.errors import InputError, MachineError
 
 if TYPE_CHECKING:
     from lrcompress.compression.factorize import factorize, save

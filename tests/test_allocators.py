@@ -13,7 +13,8 @@ from lrcompress.methods.allocators.uniform import Uniform
 from lrcompress.methods.candidates import Grid
 from lrcompress.methods.plan import Budget, Choices, Curve, Plan, Shape
 from lrcompress.methods.registry import ALLOCATORS
-from lrcompress.runtime.protocols import Form, InputError, LinearSpec
+from lrcompress.methods.types import Form, LinearSpec
+from lrcompress.runtime.errors import InputError
 
 FORMS: list[Form] = ["factored", "pivoted"]
 SIZE = (576, 1536)

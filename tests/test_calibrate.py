@@ -7,9 +7,9 @@ import torch
 
 import lrcompress
 from lrcompress.compression.calibration.moments import measure_moments
+from lrcompress.layers.block_runner import drawn_scores
 from lrcompress.layers.ffn_layouts import select
-from lrcompress.layers.fisher import drawn_scores
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from tests.tiny import byte_tokenizer, tiny_model, tokens
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from lrcompress.compression.calibration.session import Calibration, calibration_tokens
+from lrcompress.compression.calibration.session import Calibration
 from lrcompress.config import CalibrationSettings
+from lrcompress.data.calibration_text import calibration_tokens
 from lrcompress.data.packing import Fingerprint
 from lrcompress.layers.ffn_layouts import select
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from tests.tiny import byte_tokenizer, tiny_model
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from lrcompress.config.recipe import Recipe, read_recipe
 from lrcompress.evaluation import evaluate
-from lrcompress.models import sources
+from lrcompress.models import loading
 from lrcompress.reporting import tables
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from lrcompress.training.distillation import DistillationTrainer
 from lrcompress.workflows.run import pipeline
 from tests.conftest import SMALL, interrupt, invoke, small_recipe
@@ -92,7 +92,7 @@ def test_interrupted_training_goes_on(
 ) -> None:
     out = tmp_path / "out"
     loaded: list[str] = []
-    load = sources.load_settings
+    load = loading.load_settings
 
     def counted(settings: Any) -> Any:
         loaded.append(settings.source)

@@ -12,7 +12,7 @@ import lrcompress
 from lrcompress.layers.ffn_layouts import find_ffns, select
 from lrcompress.layers.lowrank import LowRankLinear, compressed_layers
 from lrcompress.methods import linalg, svd
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from tests.tiny import byte_tokenizer, logits, tiny_model
 
 SETTINGS: dict[str, Any] = {"num_samples": 4, "seq_len": 48}

@@ -12,15 +12,17 @@ import pytest
 from jsonschema import Draft202012Validator
 from jsonschema import ValidationError as SchemaError
 
-from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.checkpoint.record import write_measured, write_record
 from lrcompress.evaluation.tasks import sample_logs
 from lrcompress.reporting import metrics_json, report
 from lrcompress.reporting.differences import BlockChange, Details, PositionLoss, TokenChange
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.report import Report
 from lrcompress.reporting.significance import comparisons, not_shown
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
+from lrcompress.workflows import schemas
 from lrcompress.workflows.sweep import report as sweep_report
+from lrcompress.workflows.sweep import sweep_json
 from lrcompress.workflows.sweep.point import Point
 from lrcompress.workflows.sweep.report import SweepReport
 from tests import samples
@@ -55,7 +57,7 @@ def hopeless() -> Report:
 
 def test_the_published_schemas_are_those_of_the_code() -> None:
     """`make schemas` writes them anew."""
-    for name, text in metrics_json.schemas().items():
+    for name, text in schemas.schemas().items():
         assert (Path("docs") / name).read_text("utf-8") == text
 
 
@@ -67,7 +69,7 @@ def test_what_is_written_fits_the_published_schemas() -> None:
         "sweep.schema.json": sweep_report.to_json(swept),
     }
     for name, text in written.items():
-        schema, found = json.loads(metrics_json.schemas()[name]), strict(text)
+        schema, found = json.loads(schemas.schemas()[name]), strict(text)
         Draft202012Validator(schema).validate(found)
         with pytest.raises(SchemaError, match="1 was expected"):
             Draft202012Validator(schema).validate(found | {"version": 2})
@@ -75,7 +77,7 @@ def test_what_is_written_fits_the_published_schemas() -> None:
 
 @pytest.mark.parametrize("name", ["metrics.schema.json", "sweep.schema.json"])
 def test_every_kind_of_thing_is_described(name: str) -> None:
-    schema = strict(metrics_json.schemas()[name])
+    schema = strict(schemas.schemas()[name])
     for kind in (schema, *schema["$defs"].values()):
         assert kind["description"]
         assert kind["required"] == list(kind["properties"])
@@ -127,19 +129,19 @@ def test_a_sweep_with_them_has_its_report(tmp_path: Path) -> None:
         Point("svd", 0.8, 0.8, 1.0, None, "", broken),
     ]
     sweep_report.write(tmp_path, SweepReport("model", tuple(points)))
-    found = metrics_json.read(metrics_json.Sweep, tmp_path / "sweep.json")
+    found = metrics_json.read(sweep_json.Sweep, tmp_path / "sweep.json")
     assert math.isnan(found.points[1].metrics[1].value)
     assert strict((tmp_path / "sweep.json").read_text())["fronts"][0]["left_out"] == ["svd at 0.8"]
     assert metrics_json.to_json(found) == (tmp_path / "sweep.json").read_text()
 
 
 def test_records_cards_and_logs_are_valid_json_too(tmp_path: Path) -> None:
-    checkpoint_folder.write_record(tmp_path, {"source": "model"})
-    checkpoint_folder.write_measured(tmp_path, hopeless().metrics, ())
+    write_record(tmp_path, {"source": "model"})
+    write_measured(tmp_path, hopeless().metrics, ())
     record = strict((tmp_path / "lrcompress.json").read_text())
     assert record["metrics"][-1]["value"] == "Infinity"
     assert "| task word_perplexity | – | inf | – | lower |" in (tmp_path / "README.md").read_text()
-    checkpoint_folder.write_record(tmp_path, record)  # as an export passes it on
+    write_record(tmp_path, record)  # as an export passes it on
     assert "| task word_perplexity | – | inf | – | lower |" in (tmp_path / "README.md").read_text()
     sample_logs.write(tmp_path / "logs", {"task": [{"resps": [[-INF, False]]}]})
     assert strict((tmp_path / "logs" / "task.jsonl").read_text()) == {
@@ -148,8 +150,8 @@ def test_records_cards_and_logs_are_valid_json_too(tmp_path: Path) -> None:
 
 
 def test_damaged_metrics_of_a_record_are_named_and_nothing_is_written(tmp_path: Path) -> None:
-    checkpoint_folder.write_record(tmp_path, {"source": "model"})
+    write_record(tmp_path, {"source": "model"})
     before = {file.name: file.read_text() for file in tmp_path.iterdir()}
     with pytest.raises(InputError, match=r"lrcompress\.json' are damaged"):
-        checkpoint_folder.write_record(tmp_path, {"metrics": [{"model": "dense"}]})
+        write_record(tmp_path, {"metrics": [{"model": "dense"}]})
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before

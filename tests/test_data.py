@@ -10,7 +10,7 @@ import torch
 
 from lrcompress.data.corpora import Corpus, read_corpus
 from lrcompress.data.packing import bos_token, encode, token_blocks
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from tests.tiny import byte_tokenizer
 
 

@@ -13,13 +13,13 @@ from torch.nn.functional import cross_entropy, kl_div
 
 import lrcompress
 from lrcompress.data.corpora import read_corpus
+from lrcompress.data.windows import corpus_windows
 from lrcompress.evaluation import evaluate
 from lrcompress.evaluation.block_divergence import block_changes
 from lrcompress.evaluation.continuations import continuations
-from lrcompress.evaluation.perplexity import corpus_windows
 from lrcompress.evaluation.token_divergence import token_changes
 from lrcompress.reporting.differences import PositionLoss
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from tests.conftest import invoke
 from tests.tiny import FAMILIES, byte_tokenizer, tiny_model
 

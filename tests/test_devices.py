@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from lrcompress.runtime import distributed
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from lrcompress.training.loop import last_checkpoint
 from tests import worker
 from tests.conftest import SMALL, invoke

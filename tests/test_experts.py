@@ -19,7 +19,8 @@ from lrcompress.layers.lowrank import compressed_layers
 from lrcompress.layers.model_info import parameter_count
 from lrcompress.layers.moe import unpacked
 from lrcompress.layers.optimize import optimize
-from lrcompress.runtime.protocols import InputError, LinearSpec
+from lrcompress.methods.types import LinearSpec
+from lrcompress.runtime.errors import InputError
 from lrcompress.training.fsdp import placement
 from tests.conftest import SMALL, invoke
 from tests.test_cli import _check_in_a_process_without_lrcompress

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from lrcompress.methods import registry
+from lrcompress.methods.auto import Auto
 from lrcompress.methods.linalg import Metric, decompose, pivot, spectrum
-from lrcompress.methods.nystrom import Auto, Nystrom
+from lrcompress.methods.nystrom import Nystrom
 from lrcompress.methods.svd import DiagonalSVD, FisherSVD, PlainSVD, WhitenedSVD
-from lrcompress.runtime.protocols import Factors, InputError, Statistics
+from lrcompress.methods.types import Factors, Statistics
+from lrcompress.runtime.errors import InputError
 
 SHAPES = [(24, 16), (16, 24), (20, 20)]
 METHODS = {name: pkgutil.resolve_name(home)() for name, home in registry.METHODS.items()}

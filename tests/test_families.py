@@ -18,7 +18,7 @@ from lrcompress.layers.ffn_layouts import find_ffns, select
 from lrcompress.layers.lowrank import compressed_layers, dense_weight
 from lrcompress.layers.model_info import parameter_count
 from lrcompress.layers.moe import unpacked
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from tests.tiny import (
     BLOCKS,
     FAMILIES,

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from lrcompress.checkpoint import fingerprints
 from lrcompress.config.recipe import read_recipe
 from lrcompress.models import loading
-from lrcompress.runtime import faults, files, locks
-from lrcompress.runtime.files import discard, replace_text, writing
-from lrcompress.runtime.protocols import InputError, MachineError
+from lrcompress.runtime import atomic_io, locks
+from lrcompress.runtime.atomic_io import discard, replace_text, writing
+from lrcompress.runtime.errors import InputError, MachineError, machine_fault_reason
 from lrcompress.workflows.run.folder import RunFolder
 from lrcompress.workflows.scaling import folder as scaling_folder
 from lrcompress.workflows.scaling.folder import ScalingFolder
@@ -57,7 +57,7 @@ def test_an_older_folder_gives_way_in_one_step(
 def test_where_the_system_has_no_such_step_it_takes_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(atomic_io, "_exchanged", lambda *_: False)
     out = tmp_path / "out"
     _written(out, "old")
     _written(out, "new", replace=True)
@@ -74,7 +74,7 @@ def test_a_part_of_what_was_kept_is_never_gone_on_from(
     discard(work, out)
     assert not work.exists()
     monkeypatch.undo()
-    monkeypatch.setattr(files, "_is_running", lambda _: False)
+    monkeypatch.setattr(atomic_io, "_is_running", lambda _: False)
     _written(out, "new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -145,11 +145,11 @@ def test_a_point_is_kept_before_its_checkpoints_go(
     ],
 )
 def test_faults_of_the_machine_are_known(error: Exception, words: str) -> None:
-    assert words in (faults.reason(error) or "")
+    assert words in (machine_fault_reason(error) or "")
     later = OSError("cannot load the model")
     later.__cause__ = error
-    assert words in (faults.reason(later) or "")
-    assert faults.reason(ValueError("rank 0 is too small")) is None
+    assert words in (machine_fault_reason(later) or "")
+    assert machine_fault_reason(ValueError("rank 0 is too small")) is None
 
 
 def test_a_model_that_the_machine_cannot_load_is_no_bad_input(

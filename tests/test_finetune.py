@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerState
 
 import lrcompress
 from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.checkpoint.folder import save_checkpoint
 from lrcompress.cli import display
 from lrcompress.config import FinetuneSettings, ModelSettings
+from lrcompress.data.training_text import training_text
 from lrcompress.layers.lowrank import FactoredLinear, compressed_layers
-from lrcompress.runtime.protocols import InputError, MachineError
-from lrcompress.training import finetune, loop, recovery
+from lrcompress.runtime.errors import InputError, MachineError
+from lrcompress.training import finetune, loop
 from lrcompress.training.distillation import DistillationTrainer
-from lrcompress.training.job import training_text
 from lrcompress.training.losses import kl_divergence, top_k_divergence
 from lrcompress.training.self_guided import Guidance, guides
 from lrcompress.training.teacher_cache import TeacherCache, others
@@ -308,7 +309,7 @@ def test_how_many_layers_had_a_guide_is_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert invoke("factorize", dense, "--out", tmp_path / "low", "--rank", 12).exit_code == 0
-    monkeypatch.setattr(recovery, "guides", lambda *models: guides(*models)[:1])
+    monkeypatch.setattr(finetune, "guides", lambda *models: guides(*models)[:1])
     done = finetuned(tmp_path / "low", tmp_path / "out", self_guided="full")["finetuned"]
     layers = len(layout_of(tmp_path / "low"))
     assert layers > 1
@@ -418,7 +419,7 @@ def test_a_run_that_had_ended_is_not_trained_on(
 ) -> None:
     stops = {"learning_rate": 0.01, "max_steps": 60, "eval_every": 2, "patience": 2}
     finetuned(factorized, tmp_path / "undisturbed", **stops)
-    save = checkpoint_folder.save
+    save = save_checkpoint
 
     def fails(*_: Any, **__: Any) -> Any:
         raise MachineError("the disk is full")

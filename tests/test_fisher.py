@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lrcompress.layers.fisher import ROWS, drawn_scores
+from lrcompress.layers.block_runner import ROWS, drawn_scores
 
 DRAWS = 20_000
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from lrcompress.workflows.scaling.curvature import bend
 from lrcompress.workflows.scaling.law_fit import Law, compare, fit, predicted
 

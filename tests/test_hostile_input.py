@@ -22,7 +22,7 @@ from lrcompress.models import loading
 from lrcompress.reporting import report
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.report import Report
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.safe_parsing import MOST, read_json, read_yaml
 from lrcompress.runtime.sanitize import printable
 from lrcompress.workflows.scaling import report as scaling_report

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrcompress.methods.auto import Auto
 from lrcompress.methods.channel_selection import folded, order_channels
 from lrcompress.methods.linalg import shrunk
-from lrcompress.methods.nystrom import Auto, Nystrom
-from lrcompress.runtime.protocols import FFN, LinearSpec, Statistics
+from lrcompress.methods.nystrom import Nystrom
+from lrcompress.methods.types import FFN, LinearSpec, Statistics
 
 
 def moments(width: int, out: int, samples: int = 2000) -> tuple[Tensor, Tensor]:

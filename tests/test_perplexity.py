@@ -10,8 +10,9 @@ import torch
 
 from lrcompress.data.corpora import Corpus
 from lrcompress.data.packing import encode
-from lrcompress.evaluation.perplexity import perplexity, windows
-from lrcompress.runtime.protocols import InputError
+from lrcompress.data.windows import windows
+from lrcompress.evaluation.perplexity import perplexity
+from lrcompress.runtime.errors import InputError
 from tests.tiny import byte_tokenizer, tiny_model
 
 TEXT = "It was the best of times, it was the worst of times. " * 6

@@ -10,7 +10,7 @@ import pytest
 from lrcompress.benchmark import throughput
 from lrcompress.config.recipe import Recipe, read_recipe
 from lrcompress.evaluation import evaluate
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from lrcompress.workflows.run import pipeline
 from tests.conftest import invoke, small_recipe
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import lrcompress
 from lrcompress.config import PretrainSettings
 from lrcompress.layers.lowrank import FactoredLinear, compressed_layers
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from lrcompress.training import new_model, pretrain
 from lrcompress.training.self_guided import Guidance
 from lrcompress.training.trainer import TextTrainer

@@ -13,13 +13,15 @@ from lrcompress.compression.calibration.moments import measure_errors, measure_m
 from lrcompress.compression.calibration.probes import Probe, corrected
 from lrcompress.compression.planning import Planning, ffns_of, prepare
 from lrcompress.config import FactorizeSettings
+from lrcompress.layers.block_runner import drawn_scores
 from lrcompress.layers.ffn_layouts import select
-from lrcompress.layers.fisher import drawn_scores
 from lrcompress.methods.allocators.loss_aware import LossAware
-from lrcompress.methods.nystrom import Auto, Nystrom
+from lrcompress.methods.auto import Auto
+from lrcompress.methods.nystrom import Nystrom
 from lrcompress.methods.plan import Budget, Choices, Curve, Shape
 from lrcompress.methods.svd import FisherSVD
-from lrcompress.runtime.protocols import LinearSpec, silent
+from lrcompress.methods.types import LinearSpec
+from lrcompress.runtime.progress import silent
 from tests.tiny import byte_tokenizer, tiny_model, tokens
 
 

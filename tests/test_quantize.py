@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import lrcompress
 from lrcompress.layers.lowrank import PivotedLinear
-from lrcompress.layers.quantized import is_quantized, weight_bytes
+from lrcompress.layers.model_info import is_quantized, weight_bytes
 from lrcompress.models.torchao import quantize
 from tests.conftest import SMALL, invoke, small_recipe
 from tests.tiny import logits, tiny_model

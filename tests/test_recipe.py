@@ -9,7 +9,7 @@ import yaml
 
 from lrcompress.cli.app import eval_command, factorize_command
 from lrcompress.config.recipe import Recipe, flags, read_recipe, to_yaml
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from tests.conftest import invoke
 
 RECIPES = sorted(Path("recipes").glob("*.yaml"))

@@ -15,7 +15,8 @@ from lrcompress.compression.result import Factorization
 from lrcompress.config import CalibrationSettings, FactorizeSettings, RefineSettings
 from lrcompress.layers.lowrank import compressed_layers
 from lrcompress.methods.linalg import to_float64
-from lrcompress.runtime.protocols import InputError, silent
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.progress import silent
 from tests.tiny import byte_tokenizer, logits, tiny_model
 
 TEXT: dict[str, Any] = {"data": ["pydoc"], "num_samples": 16, "seq_len": 64}

@@ -12,7 +12,7 @@ import yaml
 
 from lrcompress.config.recipe import ScalingRecipe, read_any, read_scaling
 from lrcompress.models.loading import load_tokenizer
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from lrcompress.training.trainer import TextTrainer
 from lrcompress.workflows.scaling import study as scaling_study
 from lrcompress.workflows.scaling.comparison import laws, matched, paired, verdicts

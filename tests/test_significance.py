@@ -10,7 +10,7 @@ from scipy import stats
 
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.significance import comparisons, holm, not_shown
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 
 
 def windows(model: str, losses: np.ndarray, tokens: int = 100) -> Metric:

@@ -23,7 +23,8 @@ from lrcompress.config.recipe import Recipe
 from lrcompress.layers.block_runner import Blocks
 from lrcompress.models.loading import load
 from lrcompress.models.offload import OffloadedModel
-from lrcompress.runtime.protocols import InputError, silent
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.progress import silent
 from tests.conftest import interrupt, invoke, small_recipe
 from tests.tiny import STANDARD, byte_tokenizer, logits, saved_model, tiny_model
 

@@ -22,8 +22,9 @@ from lrcompress.evaluation import evaluate
 from lrcompress.methods import linalg, svd
 from lrcompress.methods.decomposition_cache import Decompositions
 from lrcompress.methods.svd import PlainSVD
+from lrcompress.methods.types import FFN, LinearSpec, Statistics
 from lrcompress.reporting.metric import Metric
-from lrcompress.runtime.protocols import FFN, InputError, LinearSpec, Statistics
+from lrcompress.runtime.errors import InputError
 from lrcompress.workflows.sweep.pareto import fronts
 from lrcompress.workflows.sweep.report import FORMATS
 from lrcompress.workflows.sweep.sweep import sweep

@@ -18,7 +18,7 @@ import lrcompress
 from lrcompress.evaluation.tasks.cache import fingerprint
 from lrcompress.evaluation.tasks.registry import resolve
 from lrcompress.reporting.metric import Metric
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from tests.conftest import interrupt, invoke, small_recipe
 from tests.tiny import byte_tokenizer, tiny_model
 
@@ -390,7 +390,7 @@ def test_run_keeps_logs_of_what_it_measured(dense: Path, text: Path, tmp_path: P
 
 
 def test_models_and_tasks_of_like_names_get_files_of_their_own() -> None:
-    from lrcompress.runtime.files import places
+    from lrcompress.runtime.paths import places
 
     found = places(["dense a/b", "dense a_b", "../x", "é:1", ""])
     assert list(found.values()) == ["dense_a_b", "dense_a_b-2", "_x", "é_1", "_"]

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.checkpoint.folder import checksums
+from lrcompress.checkpoint.record import read_record, write_record
 from lrcompress.checkpoint.verify import Fault, verify
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from tests.conftest import invoke
 
 
@@ -73,8 +74,8 @@ def test_truncated_missing_and_extra_files_are_named(saved: Path) -> None:
 
 
 def _with_new_checksums(saved: Path) -> None:
-    record = checkpoint_folder.read_record(saved) or {}
-    checkpoint_folder.write_record(saved, record | {"files": checkpoint_folder.checksums(saved)})
+    record = read_record(saved) or {}
+    write_record(saved, record | {"files": checksums(saved)})
 
 
 def test_tensors_have_to_fit_the_config(saved: Path) -> None:

@@ -21,7 +21,7 @@ from lrcompress.config import FinetuneSettings, ModelSettings, PretrainSettings
 from lrcompress.config.recipe import Recipe
 from lrcompress.methods.decomposition_cache import Decompositions
 from lrcompress.runtime import distributed
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from lrcompress.training import finetune, pretrain
 from lrcompress.training.trainer import TextTrainer
 

@@ -6,18 +6,23 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lrcompress.benchmark.report import Bench, _bench
 from lrcompress.benchmark.timer import Cost, Timing, calls_for, in_turn, seconds
 from lrcompress.config import FFNBenchSettings
 from lrcompress.layers.lowrank import NARROWED, PivotedLinear, compressed_layers, empty_like
 from lrcompress.layers.optimize import optimize_ffn
+from lrcompress.methods.types import LinearSpec
 from lrcompress.models.loading import checked_device
-from lrcompress.runtime.protocols import InputError, LinearSpec, Progress, silent
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.paths import check_free
+from lrcompress.runtime.progress import Progress, silent
 
 DENSE = "dense"
 PASSES = {"forward": 1, "forward and backward": 3}  # and the products of each, over forward's
@@ -196,3 +201,15 @@ def _about(what: Alternative, ffn: FeedForward) -> dict[str, object]:
         "path": what.path,
         "parameters": sum(p.numel() for p in ffn.parameters()),
     }
+
+
+def bench_ffn_to(
+    settings: FFNBenchSettings, out: Path | None = None, progress: Progress = silent
+) -> Bench:
+    """Times an FFN alone; writes the report to `out`, if given."""
+    if out is not None:
+        check_free(out)
+    timings = bench_ffn(settings, progress)
+    gate = "gated" if settings.gated else "no gate"
+    title = f"FFN of width {settings.width}, {settings.channels} channels, {gate}"
+    return _bench(title, settings, device_of(settings.device), timings, out)

@@ -8,15 +8,17 @@ optimizer's steps. The backward pass takes each product twice, once for either o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from lrcompress.layers.ffn_layouts import find_blocks, find_ffns, has_experts
 from lrcompress.layers.lowrank import is_linear, linear_shape
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 
 FORWARD_AND_BACKWARD = 3
 
@@ -98,3 +100,25 @@ def run_flops(
     which train in `guided_steps` of the `steps`."""
     plain = count(model, length).training * steps
     return int(tokens_of_step) * (plain + FORWARD_AND_BACKWARD * guides * guided_steps)
+
+
+# operators of the CPU that torch's counter does not know, and how many shapes decide each
+ATTENTION: Mapping[str, tuple[Callable[..., int], int]] = {
+    "_scaled_dot_product_flash_attention_for_cpu": (sdpa_flop_count, 3),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": (sdpa_backward_flop_count, 4),
+}
+
+
+def _counted(run: Callable[[], object]) -> int:
+    """Operations of the matrix products and the attention of what runs."""
+    known = {getattr(torch.ops.aten, name): _by_shapes(*how) for name, how in ATTENTION.items()}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def _by_shapes(count: Callable[..., int], leading: int) -> Callable[..., int]:
+    def counted(*shapes: Any, **_: Any) -> int:
+        return count(*shapes[:leading])
+
+    return counted

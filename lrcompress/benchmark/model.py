@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
 
 from lrcompress.benchmark import throughput
+from lrcompress.benchmark.flops import _counted
+from lrcompress.benchmark.report import Bench, _bench
 from lrcompress.benchmark.timer import Cost, Timing, in_turn
-from lrcompress.config import ModelBenchSettings
-from lrcompress.layers.model_info import evaluation_mode
+from lrcompress.checkpoint.record import _Column, record_of
+from lrcompress.config import ModelBenchSettings, ModelSettings
+from lrcompress.layers.model_state import evaluation_mode
 from lrcompress.layers.moe import unpacked
+from lrcompress.layers.optimize import optimize
+from lrcompress.models.loading import other_source
+from lrcompress.reporting.tables import labels
+from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.memory import peak_memory
-from lrcompress.runtime.protocols import InputError, Progress, silent
+from lrcompress.runtime.paths import check_free
+from lrcompress.runtime.progress import Progress, silent
 
 Passes = Mapping[str, tuple[Mapping[str, object], int]]  # name -> its setting, rows of its products
 
@@ -135,28 +139,6 @@ def _of_linears(flops: Callable[[Any], Sequence[int]], model: Any) -> Sequence[i
         return flops(model)
 
 
-# operators of the CPU that torch's counter does not know, and how many shapes decide each
-ATTENTION: Mapping[str, tuple[Callable[..., int], int]] = {
-    "_scaled_dot_product_flash_attention_for_cpu": (sdpa_flop_count, 3),
-    "_scaled_dot_product_flash_attention_for_cpu_backward": (sdpa_backward_flop_count, 4),
-}
-
-
-def _counted(run: Callable[[], object]) -> int:
-    """Operations of the matrix products and the attention of what runs."""
-    known = {getattr(torch.ops.aten, name): _by_shapes(*how) for name, how in ATTENTION.items()}
-    with FlopCounterMode(display=False, custom_mapping=known) as counter:
-        run()
-    return int(counter.get_total_flops())
-
-
-def _by_shapes(count: Callable[..., int], leading: int) -> Callable[..., int]:
-    def counted(*shapes: Any, **_: Any) -> int:
-        return count(*shapes[:leading])
-
-    return counted
-
-
 def _weight_bytes(model: Any) -> int:
     """Of the parameters that a pass reads whole: all but an embedding that is not the head too."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -187,3 +169,26 @@ def _rise(device: torch.device) -> Iterator[list[int]]:
         yield found
     if memory.rise is not None:
         found.append(memory.rise)
+
+
+def bench_model_to(
+    source: ModelSettings,
+    settings: ModelBenchSettings,
+    out: Path | None = None,
+    progress: Progress = silent,
+) -> Bench:
+    """Times a model beside its dense baseline; writes the report to `out`, if given."""
+    if out is not None:
+        check_free(out)
+    record = record_of(source) or {}
+    dense = settings.baseline or record.get("source")
+    others = [] if dense is None else [other_source(source, dense)]
+    found = [_Column.load(one) for one in (*others, source)]
+    names = [column.source.source for column in found]
+    titles = labels([column.kind for column in found], names)
+    models = {t: column.loaded[0] for t, column in zip(titles, found, strict=True)}
+    if settings.optimize:
+        optimize(found[-1].loaded[0])
+    timings = bench_models(models, settings, progress)
+    device = found[-1].loaded[0].device
+    return _bench(f"{source.source}: speed", settings, device, timings, out)

@@ -9,13 +9,16 @@ from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 
+import torch
 from matplotlib.figure import Figure
 
-from lrcompress.benchmark.timer import FEW_TOKENS, Speedup, Timing, speedups
+from lrcompress.benchmark.timer import FEW_TOKENS, Speedup, Timing, machine, speedups
+from lrcompress.config import Section
 from lrcompress.reporting import figures
 from lrcompress.reporting.figures import INK, Picture, draw, legend
 from lrcompress.reporting.render import render
-from lrcompress.runtime.files import replace_text
+from lrcompress.runtime.atomic_io import replace_text, writing
+from lrcompress.runtime.packages import versions
 
 ROOFLINE = "roofline"
 FILES = ("bench.json", "bench.md", f"{figures.FOLDER}/{ROOFLINE}.svg")
@@ -170,3 +173,18 @@ def write(folder: Path, bench: Bench) -> None:
     replace_text(folder / "bench.md", markdown(bench))
     picture = roofline(bench)
     figures.write(folder, [] if picture is None else [picture])
+
+
+def _bench(
+    title: str,
+    settings: Section,
+    device: torch.device,
+    timings: Sequence[Timing],
+    out: Path | None,
+) -> Bench:
+    asked = settings.model_dump(mode="json")
+    found = Bench(title, asked, machine(device) | versions(), timings)
+    if out is not None:
+        with writing(out) as partial:
+            write(partial, found)
+    return found

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
@@ -15,8 +14,10 @@ from torch import Tensor, nn
 from lrcompress.benchmark.timer import in_turn, machine
 from lrcompress.layers.ffn_layouts import find_ffns
 from lrcompress.layers.model_info import maximum_length
+from lrcompress.layers.model_state import _all_trainable
 from lrcompress.reporting.metric import Metric
-from lrcompress.runtime.protocols import InputError, Progress, silent
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.progress import Progress, silent
 
 
 def speed(
@@ -177,20 +178,6 @@ def training_step(model: Any, batch: Tensor) -> float:
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets)
         torch.autograd.grad(loss, parameters, allow_unused=True)
         return _now(model) - start
-
-
-@contextmanager
-def _all_trainable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Every parameter that can have a gradient wants one inside; restored after."""
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
-    wanted = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield parameters
-    finally:
-        for parameter, was in zip(parameters, wanted, strict=True):
-            parameter.requires_grad_(was)
 
 
 def random_tokens(vocabulary: int, count: int, length: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from lrcompress.runtime.protocols import Progress
+from lrcompress.runtime.progress import Progress
 
 T = TypeVar("T")
 Measured = TypeVar("Measured")

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lrcompress.checkpoint import folder as checkpoint_folder
 from lrcompress.config import ModelSettings
 from lrcompress.config.recipe import Recipe
 from lrcompress.models.loading import locate
-from lrcompress.runtime.files import replace_text
+from lrcompress.runtime.atomic_io import replace_text
+from lrcompress.runtime.packages import versions
 from lrcompress.runtime.safe_parsing import read_object
 
 
@@ -66,5 +66,5 @@ def write(file: Path, content: dict[str, Any]) -> None:
 
 def digest(inputs: Any) -> str:
     """Of what a stage depends on, the versions of the software included."""
-    content = json.dumps([checkpoint_folder.versions(), inputs], sort_keys=True)
+    content = json.dumps([versions(), inputs], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

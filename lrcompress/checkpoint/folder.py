@@ -5,35 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from lrcompress.checkpoint.record import CARD, RECORD, write_record
 from lrcompress.models.hf_quantizer import record_layout
 from lrcompress.models.safetensors_headers import stored_tensors
-from lrcompress.reporting.metric import Metric, Summary
-from lrcompress.reporting.record_schema import checked_record
-from lrcompress.reporting.render import json_text, render
-from lrcompress.reporting.significance import Comparison
-from lrcompress.reporting.tables import table, training
-from lrcompress.runtime.files import replace_text, writing
-from lrcompress.runtime.protocols import InputError
-from lrcompress.runtime.safe_parsing import read_object
+from lrcompress.runtime.atomic_io import replace_text, writing
+from lrcompress.runtime.packages import versions
 
-RECORD, CARD = "lrcompress.json", "README.md"
 # parts that only a low-rank layer has
 OWN = (".A.weight", ".Z.weight")
 QDATA = "._weight_qdata"
 
 
-def save(
+def save_checkpoint(
     model: Any,
     tokenizer: Any,
     out: Path,
@@ -84,7 +75,7 @@ def checksums(folder: Path) -> dict[str, dict[str, Any]]:
 def write_weights(
     model: Any, tokenizer: Any, folder: Path, state: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Writes model and tokenizer as transformers does; `state` as in `save`."""
+    """Writes model and tokenizer as transformers does; `state` as in `save_checkpoint`."""
     config = model.config.__dict__
     config.pop("auto_map", None)  # it would point at code that is not in this folder
     model.save_pretrained(folder, state_dict=state)
@@ -120,12 +111,6 @@ def _link(file: Path, other: Path) -> None:
     other.chmod(0o644)
 
 
-def versions() -> dict[str, str]:
-    """Of the software that decides results; Python's, because `pydoc` texts are its own."""
-    packages = ("lrcompress", "lm-eval", "torch", "transformers")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
-
-
 def saved_tensors(folder: Path) -> dict[str, int]:
     """Numbers and bytes in the safetensors files of `folder`.
 
@@ -148,55 +133,3 @@ def _parameters(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]
     parts = {key for key in shapes if "._weight_" in key}
     plain = {key: shape for key, shape in shapes.items() if key not in parts}
     return plain | {name: shapes[key] for name, key in quantized.items()}
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """lrcompress.json of a checkpoint; None where the folder has none, InputError if damaged."""
-    file = folder / RECORD
-    if not file.is_file():
-        return None
-    try:
-        return checked_record(read_object(file))
-    except ValueError as error:
-        raise InputError(f"{str(file)!r} is damaged ({error}): restore it, or remove it") from None
-
-
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes lrcompress.json and the model card that tells the same, each in one rename.
-
-    Raises InputError where what `record` says was measured is damaged.
-    """
-    card = _card(folder, record)
-    replace_text(folder / RECORD, json_text(record))
-    replace_text(folder / CARD, card)
-
-
-def _card(folder: Path, record: Mapping[str, Any]) -> str:
-    try:
-        metrics = TypeAdapter(list[Summary]).validate_python(record.get("metrics", ()))
-        found = TypeAdapter(list[Comparison]).validate_python(record.get("comparisons", ()))
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].lower()
-        raise InputError(
-            f"the metrics of {str(folder / RECORD)!r} are damaged ({reason}): remove them"
-        ) from None
-    shown = {"record": record, "table": table(metrics), "training": training(record)}
-    shown["title"] = _title(record)
-    return render("card.md.jinja", escape=False, **shown, comparisons=found)
-
-
-def write_measured(
-    folder: Path, metrics: Iterable[Metric], comparisons: Iterable[Comparison]
-) -> None:
-    """Adds to the record and the model card of a checkpoint what was measured of it."""
-    measured = {
-        "metrics": [metric.summary() for metric in metrics],
-        "comparisons": [vars(one) for one in comparisons],
-    }
-    write_record(folder, (read_record(folder) or {}) | measured)
-
-
-def _title(record: Mapping[str, Any]) -> str:
-    dense = record.get("pretrained") or record.get("quantized")
-    kind = "Low-rank" if record.get("counts") or not dense else "Dense"
-    return f"{kind} {record.get('source') or record.get('trained_from') or 'causal language model'}"

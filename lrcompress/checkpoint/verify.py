@@ -11,10 +11,11 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from lrcompress.checkpoint.export.standalone import STANDALONE
-from lrcompress.checkpoint.folder import RECORD, checksums, read_record
+from lrcompress.checkpoint.folder import checksums
+from lrcompress.checkpoint.record import RECORD, read_record
 from lrcompress.models import loading
 from lrcompress.models.safetensors_headers import stored_tensors
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 
 Kind = Literal["missing", "extra", "size", "checksum", "model"]
 

@@ -29,7 +29,7 @@ from lrcompress.cli.options import (
 )
 from lrcompress.cli.train import pretrain_command, scaling_command
 from lrcompress.runtime import distributed
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from lrcompress.reporting.report import Report
@@ -127,10 +127,10 @@ def eval_command(
     """Measure MODEL: perplexity, tasks, size and speed, beside --baseline if given."""
     recipe = build_recipe(EVALUATE, source, options)
     check_max_loss(recipe.evaluate, bool(recipe.evaluate.baseline), max_loss)
-    from lrcompress import commands
     from lrcompress.cli import progress_bars
+    from lrcompress.evaluation import evaluate
 
-    found = commands.evaluate_to(recipe, out, progress_bars.progress, write_card)
+    found = evaluate.evaluate_to(recipe, out, progress_bars.progress, write_card)
     if write_card and not as_json:
         click.echo(f"Wrote lrcompress.json and README.md of {source}.")
     _show(found, out, max_loss, as_json)
@@ -145,18 +145,19 @@ def report_command(
     folders: tuple[Path, ...], out: Path | None, max_loss: float | None, as_json: bool
 ) -> None:
     """Show the report of an eval, run or sweep again; several are joined into one comparison."""
-    from lrcompress import commands
     from lrcompress.cli import display
+    from lrcompress.reporting import merge
     from lrcompress.workflows.scaling import folder as scaling_folder
+    from lrcompress.workflows.sweep import folder
     from lrcompress.workflows.sweep import folder as sweep_folder
 
     scaling_folder.refuse_studies(folders)
     if not any(map(sweep_folder.is_sweep, folders)):
-        _show(commands.report_to(folders, out), out, max_loss, as_json)
+        _show(merge.report_to(folders, out), out, max_loss, as_json)
         return
     if max_loss is not None:
         raise InputError("--max-loss decides on the report of an eval or a run, not of a sweep")
-    display.show_sweep(commands.sweep_report_to(folders, out), out, as_json)
+    display.show_sweep(folder.sweep_report_to(folders, out), out, as_json)
 
 
 MODEL = ("model",)
@@ -170,11 +171,11 @@ def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) ->
     """List the FFN linears of MODEL, their size and their break-even rank."""
     settings = build_recipe(MODEL, source, options).model
     from lrcompress.cli import display, progress_bars
-    from lrcompress.models import loading, sources
+    from lrcompress.models import loading
     from lrcompress.models.inspection import inspect
 
     if energy:
-        model, _ = sources.load_settings(settings)
+        model, _ = loading.load_settings(settings)
     else:
         model = loading.skeleton(settings.source, settings.gguf_file, settings.trust_remote_code)
     found = inspect(model, energy, progress_bars.progress)
@@ -204,7 +205,7 @@ def run_command(
 
     recipe = read_recipe(recipe_file, overrides)
     check_max_loss(recipe.evaluate, True, max_loss)  # without a baseline: its own dense model
-    from lrcompress.checkpoint import folder as checkpoint_folder
+    from lrcompress.checkpoint.record import read_record
     from lrcompress.cli import display, progress_bars
     from lrcompress.workflows.run import folder as run_folder
     from lrcompress.workflows.run import pipeline
@@ -213,9 +214,9 @@ def run_command(
     found = pipeline.Run(recipe, out, progress_bars.progress, progress_bars.say).all(overwrite)
     model, tuned = out / run_folder.MODEL, out / run_folder.FINETUNED
     if not as_json:
-        display.show_factorization(checkpoint_folder.read_record(model) or {}, model)
+        display.show_factorization(read_record(model) or {}, model)
         if recipe.finetune.data:
-            display.show_recovery((checkpoint_folder.read_record(tuned) or {})["finetuned"], tuned)
+            display.show_recovery((read_record(tuned) or {})["finetuned"], tuned)
     _show(found, out, max_loss, as_json)
 
 

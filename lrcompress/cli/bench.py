@@ -24,10 +24,10 @@ FFN_BENCH = ("ffn_bench",)
 def bench_ffn_command(out: Path | None, as_json: bool, **options: Any) -> None:
     """Time one FFN with random weights, dense against compressed, beside the ideal speed-up."""
     settings = build_sections(FFN_BENCH, options)["ffn_bench"]
-    from lrcompress import commands
+    from lrcompress.benchmark import ffn
     from lrcompress.cli import display, progress_bars
 
-    display.show_bench(commands.bench_ffn_to(settings, out, progress_bars.progress), out, as_json)
+    display.show_bench(ffn.bench_ffn_to(settings, out, progress_bars.progress), out, as_json)
 
 
 MODEL_BENCH = ("model_bench", "model")
@@ -40,10 +40,8 @@ MODEL_BENCH = ("model_bench", "model")
 def bench_model_command(source: str, out: Path | None, as_json: bool, **options: Any) -> None:
     """Time MODEL: prefill, decode and a training step, with peak memory, beside its baseline."""
     given = build_sections(MODEL_BENCH, options, source=source)
-    from lrcompress import commands
+    from lrcompress.benchmark import model
     from lrcompress.cli import display, progress_bars
 
-    found = commands.bench_model_to(
-        given["model"], given["model_bench"], out, progress_bars.progress
-    )
+    found = model.bench_model_to(given["model"], given["model_bench"], out, progress_bars.progress)
     display.show_bench(found, out, as_json)

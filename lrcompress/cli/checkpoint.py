@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrcompress.cli.options import JSON, NEW_OUT, SettingsCommand, build_recipe, build_sections
-from lrcompress.runtime.protocols import InputError, MachineError
+from lrcompress.runtime.errors import InputError, MachineError
 
 if TYPE_CHECKING:
     from lrcompress.checkpoint.verify import Verified
@@ -30,9 +30,9 @@ def export_command(source: str, out: Path, kind: str | None, **options: Any) -> 
     if kind is None:
         raise InputError("say which form to export: --dense or --standalone")
     settings = build_recipe(MODEL, source, options).model
-    from lrcompress import commands
+    from lrcompress.checkpoint.export import dense
 
-    commands.export_to(settings, out, standalone=kind == "standalone")
+    dense.export_to(settings, out, standalone=kind == "standalone")
     click.echo(f"Wrote {out}.")
 
 
@@ -49,10 +49,12 @@ def quantize_command(source: str, out: Path, **options: Any) -> None:
     is each of its two matrices. Embeddings and the output layer stay as they are.
     """
     given = build_sections(QUANTIZE, options, source=source)
-    from lrcompress import commands
+    from lrcompress.checkpoint import quantize_folder
     from lrcompress.cli import display
 
-    display.show_quantization(commands.quantize_to(given["model"], given["quantize"], out), out)
+    display.show_quantization(
+        quantize_folder.quantize_to(given["model"], given["quantize"], out), out
+    )
 
 
 @click.command("verify")

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from lrcompress.runtime import distributed, faults
-from lrcompress.runtime.protocols import InputError, MachineError
+from lrcompress.runtime import distributed
+from lrcompress.runtime.errors import MEMORY, InputError, MachineError, machine_fault_reason
 from lrcompress.runtime.sanitize import printable, shortened
 
 INTERRUPTED = 130
@@ -34,7 +34,10 @@ class Group(click.Group):
         except BrokenPipeError:
             raise  # the reader has gone: click ends quietly
         except Exception as error:
-            if not isinstance(error, MachineError | OSError) and faults.reason(error) is None:
+            if (
+                not isinstance(error, MachineError | OSError)
+                and machine_fault_reason(error) is None
+            ):
                 raise
             _fail(_machine_fault(error), 1)
         except KeyboardInterrupt:
@@ -65,8 +68,8 @@ def _fail(message: str, code: int) -> None:
 
 
 def _machine_fault(error: Exception) -> str:
-    reason = None if isinstance(error, MachineError) else faults.reason(error)
-    if reason == faults.MEMORY:
+    reason = None if isinstance(error, MachineError) else machine_fault_reason(error)
+    if reason == MEMORY:
         return f"{reason}: try --dtype bfloat16, and a shorter --seq-len or --context-length"
     file = getattr(error, "filename", None)
     where = f": {str(file)!r}" if file else ""

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lrcompress.config import EvaluateSettings
 from lrcompress.config.field_types import Percent
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 
 
 class SettingsCommand(click.Command):

@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lrcompress.runtime.protocols import Status
+from lrcompress.runtime.progress import Status
 
 T = TypeVar("T")
 

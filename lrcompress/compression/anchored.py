@@ -23,11 +23,13 @@ from lrcompress.compression.planning import Prepared
 from lrcompress.compression.replace_layers import ShrunkLinear, shrunk_ffn, shrunk_linear
 from lrcompress.layers.block_runner import Pass
 from lrcompress.layers.lowrank import install
-from lrcompress.layers.model_info import evaluation_mode
+from lrcompress.layers.model_state import evaluation_mode
 from lrcompress.methods.decomposition_cache import Decompositions
 from lrcompress.methods.linalg import to_float64
 from lrcompress.methods.plan import Plan
-from lrcompress.runtime.protocols import FFN, Form, LinearSpec, NotFiniteError, Progress
+from lrcompress.methods.types import FFN, Form, LinearSpec
+from lrcompress.runtime.errors import NotFiniteError
+from lrcompress.runtime.progress import Progress
 
 # an input with less than this share of the mean energy counts as having that much
 SILENT = 1e-9

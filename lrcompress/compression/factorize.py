@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.checkpoint.folder import save_checkpoint
 from lrcompress.compression.anchored import shrink_anchored
 from lrcompress.compression.calibration.session import Calibration
-from lrcompress.compression.hidden_streams import in_float32
 from lrcompress.compression.perplexity_search import smallest_within
 from lrcompress.compression.planning import Prepared, check_weights, prepare, selected_share
 from lrcompress.compression.refine import refine
@@ -30,13 +29,17 @@ from lrcompress.layers.experts import LIST
 from lrcompress.layers.ffn_layouts import find_ffns, select
 from lrcompress.layers.lowrank import compressed_layers, install, is_linear
 from lrcompress.layers.model_info import parameter_count
+from lrcompress.layers.model_state import in_float32
 from lrcompress.layers.moe import unpacked
 from lrcompress.layers.nonfinite import unsound
 from lrcompress.methods.plan import Plan
+from lrcompress.methods.types import LinearSpec
 from lrcompress.models.hf_quantizer import record_layout
 from lrcompress.runtime import distributed
 from lrcompress.runtime.distributed import from_main
-from lrcompress.runtime.protocols import InputError, LinearSpec, NotFiniteError, Progress, silent
+from lrcompress.runtime.errors import InputError, NotFiniteError
+from lrcompress.runtime.packages import versions
+from lrcompress.runtime.progress import Progress, silent
 
 OVERFLOWS = "activations overflow float16, so the model was run in float32 to calibrate"
 
@@ -179,7 +182,7 @@ class Compression:
         """Names what refined blocks depend on; work of another model or setting is not used."""
         parts = (self.calibration, self.settings, self.refinement)
         settings = [part.model_dump(mode="json") for part in parts]
-        what = [checkpoint_folder.versions(), settings, dict(plan.ranks), dict(plan.widths)]
+        what = [versions(), settings, dict(plan.ranks), dict(plan.widths)]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
         digest.update(text.tokens.numpy().tobytes())
         kept = [(name, layer.state_dict()) for name, layer in originals.items()]
@@ -217,4 +220,4 @@ def save(model: Any, out: str | Path, tokenizer: Any = None, **record: Any) -> d
     `record` goes into lrcompress.json; pass `**factorization.to_dict()`.
     Raises InputError if `out` exists, MachineError if it cannot be written.
     """
-    return checkpoint_folder.save(model, tokenizer, Path(out), record)
+    return save_checkpoint(model, tokenizer, Path(out), record)

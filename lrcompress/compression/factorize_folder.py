@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.checkpoint import fingerprints
-from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.checkpoint.folder import save_checkpoint
+from lrcompress.checkpoint.record import record_of
 from lrcompress.compression.factorize import apply
 from lrcompress.compression.result import Factorization
 from lrcompress.compression.streaming.factorize import Streaming
 from lrcompress.config.recipe import Recipe
+from lrcompress.models.loading import load_settings
 from lrcompress.models.offload import OffloadedModel
-from lrcompress.models.sources import load_settings, record_of
-from lrcompress.reporting.tables import learned
+from lrcompress.reporting.provenance import learned
 from lrcompress.runtime import distributed, locks
+from lrcompress.runtime.atomic_io import discard
 from lrcompress.runtime.distributed import agreed, from_main
-from lrcompress.runtime.files import discard
-from lrcompress.runtime.protocols import InputError, Progress, Say, silent, unsaid
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.progress import Progress, Say, silent, unsaid
 
 
 def factorize_to(
@@ -47,9 +49,7 @@ def _in_memory(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> 
     work = out.with_name(f".{out.name}.refine")  # refined blocks, until the whole is saved
     parts = (recipe.calibration, recipe.factorize, recipe.refine, progress, work)
     done = agreed(lambda: apply(model, tokenizer, *parts))
-    saved = from_main(
-        lambda: checkpoint_folder.save(model, tokenizer, out, _made(recipe, done), replace)
-    )
+    saved = from_main(lambda: save_checkpoint(model, tokenizer, out, _made(recipe, done), replace))
     from_main(lambda: discard(work, out))
     return saved
 
@@ -68,7 +68,7 @@ def _streamed(
         _remove_empty(work)
         raise
     saved = from_main(
-        lambda: checkpoint_folder.save(
+        lambda: save_checkpoint(
             source.model, source.tokenizer, out, record, replace, source.outside(), run.shards
         )
     )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrcompress.layers.block_runner import Blocks
 
@@ -39,20 +37,3 @@ class Streams(Blocks):
             hook.remove()
         difference = (moved - plain.output) / shift - 1
         return float(difference.abs().mean()) < 1e-2
-
-
-@contextmanager
-def in_float32(block: nn.Module) -> Iterator[None]:
-    """Weights of lower precision in float32; those that did not change come back bit for bit."""
-    before = [
-        (tensor, tensor.dtype)
-        for tensor in (*block.parameters(), *block.buffers())
-        if tensor.dtype in (torch.float16, torch.bfloat16)
-    ]
-    try:
-        for tensor, _ in before:
-            tensor.data = tensor.data.float()
-        yield
-    finally:
-        for tensor, dtype in before:
-            tensor.data = tensor.data.to(dtype)

@@ -10,10 +10,12 @@ from lrcompress.compression.replace_layers import shrink
 from lrcompress.config import FactorizeSettings
 from lrcompress.data.corpora import read_corpus
 from lrcompress.evaluation.perplexity import perplexity
-from lrcompress.layers.model_info import evaluation_mode, sequence_length
+from lrcompress.layers.model_info import sequence_length
+from lrcompress.layers.model_state import evaluation_mode
 from lrcompress.methods.plan import Budget, Plan
 from lrcompress.runtime.distributed import from_main
-from lrcompress.runtime.protocols import InputError, Progress, silent
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.progress import Progress, silent
 
 # keep_ratios tried, and windows of validation text for each
 TRIALS = 6

@@ -15,14 +15,15 @@ from lrcompress.compression.calibration.probes import Probe, corrected, probe
 from lrcompress.config import FactorizeSettings
 from lrcompress.layers.ffn_layouts import linears_of
 from lrcompress.layers.lowrank import dense_weight
-from lrcompress.layers.model_info import parameter_count
+from lrcompress.layers.model_info import parameter_count, weight_bytes
 from lrcompress.layers.moe import unpacked
-from lrcompress.layers.quantized import weight_bytes
 from lrcompress.methods.candidates import Grid, ffn_choices
 from lrcompress.methods.decomposition_cache import Decompositions
 from lrcompress.methods.plan import Allocator, Budget, Choices, Plan
+from lrcompress.methods.types import FFN, LinearSpec, Method, Statistics
 from lrcompress.runtime.distributed import divided
-from lrcompress.runtime.protocols import FFN, InputError, LinearSpec, Method, Progress, Statistics
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.compression.block_error import BlockError
-from lrcompress.compression.hidden_streams import Streams, in_float32
+from lrcompress.compression.hidden_streams import Streams
 from lrcompress.compression.planning import Prepared
 from lrcompress.compression.refined_block import RefinedBlock, read_block, write_block
 from lrcompress.config import RefineSettings
 from lrcompress.layers.lowrank import install
-from lrcompress.layers.model_info import evaluation_mode
+from lrcompress.layers.model_state import _training, evaluation_mode, in_float32
 from lrcompress.methods.linalg import damped, roots, shrunk, to_float64
 from lrcompress.methods.svd import OUTPUT_SHRINKAGE
-from lrcompress.runtime.protocols import InputError, LinearSpec, Progress
+from lrcompress.methods.types import LinearSpec
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.progress import Progress
 
 # of the samples, those that are held out, and the damping of the metric of the block's output
 HELD_OUT = 0.125
@@ -228,17 +229,3 @@ def _step(
 def _copy(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
-
-
-@contextmanager
-def _training(block: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """`parameters` take gradients and nothing else in the block does."""
-    wanted = [(parameter, parameter.requires_grad) for parameter in block.parameters()]
-    try:
-        block.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, was in wanted:
-            parameter.requires_grad_(was)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lrcompress.runtime.files import keeping, replace_tensors
+from lrcompress.runtime.atomic_io import keeping, replace_tensors
 
 
 @dataclass(frozen=True)

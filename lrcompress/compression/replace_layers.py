@@ -24,9 +24,10 @@ from lrcompress.layers.model_info import parameter_count
 from lrcompress.methods.decomposition_cache import Decompositions
 from lrcompress.methods.linalg import pivot, to_float64
 from lrcompress.methods.plan import Plan
+from lrcompress.methods.types import FFN, Form, LinearSpec, Statistics
 from lrcompress.runtime import distributed
 from lrcompress.runtime.distributed import divided
-from lrcompress.runtime.protocols import FFN, Form, LinearSpec, Progress, Statistics
+from lrcompress.runtime.progress import Progress
 
 # singular values of a linear that are kept for its picture
 SPECTRUM = 32

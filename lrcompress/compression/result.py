@@ -10,7 +10,7 @@ from lrcompress.compression.refined_block import RefinedBlock
 from lrcompress.compression.replace_layers import ShrunkLinear
 from lrcompress.data.packing import Fingerprint
 from lrcompress.methods.plan import Choices, Plan
-from lrcompress.runtime.protocols import Form, LinearSpec
+from lrcompress.methods.types import Form, LinearSpec
 
 # a budget that is missed by more is worth a word
 BUDGET_TOLERANCE = 0.005

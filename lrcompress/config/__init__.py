@@ -6,11 +6,12 @@ their keyword arguments.
 
 from lrcompress.config.base import Section
 from lrcompress.config.benchmark import FFNBenchSettings, ModelBenchSettings
-from lrcompress.config.evaluate import EvaluateSettings, SweepSettings
+from lrcompress.config.evaluate import EvaluateSettings
 from lrcompress.config.factorize import BUDGETS, FactorizeSettings, RefineSettings
 from lrcompress.config.model import CalibrationSettings, ModelSettings
 from lrcompress.config.quantize import QuantizeSettings
 from lrcompress.config.scaling import ScalingSettings, SizeSettings
+from lrcompress.config.sweep import SweepSettings
 from lrcompress.config.training import FinetuneSettings, PretrainSettings, TrainingSettings
 
 __all__ = [

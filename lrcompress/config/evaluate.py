@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 
 from lrcompress.config.base import Section
-from lrcompress.config.field_types import Listed, Names, Ratios, all_of, none_is_empty, variant_name
-from lrcompress.config.quantize import WEIGHTS
-from lrcompress.methods.registry import METHODS
+from lrcompress.config.field_types import Listed, Names, none_is_empty
 
 
 class EvaluateSettings(Section):
@@ -75,27 +73,4 @@ class EvaluateSettings(Section):
         (),
         description="Models to compare with; ratios are over the first. A recipe's is its own "
         "dense model.",
-    )
-
-
-class SweepSettings(Section):
-    """The points of a sweep: every variant at every keep_ratio."""
-
-    keep_ratios: Ratios = Field(
-        (0.9, 0.8, 0.6, 0.4),
-        min_length=1,
-        description="Shares of the parameters kept.",
-        json_schema_extra={"flag": "keep_ratio"},
-    )
-    methods: Annotated[Names, AfterValidator(all_of(METHODS))] = Field(
-        (),
-        description="Methods, each a variant of the recipe's factorize section.",
-        json_schema_extra={"flag": "method"},
-    )
-    variants: dict[Annotated[str, AfterValidator(variant_name)], dict[str, Any]] = Field(
-        {}, description="Name -> keys of factorize and refine that differ from the recipe's."
-    )
-    quantize: Annotated[Names, AfterValidator(all_of(WEIGHTS))] = Field(
-        (),
-        description="Measure every point, and the dense model, with such weights too: int8, int4.",
     )

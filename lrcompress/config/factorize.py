@@ -13,7 +13,7 @@ from lrcompress.config.base import Section
 from lrcompress.config.field_types import Names, Options, Percent, Size, allowed_words, one_of
 from lrcompress.methods.plan import Allocator
 from lrcompress.methods.registry import ALLOCATORS, ESTIMATE_LOSS, METHODS
-from lrcompress.runtime.protocols import Form, Method
+from lrcompress.methods.types import Form, Method
 
 BUDGETS = ("rank", "keep_ratio", "target_params", "target_size", "max_perplexity_increase")
 

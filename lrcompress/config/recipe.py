@@ -25,7 +25,7 @@ from lrcompress.config import (
     SweepSettings,
 )
 from lrcompress.config.field_types import allowed_words
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.safe_parsing import read_yaml
 from lrcompress.runtime.sanitize import shortened
 

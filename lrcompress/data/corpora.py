@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.safe_parsing import read_json
 
 Use = Literal["calibration", "test"]

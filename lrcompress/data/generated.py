@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lrcompress.layers.model_info import evaluation_mode
+from lrcompress.layers.model_state import evaluation_mode
 from lrcompress.layers.nonfinite import cause
-from lrcompress.runtime.protocols import InputError, NotFiniteError, Progress
+from lrcompress.runtime.errors import InputError, NotFiniteError
+from lrcompress.runtime.progress import Progress
 
 # documents written at a time, and their length: a step costs more the longer a document has become
 BATCH = 64

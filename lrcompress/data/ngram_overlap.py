@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 
 # tokens in a shingle: long enough that set phrases are none; a power of two
 SHINGLE = 32

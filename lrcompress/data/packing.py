@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrcompress.data.corpora import Corpus
 from lrcompress.data.ngram_overlap import Sketch, shingles, sketch
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 
 # tokens read for every token asked for, so that the seed has something to choose from, and how
 # many are read at most for that: beyond it a large set is read no further than it is needed

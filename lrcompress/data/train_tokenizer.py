@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lrcompress.data.corpora import Corpus
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 
 END = "<|endoftext|>"
 # characters read of each text: merges of so few tokens need no more

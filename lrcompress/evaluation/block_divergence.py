@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.data.corpora import Corpus
-from lrcompress.evaluation.perplexity import Window, corpus_windows
+from lrcompress.data.windows import Window, corpus_windows
 from lrcompress.layers.ffn_layouts import find_blocks
 from lrcompress.reporting.differences import BlockChange
-from lrcompress.runtime.protocols import Progress, silent
+from lrcompress.runtime.progress import Progress, silent
 
 
 def block_changes(

@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from lrcompress.compression.calibration.session import read_blocks
 from lrcompress.config import EvaluateSettings
 from lrcompress.config.recipe import Recipe
+from lrcompress.data.calibration_text import read_blocks
 from lrcompress.data.corpora import SELF, read_corpus
 from lrcompress.data.ngram_overlap import TOLERATED, Sketch, found_share, shingles
-from lrcompress.evaluation.perplexity import corpus_windows
+from lrcompress.data.training_text import training_text
+from lrcompress.data.windows import corpus_windows
 from lrcompress.layers.model_info import sequence_length
 from lrcompress.models.loading import load_tokenizer, skeleton
-from lrcompress.reporting.tables import history
-from lrcompress.runtime.protocols import InputError
-from lrcompress.training.job import training_text
+from lrcompress.reporting.provenance import history
+from lrcompress.runtime.errors import InputError
 
 # part of a record (lrcompress.json) -> what a model was with the text that it names
 USES = {"calibration": "calibrated on", "pretrained": "trained on", "finetuned": "trained on"}

@@ -10,7 +10,8 @@ import torch
 from lrcompress.data.packing import bos_token
 from lrcompress.layers.model_info import maximum_length
 from lrcompress.reporting.differences import Continuation
-from lrcompress.runtime.protocols import InputError, Progress, silent
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.progress import Progress, silent
 
 
 def continuations(

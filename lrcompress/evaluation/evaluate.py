@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lrcompress.benchmark import throughput
+from lrcompress.checkpoint.record import RECORD, _Column, read_record, write_measured
 from lrcompress.config import EvaluateSettings
-from lrcompress.config.recipe import from_flat
+from lrcompress.config.recipe import Recipe, from_flat
 from lrcompress.data.corpora import read_corpus
 from lrcompress.evaluation.block_divergence import block_changes
+from lrcompress.evaluation.contamination import refuse_recorded
 from lrcompress.evaluation.continuations import continuations
 from lrcompress.evaluation.perplexity import perplexity
+from lrcompress.evaluation.tasks import sample_logs
 from lrcompress.evaluation.tasks.cache import TaskCache
 from lrcompress.evaluation.tasks.registry import Tasks, resolve
 from lrcompress.evaluation.tasks.runner import Asking, run_tasks
 from lrcompress.evaluation.tasks.sample_logs import Logs
 from lrcompress.evaluation.token_divergence import token_changes
 from lrcompress.layers.ffn_layouts import ffn_parameters
-from lrcompress.layers.lowrank import is_compressed
-from lrcompress.layers.model_info import evaluation_mode, parameter_count, sequence_length
+from lrcompress.layers.model_info import kind, parameter_count, sequence_length, weight_bytes
+from lrcompress.layers.model_state import evaluation_mode
 from lrcompress.layers.optimize import optimize
-from lrcompress.layers.quantized import is_quantized, weight_bytes
-from lrcompress.models.sources import Loaded
+from lrcompress.models.loading import Loaded, other_source
+from lrcompress.reporting import report
 from lrcompress.reporting.differences import BlockChange, Details, TokenChange
 from lrcompress.reporting.metric import Metric
+from lrcompress.reporting.report import Report
 from lrcompress.reporting.tables import labels
-from lrcompress.runtime.protocols import InputError, Progress, silent
+from lrcompress.runtime import locks
+from lrcompress.runtime.atomic_io import writing
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.paths import places
+from lrcompress.runtime.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -61,12 +71,6 @@ def evaluate(
     pairs = [(one, tokenizer) for one in (*others, model)]
     models = dict(zip(labels(kinds, names), pairs, strict=True))
     return measure(models, checked, resolve_tasks(checked), progress).metrics
-
-
-def kind(model: Any, trained: bool = False) -> str:
-    """What a model is called in a report."""
-    name = ("finetuned" if trained else "factorized") if is_compressed(model) else "dense"
-    return f"quantized {name}" if is_quantized(model) else name
 
 
 def resolve_tasks(settings: EvaluateSettings) -> Tasks | None:
@@ -193,3 +197,56 @@ def size(label: str, model: Any) -> Iterator[Metric]:
     yield Metric(label, "parameters", parameter_count(model), "", False)
     dtype = {"dtype": str(model.dtype)[6:]}
     yield Metric(label, "weight bytes", weight_bytes(model), "B", False, dtype)
+
+
+def evaluate_to(
+    recipe: Recipe, out: Path | None = None, progress: Progress = silent, card: bool = False
+) -> Report:
+    """Measures a model, beside its baselines if it has any; writes the report to `out`, if given,
+    with what the tasks asked and the models answered, and with `card` the numbers into the model's
+    own lrcompress.json and README.md.
+
+    Raises InputError where a model was made from a text that it would be measured on, and with
+    `card` where it is no checkpoint of lrcompress.
+    """
+    with locks.beside(out):
+        if card:
+            _check_card(recipe.model.source)
+        return _evaluated(recipe, out, progress, card)
+
+
+def _evaluated(recipe: Recipe, out: Path | None, progress: Progress, card: bool) -> Report:
+    settings = recipe.evaluate
+    tasks = resolve_tasks(settings)
+    others = [other_source(recipe.model, name) for name in settings.baseline]
+    found = [_Column.load(source) for source in (*others, recipe.model)]
+    names = [column.source.source for column in found]
+    titles = labels([column.kind for column in found], names)
+    columns = dict(zip(titles, found, strict=True))
+    models = {title: column.loaded for title, column in columns.items()}
+    length = common_length(models, settings)
+    for title, column in columns.items():
+        refuse_recorded(title, column.loaded[1], settings, length, column.record or {})
+    differences = details(models, settings, progress)  # first: it refuses unfit prompts
+    measured = measure(models, settings, tasks, progress)
+    title, record = f"{recipe.model.source}: evaluation", found[-1].record or {}
+    made = Report(title, tuple(measured.metrics), differences, record)
+    if out is not None:
+        with writing(out) as partial:
+            report.write(partial, made)
+            for model, place in places(models).items():
+                sample_logs.write(partial / sample_logs.FOLDER / place, measured.logs[model])
+    if card:
+        write_measured(Path(recipe.model.source), made.metrics, made.comparisons)
+    return made
+
+
+def _check_card(source: str) -> None:
+    folder = Path(source)
+    if not folder.is_dir() or read_record(folder) is None:
+        raise InputError(
+            f"{source!r} is no checkpoint of lrcompress, which could keep the numbers: leave out "
+            f"--write-card, or evaluate a folder with a {RECORD}"
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{source!r} cannot be written to: leave out --write-card")

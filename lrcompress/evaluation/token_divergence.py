@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lrcompress.data.corpora import Corpus
-from lrcompress.evaluation.perplexity import LOSS_ROWS, Window, corpus_windows, scored_logits
+from lrcompress.data.windows import Window, corpus_windows
+from lrcompress.evaluation.perplexity import LOSS_ROWS, scored_logits
 from lrcompress.reporting.differences import PositionLoss, Token, TokenChange
-from lrcompress.runtime.protocols import Progress, silent
+from lrcompress.runtime.progress import Progress, silent
 
 PERCENTILES = (50, 90, 99, 99.9)
 # tokens of context from which each bin of positions begins

@@ -11,9 +11,9 @@ from torch import nn
 
 from lrcompress.layers.experts import LIST, Experts, fused_experts
 from lrcompress.layers.lowrank import LowRankLinear, is_compressed, is_linear, linear_shape
-from lrcompress.layers.model_info import parameter_count
-from lrcompress.layers.quantized import refuse_quantized
-from lrcompress.runtime.protocols import InputError, LinearSpec, Role
+from lrcompress.layers.model_info import parameter_count, refuse_quantized
+from lrcompress.methods.types import LinearSpec, Role
+from lrcompress.runtime.errors import InputError
 
 # Layouts: paths inside a block -> role. A family with new names is one more row.
 LAYOUTS: tuple[dict[str, Role], ...] = (

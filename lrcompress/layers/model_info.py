@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lrcompress.runtime.protocols import InputError
+from lrcompress.layers.lowrank import is_compressed
+from lrcompress.runtime.errors import InputError
 
 DEFAULT_LENGTH = 1024
 POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions")
@@ -43,13 +42,33 @@ def sequence_length(model: Any, wanted: int | None) -> int:
     return wanted
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout inside; every module's own mode is restored after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+def kind(model: Any, trained: bool = False) -> str:
+    """What a model is called in a report."""
+    name = ("finetuned" if trained else "factorized") if is_compressed(model) else "dense"
+    return f"quantized {name}" if is_quantized(model) else name
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether transformers' loader, or `lrcompress quantize`, left quantized weights in it."""
+    return getattr(model, "hf_quantizer", None) is not None
+
+
+def refuse_quantized(model: Any, remedy: str) -> None:
+    """Raises InputError with `remedy` where the weights of `model` are quantized."""
+    if is_quantized(model):
+        method = model.hf_quantizer.quantization_config.quant_method
+        raise InputError(
+            f"the model's weights are quantized ({getattr(method, 'value', method)}): {remedy}"
+        )
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, tied ones once; of a quantized one, what it consists of."""
+    return sum(map(_bytes, model.parameters()))
+
+
+def _bytes(tensor: Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()

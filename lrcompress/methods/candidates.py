@@ -9,7 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from lrcompress.methods.plan import Choices, Curve, Shape
-from lrcompress.runtime.protocols import FFN, Form, InputError, LinearSpec, Method
+from lrcompress.methods.types import FFN, Form, LinearSpec, Method
+from lrcompress.runtime.errors import InputError
 
 # widths, as shares of all channels, at which narrowing and low rank are combined
 COMBINED_WIDTHS = (0.85, 0.7, 0.55, 0.4)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.methods.linalg import to_float64
-from lrcompress.runtime.protocols import ChannelOrder
+from lrcompress.methods.types import ChannelOrder
 
 # channels taken between two updates of the full matrices, and the candidates they come from:
 # within the candidates every step is exact, so only a channel from outside can be missed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from lrcompress.runtime.protocols import FFN, Decomposition, Factors, LinearSpec, Method
+from lrcompress.methods.types import FFN, Decomposition, Factors, LinearSpec, Method
 
 
 class Decompositions:

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from lrcompress.methods.channel_selection import folded, order_channels
 from lrcompress.methods.linalg import shrunk, to_float64
-from lrcompress.methods.svd import OUTPUT_SHRINKAGE, SHRINKAGE, FisherSVD, check_shrinkage
-from lrcompress.runtime.protocols import (
+from lrcompress.methods.svd import OUTPUT_SHRINKAGE, SHRINKAGE, check_shrinkage
+from lrcompress.methods.types import (
     FFN,
     ChannelOrder,
     Decomposition,
-    InputError,
     LinearSpec,
     Statistic,
     Statistics,
 )
+from lrcompress.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -108,32 +108,3 @@ def _of_rows(moments: Mapping[str, Statistics], linear: LinearSpec, rows: Tensor
     gradient = moments[linear.name].gradient_moment
     kept = None if gradient is None else gradient[rows][:, rows]
     return replace(moments[linear.name], gradient_moment=kept)
-
-
-@dataclass(frozen=True)
-class Auto(FisherSVD):
-    """Narrowing and two-sided truncation of what is left: the policy chooses per FFN.
-
-    All of their errors estimate the rise of the loss, so that dense, narrowed, low rank, and
-    narrowed and low rank compare at one multiplier.
-    """
-
-    narrows: ClassVar[bool] = True
-    ridge: float = 1e-6
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._nystrom()
-
-    def _nystrom(self) -> Nystrom:
-        return Nystrom(
-            ridge=self.ridge,
-            shrinkage=self.shrinkage,
-            output_shrinkage=self.output_shrinkage,
-        )
-
-    def order(self, ffn: FFN) -> ChannelOrder:
-        return self._nystrom().order(ffn)
-
-    def narrow(self, ffn: FFN, channels: Tensor) -> FFN:
-        return self._nystrom().narrow(ffn, channels)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from lrcompress.runtime.protocols import Form, LinearSpec
+from lrcompress.methods.types import Form, LinearSpec
 
 if TYPE_CHECKING:
     import numpy as np

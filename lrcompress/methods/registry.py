@@ -9,7 +9,7 @@ METHODS = {
     "whitened": "lrcompress.methods.svd:WhitenedSVD",
     "fisher": "lrcompress.methods.svd:FisherSVD",
     "nystrom": "lrcompress.methods.nystrom:Nystrom",
-    "auto": "lrcompress.methods.nystrom:Auto",
+    "auto": "lrcompress.methods.auto:Auto",
 }
 # methods whose errors estimate the rise of the loss, so that they compare across linears
 ESTIMATE_LOSS = ("fisher", "nystrom", "auto")

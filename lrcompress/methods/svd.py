@@ -19,7 +19,8 @@ from lrcompress.methods.linalg import (
     spectrum,
     to_float64,
 )
-from lrcompress.runtime.protocols import FFN, ChannelOrder, InputError, Statistic, Statistics
+from lrcompress.methods.types import FFN, ChannelOrder, Statistic, Statistics
+from lrcompress.runtime.errors import InputError
 
 # of the moments of inputs and of output gradients; chosen on text apart from all that is reported
 SHRINKAGE, OUTPUT_SHRINKAGE = 0.1, 0.6

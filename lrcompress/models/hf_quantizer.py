@@ -21,9 +21,10 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, TorchAoConfig
 
 from lrcompress.layers.lowrank import PivotedLinear, compressed_layers, layout, rebuild
-from lrcompress.layers.quantized import is_quantized, require_torchao
+from lrcompress.layers.model_info import is_quantized
 from lrcompress.models.safetensors_headers import check_types, stored_tensors
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.packages import require_torchao
 
 QUANT_METHOD = "lowrank"
 QUANTIZED_METHOD = "lowrank_torchao"

@@ -10,7 +10,9 @@ from lrcompress.layers.lowrank import LowRankLinear, dense_weight
 from lrcompress.layers.model_info import parameter_count
 from lrcompress.layers.moe import unpacked
 from lrcompress.methods.linalg import decompose
-from lrcompress.runtime.protocols import InputError, LinearSpec, Progress, silent
+from lrcompress.methods.types import LinearSpec
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.progress import Progress, silent
 
 ENERGY_SHARES = (0.9, 0.99)
 

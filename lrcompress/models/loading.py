@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from lrcompress.config import ModelSettings
 from lrcompress.models.preflight import bare, check_folder
-from lrcompress.runtime import faults
-from lrcompress.runtime.files import is_inside, user_path
-from lrcompress.runtime.protocols import InputError, MachineError
+from lrcompress.runtime.errors import InputError, MachineError, machine_fault_reason
+from lrcompress.runtime.paths import is_inside, user_path
 
 PACKAGE = "package:"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -85,7 +85,7 @@ def _explained(source: str) -> Iterator[None]:
     except BaseException as error:  # each library has its own
         if not isinstance(error, Exception) and type(error).__name__ != PANIC:
             raise
-        if fault := faults.reason(error):
+        if fault := machine_fault_reason(error):
             raise MachineError(f"model {source!r} cannot be loaded: {fault}") from error
         reason = " ".join(str(error).split())
         if "custom code" in reason:
@@ -212,3 +212,17 @@ def skeleton(source: str, gguf_file: str | None = None, trust_remote_code: bool 
     config = load_config(source, gguf_file, trust_remote_code)
     with _explained(source):
         return bare(config, trust_remote_code)
+
+
+Loaded = tuple[Any, Any]  # a model and its tokenizer
+
+
+def load_settings(settings: ModelSettings, **placement: Any) -> Loaded:
+    """(model, tokenizer) as a recipe's model section describes them, or where `placement` says."""
+    arguments = settings.model_dump() | placement
+    return load(arguments.pop("source"), **arguments)
+
+
+def other_source(settings: ModelSettings, source: str) -> ModelSettings:
+    """The same loading settings for another model; a GGUF file belongs to its own model."""
+    return settings.model_copy(update={"source": source, "gguf_file": None})

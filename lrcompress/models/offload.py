@@ -17,7 +17,7 @@ from lrcompress.config import ModelSettings
 from lrcompress.layers.ffn_layouts import find_blocks
 from lrcompress.models.loading import checked_device, load, locate, skeleton
 from lrcompress.runtime import distributed
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from lrcompress.layers.lowrank import rebuild
 from lrcompress.layers.model_info import parameter_count
 from lrcompress.models.hf_quantizer import LOW_RANK, LowRankConfig
 from lrcompress.models.safetensors_headers import numbers, stored_tensors, weight_files
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 
 ADAPTER = "adapter_config.json"
 # numbers of a model for one number of its files, at most: quantizers pack them as densely

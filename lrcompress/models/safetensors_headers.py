@@ -10,8 +10,8 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from lrcompress.runtime.files import is_inside
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.paths import is_inside
 from lrcompress.runtime.safe_parsing import read_object
 
 FLOATS = ("F", "BF")  # with which the names of floating-point types begin

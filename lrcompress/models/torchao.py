@@ -9,10 +9,10 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import TorchAoConfig
 
 from lrcompress.layers.lowrank import layout
-from lrcompress.layers.quantized import refuse_quantized, require_torchao
+from lrcompress.layers.model_info import refuse_quantized
 from lrcompress.models.hf_quantizer import QuantizedLowRankConfig, QuantizedLowRankQuantizer
-from lrcompress.runtime import faults
-from lrcompress.runtime.protocols import InputError, MachineError
+from lrcompress.runtime.errors import InputError, MachineError, machine_fault_reason
+from lrcompress.runtime.packages import require_torchao
 
 GROUP = 32  # entries of a row that share a scale of int4
 
@@ -38,7 +38,7 @@ def quantize(model: Any, weights: str) -> list[str]:
     try:
         quantize_(model, scheme, filter_fn=lambda _, name: name in chosen)
     except (RuntimeError, ImportError, NotImplementedError, AssertionError) as error:
-        if faults.reason(error):
+        if machine_fault_reason(error):
             raise  # no memory, say: that is another sentence
         reason = " ".join(str(error).split())[:200]
         raise MachineError(

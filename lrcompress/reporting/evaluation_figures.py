@@ -16,8 +16,8 @@ from matplotlib.ticker import MaxNLocator
 from lrcompress.reporting.differences import BlockChange, Details, TokenChange
 from lrcompress.reporting.figures import COLOURS, INK, Picture, draw, legend, plain_logarithms
 from lrcompress.reporting.metric import Metric
-from lrcompress.reporting.tables import TRAININGS
-from lrcompress.runtime.files import places
+from lrcompress.reporting.provenance import TRAININGS
+from lrcompress.runtime.paths import places
 
 NORMAL_95 = 1.96
 # linears that are told apart by their role, in the order of the forward pass

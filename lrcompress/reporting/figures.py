@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from lrcompress.runtime.files import writing
+from lrcompress.runtime.atomic_io import writing
 
 FOLDER = "figures"
 # what is drawn in it becomes the text colour of the page that shows the SVG

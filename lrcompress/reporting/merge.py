@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
+from lrcompress.reporting import metrics_json
 from lrcompress.reporting.differences import BlockChange, Continuation, Details, TokenChange
-from lrcompress.reporting.metric import Metric
+from lrcompress.reporting.metric import NO_QUALITY, SPEEDS, Metric
 from lrcompress.reporting.render import json_text
-from lrcompress.reporting.report import Report
+from lrcompress.reporting.report import Report, markdown, read, write
 from lrcompress.reporting.tables import labels, title
-from lrcompress.workflows.sweep.pareto import NO_QUALITY, SPEEDS
+from lrcompress.runtime.atomic_io import writing
+from lrcompress.runtime.paths import check_free
 
 # parts of a record that a report shows of one model only
 SHOWN_OF_LAST = {"linears", "finetuned"}
@@ -160,3 +163,25 @@ def _notes(reports: Mapping[str, Report], details: Details) -> Iterator[str]:
             "where models differ from another first model, or were compared on other windows, it "
             "is in metrics.json alone"
         )
+
+
+def report_to(folders: Sequence[Path], out: Path | None = None) -> Report:
+    """The report of an evaluation or a run once more, or those of several as one comparison;
+    written to `out`, if given.
+
+    Raises InputError where a folder has no report that can be read.
+    """
+    if out is not None:
+        check_free(out)
+    with metrics_json.showing(folders):
+        made = join({_name(folder): read(folder) for folder in folders})
+        if out is None:
+            markdown(made)
+        else:
+            with writing(out) as partial:
+                write(partial, made)
+    return made
+
+
+def _name(folder: Path) -> str:
+    return str(folder if folder.name not in ("", "..") else folder.resolve())

@@ -50,3 +50,12 @@ class Metric(Summary):
     def summary(self) -> dict[str, object]:
         """All fields but the samples, of which a task has thousands."""
         return {k: v for k, v in vars(self).items() if k != "samples"}
+
+
+SIZES = ("parameters", "weight bytes")
+
+
+SPEEDS = ("prefill", "decode", "training")
+
+
+NO_QUALITY = {"FFN parameters", *SIZES, *SPEEDS}

@@ -10,21 +10,17 @@ from typing import Any, Final, Literal, TypeVar
 
 from jinja2 import TemplateError
 from pydantic import TypeAdapter, ValidationError
-from pydantic.json_schema import GenerateJsonSchema
 
 from lrcompress.reporting.differences import Details
 from lrcompress.reporting.metric import PUBLISHED, Number, Summary
-from lrcompress.reporting.render import NOT_FINITE, json_text
+from lrcompress.reporting.provenance import Text
+from lrcompress.reporting.render import json_text
 from lrcompress.reporting.significance import Comparison
-from lrcompress.reporting.tables import Text
-from lrcompress.runtime.files import replace_text
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.safe_parsing import read_object
-from lrcompress.workflows.sweep.pareto import Front
-from lrcompress.workflows.sweep.point import PointSummary
+from lrcompress.workflows.sweep.sweep_json import Sweep
 
 VERSION: Final = 1
-METRICS, SWEEP = "metrics.json", "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -67,28 +63,6 @@ class Evaluation:
     factorization: Mapping[str, Any] | None
     """The rest of the last model's lrcompress.json, without what stands elsewhere here, or null."""
     samples: tuple[Samples, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """sweep.json of lrcompress: one model at several keep ratios by several methods.
-
-    Numbers that are not finite are the texts NaN, Infinity and -Infinity: JSON has no numbers for
-    them, and null says that something is unknown or was not measured.
-    """
-
-    __pydantic_config__ = PUBLISHED
-
-    version: Literal[1] = VERSION
-    """Of this schema. Another one is another layout; fields may be added within one."""
-    source: str
-    """The dense model, as the recipe names it."""
-    points: tuple[PointSummary, ...]
-    """The first is the dense model's."""
-    comparisons: tuple[Comparison, ...]
-    """Of every point with the dense model's."""
-    fronts: tuple[Front, ...]
-    """Every quality against every cost."""
 
 
 Content = TypeVar("Content", Evaluation, Sweep)
@@ -143,28 +117,3 @@ def showing(folders: Sequence[Path]) -> Iterator[None]:
 
 def damaged(file: Path, reason: str) -> InputError:
     return InputError(f"{str(file)!r} is damaged ({reason}): restore it, or measure again")
-
-
-class _Schema(GenerateJsonSchema):
-    def float_schema(self, schema: Any) -> dict[str, Any]:
-        return super().float_schema(schema) | {"type": ["number", "string"], "pattern": NOT_FINITE}
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
-
-
-def schemas() -> dict[str, str]:
-    """File name -> JSON Schema of what is written, for docs/."""
-    kinds: dict[str, Any] = {METRICS: Evaluation, SWEEP: Sweep}
-    return {name.replace(".", ".schema."): _schema(kind) for name, kind in kinds.items()}
-
-
-def write_schemas(folder: str) -> None:
-    for name, text in schemas().items():
-        replace_text(Path(folder) / name, text)
-
-
-def _schema(kind: Any) -> str:
-    adapter = TypeAdapter[Any](kind)
-    made = adapter.json_schema(mode="serialization", schema_generator=_Schema)
-    return json_text({"$schema": _Schema.schema_dialect} | made)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Required
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from lrcompress.runtime.protocols import Role
+from lrcompress.methods.types import Role
 
 OPEN = {"extra": "allow"}
 Count = Annotated[int, Field(ge=0, lt=2**63)]

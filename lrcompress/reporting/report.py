@@ -17,12 +17,14 @@ from lrcompress.reporting.evaluation_figures import pictures
 from lrcompress.reporting.figures import Picture
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.metrics_json import Evaluation, Samples
+from lrcompress.reporting.provenance import Text, texts, training
 from lrcompress.reporting.record_schema import checked_record
 from lrcompress.reporting.render import finite, render
 from lrcompress.reporting.significance import Comparison, comparisons
-from lrcompress.reporting.tables import Text, table, texts, training
+from lrcompress.reporting.tables import table
 from lrcompress.reporting.tables import title as title_of
-from lrcompress.runtime.files import replace_text
+from lrcompress.runtime.atomic_io import replace_text
+from lrcompress.workflows.sweep import sweep_json
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def to_json(report: Report) -> str:
 
 def read(folder: Path) -> Report:
     """The report whose metrics.json is in `folder`; raises InputError where that cannot be read."""
-    found = metrics_json.read(Evaluation, folder / metrics_json.METRICS)
+    found = metrics_json.read(Evaluation, folder / sweep_json.METRICS)
     samples = {(one.model, one.metric): one.values for one in found.samples}
     metrics = tuple(
         Metric(**vars(metric), samples=samples.get((metric.model, title_of(metric)), []))
@@ -105,7 +107,7 @@ def read(folder: Path) -> Report:
     try:
         record = checked_record({**(found.factorization or {}), **training})
     except ValueError as error:
-        raise metrics_json.damaged(folder / metrics_json.METRICS, str(error)) from None
+        raise metrics_json.damaged(folder / sweep_json.METRICS, str(error)) from None
     return Report(found.title, metrics, found.details, record, found.notes, found.texts)
 
 
@@ -134,7 +136,7 @@ def to_csv(report: Report) -> str:
 
 # file name -> what writes it: a new format is one function and one row
 FORMATS = {
-    metrics_json.METRICS: to_json,
+    sweep_json.METRICS: to_json,
     "metrics.csv": to_csv,
     "report.md": markdown,
     "report.html": html,

@@ -14,7 +14,7 @@ from scipy import stats
 from lrcompress.reporting.differences import LARGEST
 from lrcompress.reporting.metric import PUBLISHED, Metric
 from lrcompress.reporting.tables import comparable, title
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 
 ALPHA = 0.05
 POWER = 0.8

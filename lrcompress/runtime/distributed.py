@@ -16,7 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from lrcompress.runtime.protocols import InputError, MachineError, Progress
+from lrcompress.runtime.errors import InputError, MachineError
+from lrcompress.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lrcompress.runtime import faults
+from lrcompress.runtime.atomic_io import parents
 from lrcompress.runtime.distributed import from_main
-from lrcompress.runtime.files import check_free, parents
-from lrcompress.runtime.protocols import InputError, MachineError
+from lrcompress.runtime.errors import InputError, MachineError, machine_fault_reason
+from lrcompress.runtime.paths import check_free
 
 INSIDE = ".lock"  # of a folder that a command works in
 
@@ -61,5 +61,5 @@ def _take(lock: FileLock, out: Path) -> None:
             f"another process is writing {str(out)!r}: wait for it, or choose another folder"
         ) from None
     except OSError as error:
-        why = faults.reason(error) or " ".join(str(error).split())
+        why = machine_fault_reason(error) or " ".join(str(error).split())
         raise MachineError(f"could not write {str(out)!r}: {why}") from error

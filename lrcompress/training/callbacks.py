@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lrcompress.runtime.protocols import Progress, Status
+from lrcompress.runtime.progress import Progress, Status
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]

@@ -31,7 +31,7 @@ from lrcompress.config import ModelSettings
 from lrcompress.layers.ffn_layouts import find_blocks, has_experts
 from lrcompress.models.loading import locate, skeleton
 from lrcompress.runtime import distributed
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 
 OPTIMIZER, SCHEDULER = "optimizer_parts", "scheduler.pt"
 

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from lrcompress.checkpoint import fingerprints
-from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.checkpoint.folder import save_checkpoint
 from lrcompress.config import TrainingSettings
-from lrcompress.data.corpora import read_corpus
-from lrcompress.data.packing import fingerprint, in_turn, token_blocks
-from lrcompress.layers.model_info import sequence_length
+from lrcompress.data.training_text import Text, training_text
 from lrcompress.runtime import distributed, locks
+from lrcompress.runtime.atomic_io import discard
 from lrcompress.runtime.distributed import agreed, from_main
-from lrcompress.runtime.files import discard
-from lrcompress.runtime.protocols import InputError, Progress
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.packages import check_package
+from lrcompress.runtime.progress import Progress
 from lrcompress.training import fsdp
 from lrcompress.training.loop import Trained
-
-TRAIN_LENGTH = 512
-
-
-@dataclass(frozen=True)
-class Text:
-    """Blocks (sequences, length), the held-out ones first, and what identifies them."""
-
-    tokens: Tensor
-    mark: dict[str, Any]
 
 
 class TrainingRun(ABC):
@@ -76,7 +63,7 @@ class TrainingRun(ABC):
         record |= self.described() | {self.record_key: asdict(done) | asked | text.mark}
         state = fsdp.whole_state(model)
         saved = from_main(
-            lambda: checkpoint_folder.save(model, tokenizer, out, record, replace, state=state)
+            lambda: save_checkpoint(model, tokenizer, out, record, replace, state=state)
         )
         from_main(lambda: discard(work, out))
         _refuse_divergence(done, out)
@@ -122,41 +109,9 @@ def check_settings(settings: TrainingSettings, device: str, command: str) -> Non
         check_package("tensorboard", "tensorboard")
 
 
-def check_package(package: str, extra: str) -> None:
-    """Raises InputError where a package of the optional dependencies `extra` is missing."""
-    if importlib.util.find_spec(package) is None:
-        raise InputError(f"{extra} needs {package}: pip install 'lrcompress[{extra}]'")
-
-
 def check_device(device: str, command: str) -> None:
     if device.startswith("cuda:") and device != "cuda:0":
         raise InputError(
             f"{command} takes the first GPU and the device is {device!r}: set "
             f"CUDA_VISIBLE_DEVICES={device[5:]} and use --device auto"
         )
-
-
-def training_text(model: Any, tokenizer: Any, settings: TrainingSettings, command: str) -> Text:
-    """As many sequences as the steps need, or as many whole steps as the texts hold; those are then
-    read more than once.
-    """
-    if tokenizer is None:
-        raise InputError(f"{command} reads text and the model has no tokenizer: add its files")
-    length = sequence_length(model, settings.train_length)
-    if settings.train_length is None:
-        length = min(length, TRAIN_LENGTH)
-    each = settings.batch_size
-    wanted = settings.held_out + settings.max_steps * each
-    share = -(-wanted // len(settings.data))
-    corpora = [read_corpus(spec, "calibration") for spec in settings.data]
-    parts = [token_blocks(c, tokenizer, share, length, settings.seed, fewer=True) for c in corpora]
-    blocks = in_turn(parts)[:wanted]
-    if len(blocks) < settings.held_out + each:
-        raise InputError(
-            f"{', '.join(settings.data)}: {len(blocks)} sequences of {length} tokens are too few "
-            f"to hold {settings.held_out} out: give more text, or a smaller --held-out"
-        )
-    blocks = blocks[: len(blocks) - (len(blocks) - settings.held_out) % each]
-    mark = fingerprint(settings.data, blocks, settings.seed)
-    text = {"sequences": mark.num_samples, "length": length, "sha256": mark.sha256}
-    return Text(blocks, text | {"sketch": mark.sketch.to_dict()})

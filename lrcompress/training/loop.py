@@ -16,7 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lrcompress.config import TrainingSettings
 from lrcompress.runtime.distributed import from_main, share
-from lrcompress.runtime.protocols import InputError, Progress
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.progress import Progress
 from lrcompress.training.callbacks import Steps, tensorboard
 from lrcompress.training.trainer import BlockDataset, TextTrainer, Watch, held_out_losses
 

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.checkpoint import fingerprints
-from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.checkpoint.folder import save_checkpoint
 from lrcompress.config import ModelSettings, PretrainSettings
+from lrcompress.data.training_text import Text
 from lrcompress.layers.ffn_layouts import has_experts
-from lrcompress.models.sources import Loaded, load_settings
+from lrcompress.models.loading import Loaded, load_settings
 from lrcompress.runtime import distributed
+from lrcompress.runtime.atomic_io import discard
 from lrcompress.runtime.distributed import agreed, from_main
-from lrcompress.runtime.files import discard
-from lrcompress.runtime.protocols import InputError, Progress, silent
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.progress import Progress, silent
 from lrcompress.training import fsdp
-from lrcompress.training.job import Text, TrainingRun, check_device, check_settings
+from lrcompress.training.job import TrainingRun, check_device, check_settings
 from lrcompress.training.loop import Trained, run
 from lrcompress.training.new_model import (
     NewModel,
@@ -88,7 +90,7 @@ class Pretraining(TrainingRun):
     def _saved(self, start: Path) -> dict[str, Any]:
         on_cpu = self.settings.model_copy(update={"device": "cpu"})  # a GPU may not hold it
         new = new_model(self.config, on_cpu, self.progress)
-        checkpoint_folder.save(new.model, None, start, new.described, replace=True)
+        save_checkpoint(new.model, None, start, new.described, replace=True)
         return new.described
 
     def trained(self, model: Any, text: Text, run: Path) -> Trained:

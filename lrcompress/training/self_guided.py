@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lrcompress.layers.lowrank import LowRankLinear, compressed_layers, is_linear, linear_shape
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 
 # of all steps, those over which the dense weights let go
 SHARE_OF_STEPS = 0.5

@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lrcompress.layers.model_info import evaluation_mode
-from lrcompress.runtime.files import keeping, replace_tensors
-from lrcompress.runtime.protocols import Progress, silent
+from lrcompress.layers.model_state import evaluation_mode
+from lrcompress.runtime.atomic_io import keeping, replace_tensors
+from lrcompress.runtime.progress import Progress, silent
 
 # sequences in a file: what an interruption loses
 CHUNK = 16

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lrcompress.runtime.files import keeping
+from lrcompress.runtime.atomic_io import keeping
 from lrcompress.training.fsdp import ShardingTrainer
 from lrcompress.training.losses import token_loss
 from lrcompress.training.teacher_cache import TeacherCache

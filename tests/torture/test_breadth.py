@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lrcompress
-from lrcompress.checkpoint.export.standalone import export_dense
+from lrcompress.checkpoint.export.dense import export_dense
 from lrcompress.layers.ffn_layouts import ffn_parameters
 from lrcompress.layers.lowrank import compressed_layers
 from lrcompress.layers.model_info import parameter_count

@@ -14,12 +14,13 @@ import yaml
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.checkpoint import record as checkpoint_record
+from lrcompress.checkpoint.record import read_record, write_record
 from lrcompress.models import loading
 from lrcompress.reporting import report
 from lrcompress.reporting.render import json_text
 from lrcompress.reporting.report import Report
-from lrcompress.runtime.protocols import InputError, MachineError
+from lrcompress.runtime.errors import InputError, MachineError
 from lrcompress.workflows.sweep import report as sweep_report
 from lrcompress.workflows.sweep.report import SweepReport
 from tests.conftest import invoke
@@ -169,11 +170,11 @@ def test_records_of_checkpoints(tmp_path: Path, times: Times, tally: Tally) -> N
     record = RECORD | {"source": "here", "calibration": text, "before": {"calibration": text}}
 
     def check(changed: Any) -> None:
-        (folder / checkpoint_folder.RECORD).write_text(json.dumps(changed))
+        (folder / checkpoint_record.RECORD).write_text(json.dumps(changed))
         try:
-            known = checkpoint_folder.read_record(folder)
+            known = read_record(folder)
             assert known is not None
-            checkpoint_folder.write_record(folder, known)
+            write_record(folder, known)
             _rendered(Report("title", METRICS, DETAILS, known))
         except InputError as error:
             refused(error)

@@ -24,7 +24,7 @@ import torch
 
 import lrcompress
 from lrcompress.checkpoint.verify import verify
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from tests.conftest import SMALL, small_recipe
 from tests.torture import forked
 from tests.torture.conftest import Tally, Times

@@ -16,7 +16,7 @@ from lrcompress.layers.lowrank import FORMS, compressed_layers
 from lrcompress.methods import registry
 from lrcompress.methods.candidates import Grid, ffn_choices
 from lrcompress.methods.svd import PlainSVD
-from lrcompress.runtime.protocols import FFN, LinearSpec, Statistics
+from lrcompress.methods.types import FFN, LinearSpec, Statistics
 from tests.test_factorizers import factors_of, measured_error
 from tests.tiny import byte_tokenizer, logits, tiny_model
 from tests.torture.conftest import Tally

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lrcompress.checkpoint.export.standalone import export_standalone
+from lrcompress.checkpoint.folder import save_checkpoint
+from lrcompress.checkpoint.record import record_of
+from lrcompress.config import ModelSettings
 from lrcompress.layers.experts import Experts
 from lrcompress.layers.ffn_layouts import find_ffns
 from lrcompress.layers.lowrank import (
@@ -19,8 +24,12 @@ from lrcompress.layers.lowrank import (
     install,
     linear_shape,
 )
+from lrcompress.layers.model_info import refuse_quantized
 from lrcompress.layers.moe import unpack, unpacked
-from lrcompress.runtime.protocols import LinearSpec
+from lrcompress.methods.types import LinearSpec
+from lrcompress.models.loading import load_settings
+from lrcompress.runtime import locks
+from lrcompress.runtime.errors import InputError
 
 # config keys that hold the number of intermediate channels; None there means 4 x hidden size
 WIDTH_KEYS = (
@@ -113,3 +122,29 @@ def _zeros_to(matrix: Tensor, rows: int, columns: int) -> Tensor:
     wide = matrix.new_zeros(rows, columns)
     wide[: matrix.shape[0], : matrix.shape[1]] = matrix
     return wide
+
+
+def export_dense(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:
+    """Writes `model` with every compressed layer turned back into a stock layer.
+
+    Narrowed FFNs get the width of the widest, with zeros for the channels that others lack,
+    where the family's config has one intermediate size; else their original width. Anything
+    that loads the original architecture loads the result.
+    """
+    to_stock(model)
+    origin = {"source": record.get("source"), "export": "dense", "factorized_from": dict(record)}
+    save_checkpoint(model, tokenizer, out, origin)
+
+
+def export_to(settings: ModelSettings, out: Path, standalone: bool) -> None:
+    """Writes a compressed model as stock layers, or with the code that loads it."""
+    with locks.beside(out):
+        record = record_of(settings) or {}
+        model, tokenizer = load_settings(settings)
+        refuse_quantized(model, "export it before it is quantized")
+        if not any(compressed_layers(model)):
+            raise InputError(
+                f"{settings.source!r} has no low-rank layers: there is nothing to export"
+            )
+        write = export_standalone if standalone else export_dense
+        write(model, tokenizer, out, record)

@@ -8,24 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lrcompress.checkpoint.export.dense import to_stock
-from lrcompress.checkpoint.folder import save, saved_as, write_record, write_weights
+from lrcompress.checkpoint.folder import saved_as, write_weights
+from lrcompress.checkpoint.record import write_record
 from lrcompress.layers import experts, lowrank
-from lrcompress.runtime.files import writing
+from lrcompress.runtime.atomic_io import writing
 
 STANDALONE, STANDALONE_MODULE = "low_rank_modules", "modeling_lowrank"
-
-
-def export_dense(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:
-    """Writes `model` with every compressed layer turned back into a stock layer.
-
-    Narrowed FFNs get the width of the widest, with zeros for the channels that others lack,
-    where the family's config has one intermediate size; else their original width. Anything
-    that loads the original architecture loads the result.
-    """
-    to_stock(model)
-    origin = {"source": record.get("source"), "export": "dense", "factorized_from": dict(record)}
-    save(model, tokenizer, out, origin)
 
 
 def export_standalone(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:

@@ -12,20 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lrcompress.compression.calibration.probes import Probe, ProbeErrors, held_out
 from lrcompress.compression.calibration.token_sums import Sums, zeros
-from lrcompress.layers.block_runner import Forward, logits_of, replaced_forwards
+from lrcompress.layers.block_runner import Forward, drawn_scores, logits_of, replaced_forwards
 from lrcompress.layers.ffn_layouts import find_blocks
-from lrcompress.layers.fisher import drawn_scores
-from lrcompress.layers.model_info import evaluation_mode
+from lrcompress.layers.model_state import _frozen, evaluation_mode
 from lrcompress.layers.moe import unpacked
+from lrcompress.methods.types import LinearSpec, Statistics
 from lrcompress.runtime.distributed import own_part
-from lrcompress.runtime.protocols import (
-    InputError,
-    LinearSpec,
-    NotFiniteError,
-    Progress,
-    Statistics,
-    silent,
-)
+from lrcompress.runtime.errors import InputError, NotFiniteError
+from lrcompress.runtime.progress import Progress, silent
 
 # columns that a product of moments takes at a time
 COLUMNS = 384
@@ -211,23 +205,6 @@ def _with_gradients(model: Any, sample: Tensor, watching: Moments | ProbeErrors,
             logits.backward(drawn_scores(logits.detach(), seed))  # type: ignore[no-untyped-call]
         finally:
             watching.backward = False
-
-
-@contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """No parameter takes a gradient; the embedded input does, so that there is a graph."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    hook = model.get_input_embeddings().register_forward_hook(
-        # a clone is no leaf, so that a family may scale its embedding in place
-        lambda _, __, output: output.detach().requires_grad_(True).clone()
-    )
-    try:
-        yield
-    finally:
-        hook.remove()
-        for parameter in wanted:
-            parameter.requires_grad_(True)
 
 
 def _checkpointing(_: int, forward: Forward) -> Forward:

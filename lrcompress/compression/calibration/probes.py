@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lrcompress.methods.linalg import to_float64
 from lrcompress.methods.plan import Choices, Shape
-from lrcompress.runtime.protocols import FFN, LinearSpec, Method
+from lrcompress.methods.types import FFN, LinearSpec, Method
 
 # of the channels, or of the full rank, that a probe keeps
 SHARE = 0.7

@@ -18,9 +18,10 @@ from lrcompress.compression.calibration.moments import Moments
 from lrcompress.compression.calibration.probes import Probe, ProbeErrors, held_out
 from lrcompress.compression.streaming.block_store import Activations
 from lrcompress.layers.block_runner import Blocks
+from lrcompress.methods.types import LinearSpec
 from lrcompress.models.offload import OffloadedModel
 from lrcompress.runtime.distributed import agreed, count, own_part
-from lrcompress.runtime.protocols import LinearSpec, Progress
+from lrcompress.runtime.progress import Progress
 
 
 class Blockwise:

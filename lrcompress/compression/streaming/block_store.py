@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lrcompress.methods.plan import Choices, Curve, Shape
-from lrcompress.runtime.files import keeping, replace_tensors, replace_text
-from lrcompress.runtime.protocols import LinearSpec
+from lrcompress.methods.types import LinearSpec
+from lrcompress.runtime.atomic_io import keeping, replace_tensors, replace_text
 
 ARRAYS = ("ranks", "parameters", "errors")  # of a Curve
 FORMAT = {"format": "pt"}  # without it transformers refuses a file

@@ -40,9 +40,11 @@ from lrcompress.layers.lowrank import rebuild
 from lrcompress.layers.model_info import parameter_count
 from lrcompress.methods.decomposition_cache import Decompositions
 from lrcompress.methods.plan import Choices, Plan
+from lrcompress.methods.types import LinearSpec
 from lrcompress.models.offload import OffloadedModel
 from lrcompress.runtime.distributed import agreed, count, is_main, own_part
-from lrcompress.runtime.protocols import InputError, LinearSpec, Progress, Say
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.progress import Progress, Say
 
 
 class Streaming:

@@ -14,9 +14,9 @@ from lrcompress.compression.calibration.probes import held_out
 from lrcompress.compression.planning import Planning
 from lrcompress.config.recipe import Recipe
 from lrcompress.layers.ffn_layouts import find_blocks
-from lrcompress.layers.quantized import weight_bytes
+from lrcompress.layers.model_info import weight_bytes
+from lrcompress.methods.types import LinearSpec
 from lrcompress.runtime.memory import resident
-from lrcompress.runtime.protocols import LinearSpec
 
 FLOAT32, FLOAT64 = 4, 8
 # libraries that are loaded later, and what the allocator keeps

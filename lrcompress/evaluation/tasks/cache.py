@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from lrcompress.runtime.files import keeping, safe_name, user_path
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.atomic_io import keeping
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.paths import safe_name, user_path
 from lrcompress.runtime.safe_parsing import read_object
 
 OFF = "none"

@@ -10,8 +10,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from lrcompress.runtime.files import is_inside
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.paths import is_inside
 
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
 ALL = "default"  # the only configuration of a folder that declares none

@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from lrcompress.data.corpora import EMBEDDED, read_corpus
 from lrcompress.evaluation.tasks.local_datasets import reading_copies
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.safe_parsing import read_json
 
 CHOICE_FIELDS = {"query", "choices", "gold"}

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from lrcompress.checkpoint.folder import versions
 from lrcompress.evaluation.tasks.cache import Entry, TaskCache, fingerprint, identity, questions
 from lrcompress.evaluation.tasks.registry import Tasks, explained
 from lrcompress.evaluation.tasks.sample_logs import Logs
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.tables import QUESTIONS
-from lrcompress.runtime.protocols import MachineError, Progress, silent
+from lrcompress.runtime.errors import MachineError
+from lrcompress.runtime.packages import versions
+from lrcompress.runtime.progress import Progress, silent
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.reporting.render import finite
-from lrcompress.runtime.files import places, writing
+from lrcompress.runtime.atomic_io import writing
+from lrcompress.runtime.paths import places
 
 FOLDER = "samples"
 Logs = Mapping[str, Sequence[Mapping[str, Any]]]  # task -> its questions as lm-eval logs them

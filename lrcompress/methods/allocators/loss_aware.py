@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from lrcompress.methods.plan import Budget, Choices, Curve, Plan, Shape
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 
 # halvings of the multiplier's bracket, in log space
 BISECTIONS = 44

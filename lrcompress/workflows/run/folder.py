@@ -16,8 +16,9 @@ from lrcompress.config.recipe import Recipe, to_yaml
 from lrcompress.evaluation.tasks import sample_logs
 from lrcompress.reporting import figures, report
 from lrcompress.runtime import locks
-from lrcompress.runtime.files import places, refuse_links, replace_text
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.atomic_io import replace_text
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.paths import places, refuse_links
 
 T = TypeVar("T")
 

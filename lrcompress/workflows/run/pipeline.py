@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.checkpoint import fingerprints
-from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.checkpoint.record import read_record, write_measured
 from lrcompress.compression.factorize_folder import factorize_to
 from lrcompress.config import ModelSettings
 from lrcompress.config.recipe import Recipe, read_recipe
@@ -16,16 +16,15 @@ from lrcompress.evaluation.contamination import refuse_planned, refuse_recorded
 from lrcompress.evaluation.tasks import sample_logs
 from lrcompress.evaluation.tasks.registry import Tasks
 from lrcompress.layers.model_info import sequence_length
-from lrcompress.models.loading import locate
-from lrcompress.models.sources import Loaded, load_settings, other_source
+from lrcompress.models.loading import Loaded, load_settings, locate, other_source
 from lrcompress.reporting import report
 from lrcompress.reporting.differences import Details
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.report import Report
 from lrcompress.reporting.tables import labels
 from lrcompress.runtime import locks
-from lrcompress.runtime.files import places
-from lrcompress.runtime.protocols import Progress, Say, silent, unsaid
+from lrcompress.runtime.paths import places
+from lrcompress.runtime.progress import Progress, Say, silent, unsaid
 from lrcompress.training.finetune import check_settings, finetune_to
 from lrcompress.workflows.run.folder import RunFolder
 
@@ -183,7 +182,7 @@ class Run:
         loaded = self._load(source)
         length = sequence_length(loaded[0], settings.context_length)
         folder = Path(locate(source.source, source.gguf_file).path)
-        record = checkpoint_folder.read_record(folder) or {}
+        record = read_record(folder) or {}
         refuse_recorded(title, loaded[1], settings, length, record)
         found = evaluate.quality(title, loaded, settings, tasks, length, self.progress)
         place = places(self._columns)[title]
@@ -196,12 +195,12 @@ class Run:
 
     def _report(self, metrics: list[Metric], details: Details) -> Report:
         """Into the record and card of each model, and into the report, which is of the last."""
-        last = checkpoint_folder.read_record(self.folder.model(self.stages[-1])) or {}
+        last = read_record(self.folder.model(self.stages[-1])) or {}
         kept = last["counts"]["selected"]["keep_ratio"]
         title = f"{self.recipe.model.source}: {self.recipe.factorize.method}, {kept:.1%} kept"
         made = Report(title, tuple(metrics), details, last)
         for stage in self.stages:
-            checkpoint_folder.write_measured(self.folder.model(stage), metrics, made.comparisons)
+            write_measured(self.folder.model(stage), metrics, made.comparisons)
         if "finetune" not in self.stages:
             self.folder.drop("finetune")
         self.folder.keep_logs(self._columns)

@@ -14,8 +14,9 @@ from lrcompress.config.recipe import ScalingRecipe, to_yaml
 from lrcompress.reporting import figures
 from lrcompress.reporting.metric import Metric
 from lrcompress.runtime import locks
-from lrcompress.runtime.files import discard, refuse_links, replace_text, writing
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.atomic_io import discard, replace_text, writing
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.paths import refuse_links
 from lrcompress.workflows.scaling import report as scaling_report
 from lrcompress.workflows.scaling.point import ScalingPoint
 from lrcompress.workflows.scaling.report import ScalingReport

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import ttest_1samp
 
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 
 CONFIDENCE = 0.95
 Points = Sequence[float] | np.ndarray

@@ -13,7 +13,7 @@ from lrcompress.config import PretrainSettings
 from lrcompress.config.recipe import ScalingRecipe, checked
 from lrcompress.layers.lowrank import compressed_layers
 from lrcompress.layers.model_info import embedding_count, parameter_count, sequence_length
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from lrcompress.training.new_model import bare_model, fit_config, read_config
 from lrcompress.training.self_guided import Guidance
 from lrcompress.workflows.scaling.point import DENSE, label

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.optimize import least_squares
 from scipy.stats import t as student
 
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 from lrcompress.workflows.scaling.intervals import CONFIDENCE, Interval, Points, steepness
 
 Law = Literal["power", "offset", "decade"]

@@ -19,7 +19,7 @@ from lrcompress.reporting.figures import Picture
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.render import render
 from lrcompress.reporting.tables import table
-from lrcompress.runtime.files import replace_text
+from lrcompress.runtime.atomic_io import replace_text
 from lrcompress.workflows.scaling.comparison import (
     TITLES,
     Axis,

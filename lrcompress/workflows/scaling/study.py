@@ -21,7 +21,8 @@ from lrcompress.layers.ffn_layouts import ffn_parameters
 from lrcompress.layers.model_info import parameter_count
 from lrcompress.models.loading import load_tokenizer
 from lrcompress.reporting.metric import Metric
-from lrcompress.runtime.protocols import InputError, Progress, silent
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.progress import Progress, silent
 from lrcompress.training import new_model, pretrain
 from lrcompress.training.loop import Trained
 from lrcompress.training.trainer import BlockDataset

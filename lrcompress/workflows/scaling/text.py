@@ -14,7 +14,7 @@ from lrcompress.config.recipe import ScalingRecipe
 from lrcompress.data.corpora import Use, read_corpus
 from lrcompress.data.ngram_overlap import TOLERATED, shingles
 from lrcompress.data.packing import in_turn, token_blocks
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 
 # chooses and orders the sequences: the same for every model, whatever its seed
 ORDER = 0

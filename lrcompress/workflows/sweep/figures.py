@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lrcompress.reporting.figures import COLOURS, INK, Picture, draw, legend, plain_logarithms
-from lrcompress.runtime.files import places
-from lrcompress.workflows.sweep.pareto import SIZES, Front, FrontPoint
+from lrcompress.reporting.metric import SIZES
+from lrcompress.runtime.paths import places
+from lrcompress.workflows.sweep.pareto import Front, FrontPoint
 
 MARKERS = "os^Dv"  # where there are more variants than colours
 

@@ -16,9 +16,11 @@ from lrcompress.config.field_types import variant_name
 from lrcompress.config.recipe import Recipe, to_yaml
 from lrcompress.reporting import figures, metrics_json
 from lrcompress.runtime import locks
-from lrcompress.runtime.files import refuse_links, replace_text
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.atomic_io import replace_text, writing
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.paths import check_free, refuse_links
 from lrcompress.workflows.sweep import report as sweep_report
+from lrcompress.workflows.sweep import sweep_json
 from lrcompress.workflows.sweep.point import DENSE, Point, PointSummary
 from lrcompress.workflows.sweep.report import SweepReport
 
@@ -93,7 +95,7 @@ def _file(out: Path, variant: str, keep_ratio: float) -> Path:
 
 
 def is_sweep(folder: Path) -> bool:
-    return (folder / POINTS).is_dir() or (folder / metrics_json.SWEEP).is_file()
+    return (folder / POINTS).is_dir() or (folder / sweep_json.SWEEP).is_file()
 
 
 def read_report(folder: Path) -> SweepReport:
@@ -101,9 +103,9 @@ def read_report(folder: Path) -> SweepReport:
 
     Raises InputError where there is no report, or a point of it is missing or damaged.
     """
-    known = metrics_json.read(metrics_json.Sweep, folder / metrics_json.SWEEP)
+    known = metrics_json.read(sweep_json.Sweep, folder / sweep_json.SWEEP)
     for one in known.points:
-        _check_name(folder / metrics_json.SWEEP, one.variant)
+        _check_name(folder / sweep_json.SWEEP, one.variant)
     return SweepReport(known.source, tuple(_point(folder, one) for one in known.points))
 
 
@@ -125,3 +127,24 @@ def _point(folder: Path, summary: PointSummary) -> Point:
             f"{str(file)!r} is missing or damaged: give the folder of the sweep itself, and run "
             "the sweep again to have the point made anew"
         ) from None
+
+
+def sweep_report_to(folders: Sequence[Path], out: Path | None = None) -> SweepReport:
+    """The report of a sweep, once more in `out`, if given.
+
+    Raises InputError where there is another folder, or no report that can be read.
+    """
+    if len(folders) > 1:
+        raise InputError(
+            f"the report of a sweep cannot be joined with others: give {str(folders[0])!r} alone"
+        )
+    if out is not None:
+        check_free(out)
+    with metrics_json.showing(folders):
+        found = read_report(folders[0])
+        if out is None:
+            sweep_report.markdown(found)
+        else:
+            with writing(out) as partial:
+                sweep_report.write(partial, found)
+    return found

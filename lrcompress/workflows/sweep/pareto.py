@@ -7,13 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lrcompress.reporting.metric import PUBLISHED, Metric, Number
+from lrcompress.reporting.metric import NO_QUALITY, PUBLISHED, SIZES, SPEEDS, Metric, Number
 from lrcompress.reporting.tables import comparable, title
 from lrcompress.workflows.sweep.point import DENSE, Point, label
 
-SIZES = ("parameters", "weight bytes")
-SPEEDS = ("prefill", "decode", "training")
-NO_QUALITY = {"FFN parameters", *SIZES, *SPEEDS}
 # distances from the chord that are rounding and no bend
 ROUNDING = 1e-9
 

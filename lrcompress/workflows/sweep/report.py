@@ -11,15 +11,16 @@ from pathlib import Path
 
 from lrcompress.reporting import figures, metrics_json
 from lrcompress.reporting.figures import Picture
-from lrcompress.reporting.metric import PERPLEXITY, Metric
-from lrcompress.reporting.metrics_json import Sweep
+from lrcompress.reporting.metric import PERPLEXITY, SPEEDS, Metric
 from lrcompress.reporting.render import render
 from lrcompress.reporting.significance import Comparison, comparisons
 from lrcompress.reporting.tables import cell, comparable, conditions, number, title
-from lrcompress.runtime.files import replace_text
+from lrcompress.runtime.atomic_io import replace_text
+from lrcompress.workflows.sweep import sweep_json
 from lrcompress.workflows.sweep.figures import pictures
-from lrcompress.workflows.sweep.pareto import SPEEDS, Front, fronts, over_dense, qualities
+from lrcompress.workflows.sweep.pareto import Front, fronts, over_dense, qualities
 from lrcompress.workflows.sweep.point import Point
+from lrcompress.workflows.sweep.sweep_json import Sweep
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _rows(points: Sequence[Point]) -> Iterator[dict[str, object]]:
 FORMATS = {
     "sweep.md": markdown,
     "sweep.html": html,
-    metrics_json.SWEEP: to_json,
+    sweep_json.SWEEP: to_json,
     "sweep.csv": to_csv,
 }
 

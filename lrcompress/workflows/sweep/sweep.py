@@ -26,13 +26,14 @@ from lrcompress.evaluation import evaluate
 from lrcompress.evaluation.contamination import reads_text, refuse_planned
 from lrcompress.evaluation.tasks.registry import Tasks
 from lrcompress.layers.model_info import sequence_length
-from lrcompress.layers.quantized import require_torchao
 from lrcompress.methods.plan import Budget
-from lrcompress.models.sources import Loaded, load_settings
+from lrcompress.models.loading import Loaded, load_settings
 from lrcompress.models.torchao import quantize
 from lrcompress.runtime import locks
+from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.memory import peak_memory
-from lrcompress.runtime.protocols import InputError, Progress, silent
+from lrcompress.runtime.packages import require_torchao
+from lrcompress.runtime.progress import Progress, silent
 from lrcompress.workflows.sweep.folder import SweepFolder
 from lrcompress.workflows.sweep.point import DENSE, Point, label
 from lrcompress.workflows.sweep.report import SweepReport

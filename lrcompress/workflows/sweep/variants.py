@@ -8,7 +8,7 @@ from functools import partial
 
 from lrcompress.config import BUDGETS, FactorizeSettings, RefineSettings
 from lrcompress.config.recipe import Recipe, flags, from_flat, sections
-from lrcompress.runtime.protocols import InputError
+from lrcompress.runtime.errors import InputError
 
 SELECTION = ("include", "exclude", "dense_first")
 # what a variant decides as a whole: the recipe's own choice would hide a method's defaults

@@ -2,57 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-T = TypeVar("T")
 
 
 Role = Literal["gate", "up", "gate_up", "down"]
 Statistic = Literal["second_moment", "gradient_moment"]
 Form = Literal["factored", "pivoted"]
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used: one sentence that names the value and the remedy."""
-
-
-class NotFiniteError(InputError):
-    """What a model computes in its own precision is not finite; it may be in a wider one."""
-
-
-class MachineError(RuntimeError):
-    """The machine failed (disk full, no memory): one sentence that says what and where."""
-
-
-class Status(str):
-    """A unit of work that says how the whole stands; `Progress` shows the latest."""
-
-    __slots__ = ()
-
-
-class Progress(Protocol):
-    """Wraps an iterable and reports how far its consumption has come."""
-
-    def __call__(
-        self, items: Iterable[T], description: str, total: int | None = None
-    ) -> Iterable[T]: ...
-
-
-def silent(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """The `Progress` that reports nothing."""
-    return items
-
-
-Say = Callable[[str], None]  # tells the user one sentence before the work starts
-
-
-def unsaid(sentence: str) -> None:
-    """The `Say` that tells nothing."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Faults of the machine, as Python, Rust and C++ tell of them: a full disk, no memory, limits."""
+"""Errors that a command shows as one sentence, and the reasons of those that the machine causes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,25 @@ import errno
 import re
 from collections.abc import Iterator
 
+
+class InputError(ValueError):
+    """What the user gave cannot be used: one sentence that names the value and the remedy."""
+
+
+class NotFiniteError(InputError):
+    """What a model computes in its own precision is not finite; it may be in a wider one."""
+
+
+class MachineError(RuntimeError):
+    """The machine failed (disk full, no memory): one sentence that says what and where."""
+
+
 MEMORY = "out of memory"
+
+
 UNWRITTEN = "a file could not be written to its end"
+
+
 REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -18,6 +35,8 @@ REASONS = {
     errno.ENFILE: "too many files are open on this system",
     errno.ENOMEM: MEMORY,
 }
+
+
 # what libraries say that have no class, and no number, of their own for it
 WORDS = {
     "out of memory": MEMORY,
@@ -30,19 +49,21 @@ WORDS = {
     "PytorchStreamWriter": UNWRITTEN,
     "inline_container": UNWRITTEN,
 }
+
+
 NUMBER = re.compile(r"(?:os error |\[Errno )(\d+)")
 
 
-def reason(error: BaseException) -> str | None:
+def machine_fault_reason(error: BaseException) -> str | None:
     """What of the machine failed, of `error` or what it came from; None if nothing did."""
     for one in _chain(error):
-        found = MEMORY if isinstance(one, MemoryError) else _of(one)
+        found = MEMORY if isinstance(one, MemoryError) else _reason_of(one)
         if found:
             return found
     return None
 
 
-def _of(error: BaseException) -> str | None:
+def _reason_of(error: BaseException) -> str | None:
     text = str(error)
     said = NUMBER.search(text)
     number = error.errno if isinstance(error, OSError) else None

@@ -1,0 +1,35 @@
+"""What the command quantize does, from folder to folder."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lrcompress.checkpoint.folder import save_checkpoint
+from lrcompress.checkpoint.record import record_of
+from lrcompress.config import ModelSettings, QuantizeSettings
+from lrcompress.layers.model_info import weight_bytes
+from lrcompress.models.loading import load_settings
+from lrcompress.models.torchao import quantize
+from lrcompress.runtime import locks
+
+
+def quantize_to(source: ModelSettings, settings: QuantizeSettings, out: Path) -> dict[str, Any]:
+    """Writes the model with quantized weights; returns what lrcompress.json of `out` holds."""
+    with locks.beside(out):
+        record = record_of(source) or {"source": source.source}
+        record.pop("metrics", None)  # they are of the model before
+        record.pop("comparisons", None)
+        model, tokenizer = load_settings(source)
+        before = weight_bytes(model)
+        names = quantize(model, settings.weights)
+        record["quantized"] = {
+            "from": source.source,
+            "weights": settings.weights,
+            "linears": len(names),
+            "bytes_before": before,
+            "bytes": weight_bytes(model),
+            "torchao": version("torchao"),
+        }
+        return save_checkpoint(model, tokenizer, out, record)

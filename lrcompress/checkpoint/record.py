@@ -1,0 +1,99 @@
+"""lrcompress.json beside the weights, and the model card that tells the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import TypeAdapter, ValidationError
+
+from lrcompress.config import ModelSettings
+from lrcompress.layers import model_info
+from lrcompress.models.loading import Loaded, load_settings, locate
+from lrcompress.reporting.metric import Metric, Summary
+from lrcompress.reporting.provenance import training
+from lrcompress.reporting.record_schema import checked_record
+from lrcompress.reporting.render import json_text, render
+from lrcompress.reporting.significance import Comparison
+from lrcompress.reporting.tables import table
+from lrcompress.runtime.atomic_io import replace_text
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.safe_parsing import read_object
+
+RECORD, CARD = "lrcompress.json", "README.md"
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """lrcompress.json of a checkpoint; None where the folder has none, InputError if damaged."""
+    file = folder / RECORD
+    if not file.is_file():
+        return None
+    try:
+        return checked_record(read_object(file))
+    except ValueError as error:
+        raise InputError(f"{str(file)!r} is damaged ({error}): restore it, or remove it") from None
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes lrcompress.json and the model card that tells the same, each in one rename.
+
+    Raises InputError where what `record` says was measured is damaged.
+    """
+    card = _card(folder, record)
+    replace_text(folder / RECORD, json_text(record))
+    replace_text(folder / CARD, card)
+
+
+def _card(folder: Path, record: Mapping[str, Any]) -> str:
+    try:
+        metrics = TypeAdapter(list[Summary]).validate_python(record.get("metrics", ()))
+        found = TypeAdapter(list[Comparison]).validate_python(record.get("comparisons", ()))
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].lower()
+        raise InputError(
+            f"the metrics of {str(folder / RECORD)!r} are damaged ({reason}): remove them"
+        ) from None
+    shown = {"record": record, "table": table(metrics), "training": training(record)}
+    shown["title"] = _title(record)
+    return render("card.md.jinja", escape=False, **shown, comparisons=found)
+
+
+def write_measured(
+    folder: Path, metrics: Iterable[Metric], comparisons: Iterable[Comparison]
+) -> None:
+    """Adds to the record and the model card of a checkpoint what was measured of it."""
+    measured = {
+        "metrics": [metric.summary() for metric in metrics],
+        "comparisons": [vars(one) for one in comparisons],
+    }
+    write_record(folder, (read_record(folder) or {}) | measured)
+
+
+def _title(record: Mapping[str, Any]) -> str:
+    dense = record.get("pretrained") or record.get("quantized")
+    kind = "Low-rank" if record.get("counts") or not dense else "Dense"
+    return f"{kind} {record.get('source') or record.get('trained_from') or 'causal language model'}"
+
+
+def record_of(settings: ModelSettings) -> dict[str, Any] | None:
+    """lrcompress.json of the model's folder; None where it has none."""
+    return read_record(Path(locate(settings.source, settings.gguf_file).path))
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A model of an evaluation, with the record (lrcompress.json) of its folder."""
+
+    source: ModelSettings
+    record: dict[str, Any] | None
+    loaded: Loaded
+
+    @classmethod
+    def load(cls, source: ModelSettings) -> Self:
+        return cls(source, record_of(source), load_settings(source))
+
+    @property
+    def kind(self) -> str:
+        return model_info.kind(self.loaded[0], "finetuned" in (self.record or {}))

@@ -1,0 +1,27 @@
+"""Installed packages: versions that decide results, and optional ones that a command needs."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from importlib.metadata import version
+
+from lrcompress.runtime.errors import InputError
+
+
+def versions() -> dict[str, str]:
+    """Of the software that decides results; Python's, because `pydoc` texts are its own."""
+    packages = ("lrcompress", "lm-eval", "torch", "transformers")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def require_torchao() -> None:
+    """Raises InputError where the package that quantizes is not installed."""
+    if importlib.util.find_spec("torchao") is None:
+        raise InputError("quantized weights need torchao: pip install 'lrcompress[quantize]'")
+
+
+def check_package(package: str, extra: str) -> None:
+    """Raises InputError where a package of the optional dependencies `extra` is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{extra} needs {package}: pip install 'lrcompress[{extra}]'")

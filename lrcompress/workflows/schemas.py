@@ -1,0 +1,39 @@
+"""The JSON Schemas of metrics.json and sweep.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema
+
+from lrcompress.reporting.metrics_json import Evaluation
+from lrcompress.reporting.render import NOT_FINITE, json_text
+from lrcompress.runtime.atomic_io import replace_text
+from lrcompress.workflows.sweep.sweep_json import METRICS, SWEEP, Sweep
+
+
+class _Schema(GenerateJsonSchema):
+    def float_schema(self, schema: Any) -> dict[str, Any]:
+        return super().float_schema(schema) | {"type": ["number", "string"], "pattern": NOT_FINITE}
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def schemas() -> dict[str, str]:
+    """File name -> JSON Schema of what is written, for docs/."""
+    kinds: dict[str, Any] = {METRICS: Evaluation, SWEEP: Sweep}
+    return {name.replace(".", ".schema."): _schema(kind) for name, kind in kinds.items()}
+
+
+def write_schemas(folder: str) -> None:
+    for name, text in schemas().items():
+        replace_text(Path(folder) / name, text)
+
+
+def _schema(kind: Any) -> str:
+    adapter = TypeAdapter[Any](kind)
+    made = adapter.json_schema(mode="serialization", schema_generator=_Schema)
+    return json_text({"$schema": _Schema.schema_dialect} | made)
