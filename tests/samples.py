@@ -7,13 +7,13 @@ from typing import Any
 from lrcompress.reporting.differences import (
     BlockChange,
     Continuation,
-    Details,
+    Differences,
     PositionLoss,
     Token,
     TokenChange,
 )
 from lrcompress.reporting.metric import PERPLEXITY, Metric
-from lrcompress.workflows.sweep.point import Point
+from lrcompress.workflows.sweep.point import SweepPoint
 
 SCRIPT = "<script>window.broken = true</script>"
 TEXT = {"data": "t.txt", "windows": 8, "tokens": 512, "sha256": "0" * 64}
@@ -43,7 +43,7 @@ def _position(first: int, last: int, loss: float) -> PositionLoss:
 
 
 _WORST = Token(0, 3, f"so {SCRIPT}", "|", "`a`", 0.5, "b", 0.25, 4.0)
-DETAILS = Details(
+DETAILS = Differences(
     tokens=(
         TokenChange(
             "dense", "low", "t.txt", 64, 2, 128, 0.25, {"50": 0.1, "99": 2.0}, 0.75,
@@ -85,14 +85,14 @@ RECORD: dict[str, Any] = {
 }  # fmt: skip
 
 
-def points() -> list[Point]:
+def points() -> list[SweepPoint]:
     """A dense model and three points, of which one is not on the front."""
     sizes = {"dense": (1.0, 1200, 2.0), "small": (0.8, 1000, 2.1), "large": (0.9, 1100, 2.4)}
     found = [_point(variant, *values) for variant, values in sizes.items()]
     return [*found, _point("small", 0.5, 700, 3.0)]
 
 
-def _point(variant: str, ratio: float, parameters: int, loss: float) -> Point:
+def _point(variant: str, ratio: float, parameters: int, loss: float) -> SweepPoint:
     name = variant if variant == "dense" else f"{variant} at {ratio:g}"
     metrics = tuple(_metrics(name, parameters, loss, 5)[:2])
-    return Point(variant, ratio, ratio, 1.0, 2**30, "8 x 64 tokens of train.txt", metrics)
+    return SweepPoint(variant, ratio, ratio, 1.0, 2**30, "8 x 64 tokens of train.txt", metrics)

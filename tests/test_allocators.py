@@ -10,8 +10,8 @@ import pytest
 
 from lrcompress.methods.allocators.loss_aware import LossAware
 from lrcompress.methods.allocators.uniform import Uniform
-from lrcompress.methods.candidates import Grid
-from lrcompress.methods.plan import Budget, Choices, Curve, Plan, Shape
+from lrcompress.methods.candidates import CandidateGrid
+from lrcompress.methods.plan import Budget, Candidates, Plan, RankCurve, WidthOption
 from lrcompress.methods.registry import ALLOCATORS
 from lrcompress.methods.types import Form, LinearSpec
 from lrcompress.runtime.errors import InputError
@@ -27,12 +27,12 @@ def linear(block: int, role: Any, bias: bool = False) -> LinearSpec:
     )
 
 
-def curve(spec: LinearSpec, grid: Grid, weight: float) -> Curve:
+def curve(spec: LinearSpec, grid: CandidateGrid, weight: float) -> RankCurve:
     """Errors that fall as the square of the share of ranks thrown away."""
     ranks = grid.ranks(spec)
     errors = [weight * (1 - rank / spec.full_rank) ** 2 for rank in ranks]
     counts = [spec.parameters(rank, grid.form) for rank in ranks]
-    return Curve(
+    return RankCurve(
         spec.name,
         np.array([*ranks, 0]),
         np.array([*counts, spec.dense_parameters]),
@@ -43,18 +43,18 @@ def curve(spec: LinearSpec, grid: Grid, weight: float) -> Curve:
 def model(
     blocks: int = 30, form: Form = "pivoted", bias: bool = False, rank: int | None = None,
     multiple: int = 8, growth: float = 1.3,
-) -> list[Choices]:  # fmt: skip
+) -> list[Candidates]:  # fmt: skip
     """Blocks whose weight in the loss grows by `growth` from one to the next."""
-    grid = Grid(form, multiple, rank)
+    grid = CandidateGrid(form, multiple, rank)
     found = []
     for block in range(blocks):
         specs = (linear(block, "up", bias), linear(block, "down", bias))
         curves = tuple(curve(spec, grid, growth**block) for spec in specs)
-        found.append(Choices(f"{block}", specs, (Shape(None, 0.0, curves),)))
+        found.append(Candidates(f"{block}", specs, (WidthOption(None, 0.0, curves),)))
     return found
 
 
-def narrowing(blocks: int = 30) -> list[Choices]:
+def narrowing(blocks: int = 30) -> list[Candidates]:
     """Widths alone, linears dense."""
     found = []
     for block in range(blocks):
@@ -63,16 +63,16 @@ def narrowing(blocks: int = 30) -> list[Choices]:
         for width in (None, *range(1528, 0, -8)):
             now = specs if width is None else tuple(spec.narrowed(width) for spec in specs)
             dense = [
-                Curve(s.name, np.array([0]), np.array([s.dense_parameters]), np.zeros(1))
+                RankCurve(s.name, np.array([0]), np.array([s.dense_parameters]), np.zeros(1))
                 for s in now
             ]
             lost = 0.0 if width is None else 1.2**block * (1 - width / 1536) ** 2
-            shapes.append(Shape(width, lost, tuple(dense)))
-        found.append(Choices(f"{block}", specs, tuple(shapes)))
+            shapes.append(WidthOption(width, lost, tuple(dense)))
+        found.append(Candidates(f"{block}", specs, tuple(shapes)))
     return found
 
 
-def kept(choices: list[Choices], plan: Plan, form: Form) -> float:
+def kept(choices: list[Candidates], plan: Plan, form: Form) -> float:
     linears = [spec for ffn in choices for spec in ffn.linears]
     spent = sum(plan.parameters(spec, form) for spec in linears)
     return spent / sum(spec.dense_parameters for spec in linears)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import lrcompress
-from lrcompress.compression.anchored import Anchoring, Fit
-from lrcompress.compression.hidden_streams import Streams
+from lrcompress.compression.anchored import AnchoredWalk, RidgeFit
+from lrcompress.compression.hidden_streams import HiddenStreams
 from lrcompress.layers.lowrank import compressed_layers
 from tests.tiny import byte_tokenizer, logits, tiny_model, tokens
 
@@ -21,7 +21,7 @@ def test_fit_is_least_squares() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 6, generator=generator)
     weight = torch.randn(4, 6, generator=generator)
-    fit = Fit("the input")
+    fit = RidgeFit("the input")
     fit.add(x[:100], x[:100] @ weight.T)
     fit.add(x[100:], x[100:] @ weight.T)
     torch.testing.assert_close(fit.weight(torch.zeros(4, 6), 1e-9).float(), weight)
@@ -36,14 +36,14 @@ def test_the_pull_towards_the_weights_is_by_each_inputs_own_size() -> None:
     x[:, 5] = 0
     units = torch.tensor([0.1, 1.0, 10.0, 5.0, 0.5, 1.0])
     prior = torch.randn(4, 6, generator=generator)
-    plain, scaled = Fit("x"), Fit("x")
+    plain, scaled = RidgeFit("x"), RidgeFit("x")
     plain.add(x, targets)
     scaled.add(x * units, targets)
     found = plain.weight(prior, 0.3)
     again = scaled.weight(prior / units, 0.3) * units
     torch.testing.assert_close(again, found, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[:, 5].float(), prior[:, 5])
-    silent = Fit("x")
+    silent = RidgeFit("x")
     silent.add(torch.zeros(50, 6), targets)
     torch.testing.assert_close(silent.weight(prior, 0.3).float(), prior)
 
@@ -53,7 +53,7 @@ def test_streams_reproduce_the_model(family: str) -> None:
     model = tiny_model(family)
     sample = tokens(2, 16)
     with torch.no_grad():
-        streams = Streams(model, sample)
+        streams = HiddenStreams(model, sample)
         hidden = streams.dense[1]
         for index in range(len(streams.blocks)):
             hidden = streams.run(index, hidden).output
@@ -87,8 +87,8 @@ def test_failure_puts_the_dense_layers_back(monkeypatch: pytest.MonkeyPatch) -> 
             raise KeyboardInterrupt
         return original(*arguments)
 
-    original = Anchoring._fit_down
-    monkeypatch.setattr(Anchoring, "_fit_down", breaks)
+    original = AnchoredWalk._fit_down
+    monkeypatch.setattr(AnchoredWalk, "_fit_down", breaks)
     with pytest.raises(KeyboardInterrupt):
         lrcompress.factorize(model, byte_tokenizer(), keep_ratio=0.5, method="nystrom", **SETTINGS)
     assert not any(compressed_layers(model))
@@ -110,5 +110,5 @@ def test_what_adds_to_the_residual_stream_is_seen_in_any_precision(
     model = tiny_model(family).to(dtype)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(300)  # a stream much larger than what is added
-        streams = Streams(model, tokens(2, 16))
+        streams = HiddenStreams(model, tokens(2, 16))
         assert streams.adds_to_residual(0, "model.layers.0.mlp.down_proj") == adds

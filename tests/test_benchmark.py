@@ -19,7 +19,7 @@ def test_training_speed_leaves_the_models_as_they_were() -> None:
         model.lm_head.weight.requires_grad_(True)
         model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     with torch.no_grad():
-        found = throughput.training_speed(models, 2, 16, 3)
+        found = throughput.training_throughput(models, 2, 16, 3)
     assert [metric.model for metric in found] == ["dense", "other"]
     for metric in found:
         assert metric.name == "training"

@@ -7,7 +7,7 @@ import torch
 
 import lrcompress
 from lrcompress.compression.calibration.moments import measure_moments
-from lrcompress.layers.block_runner import drawn_scores
+from lrcompress.layers.block_runner import sample_score_gradients
 from lrcompress.layers.ffn_layouts import select
 from lrcompress.runtime.errors import InputError
 from tests.tiny import byte_tokenizer, tiny_model, tokens
@@ -97,7 +97,7 @@ def test_gradient_moment_of_every_linear(family: str, trained: bool) -> None:
     ]
     for index, row in enumerate(sample):
         logits = model(input_ids=row[None]).logits[0]
-        logits.backward(drawn_scores(logits.detach(), seed=index))
+        logits.backward(sample_score_gradients(logits.detach(), seed=index))
     for handle in handles:
         handle.remove()
     for spec in linears:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lrcompress.compression.calibration.session import Calibration
+from lrcompress.compression.calibration.session import CalibrationSession
 from lrcompress.config import CalibrationSettings
 from lrcompress.data.calibration_text import calibration_tokens
 from lrcompress.data.packing import Fingerprint
@@ -61,7 +61,7 @@ def test_writing_leaves_the_random_state_alone() -> None:
 def test_moments_are_measured_once_with_gradients_and_once_without() -> None:
     model = tiny_model()
     settings = CalibrationSettings(num_samples=9, gradient_samples=2, seq_len=16)
-    found = Calibration(model, byte_tokenizer(), select(model), settings)
+    found = CalibrationSession(model, byte_tokenizer(), select(model), settings)
     assert found.fingerprint is None
     plain = found.moments(False)
     assert found.moments(False) is plain

@@ -92,7 +92,7 @@ def test_interrupted_training_goes_on(
 ) -> None:
     out = tmp_path / "out"
     loaded: list[str] = []
-    load = loading.load_settings
+    load = loading.load_model
 
     def counted(settings: Any) -> Any:
         loaded.append(settings.source)
@@ -251,7 +251,7 @@ def test_an_export_remembers_too(factorized: Path, text: Path, tmp_path: Path) -
     tuned, plain, again = tmp_path / "tuned", tmp_path / "plain", tmp_path / "again"
     flags = ("--data", text, "--max-steps", 2, "--train-length", 64, "--held-out", 2)
     assert invoke("finetune", factorized, "--out", tuned, *flags).exit_code == 0
-    assert invoke("export", tuned, "--out", plain, "--dense").exit_code == 0
+    assert invoke("export", tuned, "--out", plain, "--to", "dense").exit_code == 0
     svd = ("--keep-ratio", 0.5, "--method", "svd")
     assert invoke("factorize", plain, "--out", again, *svd).exit_code == 0
     for model, label in ((plain, "dense"), (again, "factorized")):

@@ -133,13 +133,13 @@ def test_inspect_lists_the_linears_as_text_and_json(dense: Path, factorized: Pat
 
 
 def test_export_dense_loads_without_lrcompress(factorized: Path, tmp_path: Path) -> None:
-    assert invoke("export", factorized, "--out", tmp_path / "dense", "--dense").exit_code == 0
+    assert invoke("export", factorized, "--out", tmp_path / "dense", "--to", "dense").exit_code == 0
     _check_in_a_process_without_lrcompress(factorized, tmp_path / "dense", "", 1e-4)
 
 
 def test_export_standalone_loads_without_lrcompress(factorized: Path, tmp_path: Path) -> None:
     out = tmp_path / "standalone"
-    assert invoke("export", factorized, "--out", out, "--standalone").exit_code == 0
+    assert invoke("export", factorized, "--out", out, "--to", "standalone").exit_code == 0
     _check_in_a_process_without_lrcompress(factorized, out, "trust_remote_code=True", 0)
     assert {file.name for file in out.glob("*.py")} == {"modeling_lowrank.py", "experts.py"}
 
@@ -281,7 +281,10 @@ def _wrong(tmp_path: Path, dense: Path) -> dict[str, tuple[list[object], str]]:
         "eval out": (["eval", dense, "--out", taken, *EVAL], "exists: choose another"),
         "stride": (["eval", dense, "--stride", "65", *EVAL], "exceeds the context length 64"),
         "export form": (["export", dense, "--out", out], "--dense or --standalone"),
-        "export dense": (["export", dense, "--out", out, "--dense"], "has no low-rank layers"),
+        "export dense": (
+            ["export", dense, "--out", out, "--to", "dense"],
+            "has no low-rank layers",
+        ),
         "recipe": (["run", "no.yaml", out], "'no.yaml' does not exist"),
     }
 

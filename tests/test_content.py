@@ -15,7 +15,7 @@ from jsonschema import ValidationError as SchemaError
 from lrcompress.checkpoint.record import write_measured, write_record
 from lrcompress.evaluation.tasks import sample_logs
 from lrcompress.reporting import metrics_json, report
-from lrcompress.reporting.differences import BlockChange, Details, PositionLoss, TokenChange
+from lrcompress.reporting.differences import BlockChange, Differences, PositionLoss, TokenChange
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.report import Report
 from lrcompress.reporting.significance import comparisons, not_shown
@@ -23,7 +23,7 @@ from lrcompress.runtime.errors import InputError
 from lrcompress.workflows import schemas
 from lrcompress.workflows.sweep import report as sweep_report
 from lrcompress.workflows.sweep import sweep_json
-from lrcompress.workflows.sweep.point import Point
+from lrcompress.workflows.sweep.point import SweepPoint
 from lrcompress.workflows.sweep.report import SweepReport
 from tests import samples
 
@@ -51,7 +51,7 @@ def hopeless() -> Report:
     positions = (PositionLoss(1, 15, 15, 2.0, INF), PositionLoss(16, 31, 16, 2.0, NAN))
     change = ("dense", "broken", "text")
     tokens = TokenChange(*change, 32, 1, 31, NAN, {"50": INF}, 0.0, positions, ())
-    details = Details((tokens,), (BlockChange(*change, 31, (0.1, NAN, 0.3)),))
+    details = Differences((tokens,), (BlockChange(*change, 31, (0.1, NAN, 0.3)),))
     return Report("broken", tuple(metrics), details)
 
 
@@ -125,8 +125,8 @@ def test_a_sweep_with_them_has_its_report(tmp_path: Path) -> None:
     metrics = hopeless().metrics
     dense, broken = (tuple(m for m in metrics if m.model == name) for name in ("dense", "broken"))
     points = [
-        Point("dense", 1.0, 1.0, 0.0, None, "", dense),
-        Point("svd", 0.8, 0.8, 1.0, None, "", broken),
+        SweepPoint("dense", 1.0, 1.0, 0.0, None, "", dense),
+        SweepPoint("svd", 0.8, 0.8, 1.0, None, "", broken),
     ]
     sweep_report.write(tmp_path, SweepReport("model", tuple(points)))
     found = metrics_json.read(sweep_json.Sweep, tmp_path / "sweep.json")

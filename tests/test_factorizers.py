@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrcompress.methods import registry
 from lrcompress.methods.auto import Auto
-from lrcompress.methods.linalg import Metric, decompose, pivot, spectrum
+from lrcompress.methods.linalg import WeightedNorm, decompose, pivot, spectrum
 from lrcompress.methods.nystrom import Nystrom
 from lrcompress.methods.svd import DiagonalSVD, FisherSVD, PlainSVD, WhitenedSVD
 from lrcompress.methods.types import Factors, Statistics
@@ -239,7 +239,7 @@ def test_a_root_and_its_inverse_belong_to_the_metric(kind: str) -> None:
     assert moment is not None
     given = {"diagonal": moment.diagonal().double(), "plain": moment, "singular": singular(8)}[kind]
     matrix = torch.diag(given) if given.ndim == 1 else given.double()
-    metric, eye = Metric(given), torch.eye(8, dtype=torch.float64)
+    metric, eye = WeightedNorm(given), torch.eye(8, dtype=torch.float64)
     left, right = metric.both(eye)
     torch.testing.assert_close(right @ right.T, matrix)
     torch.testing.assert_close(right.T, metric.scaled(eye))

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lrcompress.reporting import evaluation_figures, figures
-from lrcompress.reporting.differences import Details
+from lrcompress.reporting.differences import Differences
 from lrcompress.reporting.figures import Picture
 from lrcompress.workflows.sweep import figures as sweep_figures
 from lrcompress.workflows.sweep.pareto import fronts
@@ -33,7 +33,7 @@ def test_every_kind_of_number_has_its_picture() -> None:
     assert {p.section for p in found.values()} == {
         "metrics", "tokens", "blocks", "refinement", "ranks", "training",
     }  # fmt: skip
-    assert not list(evaluation_figures.pictures(METRICS[:1], Details(), {}))
+    assert not list(evaluation_figures.pictures(METRICS[:1], Differences(), {}))
 
 
 def test_the_words_have_the_numbers() -> None:
@@ -60,7 +60,7 @@ def test_svg_is_an_element_in_the_colour_of_its_page() -> None:
 def test_names_from_outside_are_text_and_no_formulas() -> None:
     scores = [metric for metric in METRICS if metric.low is not None]
     named = [replace(score, name=f"{SCRIPT} $x$") for score in scores]
-    (picture,) = evaluation_figures.pictures(named, Details(), {})
+    (picture,) = evaluation_figures.pictures(named, Differences(), {})
     assert SCRIPT not in picture.svg
     assert "&lt;script&gt;" in picture.svg
     assert "$x$" in picture.svg
@@ -102,7 +102,7 @@ def test_every_cost_has_a_panel_and_no_panel_is_empty() -> None:
 
 def test_texts_of_alike_names_have_pictures_of_their_own() -> None:
     twice = [replace(DETAILS.tokens[0], data=data) for data in ("a/b.txt", "a_b.txt")]
-    found = evaluation_figures.pictures([], Details(tokens=tuple(twice)), {})
+    found = evaluation_figures.pictures([], Differences(tokens=tuple(twice)), {})
     assert [p.name for p in found] == ["positions-a_b.txt", "positions-a_b.txt-2"]
 
 
@@ -121,5 +121,5 @@ def test_a_single_point_has_no_front_to_draw() -> None:
 @pytest.mark.parametrize("errors", [(0.0, 0.0), (0.0, 0.3)])
 def test_blocks_without_any_error_are_drawn(errors: tuple[float, ...]) -> None:
     blocks = tuple(replace(block, errors=errors) for block in DETAILS.blocks)
-    (picture,) = evaluation_figures.pictures([], Details(blocks=blocks), {})
+    (picture,) = evaluation_figures.pictures([], Differences(blocks=blocks), {})
     assert picture.name == "blocks"

@@ -78,7 +78,7 @@ def test_pickles_are_never_loaded(name: str, dense: Path, tmp_path: Path) -> Non
         ("factorize", folder, "--out", tmp_path / "out", "--keep-ratio", "0.5", *SMALL),
         ("eval", folder, *EVAL),
         ("inspect", folder, "--energy"),
-        ("export", folder, "--out", tmp_path / "out", "--dense"),
+        ("export", folder, "--out", tmp_path / "out", "--to", "dense"),
     ):
         assert "save it as safetensors with transformers' save_pretrained" in sentence(*command)
     assert not made.exists()
@@ -217,7 +217,7 @@ def test_cut_weights_are_one_sentence(share: float, factorized: Path, tmp_path: 
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
     for command in (
         ("eval", folder, *EVAL),
-        ("export", folder, "--out", tmp_path / "x", "--dense"),
+        ("export", folder, "--out", tmp_path / "x", "--to", "dense"),
     ):
         assert "cannot be loaded" in sentence(*command)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lrcompress.data.corpora import read_corpus
-from lrcompress.data.ngram_overlap import SKETCH, TOLERATED, found_share, shingles, sketch
+from lrcompress.data.ngram_overlap import SKETCH, TOLERATED, ngram_hashes, overlap_share, sketch
 from lrcompress.data.packing import fingerprint
 
 
@@ -18,44 +18,44 @@ def text(count: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("count", [6_400, 640_000])  # all shingles fit into a sketch, and not
 def test_share_of_a_text_in_another(count: int) -> None:
     trained = text(count, 0)
-    known = sketch(shingles([trained.view(-1, 64)]))
+    known = sketch(ngram_hashes([trained.view(-1, 64)]))
     assert len(known.low_halves()) <= SKETCH
     same, other = trained.view(-1, 128), text(count, 1).view(-1, 128)
     fifth = torch.cat([same[: len(same) // 5], other[len(same) // 5 :]])
     # windows over the borders of the blocks that were trained on, 64 long, are not in the sketch
     inside = 32 / 96
-    assert found_share(shingles([same]), known) == pytest.approx(2 * inside, rel=0.1)
-    assert found_share(shingles([fifth]), known) == pytest.approx(2 * inside / 5, rel=0.3)
-    assert found_share(shingles([other]), known) == 0
-    assert found_share(shingles([fifth]), known) > TOLERATED
+    assert overlap_share(ngram_hashes([same]), known) == pytest.approx(2 * inside, rel=0.1)
+    assert overlap_share(ngram_hashes([fifth]), known) == pytest.approx(2 * inside / 5, rel=0.3)
+    assert overlap_share(ngram_hashes([other]), known) == 0
+    assert overlap_share(ngram_hashes([fifth]), known) > TOLERATED
 
 
 def test_where_blocks_begin_and_what_stands_in_front_is_all_one() -> None:
     trained = text(20_000, 0)
-    known = sketch(shingles([trained[None]]))
+    known = sketch(ngram_hashes([trained[None]]))
     shifted = trained[7 : 7 + 19_968].view(-1, 256)
     behind_bos = torch.cat([torch.ones(len(shifted), 1, dtype=torch.long), shifted], dim=1)
-    assert found_share(shingles([behind_bos]), known) == 1
-    assert found_share(shingles(list(behind_bos)), known) == 1
+    assert overlap_share(ngram_hashes([behind_bos]), known) == 1
+    assert overlap_share(ngram_hashes(list(behind_bos)), known) == 1
 
 
 def test_the_hash_is_the_same_on_every_machine() -> None:
-    hashes = shingles([torch.arange(34)])
+    hashes = ngram_hashes([torch.arange(34)])
     assert [f"{value:016x}" for value in hashes.tolist()] == [
         "8e89f88eaca4d193", "c6d0d8dab2c3288f",
     ]  # fmt: skip
-    assert sketch(hashes) == sketch(shingles([torch.arange(33), torch.arange(1, 34)]))
+    assert sketch(hashes) == sketch(ngram_hashes([torch.arange(33), torch.arange(1, 34)]))
 
 
 def test_too_short_a_text_tells_nothing() -> None:
-    known = sketch(shingles([text(1_000, 0)]))
-    assert found_share(shingles([text(20, 0)]), known) == 0
-    assert found_share(shingles([]), known) == 0
+    known = sketch(ngram_hashes([text(1_000, 0)]))
+    assert overlap_share(ngram_hashes([text(20, 0)]), known) == 0
+    assert overlap_share(ngram_hashes([]), known) == 0
 
 
 def test_a_fingerprint_holds_a_sketch_of_its_tokens() -> None:
     blocks = text(1_280, 0).view(10, 128)
-    assert found_share(shingles([blocks]), fingerprint(["x"], blocks, 0).sketch) == 1
+    assert overlap_share(ngram_hashes([blocks]), fingerprint(["x"], blocks, 0).sketch) == 1
 
 
 def test_parts_of_the_embedded_text_share_next_to_nothing() -> None:
@@ -64,7 +64,7 @@ def test_parts_of_the_embedded_text_share_next_to_nothing() -> None:
     def hashes(part: str) -> np.ndarray:
         documents = read_corpus(f"pydoc:{part}", "test").documents
         texts = [[vocabulary.setdefault(w, len(vocabulary)) for w in d.split()] for d in documents]
-        return shingles([torch.tensor(words) for words in texts])
+        return ngram_hashes([torch.tensor(words) for words in texts])
 
     known = sketch(hashes("calibration"))
-    assert found_share(hashes("test"), known) < TOLERATED
+    assert overlap_share(hashes("test"), known) < TOLERATED

@@ -45,7 +45,7 @@ def test_run_leaves_a_model_and_a_report(recipe_file: Path, tmp_path: Path) -> N
 def test_interrupted_run_continues(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, speed = tmp_path / "out", throughput.speed
+    out, speed = tmp_path / "out", throughput.generation_throughput
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

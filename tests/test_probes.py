@@ -13,12 +13,12 @@ from lrcompress.compression.calibration.moments import measure_errors, measure_m
 from lrcompress.compression.calibration.probes import Probe, corrected
 from lrcompress.compression.planning import Planning, ffns_of, prepare
 from lrcompress.config import FactorizeSettings
-from lrcompress.layers.block_runner import drawn_scores
+from lrcompress.layers.block_runner import sample_score_gradients
 from lrcompress.layers.ffn_layouts import select
 from lrcompress.methods.allocators.loss_aware import LossAware
 from lrcompress.methods.auto import Auto
 from lrcompress.methods.nystrom import Nystrom
-from lrcompress.methods.plan import Budget, Choices, Curve, Shape
+from lrcompress.methods.plan import Budget, Candidates, RankCurve, WidthOption
 from lrcompress.methods.svd import FisherSVD
 from lrcompress.methods.types import LinearSpec
 from lrcompress.runtime.progress import silent
@@ -43,7 +43,7 @@ def test_errors_are_means_over_tokens(family: str) -> None:
         seen.clear()
         logits = model(input_ids=sample[seed : seed + 1]).logits[0]
         h, output = seen[0]
-        g = torch.autograd.grad(logits, output, drawn_scores(logits.detach(), seed))[0]
+        g = torch.autograd.grad(logits, output, sample_score_gradients(logits.detach(), seed))[0]
         products = (g.flatten(0, -2) * (h.detach() @ change.T)).sum(-1)
         expected.append(float(products.square().mean()))
     assert found == {down.name: pytest.approx(expected, rel=1e-4)}
@@ -67,10 +67,12 @@ def test_an_error_is_twice_the_divergence_of_a_small_change() -> None:
     assert sum(found[down.name]) / 6 / 2 == pytest.approx(divergence, rel=0.3)
 
 
-def choices_of(block: int) -> Choices:
+def choices_of(block: int) -> Candidates:
     linear = LinearSpec(f"{block}.down", block, "down", 8, 4, False, "h", f"{block}")
-    curve = Curve(linear.name, np.array([1, 0]), np.array([12, 32]), np.array([3.0, 0.0]))
-    return Choices(linear.ffn, (linear,), (Shape(None, 0.0, (curve,)), Shape(6, 2.0, ())))
+    curve = RankCurve(linear.name, np.array([1, 0]), np.array([12, 32]), np.array([3.0, 0.0]))
+    return Candidates(
+        linear.ffn, (linear,), (WidthOption(None, 0.0, (curve,)), WidthOption(6, 2.0, ()))
+    )
 
 
 def test_a_factor_is_that_of_its_block() -> None:
@@ -83,13 +85,15 @@ def test_a_factor_is_that_of_its_block() -> None:
     assert [one.shapes for one in found] == [one.shapes for one in (first, second, third)]
 
 
-def choices_with_ranks(block: int, factor: float) -> Choices:
+def choices_with_ranks(block: int, factor: float) -> Candidates:
     linear = LinearSpec(f"{block}.down", block, "down", 64, 64, False, "h", f"{block}")
     ranks = np.arange(1, 64)
     counts = [linear.parameters(int(rank), "pivoted") for rank in ranks]
     errors = np.exp(-ranks / 16) - np.exp(-4)
-    curve = Curve(linear.name, np.append(ranks, 0), np.append(counts, 4096), np.append(errors, 0.0))
-    return Choices(linear.ffn, (linear,), (Shape(None, 0.0, (curve,)),), factor)
+    curve = RankCurve(
+        linear.name, np.append(ranks, 0), np.append(counts, 4096), np.append(errors, 0.0)
+    )
+    return Candidates(linear.ffn, (linear,), (WidthOption(None, 0.0, (curve,)),), factor)
 
 
 @pytest.mark.parametrize(("keep_ratio", "moves"), [(0.9, True), (0.6, True), (0.4, False)])

@@ -132,7 +132,7 @@ def test_eval_and_sweep_show_quantized_models(
     ("command", "remedy"),
     [
         (("factorize", "--rank", "4", *SMALL), "factorize it before it is quantized"),
-        (("export", "--dense"), "export it before it is quantized"),
+        (("export", "--to", "dense"), "export it before it is quantized"),
         (("finetune", "--data", "pydoc", "--max-steps", "1"), "finetune it before it is quantized"),
         (("quantize",), "start from the model before quantization"),
     ],

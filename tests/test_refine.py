@@ -58,7 +58,7 @@ def test_blocks_get_better_on_held_out_samples(method: str) -> None:
 def test_the_loss_is_weighed_by_shrunk_gradients_and_by_size() -> None:
     model = tiny_model()
     asked = CalibrationSettings(**TEXT), FactorizeSettings(keep_ratio=0.6, rank_multiple=2)
-    parts = factorize.Compression(model, byte_tokenizer(), *asked, RefineSettings(), silent, None)
+    parts = factorize.Compressor(model, byte_tokenizer(), *asked, RefineSettings(), silent, None)
     text = parts.text()
     prepared = prepare(model, text.linears, asked[1], None, text, silent)
     down = next(spec for spec in text.linears if spec.role == "down")

@@ -15,7 +15,7 @@ from lrcompress.reporting import report
 from lrcompress.reporting.differences import (
     BlockChange,
     Continuation,
-    Details,
+    Differences,
     PositionLoss,
     TokenChange,
 )
@@ -24,7 +24,7 @@ from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.report import FORMATS, Report
 from lrcompress.workflows.sweep import report as sweep_report
 from lrcompress.workflows.sweep.folder import SweepFolder
-from lrcompress.workflows.sweep.point import Point
+from lrcompress.workflows.sweep.point import SweepPoint
 from tests.conftest import SMALL, invoke
 
 QUICK = ("--limit", "8", "--context-length", "64", "--compared-windows", "2")
@@ -157,12 +157,12 @@ def test_numbers_that_are_none_are_equal_to_each_other() -> None:
 
 
 def test_details_of_all_are_kept_and_shown_where_they_fit_together(tmp_path: Path) -> None:
-    def details(base: str, blocks: int) -> Details:
+    def details(base: str, blocks: int) -> Differences:
         change = (base, "small", "text")
         positions = (PositionLoss(1, 63, 126, 2.0, 2.1),)
         tokens = TokenChange(*change, 64, 2, 126, 0.5, {"50": 0.1}, 0.9, positions, ())
         texts = (Continuation("Once", {base: f"upon {base}", "small": f" {blocks}"}),)
-        return Details((tokens,), (BlockChange(*change, 126, (0.5,) * blocks),), texts)
+        return Differences((tokens,), (BlockChange(*change, 126, (0.5,) * blocks),), texts)
 
     def made(base: str, value: float, blocks: int) -> Report:
         metrics = (metric(base, 0.75), metric("small", value))
@@ -287,7 +287,7 @@ def test_points_that_change_take_the_report_with_them(
 ) -> None:
     folder = shutil.copytree(swept[0], tmp_path / "sweep")
 
-    def interrupted() -> Point:
+    def interrupted() -> SweepPoint:
         raise KeyboardInterrupt
 
     sweep = SweepFolder(read_recipe(folder / "recipe.yaml"), folder)

@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lrcompress
 from lrcompress.checkpoint import folder as checkpoint_folder
-from lrcompress.compression.streaming.block_moments import Blockwise
-from lrcompress.compression.streaming.block_steps import Walk
+from lrcompress.compression.streaming.block_moments import BlockMoments
+from lrcompress.compression.streaming.block_steps import BlockCompressor
 from lrcompress.compression.streaming.block_store import Activations, BlockFiles
-from lrcompress.compression.streaming.factorize import Streaming
+from lrcompress.compression.streaming.factorize import StreamingCompressor
 from lrcompress.config.recipe import Recipe
-from lrcompress.layers.block_runner import Blocks
+from lrcompress.layers.block_runner import BlockRunner
 from lrcompress.models.loading import load
 from lrcompress.models.offload import OffloadedModel
 from lrcompress.runtime.errors import InputError
@@ -111,11 +111,11 @@ def test_weights_that_are_stored_otherwise_than_computed(tmp_path: Path) -> None
 
 STEPS: list[tuple[type, str, int]] = [
     (Activations, "write", 14),
-    (Blockwise, "_input_gradient", 3),
+    (BlockMoments, "_input_gradient", 3),
     (BlockFiles, "write_choices", 2),
     (BlockFiles, "write", 2),
-    (Walk, "finish", 2),
-    (Streaming, "_finished", 1),
+    (BlockCompressor, "finish", 2),
+    (StreamingCompressor, "_finished", 1),
 ]
 
 
@@ -131,7 +131,7 @@ def test_an_interrupted_run_goes_on(
         assert result.exit_code == 130
         assert "goes on from what was finished" in result.output
     assert not (tmp_path / "out").exists()
-    calls = interrupt(monkeypatch, Blocks, "run", 0)
+    calls = interrupt(monkeypatch, BlockRunner, "run", 0)
     again = factorized(dense, tmp_path / "out", *flags)
     resumed = len(calls)
     undisturbed = factorized(dense, tmp_path / "undisturbed", *flags)
@@ -153,7 +153,7 @@ def test_what_is_kept_stays_within_what_is_said(tmp_path: Path, flags: dict[str,
     recipe = Recipe(model={"source": str(dense)}, calibration=text, factorize=settings)
     said: list[str] = []
     source, work = OffloadedModel.load(recipe.model, tmp_path), tmp_path / "work"
-    Streaming(recipe, source, work, silent, said.append).run()
+    StreamingCompressor(recipe, source, work, silent, said.append).run()
     kept = sum(file.stat().st_size for file in work.rglob("*.safetensors"))
     (disk,) = (
         float(number.replace(",", "")) for number in re.findall(r"and ([\d,.]+) MiB", said[0])
@@ -194,7 +194,7 @@ def test_a_full_disk_at_the_end_costs_no_block(
         assert result.exit_code == 1
         assert "the disk is full" in result.output
     assert not out.exists()
-    calls = interrupt(monkeypatch, Walk, "block", 0)
+    calls = interrupt(monkeypatch, BlockCompressor, "block", 0)
     factorized(dense, out, *flags)
     assert not calls
 

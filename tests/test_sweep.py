@@ -20,7 +20,7 @@ from lrcompress.compression.calibration import session as calibration_session
 from lrcompress.config.recipe import Recipe, checked
 from lrcompress.evaluation import evaluate
 from lrcompress.methods import linalg, svd
-from lrcompress.methods.decomposition_cache import Decompositions
+from lrcompress.methods.decomposition_cache import DecompositionCache
 from lrcompress.methods.svd import PlainSVD
 from lrcompress.methods.types import FFN, LinearSpec, Statistics
 from lrcompress.reporting.metric import Metric
@@ -131,9 +131,9 @@ def test_weights_are_those_of_single_runs_bit_for_bit(
 ) -> None:
     made: list[dict[str, torch.Tensor]] = []
 
-    def kept(label: str, loaded: Any, *_: Any) -> evaluate.Measured:
+    def kept(label: str, loaded: Any, *_: Any) -> evaluate.Results:
         made.append(loaded[0].state_dict())
-        return evaluate.Measured([], {})
+        return evaluate.Results([], {})
 
     monkeypatch.setattr(evaluate, "quality", kept)
     sweep(recipe(source, methods=[method]), tmp_path / "out")
@@ -156,9 +156,9 @@ def test_one_decomposition_serves_every_keep_ratio(
         solved[0] += 1
         return eigh(matrix)
 
-    def noted(*_: Any) -> evaluate.Measured:
+    def noted(*_: Any) -> evaluate.Results:
         before.append(solved[0])
-        return evaluate.Measured([], {})
+        return evaluate.Results([], {})
 
     monkeypatch.setattr(torch.linalg, "eigh", counted)
     monkeypatch.setattr(evaluate, "quality", noted)
@@ -174,7 +174,7 @@ def test_no_linear_is_decomposed_twice_in_one_shape(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     decomposed, wanted = list[bytes](), [0]
-    decompose, factors = linalg.decompose, Decompositions.factors
+    decompose, factors = linalg.decompose, DecompositionCache.factors
 
     def counted(weight: torch.Tensor, *arguments: Any) -> Any:
         decomposed.append(weight.numpy().tobytes())
@@ -185,7 +185,7 @@ def test_no_linear_is_decomposed_twice_in_one_shape(
         return factors(*arguments)
 
     monkeypatch.setattr(svd, "decompose", counted)
-    monkeypatch.setattr(Decompositions, "factors", asked)
+    monkeypatch.setattr(DecompositionCache, "factors", asked)
     ratios = [0.95, 0.9, 0.85, 0.8, 0.6]
     plain = {"method": method, "method_options": {"shrinkage": 0, "output_shrinkage": 0}}
     sweep(recipe(source, variants={"plain": plain}, keep_ratios=ratios), tmp_path / "out")
@@ -195,7 +195,7 @@ def test_no_linear_is_decomposed_twice_in_one_shape(
 def test_what_was_shared_counts_in_the_seconds_of_each_point() -> None:
     ffn = FFN("ffn", (), {"w": torch.eye(8)}, {}, {"w": Statistics()}, True)
     linear = LinearSpec("w", 0, "up", 8, 8, False, "in", "ffn")
-    alone, shared = Decompositions(PlainSVD()), Decompositions(PlainSVD(), keep=True)
+    alone, shared = DecompositionCache(PlainSVD()), DecompositionCache(PlainSVD(), keep=True)
     for decompositions in (alone, shared):
         for rank in (2, 4):
             decompositions.factors(ffn, linear, rank)
@@ -269,7 +269,7 @@ def test_a_finished_sweep_loads_and_measures_nothing(
 def test_speeds_are_measured_beside_the_dense_model(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns, speed = list[list[str]](), throughput.speed
+    turns, speed = list[list[str]](), throughput.generation_throughput
 
     def noted(models: Any, *arguments: Any) -> list[Metric]:
         turns.append(list(models))

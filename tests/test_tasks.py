@@ -160,10 +160,10 @@ def test_a_seed_chooses_the_examples(tmp_path: Path) -> None:
 
 
 def examples(task: Path, seed: int) -> list[Any]:
-    from lrcompress.evaluation.tasks.runner import Asking, _ask
+    from lrcompress.evaluation.tasks.runner import TaskOptions, _ask
 
     tasks = resolve([str(task)], seed)
-    _ask(tasks.tasks["mine"], tasks, Asking(128, None, 1))
+    _ask(tasks.tasks["mine"], tasks, TaskOptions(128, None, 1))
     return [one.arguments for one in tasks.tasks["mine"].instances]
 
 
@@ -390,9 +390,9 @@ def test_run_keeps_logs_of_what_it_measured(dense: Path, text: Path, tmp_path: P
 
 
 def test_models_and_tasks_of_like_names_get_files_of_their_own() -> None:
-    from lrcompress.runtime.paths import places
+    from lrcompress.runtime.paths import unique_file_names
 
-    found = places(["dense a/b", "dense a_b", "../x", "é:1", ""])
+    found = unique_file_names(["dense a/b", "dense a_b", "../x", "é:1", ""])
     assert list(found.values()) == ["dense_a_b", "dense_a_b-2", "_x", "é_1", "_"]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from lrcompress.reporting.metric import PERPLEXITY, Metric
 from lrcompress.workflows.sweep.pareto import Front, fronts, knee, non_dominated, over_dense
-from lrcompress.workflows.sweep.point import Point
+from lrcompress.workflows.sweep.point import SweepPoint
 from lrcompress.workflows.sweep.report import FORMATS, SweepReport, markdown, to_csv, to_json
 
 TEXT = {"data": "t.txt", "windows": 8}
@@ -33,11 +33,13 @@ def speed(model: str, rate: float, spread: float = 0.0, **changes: object) -> Me
     return Metric(model, "decode", rate, "tokens/s", True, RUN | changes, *ends)
 
 
-def point(variant: str, ratio: float, *metrics: Metric, baseline: tuple[Metric, ...] = ()) -> Point:
-    return Point(variant, ratio, ratio, 1.0, None, "", metrics, baseline)
+def point(
+    variant: str, ratio: float, *metrics: Metric, baseline: tuple[Metric, ...] = ()
+) -> SweepPoint:
+    return SweepPoint(variant, ratio, ratio, 1.0, None, "", metrics, baseline)
 
 
-def sized(*pairs: tuple[int, float]) -> list[Point]:
+def sized(*pairs: tuple[int, float]) -> list[SweepPoint]:
     """Points by parameters and perplexity, the first one dense."""
     found = [point("dense", 1.0, size("dense", pairs[0][0]), quality("dense", pairs[0][1]))]
     for parameters, perplexity in pairs[1:]:
@@ -46,11 +48,11 @@ def sized(*pairs: tuple[int, float]) -> list[Point]:
     return found
 
 
-def report(points: list[Point]) -> SweepReport:
+def report(points: list[SweepPoint]) -> SweepReport:
     return SweepReport("model", tuple(points))
 
 
-def only(points: list[Point]) -> Front:
+def only(points: list[SweepPoint]) -> Front:
     (front,) = fronts(points)
     return front
 
@@ -133,7 +135,7 @@ def test_a_speed_counts_over_the_dense_model_of_its_own_run() -> None:
     ],
     ids=["other conditions", "not a number", "missing"],
 )
-def test_what_does_not_compare_is_left_out_and_named(other: Point) -> None:
+def test_what_does_not_compare_is_left_out_and_named(other: SweepPoint) -> None:
     front = only([*sized((100, 10.0), (80, 11.0)), other])
     assert front.left_out == ("m at 0.5",)
     assert [p.x for p in front.points] == [100, 80]

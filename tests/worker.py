@@ -19,7 +19,7 @@ import torch
 from lrcompress.compression import factorize_folder
 from lrcompress.config import FinetuneSettings, ModelSettings, PretrainSettings
 from lrcompress.config.recipe import Recipe
-from lrcompress.methods.decomposition_cache import Decompositions
+from lrcompress.methods.decomposition_cache import DecompositionCache
 from lrcompress.runtime import distributed
 from lrcompress.runtime.errors import InputError
 from lrcompress.training import finetune, pretrain
@@ -41,7 +41,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     TextTrainer.training_step = recorded
     try:
         _train(job.get("source"), job["settings"], Path(job["out"]))
-    except (InputError, distributed.SaidElsewhereError, KeyboardInterrupt) as caught:
+    except (InputError, distributed.MainProcessFailedError, KeyboardInterrupt) as caught:
         error = [type(caught).__name__, str(caught)]
     finally:
         TextTrainer.training_step = original
@@ -57,16 +57,16 @@ def _train(source: str | None, settings: dict[str, Any], out: Path) -> None:
 
 def factorize(job: dict[str, Any]) -> dict[str, Any]:
     """The error that ended the job, and the linears that this process decomposed."""
-    original, linears, error = Decompositions.factors, list[str](), None
+    original, linears, error = DecompositionCache.factors, list[str](), None
 
     def recorded(self: Any, ffn: Any, linear: Any, rank: int) -> Any:
         linears.append(linear.name)
         return original(self, ffn, linear, rank)
 
-    with mock.patch.object(Decompositions, "factors", recorded):
+    with mock.patch.object(DecompositionCache, "factors", recorded):
         try:
             factorize_folder.factorize_to(Recipe(**job["recipe"]), Path(job["out"]))
-        except (InputError, distributed.SaidElsewhereError) as caught:
+        except (InputError, distributed.MainProcessFailedError) as caught:
             error = [type(caught).__name__, str(caught)]
     return {"linears": linears, "error": error}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lrcompress.benchmark.report import Bench, _bench
+from lrcompress.benchmark.report import Bench, write_bench
 from lrcompress.benchmark.timer import Cost, Timing, calls_for, in_turn, seconds
 from lrcompress.config import FFNBenchSettings
 from lrcompress.layers.lowrank import NARROWED, PivotedLinear, compressed_layers, empty_like
@@ -212,4 +212,4 @@ def bench_ffn_to(
     timings = bench_ffn(settings, progress)
     gate = "gated" if settings.gated else "no gate"
     title = f"FFN of width {settings.width}, {settings.channels} channels, {gate}"
-    return _bench(title, settings, device_of(settings.device), timings, out)
+    return write_bench(title, settings, device_of(settings.device), timings, out)

@@ -109,7 +109,7 @@ ATTENTION: Mapping[str, tuple[Callable[..., int], int]] = {
 }
 
 
-def _counted(run: Callable[[], object]) -> int:
+def count_operations(run: Callable[[], object]) -> int:
     """Operations of the matrix products and the attention of what runs."""
     known = {getattr(torch.ops.aten, name): _by_shapes(*how) for name, how in ATTENTION.items()}
     with FlopCounterMode(display=False, custom_mapping=known) as counter:

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from lrcompress.benchmark import throughput
-from lrcompress.benchmark.flops import _counted
-from lrcompress.benchmark.report import Bench, _bench
+from lrcompress.benchmark.flops import count_operations
+from lrcompress.benchmark.report import Bench, write_bench
 from lrcompress.benchmark.timer import Cost, Timing, in_turn
-from lrcompress.checkpoint.record import _Column, record_of
+from lrcompress.checkpoint.record import ModelWithRecord, record_of
 from lrcompress.config import ModelBenchSettings, ModelSettings
 from lrcompress.layers.model_state import evaluation_mode
 from lrcompress.layers.moe import unpacked
 from lrcompress.layers.optimize import optimize
-from lrcompress.models.loading import other_source
+from lrcompress.models.loading import with_source
 from lrcompress.reporting.tables import labels
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.memory import peak_memory
@@ -74,8 +74,8 @@ def _generation(
         return throughput.generation(model, prompt, count)
 
     def flops(model: Any) -> list[int]:
-        prefill = _counted(partial(run, model, 0))
-        return [prefill, _counted(partial(run, model)) - prefill]
+        prefill = count_operations(partial(run, model, 0))
+        return [prefill, count_operations(partial(run, model)) - prefill]
 
     yield from _timed(models, passes, run, flops, settings.repeats, progress)
 
@@ -91,7 +91,7 @@ def _training(
         return (throughput.training_step(model, batch),)
 
     def flops(model: Any) -> list[int]:
-        return [_counted(partial(run, model))]
+        return [count_operations(partial(run, model))]
 
     passes = {"training": (shape, batch.numel())}
     yield from _timed(models, passes, run, flops, settings.repeats, progress)
@@ -182,8 +182,8 @@ def bench_model_to(
         check_free(out)
     record = record_of(source) or {}
     dense = settings.baseline or record.get("source")
-    others = [] if dense is None else [other_source(source, dense)]
-    found = [_Column.load(one) for one in (*others, source)]
+    others = [] if dense is None else [with_source(source, dense)]
+    found = [ModelWithRecord.load(one) for one in (*others, source)]
     names = [column.source.source for column in found]
     titles = labels([column.kind for column in found], names)
     models = {t: column.loaded[0] for t, column in zip(titles, found, strict=True)}
@@ -191,4 +191,4 @@ def bench_model_to(
         optimize(found[-1].loaded[0])
     timings = bench_models(models, settings, progress)
     device = found[-1].loaded[0].device
-    return _bench(f"{source.source}: speed", settings, device, timings, out)
+    return write_bench(f"{source.source}: speed", settings, device, timings, out)

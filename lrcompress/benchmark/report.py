@@ -175,7 +175,7 @@ def write(folder: Path, bench: Bench) -> None:
     figures.write(folder, [] if picture is None else [picture])
 
 
-def _bench(
+def write_bench(
     title: str,
     settings: Section,
     device: torch.device,

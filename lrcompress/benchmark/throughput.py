@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from lrcompress.benchmark.timer import in_turn, machine
 from lrcompress.layers.ffn_layouts import find_ffns
 from lrcompress.layers.model_info import maximum_length
-from lrcompress.layers.model_state import _all_trainable
+from lrcompress.layers.model_state import only_trainable
 from lrcompress.reporting.metric import Metric
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, silent
 
 
-def speed(
+def generation_throughput(
     models: Mapping[str, Any],
     prompt_length: int,
     new_tokens: int,
@@ -54,7 +54,7 @@ def speed(
     return found
 
 
-def training_speed(
+def training_throughput(
     models: Mapping[str, Any],
     batch_size: int,
     length: int,
@@ -85,7 +85,7 @@ def training_speed(
     return found
 
 
-def ffn_training_speed(
+def ffn_training_throughput(
     models: Mapping[str, Any],
     batch_size: int,
     length: int,
@@ -126,7 +126,8 @@ def _last_ffn(model: Any) -> nn.Module:
 
 def _ffn_step(model: Any, ffn: nn.Module, states: Tensor) -> float:
     entry = states.to(model.device, model.dtype).requires_grad_()
-    with _all_trainable(ffn) as parameters, torch.enable_grad():
+    parameters = _trainable_parameters(ffn)
+    with only_trainable(ffn, parameters), torch.enable_grad():
         start = _now(model)
         torch.autograd.grad(ffn(entry).float().square().mean(), [entry, *parameters])
         return _now(model) - start
@@ -171,13 +172,19 @@ def training_step(model: Any, batch: Tensor) -> float:
     """Seconds of a forward and a backward pass over `batch` (sequences, tokens); the gradients of
     all parameters are dropped."""
     tokens = batch.to(model.device)
-    with _all_trainable(model) as parameters, torch.enable_grad():
+    parameters = _trainable_parameters(model)
+    with only_trainable(model, parameters), torch.enable_grad():
         start = _now(model)
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
         targets = tokens[:, 1:].flatten().to(logits.device)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets)
         torch.autograd.grad(loss, parameters, allow_unused=True)
         return _now(model) - start
+
+
+def _trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """All that can have a gradient: integers cannot."""
+    return [parameter for parameter in module.parameters() if parameter.is_floating_point()]
 
 
 def random_tokens(vocabulary: int, count: int, length: int) -> Tensor:

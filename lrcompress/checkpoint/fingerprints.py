@@ -6,7 +6,10 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
 
 from lrcompress.config import ModelSettings
 from lrcompress.config.recipe import Recipe
@@ -14,6 +17,26 @@ from lrcompress.models.loading import locate
 from lrcompress.runtime.atomic_io import replace_text
 from lrcompress.runtime.packages import versions
 from lrcompress.runtime.safe_parsing import read_object
+
+Stage = Literal["benchmark", "evaluate", "factorize", "finetune", "pretrain", "tasks", "teacher"]
+
+# The number of a stage is part of everything that is kept of it. Raise it with every edit after
+# which equal inputs give other results: what was kept before is then made again.
+STAGES: dict[Stage, int] = {
+    "benchmark": 1,
+    "evaluate": 1,
+    "factorize": 1,
+    "finetune": 1,
+    "pretrain": 1,
+    "tasks": 1,
+    "teacher": 1,
+}
+
+
+class Digest(Protocol):
+    """A hash of hashlib."""
+
+    def update(self, data: Any, /) -> None: ...
 
 
 def model_state(settings: ModelSettings) -> list[list[Any]]:
@@ -64,7 +87,16 @@ def write(file: Path, content: dict[str, Any]) -> None:
     replace_text(file, json.dumps(content, indent=2, default=str) + "\n")
 
 
-def digest(inputs: Any) -> str:
-    """Of what a stage depends on, the versions of the software included."""
-    content = json.dumps([versions(), inputs], sort_keys=True)
+def digest(inputs: Any, *stages: Stage) -> str:
+    """SHA-256 of what a result depends on: inputs, the stages that made it, and versions."""
+    numbers = {stage: STAGES[stage] for stage in stages}
+    content = json.dumps([versions(), numbers, inputs], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def add_tensors(digest: Digest, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Adds names, dtypes, shapes and contents of `tensors` to a hash, bit for bit."""
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())

@@ -10,7 +10,7 @@ from lrcompress.checkpoint.folder import save_checkpoint
 from lrcompress.checkpoint.record import record_of
 from lrcompress.config import ModelSettings, QuantizeSettings
 from lrcompress.layers.model_info import weight_bytes
-from lrcompress.models.loading import load_settings
+from lrcompress.models.loading import load_model
 from lrcompress.models.torchao import quantize
 from lrcompress.runtime import locks
 
@@ -21,7 +21,7 @@ def quantize_to(source: ModelSettings, settings: QuantizeSettings, out: Path) ->
         record = record_of(source) or {"source": source.source}
         record.pop("metrics", None)  # they are of the model before
         record.pop("comparisons", None)
-        model, tokenizer = load_settings(source)
+        model, tokenizer = load_model(source)
         before = weight_bytes(model)
         names = quantize(model, settings.weights)
         record["quantized"] = {

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lrcompress.config import ModelSettings
 from lrcompress.layers import model_info
-from lrcompress.models.loading import Loaded, load_settings, locate
+from lrcompress.models.loading import Loaded, load_model, locate
 from lrcompress.reporting.metric import Metric, Summary
 from lrcompress.reporting.provenance import training
 from lrcompress.reporting.record_schema import checked_record
@@ -19,7 +19,7 @@ from lrcompress.reporting.render import json_text, render
 from lrcompress.reporting.significance import Comparison
 from lrcompress.reporting.tables import table
 from lrcompress.runtime.atomic_io import replace_text
-from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.errors import InputError, validation_reason
 from lrcompress.runtime.safe_parsing import read_object
 
 RECORD, CARD = "lrcompress.json", "README.md"
@@ -51,9 +51,9 @@ def _card(folder: Path, record: Mapping[str, Any]) -> str:
         metrics = TypeAdapter(list[Summary]).validate_python(record.get("metrics", ()))
         found = TypeAdapter(list[Comparison]).validate_python(record.get("comparisons", ()))
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].lower()
         raise InputError(
-            f"the metrics of {str(folder / RECORD)!r} are damaged ({reason}): remove them"
+            f"the metrics of {str(folder / RECORD)!r} are damaged ({validation_reason(error)}): "
+            "remove them"
         ) from None
     shown = {"record": record, "table": table(metrics), "training": training(record)}
     shown["title"] = _title(record)
@@ -83,7 +83,7 @@ def record_of(settings: ModelSettings) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class _Column:
+class ModelWithRecord:
     """A model of an evaluation, with the record (lrcompress.json) of its folder."""
 
     source: ModelSettings
@@ -92,8 +92,8 @@ class _Column:
 
     @classmethod
     def load(cls, source: ModelSettings) -> Self:
-        return cls(source, record_of(source), load_settings(source))
+        return cls(source, record_of(source), load_model(source))
 
     @property
     def kind(self) -> str:
-        return model_info.kind(self.loaded[0], "finetuned" in (self.record or {}))
+        return model_info.model_kind(self.loaded[0], "finetuned" in (self.record or {}))

@@ -11,7 +11,7 @@ import click
 from lrcompress import __version__
 from lrcompress.cli.bench import bench
 from lrcompress.cli.checkpoint import export_command, quantize_command, verify_command
-from lrcompress.cli.error_group import BEYOND_MAX_LOSS, Group, resumes
+from lrcompress.cli.error_group import BEYOND_MAX_LOSS, ErrorReportingGroup, resumes
 from lrcompress.cli.options import (
     FOLDERS,
     JSON,
@@ -19,7 +19,6 @@ from lrcompress.cli.options import (
     NEW_OUT,
     OUT,
     RECIPE,
-    RESUME,
     SET,
     WRITE_CARD,
     SettingsCommand,
@@ -27,7 +26,7 @@ from lrcompress.cli.options import (
     check_max_loss,
     sweep_overrides,
 )
-from lrcompress.cli.train import pretrain_command, scaling_command
+from lrcompress.cli.train import finetune_command, pretrain_command, scaling_command
 from lrcompress.runtime import distributed
 from lrcompress.runtime.errors import InputError
 
@@ -35,14 +34,15 @@ if TYPE_CHECKING:
     from lrcompress.reporting.report import Report
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lrcompress")
 def main() -> None:
     """Low-rank compression of the feed-forward layers of causal language models."""
 
 
 COMMANDS = (
-    bench, export_command, pretrain_command, quantize_command, scaling_command, verify_command,
+    bench, export_command, finetune_command, pretrain_command, quantize_command, scaling_command,
+    verify_command,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)
@@ -68,30 +68,6 @@ def factorize_command(source: str, out: Path, **options: Any) -> None:
     )
     if distributed.is_main():
         display.show_factorization(record, out)
-
-
-FINETUNE = ("finetune", "model")
-
-
-@main.command("finetune", cls=SettingsCommand, sections=FINETUNE)
-@click.argument("source", metavar="DIR")
-@NEW_OUT
-@RESUME
-def finetune_command(source: str, out: Path, resume: bool, **options: Any) -> None:
-    """Train the compressed checkpoint DIR towards its dense teacher.
-
-    An interrupted run goes on from its last checkpoint when the same command is given again.
-    """
-    recipe = build_recipe(FINETUNE, source, options)
-    from lrcompress.cli import display, progress_bars
-    from lrcompress.training import finetune
-
-    resumes()
-    record = finetune.finetune_to(
-        recipe.model, recipe.finetune, out, progress_bars.progress, resume=resume
-    )
-    if distributed.is_main():
-        display.show_recovery(record["finetuned"], out)
 
 
 def _show(found: Report, out: Path | None, max_loss: float | None, as_json: bool) -> None:
@@ -175,7 +151,7 @@ def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) ->
     from lrcompress.models.inspection import inspect
 
     if energy:
-        model, _ = loading.load_settings(settings)
+        model, _ = loading.load_model(settings)
     else:
         model = loading.skeleton(settings.source, settings.gguf_file, settings.trust_remote_code)
     found = inspect(model, energy, progress_bars.progress)
@@ -243,7 +219,7 @@ def sweep_command(
     from lrcompress.workflows.sweep import sweep
 
     resumes()
-    found = sweep.Sweep(recipe, out, progress_bars.progress).all()
+    found = sweep.SweepRunner(recipe, out, progress_bars.progress).all()
     display.show_sweep(found, out, as_json)
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lrcompress.checkpoint.export.registry import FORMATS
 from lrcompress.cli.options import JSON, NEW_OUT, SettingsCommand, build_recipe, build_sections
-from lrcompress.runtime.errors import InputError, MachineError
+from lrcompress.runtime.errors import MachineError
 
 if TYPE_CHECKING:
     from lrcompress.checkpoint.verify import Verified
@@ -21,18 +22,19 @@ MODEL = ("model",)
 @click.command("export", cls=SettingsCommand, sections=MODEL)
 @click.argument("source", metavar="DIR")
 @NEW_OUT
-@click.option("--dense", "kind", flag_value="dense", help="Merge back into stock layers.")
 @click.option(
-    "--standalone", "kind", flag_value="standalone", help="Ship the layers' code with the weights."
+    "--to",
+    "name",
+    type=click.Choice(list(FORMATS)),
+    required=True,
+    help="; ".join(f"{name}: {kind.summary}" for name, kind in FORMATS.items()) + ".",
 )
-def export_command(source: str, out: Path, kind: str | None, **options: Any) -> None:
+def export_command(source: str, out: Path, name: str, **options: Any) -> None:
     """Write the checkpoint DIR in a form that loads without lrcompress."""
-    if kind is None:
-        raise InputError("say which form to export: --dense or --standalone")
     settings = build_recipe(MODEL, source, options).model
-    from lrcompress.checkpoint.export import dense
+    from lrcompress.checkpoint.export.export_folder import export_to
 
-    dense.export_to(settings, out, standalone=kind == "standalone")
+    export_to(settings, out, name)
     click.echo(f"Wrote {out}.")
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from lrcompress.benchmark import report as bench_report
 from lrcompress.benchmark.report import Bench
 from lrcompress.models.inspection import Inspection
-from lrcompress.reporting.differences import Details
+from lrcompress.reporting.differences import Differences
 from lrcompress.reporting.report import FORMATS, Report, to_json
 from lrcompress.reporting.significance import Comparison
 from lrcompress.reporting.tables import table as report_table
@@ -134,7 +134,7 @@ def _show_metrics(found: Report) -> None:
     _print(shown)
 
 
-def _show_details(details: Details) -> None:
+def _show_details(details: Differences) -> None:
     for change in details.tokens:
         _line(
             f"{change.data}: {change.model} against {change.baseline}: divergence "

@@ -19,7 +19,7 @@ RESUMES = "lrcompress.resumes"
 GOES_ON = ", and the same command goes on from what was finished"
 
 
-class Group(click.Group):
+class ErrorReportingGroup(click.Group):
     """Turns the package's errors into one sentence and an exit code: 2 for the user's input,
     1 for the machine's faults. `BEYOND_MAX_LOSS` is no error but an answer."""
 
@@ -27,7 +27,7 @@ class Group(click.Group):
         _quiet_libraries()
         try:
             return super().invoke(context)
-        except distributed.SaidElsewhereError as error:
+        except distributed.MainProcessFailedError as error:
             distributed.end_after_main(error.code)
         except InputError as error:
             _fail(str(error), 2)

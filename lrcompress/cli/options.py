@@ -87,7 +87,7 @@ def build_sections(
     """Checked sections of a command's options; InputError names the flag that is wrong."""
     from lrcompress.config import recipe
 
-    return recipe.from_flat(recipe.sections(*sections), _given(options) | fixed, _say)
+    return recipe.sections_from_flat(recipe.sections(*sections), _given(options) | fixed, _say)
 
 
 def build_recipe(sections: tuple[str, ...], source: str, options: Mapping[str, Any]) -> Any:

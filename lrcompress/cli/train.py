@@ -1,4 +1,4 @@
-"""The commands `pretrain` and `scaling`, which train from scratch: parse, call one, print."""
+"""The commands that train, `finetune`, `pretrain` and `scaling`: parse, call one, print."""
 
 from __future__ import annotations
 
@@ -14,10 +14,35 @@ from lrcompress.cli.options import (
     RESUME,
     SET,
     SettingsCommand,
+    build_recipe,
     build_sections,
     read_shard,
 )
 from lrcompress.runtime import distributed
+
+FINETUNE = ("finetune", "model")
+
+
+@click.command("finetune", cls=SettingsCommand, sections=FINETUNE)
+@click.argument("source", metavar="DIR")
+@NEW_OUT
+@RESUME
+def finetune_command(source: str, out: Path, resume: bool, **options: Any) -> None:
+    """Train the compressed checkpoint DIR towards its dense teacher.
+
+    An interrupted run goes on from its last checkpoint when the same command is given again.
+    """
+    recipe = build_recipe(FINETUNE, source, options)
+    from lrcompress.cli import display, progress_bars
+    from lrcompress.training import finetune
+
+    resumes()
+    record = finetune.finetune_to(
+        recipe.model, recipe.finetune, out, progress_bars.progress, resume=resume
+    )
+    if distributed.is_main():
+        display.show_recovery(record["finetuned"], out)
+
 
 PRETRAIN = ("pretrain",)
 

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcompress.compression.hidden_streams import Streams
-from lrcompress.compression.planning import Prepared
-from lrcompress.compression.replace_layers import ShrunkLinear, shrunk_ffn, shrunk_linear
-from lrcompress.layers.block_runner import Pass
+from lrcompress.compression.hidden_streams import HiddenStreams
+from lrcompress.compression.planning import PreparedModel
+from lrcompress.compression.replace_layers import LinearResult, replacement_of, replacements_of_ffn
+from lrcompress.layers.block_runner import BlockOutput
 from lrcompress.layers.lowrank import install
 from lrcompress.layers.model_state import evaluation_mode
-from lrcompress.methods.decomposition_cache import Decompositions
+from lrcompress.methods.decomposition_cache import DecompositionCache
 from lrcompress.methods.linalg import to_float64
 from lrcompress.methods.plan import Plan
 from lrcompress.methods.types import FFN, Form, LinearSpec
@@ -35,7 +35,7 @@ from lrcompress.runtime.progress import Progress
 SILENT = 1e-9
 
 
-class Fit:
+class RidgeFit:
     """Sums over tokens of v vᵀ and t vᵀ: least squares of targets t from inputs v."""
 
     def __init__(self, what: str) -> None:
@@ -71,38 +71,38 @@ class Fit:
 
 
 @torch.no_grad()
-def shrink_anchored(
+def apply_plan_anchored(
     model: Any,
-    prepared: Prepared,
+    prepared: PreparedModel,
     plan: Plan,
     form: Form,
     tokens: Tensor,
     damping: float,
     progress: Progress,
-) -> tuple[ShrunkLinear, ...]:
+) -> tuple[LinearResult, ...]:
     """`shrink`, with every linear fitted to the dense model's outputs in the order of blocks.
 
     Installs as it goes.
     """
     # what is fitted differs from plan to plan, so no decomposition serves two
-    prepared = replace(prepared, decompositions=Decompositions(prepared.method))
+    prepared = replace(prepared, decompositions=DecompositionCache(prepared.method))
     with evaluation_mode(model):
-        anchoring = Anchoring(model, prepared, plan, form, Streams(model, tokens), damping)
+        anchoring = AnchoredWalk(model, prepared, plan, form, HiddenStreams(model, tokens), damping)
         return tuple(anchoring.blocks(progress))
 
 
 @dataclass
-class Anchoring:
+class AnchoredWalk:
     """The walk through the blocks: `streams` are moved on, layers are installed."""
 
     model: Any
-    prepared: Prepared
+    prepared: PreparedModel
     plan: Plan
     form: Form
-    streams: Streams
+    streams: HiddenStreams
     damping: float
 
-    def blocks(self, progress: Progress) -> Iterator[ShrunkLinear]:
+    def blocks(self, progress: Progress) -> Iterator[LinearResult]:
         count = len(self.streams.blocks)
         by_block = groupby(self.prepared.ffns(self.model), lambda ffn: ffn.linears[0].block)
         block, ffns = next(by_block, (count, iter(())))
@@ -112,7 +112,7 @@ class Anchoring:
             if here:
                 block, ffns = next(by_block, (count, iter(())))
 
-    def block(self, index: int, ffns: Sequence[FFN]) -> Iterator[ShrunkLinear]:
+    def block(self, index: int, ffns: Sequence[FFN]) -> Iterator[LinearResult]:
         """What becomes of the linears of one block; then both streams are behind it."""
         streams = self.streams
         reads = [found.linears[0].name for found in ffns]
@@ -123,7 +123,7 @@ class Anchoring:
         streams.dense = [done.output for done in dense]
         streams.compressed = [streams.run(index, h).output for h in streams.compressed]
 
-    def _fit(self, index: int, ffn: FFN, dense: list[Pass]) -> Iterator[ShrunkLinear]:
+    def _fit(self, index: int, ffn: FFN, dense: list[BlockOutput]) -> Iterator[LinearResult]:
         """First the linears that read the block's hidden state, then the one that reads theirs.
 
         Until its turn that one is dense, or narrowed.
@@ -133,7 +133,7 @@ class Anchoring:
         names = {spec.name for spec in first}
         ranks = {name: rank for name, rank in self.plan.ranks.items() if name in names}
         plan = replace(self.plan, ranks=ranks)
-        shrunk = shrunk_ffn(self.model, ffn, self.prepared, plan, self.form)
+        shrunk = replacements_of_ffn(self.model, ffn, self.prepared, plan, self.form)
         found = {what.spec.name: (what, layer) for what, layer in shrunk}
         for name, (_, layer) in found.items():
             if layer is not None:
@@ -146,13 +146,13 @@ class Anchoring:
             yield what
 
     def _refitted(
-        self, index: int, ffn: FFN, linears: Sequence[LinearSpec], dense: list[Pass]
+        self, index: int, ffn: FFN, linears: Sequence[LinearSpec], dense: list[BlockOutput]
     ) -> FFN:
         """`ffn` with weights and second moments that fit the compressed stream's inputs."""
         if not linears:
             return ffn
         name = linears[0].name
-        fit = Fit(f"the input of {name}")
+        fit = RidgeFit(f"the input of {name}")
         for hidden, target in zip(self.streams.compressed, dense, strict=True):
             fit.add(self.streams.read_by(name, index, hidden), target.inputs[name])
         weights, statistics = dict(ffn.weights), dict(ffn.statistics)
@@ -165,7 +165,9 @@ class Anchoring:
                 statistics[spec.name] = replace(statistics[spec.name], second_moment=moment)
         return replace(ffn, weights=weights, statistics=statistics)
 
-    def _fit_down(self, index: int, ffn: FFN, spec: LinearSpec, dense: list[Pass]) -> ShrunkLinear:
+    def _fit_down(
+        self, index: int, ffn: FFN, spec: LinearSpec, dense: list[BlockOutput]
+    ) -> LinearResult:
         width = self.plan.widths.get(ffn.name)
         left = ffn
         if width is not None:
@@ -177,7 +179,7 @@ class Anchoring:
         moments = dict(left.statistics)
         moments[spec.name] = replace(moments[spec.name], second_moment=fit.second_moment())
         left = replace(left, weights=weights, statistics=moments)
-        what, layer = shrunk_linear(
+        what, layer = replacement_of(
             self.model, left, spec, self.prepared.decompositions, self.plan, self.form
         )
         assert layer is not None
@@ -185,9 +187,9 @@ class Anchoring:
         return what
 
     def _output_fit(
-        self, index: int, spec: LinearSpec, dense: list[Pass], bias: Tensor | None
-    ) -> Fit:
-        fit, streams = Fit(f"the input or output of {spec.name}"), self.streams
+        self, index: int, spec: LinearSpec, dense: list[BlockOutput], bias: Tensor | None
+    ) -> RidgeFit:
+        fit, streams = RidgeFit(f"the input or output of {spec.name}"), self.streams
         adds = streams.adds_to_residual(index, spec.name)
         for hidden, target in zip(streams.compressed, dense, strict=True):
             now = streams.run(index, hidden, (spec.name,), (spec.name,))

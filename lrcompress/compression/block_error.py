@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrcompress.compression.hidden_streams import Streams
+from lrcompress.compression.hidden_streams import HiddenStreams
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class BlockError:
     in front of the next layer divides their error by their size.
     """
 
-    streams: Streams
+    streams: HiddenStreams
     index: int
     targets: Sequence[Tensor]
     metric: Tensor | None

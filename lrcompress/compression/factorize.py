@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,17 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrcompress.checkpoint import fingerprints
 from lrcompress.checkpoint.folder import save_checkpoint
-from lrcompress.compression.anchored import shrink_anchored
-from lrcompress.compression.calibration.session import Calibration
+from lrcompress.compression.anchored import apply_plan_anchored
+from lrcompress.compression.calibration.session import CalibrationSession
 from lrcompress.compression.perplexity_search import smallest_within
-from lrcompress.compression.planning import Prepared, check_weights, prepare, selected_share
+from lrcompress.compression.planning import PreparedModel, check_weights, prepare, selected_share
 from lrcompress.compression.refine import refine
 from lrcompress.compression.refined_block import RefinedBlock
-from lrcompress.compression.replace_layers import ShrunkLinear, shrink
-from lrcompress.compression.result import Counts, Factorization, counts, notes, probed
+from lrcompress.compression.replace_layers import LinearResult, apply_plan
+from lrcompress.compression.result import Counts, Factorization, counts, probed, warnings_of
 from lrcompress.config import CalibrationSettings, FactorizeSettings, RefineSettings
-from lrcompress.config.recipe import from_flat, sections
+from lrcompress.config.recipe import sections, sections_from_flat
 from lrcompress.layers.experts import LIST
 from lrcompress.layers.ffn_layouts import find_ffns, select
 from lrcompress.layers.lowrank import compressed_layers, install, is_linear
@@ -36,9 +36,8 @@ from lrcompress.methods.plan import Plan
 from lrcompress.methods.types import LinearSpec
 from lrcompress.models.hf_quantizer import record_layout
 from lrcompress.runtime import distributed
-from lrcompress.runtime.distributed import from_main
+from lrcompress.runtime.distributed import run_on_main
 from lrcompress.runtime.errors import InputError, NotFiniteError
-from lrcompress.runtime.packages import versions
 from lrcompress.runtime.progress import Progress, silent
 
 OVERFLOWS = "activations overflow float16, so the model was run in float32 to calibrate"
@@ -56,7 +55,7 @@ def factorize(
     Raises InputError where a setting is refused or does not fit the model; the model is then
     as it was.
     """
-    checked = from_flat(sections("calibration", "factorize", "refine"), settings)
+    checked = sections_from_flat(sections("calibration", "factorize", "refine"), settings)
     return apply(model, tokenizer, **checked, progress=progress)
 
 
@@ -70,11 +69,11 @@ def apply(
     work: Path | None = None,
 ) -> Factorization:
     """`factorize` with checked settings; what an interrupted run finished is kept in `work`."""
-    return Compression(model, tokenizer, calibration, factorize, refine, progress, work).run()
+    return Compressor(model, tokenizer, calibration, factorize, refine, progress, work).run()
 
 
 @dataclass(frozen=True)
-class Compression:
+class Compressor:
     """One model on its way through the stages."""
 
     model: Any
@@ -93,17 +92,17 @@ class Compression:
         try:
             return self._run(text, share)
         except NotFiniteError:
-            if distributed.count() > 1 or self.model.dtype != torch.float16:
+            if distributed.world_size() > 1 or self.model.dtype != torch.float16:
                 raise
             with _widened(self.model):
                 done = self._run(self.text(), share)
             return replace(done, notes=(*done.notes, OVERFLOWS))
 
-    def _run(self, text: Calibration, share: float | None) -> Factorization:
+    def _run(self, text: CalibrationSession, share: float | None) -> Factorization:
         parts = (self.settings, share, text, self.progress)
         return self.carry_out(prepare(self.model, text.linears, *parts), text)
 
-    def text(self) -> Calibration:
+    def text(self) -> CalibrationSession:
         """What may be measured; nothing is before it is needed."""
         settings = self.settings
         if settings.streaming:
@@ -118,14 +117,16 @@ class Compression:
             raise InputError(f"{weight} is not finite: get an intact copy")
         if settings.sequential == "anchored":
             _refuse_experts(linears)
-        return Calibration(self.model, self.tokenizer, linears, self.calibration, self.progress)
+        return CalibrationSession(
+            self.model, self.tokenizer, linears, self.calibration, self.progress
+        )
 
-    def carry_out(self, prepared: Prepared, text: Calibration) -> Factorization:
+    def carry_out(self, prepared: PreparedModel, text: CalibrationSession) -> Factorization:
         """Shrinks the model as planned, in place; whatever fails, it is as it was."""
         with unpacked(self.model):
             return self._carried_out(prepared, text)
 
-    def _carried_out(self, prepared: Prepared, text: Calibration) -> Factorization:
+    def _carried_out(self, prepared: PreparedModel, text: CalibrationSession) -> Factorization:
         model, settings, linears = self.model, self.settings, prepared.linears
         before, finding = parameter_count(model), find_ffns(model)
         plan = prepared.plan
@@ -152,22 +153,26 @@ class Compression:
             probed(prepared.choices),
             trials,
             refined,
-            tuple(notes(done, finding.experts, scarce, selected, prepared.keep_ratio)),
+            tuple(warnings_of(done, finding.experts, scarce, selected, prepared.keep_ratio)),
             time.perf_counter() - self.started,
         )
 
     def _shrink(
-        self, prepared: Prepared, plan: Plan, text: Calibration
-    ) -> tuple[ShrunkLinear, ...]:
+        self, prepared: PreparedModel, plan: Plan, text: CalibrationSession
+    ) -> tuple[LinearResult, ...]:
         form, settings = self.settings.form, self.settings
         if settings.sequential == "independent":
-            return shrink(self.model, prepared, plan, form, self.progress)
+            return apply_plan(self.model, prepared, plan, form, self.progress)
         tokens, damping = text.tokens, settings.anchor_damping
         parts = (self.model, prepared, plan, form, tokens, damping, self.progress)
-        return from_main(lambda: shrink_anchored(*parts))
+        return run_on_main(lambda: apply_plan_anchored(*parts))
 
     def _refine(
-        self, originals: Mapping[str, nn.Module], prepared: Prepared, plan: Plan, text: Calibration
+        self,
+        originals: Mapping[str, nn.Module],
+        prepared: PreparedModel,
+        plan: Plan,
+        text: CalibrationSession,
     ) -> tuple[RefinedBlock, ...]:
         if not self.refinement.enabled:
             return ()
@@ -176,20 +181,21 @@ class Compression:
             work = self.work / self._identity(originals, text, plan)
         settings, progress = self.refinement, self.progress
         parts = (self.model, originals, prepared, text.tokens, settings, work, progress)
-        return from_main(lambda: refine(*parts))
+        return run_on_main(lambda: refine(*parts))
 
-    def _identity(self, originals: Mapping[str, nn.Module], text: Calibration, plan: Plan) -> str:
+    def _identity(
+        self, originals: Mapping[str, nn.Module], text: CalibrationSession, plan: Plan
+    ) -> str:
         """Names what refined blocks depend on; work of another model or setting is not used."""
         parts = (self.calibration, self.settings, self.refinement)
         settings = [part.model_dump(mode="json") for part in parts]
-        what = [versions(), settings, dict(plan.ranks), dict(plan.widths)]
-        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
+        inputs = [settings, dict(plan.ranks), dict(plan.widths)]
+        digest = hashlib.sha256(fingerprints.digest(inputs, "factorize").encode())
         digest.update(text.tokens.numpy().tobytes())
-        kept = [(name, layer.state_dict()) for name, layer in originals.items()]
-        for owner, tensors in (("", self.model.state_dict()), *kept):
-            for name, tensor in tensors.items():
-                digest.update(f"{owner} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        fingerprints.add_tensors(digest, self.model.state_dict().items())
+        for owner, layer in originals.items():
+            named = ((f"{owner} {name}", tensor) for name, tensor in layer.state_dict().items())
+            fingerprints.add_tensors(digest, named)
         return digest.hexdigest()[:16]
 
 

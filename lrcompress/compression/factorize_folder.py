@@ -10,14 +10,14 @@ from lrcompress.checkpoint.folder import save_checkpoint
 from lrcompress.checkpoint.record import record_of
 from lrcompress.compression.factorize import apply
 from lrcompress.compression.result import Factorization
-from lrcompress.compression.streaming.factorize import Streaming
+from lrcompress.compression.streaming.factorize import StreamingCompressor
 from lrcompress.config.recipe import Recipe
-from lrcompress.models.loading import load_settings
+from lrcompress.models.loading import load_model
 from lrcompress.models.offload import OffloadedModel
 from lrcompress.reporting.provenance import learned
 from lrcompress.runtime import distributed, locks
 from lrcompress.runtime.atomic_io import discard
-from lrcompress.runtime.distributed import agreed, from_main
+from lrcompress.runtime.distributed import run_on_all, run_on_main
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, Say, silent, unsaid
 
@@ -44,13 +44,15 @@ def factorize_to(
 
 
 def _in_memory(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> dict[str, Any]:
-    device = agreed(lambda: distributed.own_device(recipe.model.device))
-    model, tokenizer = agreed(lambda: load_settings(recipe.model, device=device))
+    device = run_on_all(lambda: distributed.own_device(recipe.model.device))
+    model, tokenizer = run_on_all(lambda: load_model(recipe.model, device=device))
     work = out.with_name(f".{out.name}.refine")  # refined blocks, until the whole is saved
     parts = (recipe.calibration, recipe.factorize, recipe.refine, progress, work)
-    done = agreed(lambda: apply(model, tokenizer, *parts))
-    saved = from_main(lambda: save_checkpoint(model, tokenizer, out, _made(recipe, done), replace))
-    from_main(lambda: discard(work, out))
+    done = run_on_all(lambda: apply(model, tokenizer, *parts))
+    saved = run_on_main(
+        lambda: save_checkpoint(model, tokenizer, out, _made(recipe, done), replace)
+    )
+    run_on_main(lambda: discard(work, out))
     return saved
 
 
@@ -58,21 +60,26 @@ def _streamed(
     recipe: Recipe, out: Path, progress: Progress, replace: bool, say: Say
 ) -> dict[str, Any]:
     work = out.with_name(f".{out.name}.streaming")  # of this output: blocks of all settings
-    own = work / from_main(lambda: fingerprints.digest(fingerprints.factorizing(recipe)))[:16]
+    own = (
+        work
+        / run_on_main(lambda: fingerprints.digest(fingerprints.factorizing(recipe), "factorize"))[
+            :16
+        ]
+    )
     distributed.check_shared(own)
     try:
-        source = agreed(lambda: OffloadedModel.load(recipe.model, own))
-        run = agreed(lambda: Streaming(recipe, source, own, progress, say))
-        record = _made(recipe, agreed(run.run))
+        source = run_on_all(lambda: OffloadedModel.load(recipe.model, own))
+        run = run_on_all(lambda: StreamingCompressor(recipe, source, own, progress, say))
+        record = _made(recipe, run_on_all(run.run))
     except InputError:
         _remove_empty(work)
         raise
-    saved = from_main(
+    saved = run_on_main(
         lambda: save_checkpoint(
             source.model, source.tokenizer, out, record, replace, source.outside(), run.shards
         )
     )
-    from_main(lambda: discard(work, out))
+    run_on_main(lambda: discard(work, out))
     return saved
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrcompress.layers.block_runner import Blocks
+from lrcompress.layers.block_runner import BlockRunner
 
 
-class Streams(Blocks):
+class HiddenStreams(BlockRunner):
     """The hidden states of every sample in front of one block, dense and compressed.
 
     Both start at the embedding of `tokens` (samples, length); whoever walks through the blocks

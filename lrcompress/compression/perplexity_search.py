@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from lrcompress.compression.planning import Prepared
-from lrcompress.compression.replace_layers import shrink
+from lrcompress.compression.planning import PreparedModel
+from lrcompress.compression.replace_layers import apply_plan
 from lrcompress.config import FactorizeSettings
 from lrcompress.data.corpora import read_corpus
 from lrcompress.evaluation.perplexity import perplexity
 from lrcompress.layers.model_info import sequence_length
 from lrcompress.layers.model_state import evaluation_mode
 from lrcompress.methods.plan import Budget, Plan
-from lrcompress.runtime.distributed import from_main
+from lrcompress.runtime.distributed import run_on_main
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, silent
 
@@ -24,7 +24,11 @@ WINDOWS = 12
 
 
 def smallest_within(
-    model: Any, tokenizer: Any, prepared: Prepared, settings: FactorizeSettings, progress: Progress
+    model: Any,
+    tokenizer: Any,
+    prepared: PreparedModel,
+    settings: FactorizeSettings,
+    progress: Progress,
 ) -> tuple[Plan, tuple[dict[str, float], ...]]:
     """Bisects keep_ratio for a perplexity of at most (1 + max_perplexity_increase) x dense.
 
@@ -43,7 +47,7 @@ def smallest_within(
         ratio = (low + high) / 2
         plan = prepared.allocator.allocate(prepared.choices, Budget(keep_ratio=ratio))
         trial = copy.deepcopy(model)
-        shrink(trial, prepared, plan, settings.form, silent)
+        apply_plan(trial, prepared, plan, settings.form, silent)
         found = _measure(trial, tokenizer, settings)
         trials.append({"keep_ratio": ratio, "perplexity": found, "limit": limit})
         if found <= limit:
@@ -62,6 +66,6 @@ def _measure(model: Any, tokenizer: Any, settings: FactorizeSettings) -> float:
     corpus = read_corpus(settings.validation, "test")
     length = sequence_length(model, None)
     with evaluation_mode(model):
-        return from_main(
+        return run_on_main(
             lambda: perplexity("trial", model, tokenizer, corpus, length, limit=WINDOWS).value
         )

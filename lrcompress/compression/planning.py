@@ -17,17 +17,17 @@ from lrcompress.layers.ffn_layouts import linears_of
 from lrcompress.layers.lowrank import dense_weight
 from lrcompress.layers.model_info import parameter_count, weight_bytes
 from lrcompress.layers.moe import unpacked
-from lrcompress.methods.candidates import Grid, ffn_choices
-from lrcompress.methods.decomposition_cache import Decompositions
-from lrcompress.methods.plan import Allocator, Budget, Choices, Plan
+from lrcompress.methods.candidates import CandidateGrid, list_candidates
+from lrcompress.methods.decomposition_cache import DecompositionCache
+from lrcompress.methods.plan import Allocator, Budget, Candidates, Plan
 from lrcompress.methods.types import FFN, LinearSpec, Method, Statistics
-from lrcompress.runtime.distributed import divided
+from lrcompress.runtime.distributed import map_sharded
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedModel:
     """The selected FFNs with all that was measured; `plan` is None until a search finds it.
 
     `keep_ratio` is the budget asked for, as a share, where it is one.
@@ -37,15 +37,15 @@ class Prepared:
     method: Method
     allocator: Allocator
     moments: Moments | None
-    choices: tuple[Choices, ...]
+    choices: tuple[Candidates, ...]
     channels: dict[str, Tensor]
     keep_ratio: float | None
     plan: Plan | None
-    decompositions: Decompositions
+    decompositions: DecompositionCache
 
-    def for_many_plans(self) -> Prepared:
+    def for_many_plans(self) -> PreparedModel:
         """The same, with decompositions that are kept: each then serves all plans."""
-        return replace(self, decompositions=Decompositions(self.method, keep=True))
+        return replace(self, decompositions=DecompositionCache(self.method, keep=True))
 
     def ffns(self, model: Any) -> Iterator[FFN]:
         """The FFNs of `model`, block by block, with weights and statistics."""
@@ -58,12 +58,12 @@ class Planning:
 
     method: Method
     allocator: Allocator
-    grid: Grid
+    grid: CandidateGrid
     budget: Budget
 
     @classmethod
     def of(cls, settings: FactorizeSettings, keep_ratio: float | None) -> Self:
-        grid = Grid(settings.form, settings.rank_multiple, settings.rank)
+        grid = CandidateGrid(settings.form, settings.rank_multiple, settings.rank)
         budget = Budget(settings.rank, keep_ratio)
         return cls(settings.compressor(), settings.allocator(), grid, budget)
 
@@ -85,18 +85,20 @@ class Planning:
         """Whether estimates are of the loss, and compared from block to block."""
         return self.gradients and self.method.estimates_loss and self.allocator.needs_errors
 
-    def choices(self, ffns: Iterable[FFN]) -> tuple[tuple[Choices, ...], dict[str, Tensor]]:
+    def choices(self, ffns: Iterable[FFN]) -> tuple[tuple[Candidates, ...], dict[str, Tensor]]:
         """Of each FFN, and the order of its channels where the method narrows."""
         found, channels = [], {}
         for ffn in ffns:
-            choices, order = ffn_choices(ffn, self.method, self.grid, self.allocator.needs_errors)
+            choices, order = list_candidates(
+                ffn, self.method, self.grid, self.allocator.needs_errors
+            )
             found.append(choices)
             if order is not None:
                 channels[ffn.name] = order.cpu()
         return tuple(found), channels
 
     def probes(
-        self, ffns: Iterable[FFN], choices: Iterable[Choices], channels: Mapping[str, Tensor]
+        self, ffns: Iterable[FFN], choices: Iterable[Candidates], channels: Mapping[str, Tensor]
     ) -> list[Probe]:
         """One of each FFN, as far as there is something to change."""
         pairs = zip(ffns, choices, strict=True)
@@ -106,23 +108,23 @@ class Planning:
     def corrected(
         self,
         ffns: Iterable[FFN],
-        choices: tuple[Choices, ...],
+        choices: tuple[Candidates, ...],
         channels: Mapping[str, Tensor],
         measure: Callable[[list[Probe]], Mapping[str, Sequence[float]]],
-    ) -> tuple[Choices, ...]:
+    ) -> tuple[Candidates, ...]:
         """`choices` with the factors of probes, where there are to be any."""
         if not self.is_probed:
             return choices
         made = self.probes(ffns, choices, channels)
         return corrected(choices, made, measure(made))
 
-    def plan(self, choices: Sequence[Choices]) -> Plan | None:
+    def plan(self, choices: Sequence[Candidates]) -> Plan | None:
         if self.budget.rank is None and self.budget.keep_ratio is None:
             return None
         return self.allocator.allocate(choices, self.budget)
 
 
-class Text(Protocol):
+class CalibrationSource(Protocol):
     """What can be measured on the calibration text."""
 
     def moments(self, gradients: bool) -> Moments: ...
@@ -135,9 +137,9 @@ def prepare(
     linears: tuple[LinearSpec, ...],
     settings: FactorizeSettings,
     keep_ratio: float | None,
-    text: Text | None,
+    text: CalibrationSource | None,
     progress: Progress,
-) -> Prepared:
+) -> PreparedModel:
     """Calibrates if the method needs it, and plans if the budget is known.
 
     A plan that takes neither errors nor narrowing comes first, so that a rank that does not fit
@@ -153,7 +155,7 @@ def prepare(
             moments = text.moments(planning.gradients)
         if not planning.is_early:
             groups = by_ffn(linears)
-            found = divided(
+            found = map_sharded(
                 groups,
                 lambda specs: planning.choices(ffns_of(model, specs, moments)),
                 progress,
@@ -166,8 +168,8 @@ def prepare(
                 choices = planning.corrected(ffns, choices, channels, text.errors)
             plan = planning.plan(choices)
     method, shared = planning.method, (moments, choices, channels)
-    return Prepared(
-        linears, method, planning.allocator, *shared, keep_ratio, plan, Decompositions(method)
+    return PreparedModel(
+        linears, method, planning.allocator, *shared, keep_ratio, plan, DecompositionCache(method)
     )
 
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.compression.block_error import BlockError
-from lrcompress.compression.hidden_streams import Streams
-from lrcompress.compression.planning import Prepared
+from lrcompress.compression.hidden_streams import HiddenStreams
+from lrcompress.compression.planning import PreparedModel
 from lrcompress.compression.refined_block import RefinedBlock, read_block, write_block
 from lrcompress.config import RefineSettings
 from lrcompress.layers.lowrank import install
-from lrcompress.layers.model_state import _training, evaluation_mode, in_float32
+from lrcompress.layers.model_state import evaluation_mode, in_float32, only_trainable
 from lrcompress.methods.linalg import damped, roots, shrunk, to_float64
 from lrcompress.methods.svd import OUTPUT_SHRINKAGE
 from lrcompress.methods.types import LinearSpec
@@ -41,7 +41,7 @@ WARM_UP = 10
 def refine(
     model: Any,
     originals: Mapping[str, nn.Module],
-    prepared: Prepared,
+    prepared: PreparedModel,
     tokens: Tensor,
     settings: RefineSettings,
     work: Path | None,
@@ -70,7 +70,7 @@ class Refinement:
         self,
         model: Any,
         originals: Mapping[str, nn.Module],
-        prepared: Prepared,
+        prepared: PreparedModel,
         tokens: Tensor,
         settings: RefineSettings,
     ) -> None:
@@ -78,7 +78,7 @@ class Refinement:
         self.settings = settings
         self.held = max(1, round(HELD_OUT * len(tokens)))
         self.stored = model.dtype
-        self.streams = Streams(model, tokens, torch.promote_types(model.dtype, torch.float32))
+        self.streams = HiddenStreams(model, tokens, torch.promote_types(model.dtype, torch.float32))
 
     def blocks(self, work: Path | None, progress: Progress) -> Iterator[RefinedBlock]:
         count = len(self.streams.blocks)
@@ -130,7 +130,7 @@ class Refinement:
         done = None if file is None else read_block(file, parameters)
         if done is None:
             error = BlockError(self.streams, index, targets, self._metric(index, specs))
-            with _training(self.streams.blocks[index], parameters.values()):
+            with only_trainable(self.streams.blocks[index], parameters.values()):
                 done = self._train(error, parameters)
             if file is not None:
                 write_block(file, parameters, done)

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lrcompress.compression.planning import Prepared, by_ffn
+from lrcompress.compression.planning import PreparedModel, by_ffn
 from lrcompress.layers.lowrank import (
     NARROWED,
     FactoredLinear,
@@ -21,12 +21,12 @@ from lrcompress.layers.lowrank import (
     install,
 )
 from lrcompress.layers.model_info import parameter_count
-from lrcompress.methods.decomposition_cache import Decompositions
+from lrcompress.methods.decomposition_cache import DecompositionCache
 from lrcompress.methods.linalg import pivot, to_float64
 from lrcompress.methods.plan import Plan
 from lrcompress.methods.types import FFN, Form, LinearSpec, Statistics
 from lrcompress.runtime import distributed
-from lrcompress.runtime.distributed import divided
+from lrcompress.runtime.distributed import map_sharded
 from lrcompress.runtime.progress import Progress
 
 # singular values of a linear that are kept for its picture
@@ -34,7 +34,7 @@ SPECTRUM = 32
 
 
 @dataclass(frozen=True)
-class ShrunkLinear:
+class LinearResult:
     """What became of one linear: `form` is None where it stayed dense.
 
     `error` is the squared error relative to the weight, in the metric of the method, of the
@@ -91,29 +91,35 @@ class ShrunkLinear:
         return {"form": self.form, "shape": list(self.shape)} | rank
 
 
-Shrunk = tuple[ShrunkLinear, nn.Module | None]  # what was done, and the new layer if there is one
+Replacement = tuple[
+    LinearResult, nn.Module | None
+]  # what was done, and the new layer if there is one
 
 
-def shrink(
-    model: nn.Module, prepared: Prepared, plan: Plan, form: Form, progress: Progress
-) -> tuple[ShrunkLinear, ...]:
+def apply_plan(
+    model: nn.Module, prepared: PreparedModel, plan: Plan, form: Form, progress: Progress
+) -> tuple[LinearResult, ...]:
     """Replaces the linears of `model` as `plan` says, in place.
 
     All layers are computed before the first is installed: whatever fails, the model is whole.
     Several processes share the FFNs, and all install all layers.
     """
 
-    def shrunk(specs: tuple[LinearSpec, ...]) -> list[Shrunk]:
+    def shrunk(specs: tuple[LinearSpec, ...]) -> list[Replacement]:
         own = replace(prepared, linears=specs)
-        found = [one for ffn in own.ffns(model) for one in shrunk_ffn(model, ffn, own, plan, form)]
+        found = [
+            one
+            for ffn in own.ffns(model)
+            for one in replacements_of_ffn(model, ffn, own, plan, form)
+        ]
         return (
             found
-            if distributed.count() == 1
+            if distributed.world_size() == 1
             else [(w, layer and layer.cpu()) for w, layer in found]
         )
 
     groups = by_ffn(prepared.linears)
-    done = [one for part in divided(groups, shrunk, progress, "Factorizing") for one in part]
+    done = [one for part in map_sharded(groups, shrunk, progress, "Factorizing") for one in part]
     for what, layer in done:
         if layer is not None:
             dense = dense_weight(model.get_submodule(what.spec.name))
@@ -121,31 +127,31 @@ def shrink(
     return tuple(what for what, _ in done)
 
 
-def shrunk_ffn(
-    model: nn.Module, ffn: FFN, prepared: Prepared, plan: Plan, form: Form
-) -> Iterator[Shrunk]:
+def replacements_of_ffn(
+    model: nn.Module, ffn: FFN, prepared: PreparedModel, plan: Plan, form: Form
+) -> Iterator[Replacement]:
     """What becomes of each linear of `ffn`; nothing is installed."""
     width = plan.widths.get(ffn.name)
     left = ffn
     if width is not None:
         left = prepared.method.narrow(ffn, prepared.channels[ffn.name][:width])
     for spec in ffn.linears:
-        yield shrunk_linear(model, left, spec, prepared.decompositions, plan, form)
+        yield replacement_of(model, left, spec, prepared.decompositions, plan, form)
 
 
-def shrunk_linear(
+def replacement_of(
     model: nn.Module,
     left: FFN,
     spec: LinearSpec,
-    decompositions: Decompositions,
+    decompositions: DecompositionCache,
     plan: Plan,
     form: Form,
-) -> Shrunk:
+) -> Replacement:
     """The new layer of one linear from its weight in `left`, the FFN after narrowing."""
     rank, now = plan.ranks.get(spec.name), plan.spec(spec)
     shape = (now.out_features, now.in_features)
     if rank is None and spec.ffn not in plan.widths:
-        return ShrunkLinear(spec, None, shape, None, spec.dense_parameters), None
+        return LinearResult(spec, None, shape, None, spec.dense_parameters), None
     dense = model.get_submodule(spec.name)
     layer = empty_like(dense, NARROWED if rank is None else form, shape, rank)
     error = largest = None
@@ -161,7 +167,7 @@ def shrunk_linear(
     finished = _finished(layer, dense, left.biases[spec.name])
     kind = NARROWED if rank is None else form
     kept = parameter_count(layer)
-    return ShrunkLinear(spec, kind, shape, rank, kept, error, largest, spectrum), finished
+    return LinearResult(spec, kind, shape, rank, kept, error, largest, spectrum), finished
 
 
 def _input_sizes(statistics: Statistics) -> Tensor | None:

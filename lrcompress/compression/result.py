@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lrcompress.compression.refined_block import RefinedBlock
-from lrcompress.compression.replace_layers import ShrunkLinear
+from lrcompress.compression.replace_layers import LinearResult
 from lrcompress.data.packing import Fingerprint
-from lrcompress.methods.plan import Choices, Plan
+from lrcompress.methods.plan import Candidates, Plan
 from lrcompress.methods.types import Form, LinearSpec
 
 # a budget that is missed by more is worth a word
@@ -39,7 +39,7 @@ class Factorization:
     a search for a perplexity tried, `refined` what refinement did.
     """
 
-    linears: tuple[ShrunkLinear, ...]
+    linears: tuple[LinearResult, ...]
     selected: Counts
     ffn: Counts
     model: Counts
@@ -75,13 +75,13 @@ def counts(linears: Sequence[LinearSpec], plan: Plan, form: Form) -> Counts:
     )
 
 
-def probed(choices: Sequence[Choices]) -> dict[str, float]:
+def probed(choices: Sequence[Candidates]) -> dict[str, float]:
     """The factor of each FFN whose estimates were corrected."""
     return {one.ffn: one.factor for one in choices if one.factor != 1.0}
 
 
-def notes(
-    done: tuple[ShrunkLinear, ...],
+def warnings_of(
+    done: tuple[LinearResult, ...],
     experts: tuple[str, ...],
     scarce: Sequence[tuple[str, int]],
     kept: Counts,

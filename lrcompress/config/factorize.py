@@ -14,6 +14,7 @@ from lrcompress.config.field_types import Names, Options, Percent, Size, allowed
 from lrcompress.methods.plan import Allocator
 from lrcompress.methods.registry import ALLOCATORS, ESTIMATE_LOSS, METHODS
 from lrcompress.methods.types import Form, Method
+from lrcompress.runtime.errors import validation_reason
 
 BUDGETS = ("rank", "keep_ratio", "target_params", "target_size", "max_perplexity_increase")
 
@@ -146,7 +147,4 @@ def _build(registry: Mapping[str, str], name: str, options: Mapping[str, Any], k
     try:
         return TypeAdapter(kind).validate_python(dict(options))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or name
-        message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{key} {where}: {message}") from None
+        raise ValueError(f"{key} {validation_reason(error)}") from None

@@ -7,7 +7,15 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from lrcompress.runtime.safe_parsing import read_yaml
 
@@ -103,18 +111,19 @@ Ratios = Annotated[
 ]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split)]
 Options = Annotated[dict[str, Any], BeforeValidator(_pairs)]
-UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def _bytes(value: object) -> object:
+def _bytes(value: object, parse: ValidatorFunctionWrapHandler) -> int:
     """'1.5GB' -> 1500000000."""
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(value))
-    if found is None or found[2].upper() not in UNITS or found[1].count(".") > 1:
-        raise ValueError(f"{value!r} is no size, write it like 1.5GB, 900MB or 1200000000")
-    size = float(found[1]) * UNITS[found[2].upper()]
+    try:
+        size = int(parse(value))
+    except (ValidationError, OverflowError):
+        raise ValueError(
+            f"{value!r} is no size, write it like 1.5GB, 900MB or 1200000000"
+        ) from None
     if size > LARGEST:
         raise ValueError(f"{value!r} is more than any machine holds")
-    return int(size)
+    return size
 
 
 def _percent(value: object) -> object:
@@ -126,7 +135,7 @@ def _percent(value: object) -> object:
         raise ValueError(f"{value!r} is no share, write it like 10% or 0.1") from None
 
 
-Size = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
+Size = Annotated[ByteSize, WrapValidator(_bytes), Field(ge=1)]
 Percent = Annotated[float, BeforeValidator(_percent), Field(gt=0, allow_inf_nan=False)]
 
 

@@ -87,7 +87,7 @@ def flags(kind: type[Section]) -> dict[str, str]:
     }
 
 
-def from_flat(
+def sections_from_flat(
     kinds: Mapping[str, type[Section]],
     values: Mapping[str, Any],
     say: Callable[[str], str] = str,

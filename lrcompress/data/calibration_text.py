@@ -9,7 +9,7 @@ from torch import Tensor
 from lrcompress.config import CalibrationSettings
 from lrcompress.data.corpora import SELF, read_corpus
 from lrcompress.data.generated import sampled_blocks
-from lrcompress.data.packing import Fingerprint, bos_token, fingerprint, in_turn, token_blocks
+from lrcompress.data.packing import Fingerprint, bos_token, fingerprint, interleave, token_blocks
 from lrcompress.layers.model_info import sequence_length
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, silent
@@ -36,7 +36,7 @@ def calibration_tokens(
         _blocks(spec, model, tokenizer, share, length, settings, progress)
         for spec, share in _shares(settings)
     ]
-    blocks = in_turn(parts)
+    blocks = interleave(parts)
     return blocks, fingerprint(settings.data, blocks, settings.seed)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lrcompress.layers.model_state import evaluation_mode
-from lrcompress.layers.nonfinite import cause
+from lrcompress.layers.nonfinite import explain_nonfinite
 from lrcompress.runtime.errors import InputError, NotFiniteError
 from lrcompress.runtime.progress import Progress
 
@@ -61,7 +61,9 @@ def _write(
         start = torch.cat([torch.full((count, 1), bos), start], dim=1)
     start = start.to(model.device)
     if not bool(model(input_ids=start, use_cache=False).logits.isfinite().all()):
-        raise NotFiniteError(f"the model's logits are not finite, {cause(model, start)}")
+        raise NotFiniteError(
+            f"the model's logits are not finite, {explain_nonfinite(model, start)}"
+        )
     mask = torch.ones_like(start)
     found: Tensor = model.generate(input_ids=start, attention_mask=mask, max_length=length)
     return found.cpu()

@@ -58,7 +58,7 @@ class Sketch:
         return np.frombuffer(base64.b64decode(self.hashes), dtype="<u4")
 
 
-def shingles(rows: Iterable[Tensor]) -> np.ndarray:
+def ngram_hashes(rows: Iterable[Tensor]) -> np.ndarray:
     """Hashes of all distinct shingles inside token rows (..., length), ascending, uint64.
 
     The first token of each row is left out: it is BOS, or one of very many.
@@ -99,15 +99,15 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 def sketch(hashes: np.ndarray) -> Sketch:
-    """A sample of `shingles`, of bounded size."""
+    """A sample of `ngram_hashes`, of bounded size."""
     high = hashes >> np.uint64(32)
     below = int(high[SKETCH]) if len(hashes) > SKETCH else 2**32
     low = _distinct(hashes[high < below].astype("<u4"))
     return Sketch(below, base64.b64encode(low.tobytes()).decode())
 
 
-def found_share(hashes: np.ndarray, known: Sketch) -> float:
-    """The share of a text, given by its `shingles`, that the text of `known` holds too.
+def overlap_share(hashes: np.ndarray, known: Sketch) -> float:
+    """The share of a text, given by its `ngram_hashes`, that the text of `known` holds too.
 
     0 where the sample is too small to tell: less than two shingles were found.
     """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.data.corpora import Corpus
-from lrcompress.data.ngram_overlap import Sketch, shingles, sketch
+from lrcompress.data.ngram_overlap import Sketch, ngram_hashes, sketch
 from lrcompress.runtime.errors import InputError
 
 # tokens read for every token asked for, so that the seed has something to choose from, and how
@@ -85,7 +85,7 @@ def token_blocks(
     return blocks
 
 
-def in_turn(parts: Sequence[Tensor]) -> Tensor:
+def interleave(parts: Sequence[Tensor]) -> Tensor:
     """Blocks (samples, length) of several texts, one of each after the other while they last."""
     turns = range(max(map(len, parts)))
     return torch.stack([part[turn] for turn in turns for part in parts if turn < len(part)])
@@ -94,7 +94,7 @@ def in_turn(parts: Sequence[Tensor]) -> Tensor:
 def fingerprint(specs: Sequence[str], blocks: Tensor, seed: int) -> Fingerprint:
     """Of the blocks (samples, length) that were taken from the texts `specs`."""
     samples, length = blocks.shape
-    mark, sample = token_hash(blocks), sketch(shingles([blocks]))
+    mark, sample = token_hash(blocks), sketch(ngram_hashes([blocks]))
     return Fingerprint(",".join(specs), samples, length, seed, blocks.numel(), mark, sample)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrcompress.config import TrainingSettings
 from lrcompress.data.corpora import read_corpus
-from lrcompress.data.packing import fingerprint, in_turn, token_blocks
+from lrcompress.data.packing import fingerprint, interleave, token_blocks
 from lrcompress.layers.model_info import sequence_length
 from lrcompress.runtime.errors import InputError
 
@@ -17,14 +17,16 @@ TRAIN_LENGTH = 512
 
 
 @dataclass(frozen=True)
-class Text:
+class TrainingText:
     """Blocks (sequences, length), the held-out ones first, and what identifies them."""
 
     tokens: Tensor
     mark: dict[str, Any]
 
 
-def training_text(model: Any, tokenizer: Any, settings: TrainingSettings, command: str) -> Text:
+def training_text(
+    model: Any, tokenizer: Any, settings: TrainingSettings, command: str
+) -> TrainingText:
     """As many sequences as the steps need, or as many whole steps as the texts hold; those are then
     read more than once.
     """
@@ -38,7 +40,7 @@ def training_text(model: Any, tokenizer: Any, settings: TrainingSettings, comman
     share = -(-wanted // len(settings.data))
     corpora = [read_corpus(spec, "calibration") for spec in settings.data]
     parts = [token_blocks(c, tokenizer, share, length, settings.seed, fewer=True) for c in corpora]
-    blocks = in_turn(parts)[:wanted]
+    blocks = interleave(parts)[:wanted]
     if len(blocks) < settings.held_out + each:
         raise InputError(
             f"{', '.join(settings.data)}: {len(blocks)} sequences of {length} tokens are too few "
@@ -47,4 +49,4 @@ def training_text(model: Any, tokenizer: Any, settings: TrainingSettings, comman
     blocks = blocks[: len(blocks) - (len(blocks) - settings.held_out) % each]
     mark = fingerprint(settings.data, blocks, settings.seed)
     text = {"sequences": mark.num_samples, "length": length, "sha256": mark.sha256}
-    return Text(blocks, text | {"sketch": mark.sketch.to_dict()})
+    return TrainingText(blocks, text | {"sketch": mark.sketch.to_dict()})

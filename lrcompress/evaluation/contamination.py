@@ -11,7 +11,7 @@ from lrcompress.config import EvaluateSettings
 from lrcompress.config.recipe import Recipe
 from lrcompress.data.calibration_text import read_blocks
 from lrcompress.data.corpora import SELF, read_corpus
-from lrcompress.data.ngram_overlap import TOLERATED, Sketch, found_share, shingles
+from lrcompress.data.ngram_overlap import TOLERATED, Sketch, ngram_hashes, overlap_share
 from lrcompress.data.training_text import training_text
 from lrcompress.data.windows import corpus_windows
 from lrcompress.layers.model_info import sequence_length
@@ -23,7 +23,7 @@ from lrcompress.runtime.errors import InputError
 USES = {"calibration": "calibrated on", "pretrained": "trained on", "finetuned": "trained on"}
 
 
-def refuse_recorded(
+def check_checkpoint(
     label: str, tokenizer: Any, settings: EvaluateSettings, length: int, record: Mapping[str, Any]
 ) -> None:
     """Raises InputError if the model of `record` was made from a text of `settings.perplexity`.
@@ -34,7 +34,7 @@ def refuse_recorded(
     if known and tokenizer is not None:
         for spec, hashes in _evaluated(tokenizer, settings, length):
             for use, sample in known:
-                _refuse(spec, found_share(hashes, sample), f"the {label} model was {use}")
+                _refuse(spec, overlap_share(hashes, sample), f"the {label} model was {use}")
 
 
 def _recorded(record: Mapping[str, Any]) -> Iterator[tuple[str, Sketch]]:
@@ -51,10 +51,10 @@ def _evaluated(
     for spec in settings.perplexity:
         corpus = read_corpus(spec, "test")
         windows = corpus_windows(corpus, tokenizer, length, settings.stride, settings.limit)
-        yield spec, shingles(window.tokens for window in windows)
+        yield spec, ngram_hashes(window.tokens for window in windows)
 
 
-def refuse_planned(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe) -> None:
     """Raises InputError if a run of `recipe` would make a model from a text that it evaluates.
 
     Only tokenizer and config are loaded, so that it is said before the hours that a run may take.
@@ -77,10 +77,10 @@ def refuse_planned(recipe: Recipe) -> None:
 def _planned(recipe: Recipe, bare: Any, tokenizer: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Use and shingles of the texts from which `recipe` makes its models."""
     if reads_text(recipe) and set(recipe.calibration.data) != {SELF}:
-        yield USES["calibration"], shingles(read_blocks(bare, tokenizer, recipe.calibration))
+        yield USES["calibration"], ngram_hashes(read_blocks(bare, tokenizer, recipe.calibration))
     if recipe.finetune.data:
         text = training_text(bare, tokenizer, recipe.finetune, "finetune")
-        yield USES["finetuned"], shingles([text.tokens])
+        yield USES["finetuned"], ngram_hashes([text.tokens])
 
 
 def reads_text(recipe: Recipe) -> bool:

@@ -10,39 +10,39 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.benchmark import throughput
-from lrcompress.checkpoint.record import RECORD, _Column, read_record, write_measured
+from lrcompress.checkpoint.record import RECORD, ModelWithRecord, read_record, write_measured
 from lrcompress.config import EvaluateSettings
-from lrcompress.config.recipe import Recipe, from_flat
+from lrcompress.config.recipe import Recipe, sections_from_flat
 from lrcompress.data.corpora import read_corpus
 from lrcompress.evaluation.block_divergence import block_changes
-from lrcompress.evaluation.contamination import refuse_recorded
+from lrcompress.evaluation.contamination import check_checkpoint
 from lrcompress.evaluation.continuations import continuations
 from lrcompress.evaluation.perplexity import perplexity
 from lrcompress.evaluation.tasks import sample_logs
 from lrcompress.evaluation.tasks.cache import TaskCache
 from lrcompress.evaluation.tasks.registry import Tasks, resolve
-from lrcompress.evaluation.tasks.runner import Asking, run_tasks
+from lrcompress.evaluation.tasks.runner import TaskOptions, run_tasks
 from lrcompress.evaluation.tasks.sample_logs import Logs
 from lrcompress.evaluation.token_divergence import token_changes
 from lrcompress.layers.ffn_layouts import ffn_parameters
-from lrcompress.layers.model_info import kind, parameter_count, sequence_length, weight_bytes
+from lrcompress.layers.model_info import model_kind, parameter_count, sequence_length, weight_bytes
 from lrcompress.layers.model_state import evaluation_mode
 from lrcompress.layers.optimize import optimize
-from lrcompress.models.loading import Loaded, other_source
+from lrcompress.models.loading import Loaded, with_source
 from lrcompress.reporting import report
-from lrcompress.reporting.differences import BlockChange, Details, TokenChange
+from lrcompress.reporting.differences import BlockChange, Differences, TokenChange
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.report import Report
 from lrcompress.reporting.tables import labels
 from lrcompress.runtime import locks
 from lrcompress.runtime.atomic_io import writing
 from lrcompress.runtime.errors import InputError
-from lrcompress.runtime.paths import places
+from lrcompress.runtime.paths import unique_file_names
 from lrcompress.runtime.progress import Progress, silent
 
 
 @dataclass(frozen=True)
-class Measured:
+class Results:
     """The metrics of models, and by the label of each what its tasks asked and it answered."""
 
     metrics: list[Metric]
@@ -63,11 +63,11 @@ def evaluate(
     context_length, ... Raises InputError where a setting is refused, a text or task cannot be
     read, or a loss is not finite.
     """
-    checked = from_flat({"evaluate": EvaluateSettings}, settings)["evaluate"]
+    checked = sections_from_flat({"evaluate": EvaluateSettings}, settings)["evaluate"]
     given = [] if baseline is None else baseline
     others = list(given) if isinstance(given, list | tuple) else [given]
     names = ["baseline"] * len(others) + ["model"]
-    kinds = [kind(one) for one in (*others, model)]
+    kinds = [model_kind(one) for one in (*others, model)]
     pairs = [(one, tokenizer) for one in (*others, model)]
     models = dict(zip(labels(kinds, names), pairs, strict=True))
     return measure(models, checked, resolve_tasks(checked), progress).metrics
@@ -89,7 +89,7 @@ def measure(
     settings: EvaluateSettings,
     tasks: Tasks | None,
     progress: Progress = silent,
-) -> Measured:
+) -> Results:
     """Every metric of every model, models in the order given, each with its own tokenizer."""
     length = common_length(models, settings)
     found: list[Metric] = []
@@ -98,12 +98,12 @@ def measure(
         one = quality(label, loaded, settings, tasks, length, progress)
         found += one.metrics
         logs.update(one.logs)
-    return Measured(found + speed(models, settings, progress), logs)
+    return Results(found + speed(models, settings, progress), logs)
 
 
 def details(
     models: Mapping[str, Loaded], settings: EvaluateSettings, progress: Progress = silent
-) -> Details:
+) -> Differences:
     """Later models against the first, token by token and block by block, and all on the prompts."""
     for _, tokenizer in models.values():
         _check_tokenizer(tokenizer, settings)
@@ -121,7 +121,7 @@ def details(
                 tokens += token_changes(models, corpus, *window, progress)
             for corpus in corpora[:1]:
                 blocks += block_changes(models, corpus, length, limit, progress)
-    return Details(tuple(tokens), tuple(blocks), tuple(texts))
+    return Differences(tuple(tokens), tuple(blocks), tuple(texts))
 
 
 @contextmanager
@@ -150,10 +150,12 @@ def speed(
             for model in alone.values():
                 stack.enter_context(optimize(model))
         if settings.speed:
-            found += throughput.speed(alone, length, settings.new_tokens, repeats, progress)
+            found += throughput.generation_throughput(
+                alone, length, settings.new_tokens, repeats, progress
+            )
         if settings.training_speed:
             size = settings.batch_size
-            found += throughput.training_speed(alone, size, length, repeats, progress)
+            found += throughput.training_throughput(alone, size, length, repeats, progress)
     return found
 
 
@@ -164,7 +166,7 @@ def quality(
     tasks: Tasks | None,
     length: int,
     progress: Progress = silent,
-) -> Measured:
+) -> Results:
     """Size, perplexities and task metrics of one model, in windows of `length` tokens."""
     model, tokenizer = loaded
     _check_tokenizer(tokenizer, settings)
@@ -176,12 +178,12 @@ def quality(
             window = (length, settings.stride, settings.limit)
             found.append(perplexity(label, model, tokenizer, corpus, *window, progress))
         if tasks:
-            asking = Asking(length, settings.limit, settings.num_fewshot, settings.batch_size)
+            asking = TaskOptions(length, settings.limit, settings.num_fewshot, settings.batch_size)
             cache = TaskCache.at(settings.task_cache)
             done = run_tasks(label, model, tokenizer, tasks, asking, cache, progress)
             found += done.metrics
             logs = done.logs
-    return Measured(found, {label: logs})
+    return Results(found, {label: logs})
 
 
 def _check_tokenizer(tokenizer: Any, settings: EvaluateSettings) -> None:
@@ -218,15 +220,15 @@ def evaluate_to(
 def _evaluated(recipe: Recipe, out: Path | None, progress: Progress, card: bool) -> Report:
     settings = recipe.evaluate
     tasks = resolve_tasks(settings)
-    others = [other_source(recipe.model, name) for name in settings.baseline]
-    found = [_Column.load(source) for source in (*others, recipe.model)]
+    others = [with_source(recipe.model, name) for name in settings.baseline]
+    found = [ModelWithRecord.load(source) for source in (*others, recipe.model)]
     names = [column.source.source for column in found]
     titles = labels([column.kind for column in found], names)
     columns = dict(zip(titles, found, strict=True))
     models = {title: column.loaded for title, column in columns.items()}
     length = common_length(models, settings)
     for title, column in columns.items():
-        refuse_recorded(title, column.loaded[1], settings, length, column.record or {})
+        check_checkpoint(title, column.loaded[1], settings, length, column.record or {})
     differences = details(models, settings, progress)  # first: it refuses unfit prompts
     measured = measure(models, settings, tasks, progress)
     title, record = f"{recipe.model.source}: evaluation", found[-1].record or {}
@@ -234,7 +236,7 @@ def _evaluated(recipe: Recipe, out: Path | None, progress: Progress, card: bool)
     if out is not None:
         with writing(out) as partial:
             report.write(partial, made)
-            for model, place in places(models).items():
+            for model, place in unique_file_names(models).items():
                 sample_logs.write(partial / sample_logs.FOLDER / place, measured.logs[model])
     if card:
         write_measured(Path(recipe.model.source), made.metrics, made.comparisons)

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from lrcompress.data.corpora import Corpus
 from lrcompress.data.packing import bos_token, token_hash
 from lrcompress.data.windows import Window, corpus_windows, window_step
-from lrcompress.layers.nonfinite import cause
+from lrcompress.layers.nonfinite import explain_nonfinite
 from lrcompress.reporting.differences import LARGEST
 from lrcompress.reporting.metric import PERPLEXITY, Metric
 from lrcompress.runtime.errors import NotFiniteError
@@ -58,7 +58,7 @@ def perplexity(
         if not math.isfinite(loss):
             raise NotFiniteError(
                 f"the loss of the {label} model on window {index} of {corpus.spec!r} is {loss}, "
-                f"{cause(model, window.tokens[None])}"
+                f"{explain_nonfinite(model, window.tokens[None])}"
             )
         samples.append([loss, window.scored])
     count = sum(window.scored for window in chosen)

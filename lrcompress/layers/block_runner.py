@@ -25,7 +25,7 @@ class _Reached(Exception):  # noqa: N818
 
 
 @dataclass
-class Pass:
+class BlockOutput:
     """One pass of one sample through a block: its output, and what some linears read and gave."""
 
     output: Tensor
@@ -33,7 +33,7 @@ class Pass:
     outputs: dict[str, Tensor]
 
 
-class Blocks:
+class BlockRunner:
     """The blocks of `model`, and what each is given beside hidden states: masks and positions.
 
     That is found with two of the `tokens` (samples, length); the first block alone has to hold its
@@ -127,12 +127,12 @@ class Blocks:
 
     def run(
         self, block: int, hidden: Tensor, reads: Sequence[str] = (), gives: Sequence[str] = ()
-    ) -> Pass:
+    ) -> BlockOutput:
         """Block number `block` on one sample's hidden states (1, length, width).
 
         The inputs of the linears that `reads` names are kept, and the outputs of those in `gives`.
         """
-        seen = Pass(hidden, {}, {})
+        seen = BlockOutput(hidden, {}, {})
         with ExitStack() as stack:
             for name in {*reads, *gives}:
                 hook = _keep(seen, name, name in reads, name in gives)
@@ -161,11 +161,14 @@ class Blocks:
 
     @torch.enable_grad()
     def score_gradient(self, hidden: Tensor, sample: Tensor, seed: int) -> Tensor:
-        """What `drawn_scores` are by the chain rule in `hidden`, the output of the last block."""
+        """The gradient in `hidden`, the output of the last block, by the chain rule from
+        `sample_score_gradients`."""
         leaf = hidden.detach().requires_grad_(True)
         with self._passing_on(leaf):
             logits = logits_of(self.model, sample[None])
-            return torch.autograd.grad(logits, leaf, drawn_scores(logits.detach(), seed))[0]
+            return torch.autograd.grad(logits, leaf, sample_score_gradients(logits.detach(), seed))[
+                0
+            ]
 
     @torch.enable_grad()
     def input_gradient(self, block: int, hidden: Tensor, gradient: Tensor) -> Tensor:
@@ -217,7 +220,7 @@ def _same(one: Any, other: Any) -> bool:
     return isinstance(one, PLAIN) and one == other
 
 
-def _keep(seen: Pass, name: str, reads: bool, gives: bool) -> Callable[..., None]:
+def _keep(seen: BlockOutput, name: str, reads: bool, gives: bool) -> Callable[..., None]:
     def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         if reads:
             seen.inputs[name] = arguments[0]
@@ -231,7 +234,7 @@ def _keep(seen: Pass, name: str, reads: bool, gives: bool) -> Callable[..., None
 ROWS = 128
 
 
-def drawn_scores(logits: Tensor, seed: int) -> Tensor:
+def sample_score_gradients(logits: Tensor, seed: int) -> Tensor:
     """A random u for every token of `logits` (tokens, vocabulary), with E u uᵀ = diag(p) - p pᵀ.
 
     p are the model's own predictions, the softmax of the logits, and diag(p) - p pᵀ is their Fisher

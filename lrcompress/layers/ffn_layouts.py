@@ -50,20 +50,20 @@ EXPERT: dict[str, Role] = {"gate_up": "gate_up", "down": "down"}
 
 
 @dataclass(frozen=True)
-class Finding:
+class FFNLinears:
     """The FFN linears of a model, and the names of the expert tensors that are none of them."""
 
     linears: tuple[LinearSpec, ...]
     experts: tuple[str, ...]
 
 
-def find_ffns(model: nn.Module) -> Finding:
+def find_ffns(model: nn.Module) -> FFNLinears:
     """Every FFN linear of every transformer block, dense or already low-rank, in order.
 
     Those of experts are linears of a model that is `unpacked`, or where some are low-rank.
     """
     linears = tuple(linears_of(model, range(len(find_blocks(model)[1]))))
-    return Finding(linears, tuple(_expert_tensors(model)))
+    return FFNLinears(linears, tuple(_expert_tensors(model)))
 
 
 def linears_of(model: nn.Module, blocks: Iterable[int]) -> Iterator[LinearSpec]:
@@ -98,7 +98,7 @@ def select(
     if is_compressed(model):
         raise InputError(
             "the model is already compressed: start from the dense model, or merge it first with "
-            "`lrcompress export DIR --dense`"
+            "`lrcompress export DIR --to dense`"
         )
     finding = find_ffns(model)
     linears = _included(model, finding, include) if include else finding.linears
@@ -165,7 +165,9 @@ def _spec(module: nn.Module, name: str, block: int, role: Role, group: str, ffn:
     return LinearSpec(name, block, role, in_features, out_features, bias, group, ffn)
 
 
-def _included(model: nn.Module, finding: Finding, include: Sequence[str]) -> tuple[LinearSpec, ...]:
+def _included(
+    model: nn.Module, finding: FFNLinears, include: Sequence[str]
+) -> tuple[LinearSpec, ...]:
     known = {spec.name: spec for spec in finding.linears}
     prefix, blocks = find_blocks(model)
     every: dict[str, LinearSpec] = {}
@@ -208,7 +210,7 @@ def has_experts(model: nn.Module) -> bool:
     return lists or any(True for _ in _expert_tensors(model))
 
 
-def _nothing_left(model: Any, finding: Finding, found: bool) -> str:
+def _nothing_left(model: Any, finding: FFNLinears, found: bool) -> str:
     if found:
         return "nothing is left to factorize: --exclude and --dense-first take every linear away"
     if finding.experts:

@@ -42,7 +42,7 @@ def sequence_length(model: Any, wanted: int | None) -> int:
     return wanted
 
 
-def kind(model: Any, trained: bool = False) -> str:
+def model_kind(model: Any, trained: bool = False) -> str:
     """What a model is called in a report."""
     name = ("finetuned" if trained else "factorized") if is_compressed(model) else "dense"
     return f"quantized {name}" if is_quantized(model) else name

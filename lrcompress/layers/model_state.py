@@ -1,10 +1,9 @@
-"""States that a model has for a while: modes, gradients, precision."""
+"""Changes to a model that end with a block of code: its mode, precision and gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -40,45 +39,21 @@ def in_float32(block: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """No parameter takes a gradient; the embedded input does, so that there is a graph."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    hook = model.get_input_embeddings().register_forward_hook(
-        # a clone is no leaf, so that a family may scale its embedding in place
-        lambda _, __, output: output.detach().requires_grad_(True).clone()
-    )
+def requires_grad_restored(module: nn.Module) -> Iterator[None]:
+    """At the end every parameter of `module` requires a gradient as it did before, or does not."""
+    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:
         yield
     finally:
-        hook.remove()
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+        for parameter, required in before:
+            parameter.requires_grad_(required)
 
 
 @contextmanager
-def _all_trainable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Every parameter that can have a gradient wants one inside; restored after."""
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
-    wanted = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield parameters
-    finally:
-        for parameter, was in zip(parameters, wanted, strict=True):
-            parameter.requires_grad_(was)
-
-
-@contextmanager
-def _training(block: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """`parameters` take gradients and nothing else in the block does."""
-    wanted = [(parameter, parameter.requires_grad) for parameter in block.parameters()]
-    try:
-        block.requires_grad_(False)
+def only_trainable(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, `parameters` require gradients and nothing else in `module` does."""
+    with requires_grad_restored(module):
+        module.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
         yield
-    finally:
-        for parameter, was in wanted:
-            parameter.requires_grad_(was)

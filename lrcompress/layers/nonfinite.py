@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 
-def cause(model: Any, tokens: Tensor) -> str:
+def explain_nonfinite(model: Any, tokens: Tensor) -> str:
     """Why the logits of `tokens` (1, length) are not finite, and the remedy."""
     weight = next(unsound(model), None)
     if weight is not None:

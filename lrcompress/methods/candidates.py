@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from lrcompress.methods.plan import Choices, Curve, Shape
+from lrcompress.methods.plan import Candidates, RankCurve, WidthOption
 from lrcompress.methods.types import FFN, Form, LinearSpec, Method
 from lrcompress.runtime.errors import InputError
 
@@ -17,7 +17,7 @@ COMBINED_WIDTHS = (0.85, 0.7, 0.55, 0.4)
 
 
 @dataclass(frozen=True)
-class Grid:
+class CandidateGrid:
     """Which ranks and widths are considered: multiples, or exactly one rank."""
 
     form: Form
@@ -38,9 +38,9 @@ class Grid:
         return list(range((width - 1) // self.multiple * self.multiple, 0, -self.multiple))
 
 
-def ffn_choices(
-    ffn: FFN, method: Method, grid: Grid, errors: bool
-) -> tuple[Choices, Tensor | None]:
+def list_candidates(
+    ffn: FFN, method: Method, grid: CandidateGrid, errors: bool
+) -> tuple[Candidates, Tensor | None]:
     """The choices of one FFN, and its channels in the order in which narrowing keeps them.
 
     Without `errors` those that take a decomposition are left out as NaN.
@@ -54,13 +54,13 @@ def ffn_choices(
         shapes, channels = _narrowed_shapes(ffn, method, grid, errors)
     else:
         shapes, channels = [], None
-    full = Shape(None, 0.0, tuple(_curves(ffn, method, grid, errors)))
-    return Choices(ffn.name, ffn.linears, (full, *shapes)), channels
+    full = WidthOption(None, 0.0, tuple(_curves(ffn, method, grid, errors)))
+    return Candidates(ffn.name, ffn.linears, (full, *shapes)), channels
 
 
 def _narrowed_shapes(
-    ffn: FFN, method: Method, grid: Grid, errors: bool
-) -> tuple[list[Shape], Tensor]:
+    ffn: FFN, method: Method, grid: CandidateGrid, errors: bool
+) -> tuple[list[WidthOption], Tensor]:
     assert ffn.down is not None
     order = method.order(ffn)
     full = ffn.down.in_features
@@ -72,7 +72,7 @@ def _narrowed_shapes(
             curves = _curves(narrowed, method, grid, errors)
         else:
             curves = (_dense_curve(linear.narrowed(width)) for linear in ffn.linears)
-        shapes.append(Shape(width, float(order.errors[width]), tuple(curves)))
+        shapes.append(WidthOption(width, float(order.errors[width]), tuple(curves)))
     return shapes, order.channels
 
 
@@ -80,7 +80,7 @@ def _rounded(value: float, multiple: int) -> int:
     return multiple * round(value / multiple)
 
 
-def _curves(ffn: FFN, method: Method, grid: Grid, errors: bool) -> Iterator[Curve]:
+def _curves(ffn: FFN, method: Method, grid: CandidateGrid, errors: bool) -> Iterator[RankCurve]:
     for linear in ffn.linears:
         if not method.truncates:
             yield _dense_curve(linear)
@@ -91,7 +91,7 @@ def _curves(ffn: FFN, method: Method, grid: Grid, errors: bool) -> Iterator[Curv
         if errors:
             weight, statistics = ffn.weights[linear.name], ffn.statistics[linear.name]
             found = method.error_curve(weight, statistics)[ranks].tolist()
-        yield Curve(
+        yield RankCurve(
             linear.name,
             np.array([*ranks, 0]),
             np.array([*counts, linear.dense_parameters]),
@@ -99,5 +99,7 @@ def _curves(ffn: FFN, method: Method, grid: Grid, errors: bool) -> Iterator[Curv
         )
 
 
-def _dense_curve(linear: LinearSpec) -> Curve:
-    return Curve(linear.name, np.array([0]), np.array([linear.dense_parameters]), np.array([0.0]))
+def _dense_curve(linear: LinearSpec) -> RankCurve:
+    return RankCurve(
+        linear.name, np.array([0]), np.array([linear.dense_parameters]), np.array([0.0])
+    )

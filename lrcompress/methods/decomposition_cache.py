@@ -7,7 +7,7 @@ import time
 from lrcompress.methods.types import FFN, Decomposition, Factors, LinearSpec, Method
 
 
-class Decompositions:
+class DecompositionCache:
     """Of the linears of one model by one method.
 
     With `keep` each is made once for all plans, at the cost of its memory; without, none is kept.

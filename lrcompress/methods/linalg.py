@@ -61,7 +61,7 @@ def _floor(values: Tensor) -> float:
     return top * len(values) * torch.finfo(values.dtype).eps if top > 0 else 1.0
 
 
-class Metric:
+class WeightedNorm:
     """A metric M, as a symmetric positive definite matrix (n, n) or its diagonal (n,).
 
     Its root L, with L Lᵀ = M, is taken once: any root gives the same factors, as two of them
@@ -108,7 +108,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Decomposition:
+class TruncatedSVD:
     """The leading terms of W (out, in), ordered by what each adds to the fit in a metric.
 
     Truncation is a projection of W: L_r R_rᵀ W, or W R_r L_rᵀ where W is `turned` (out > in).
@@ -146,10 +146,10 @@ class Decomposition:
 
 def decompose(
     weight: Tensor,
-    input_metric: Metric | None = None,
-    output_metric: Metric | None = None,
+    input_metric: WeightedNorm | None = None,
+    output_metric: WeightedNorm | None = None,
     rank: int | None = None,
-) -> Decomposition:
+) -> TruncatedSVD:
     """Terms of W (out, in) ordered by ‖G^1/2 (W - BA) X^1/2‖², X the input, G the output metric.
 
     None stands for the identity. Only the eigenproblem of the smaller side is solved, and only
@@ -164,11 +164,13 @@ def decompose(
     left, right = U, U
     if narrow is not None:
         left, right = narrow.both(U)
-    return Decomposition(left, right, energies, float(gram.trace()), turned)
+    return TruncatedSVD(left, right, energies, float(gram.trace()), turned)
 
 
 def spectrum(
-    weight: Tensor, input_metric: Metric | None = None, output_metric: Metric | None = None
+    weight: Tensor,
+    input_metric: WeightedNorm | None = None,
+    output_metric: WeightedNorm | None = None,
 ) -> Tensor:
     """The energies of all terms of `decompose`, without the terms: a third of the work."""
     W, wide, narrow, _ = _sides(weight, input_metric, output_metric)
@@ -177,8 +179,8 @@ def spectrum(
 
 
 def _sides(
-    weight: Tensor, X: Metric | None, G: Metric | None
-) -> tuple[Tensor, Metric | None, Metric | None, bool]:
+    weight: Tensor, X: WeightedNorm | None, G: WeightedNorm | None
+) -> tuple[Tensor, WeightedNorm | None, WeightedNorm | None, bool]:
     """W with no more rows than columns, the columns' metric, the rows', and whether W is turned."""
     W = to_float64(weight)
     if W.shape[0] <= W.shape[1]:
@@ -186,7 +188,7 @@ def _sides(
     return W.T, G, X, True
 
 
-def _gram(W: Tensor, wide: Metric | None, narrow: Metric | None) -> Tensor:
+def _gram(W: Tensor, wide: WeightedNorm | None, narrow: WeightedNorm | None) -> Tensor:
     """Lᵀ W M Wᵀ L, M the columns' metric and L the root of the rows'."""
     scaled = W if narrow is None else narrow.scaled(W)
     return (scaled if wide is None else wide.after(scaled)) @ scaled.T

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Curve:
+class RankCurve:
     """The options of one linear: exact parameter count and estimated loss at each rank.
 
     Ranks ascend; the last option, rank 0 in the array, is to stay dense at no loss.
@@ -26,7 +26,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Shape:
+class WidthOption:
     """One width of an FFN: what narrowing to it costs, and the options of its linears then.
 
     `width` is None where all channels stay.
@@ -34,11 +34,11 @@ class Shape:
 
     width: int | None
     error: float
-    curves: tuple[Curve, ...]
+    curves: tuple[RankCurve, ...]
 
 
 @dataclass(frozen=True)
-class Choices:
+class Candidates:
     """Every way in which a method could shrink one FFN.
 
     `factor` is what probes of its block cost over their estimates.
@@ -46,7 +46,7 @@ class Choices:
 
     ffn: str
     linears: tuple[LinearSpec, ...]
-    shapes: tuple[Shape, ...]
+    shapes: tuple[WidthOption, ...]
     factor: float = 1.0
 
     @property
@@ -88,4 +88,4 @@ class Allocator(Protocol):
 
     needs_errors: ClassVar[bool]
 
-    def allocate(self, choices: Sequence[Choices], budget: Budget) -> Plan: ...
+    def allocate(self, choices: Sequence[Candidates], budget: Budget) -> Plan: ...

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lrcompress.methods.linalg import (
-    Decomposition,
-    Metric,
+    TruncatedSVD,
+    WeightedNorm,
     damped,
     decompose,
     shrunk,
@@ -35,11 +35,11 @@ class ScaledSVD:
     truncates: ClassVar[bool] = True
     estimates_loss: ClassVar[bool] = False
 
-    def metric(self, statistics: Statistics) -> Metric | None:
+    def metric(self, statistics: Statistics) -> WeightedNorm | None:
         """X of shape (in, in), or its diagonal (in,); None for the identity."""
         return None
 
-    def output_metric(self, statistics: Statistics) -> Metric | None:
+    def output_metric(self, statistics: Statistics) -> WeightedNorm | None:
         """G of shape (out, out); None for the identity."""
         return None
 
@@ -55,7 +55,7 @@ class ScaledSVD:
         tails = energies.flip(0).cumsum(0).flip(0)
         return torch.cat([tails, tails.new_zeros(1)])
 
-    def decompose(self, weight: Tensor, statistics: Statistics, rank: int) -> Decomposition:
+    def decompose(self, weight: Tensor, statistics: Statistics, rank: int) -> TruncatedSVD:
         """The terms of W (out, in) in the metrics: its factors are the best ones of their rank.
 
         Raises InputError where rank is not in 1 .. min(out, in).
@@ -86,12 +86,12 @@ class DiagonalSVD(ScaledSVD):
             raise InputError(f"alpha {self.alpha} is not in 0..2")
         _check_damping(self.damping)
 
-    def metric(self, statistics: Statistics) -> Metric:
+    def metric(self, statistics: Statistics) -> WeightedNorm:
         squares = to_float64(_second_moment(statistics)).diagonal()
         mean = squares.mean()
         if mean == 0:
-            return Metric(torch.ones_like(squares))
-        return Metric((squares + self.damping * mean) ** self.alpha)
+            return WeightedNorm(torch.ones_like(squares))
+        return WeightedNorm((squares + self.damping * mean) ** self.alpha)
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ class WhitenedSVD(ScaledSVD):
         """By moment: the same one comes again for gate, up and every width."""
         return WeakIdKeyDictionary()
 
-    def _metric(self, moment: Tensor, damping: float, shrinkage: float = 0.0) -> Metric:
-        known: dict[tuple[float, float], Metric]
+    def _metric(self, moment: Tensor, damping: float, shrinkage: float = 0.0) -> WeightedNorm:
+        known: dict[tuple[float, float], WeightedNorm]
         known = self._metrics.setdefault(moment, {})  # type: ignore[no-untyped-call]
         if (key := (damping, shrinkage)) not in known:
-            known[key] = Metric(damped(shrunk(to_float64(moment), shrinkage), damping))
+            known[key] = WeightedNorm(damped(shrunk(to_float64(moment), shrinkage), damping))
         return known[key]
 
-    def metric(self, statistics: Statistics) -> Metric:
+    def metric(self, statistics: Statistics) -> WeightedNorm:
         return self._metric(_second_moment(statistics), self.damping)
 
 
@@ -150,10 +150,10 @@ class FisherSVD(WhitenedSVD):
         check_shrinkage(self.shrinkage)
         check_shrinkage(self.output_shrinkage)
 
-    def metric(self, statistics: Statistics) -> Metric:
+    def metric(self, statistics: Statistics) -> WeightedNorm:
         return self._metric(_second_moment(statistics), self.damping, self.shrinkage)
 
-    def output_metric(self, statistics: Statistics) -> Metric:
+    def output_metric(self, statistics: Statistics) -> WeightedNorm:
         if statistics.gradient_moment is None:
             raise InputError("this method needs the gradients of the output: calibrate first")
         gradient = statistics.gradient_moment

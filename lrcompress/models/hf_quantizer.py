@@ -24,7 +24,7 @@ from lrcompress.layers.lowrank import PivotedLinear, compressed_layers, layout, 
 from lrcompress.layers.model_info import is_quantized
 from lrcompress.models.safetensors_headers import check_types, stored_tensors
 from lrcompress.runtime.errors import InputError
-from lrcompress.runtime.packages import require_torchao
+from lrcompress.runtime.packages import require_extra
 
 QUANT_METHOD = "lowrank"
 QUANTIZED_METHOD = "lowrank_torchao"
@@ -121,7 +121,7 @@ class QuantizedLowRankConfig(TorchAoConfig):  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> QuantizedLowRankConfig:
-        require_torchao()
+        require_extra("torchao", "quantize")
         return super().from_dict(config_dict, **kwargs)  # type: ignore[no-any-return]
 
 

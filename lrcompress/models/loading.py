@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lrcompress.config import ModelSettings
-from lrcompress.models.preflight import bare, check_folder
+from lrcompress.models.preflight import check_folder, meta_model
 from lrcompress.runtime.errors import InputError, MachineError, machine_fault_reason
 from lrcompress.runtime.paths import is_inside, user_path
 
@@ -211,18 +211,18 @@ def skeleton(source: str, gguf_file: str | None = None, trust_remote_code: bool 
     """MODEL on the meta device: its shapes, from the config alone; no weights, no memory."""
     config = load_config(source, gguf_file, trust_remote_code)
     with _explained(source):
-        return bare(config, trust_remote_code)
+        return meta_model(config, trust_remote_code)
 
 
 Loaded = tuple[Any, Any]  # a model and its tokenizer
 
 
-def load_settings(settings: ModelSettings, **placement: Any) -> Loaded:
+def load_model(settings: ModelSettings, **placement: Any) -> Loaded:
     """(model, tokenizer) as a recipe's model section describes them, or where `placement` says."""
     arguments = settings.model_dump() | placement
     return load(arguments.pop("source"), **arguments)
 
 
-def other_source(settings: ModelSettings, source: str) -> ModelSettings:
+def with_source(settings: ModelSettings, source: str) -> ModelSettings:
     """The same loading settings for another model; a GGUF file belongs to its own model."""
     return settings.model_copy(update={"source": source, "gguf_file": None})

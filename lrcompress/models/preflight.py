@@ -19,7 +19,7 @@ ADAPTER = "adapter_config.json"
 PACKED = 16
 
 
-def bare(config: Any, trust_remote_code: bool) -> Any:
+def meta_model(config: Any, trust_remote_code: bool) -> Any:
     """The model that `config` describes on the meta device, with its compressed layers."""
     record = getattr(config, "quantization_config", None)
     with torch.device("meta"):
@@ -55,7 +55,7 @@ def _check_size(path: str, held: int, tensors: int) -> None:
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
     fits = isinstance(depth, int) and depth <= tensors  # first: to build too many takes long
-    if fits and parameter_count(bare(config, False)) <= PACKED * held:
+    if fits and parameter_count(meta_model(config, False)) <= PACKED * held:
         return
     raise InputError(
         f"model {path!r} holds {held:,} numbers in {tensors} tensors, and its config.json asks for "

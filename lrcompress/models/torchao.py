@@ -12,7 +12,7 @@ from lrcompress.layers.lowrank import layout
 from lrcompress.layers.model_info import refuse_quantized
 from lrcompress.models.hf_quantizer import QuantizedLowRankConfig, QuantizedLowRankQuantizer
 from lrcompress.runtime.errors import InputError, MachineError, machine_fault_reason
-from lrcompress.runtime.packages import require_torchao
+from lrcompress.runtime.packages import require_extra
 
 GROUP = 32  # entries of a row that share a scale of int4
 
@@ -50,7 +50,7 @@ def quantize(model: Any, weights: str) -> list[str]:
 
 def _scheme(weights: str) -> Any:
     """torchao's own configuration of `weights`."""
-    require_torchao()
+    require_extra("torchao", "quantize")
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
 
     if weights == "int8":

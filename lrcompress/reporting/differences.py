@@ -136,7 +136,7 @@ class Continuation:
 
 
 @dataclass(frozen=True)
-class Details:
+class Differences:
     """Where later models differ from the first."""
 
     __pydantic_config__ = PUBLISHED
@@ -145,7 +145,7 @@ class Details:
     blocks: tuple[BlockChange, ...] = ()
     continuations: tuple[Continuation, ...] = ()
 
-    def alike(self) -> Details:
+    def alike(self) -> Differences:
         """Without those that have no place in one table with the first of their kind: against
         another model, or measured in another way."""
         base = self.tokens[0].baseline if self.tokens else ""

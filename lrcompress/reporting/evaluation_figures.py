@@ -13,11 +13,11 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lrcompress.reporting.differences import BlockChange, Details, TokenChange
+from lrcompress.reporting.differences import BlockChange, Differences, TokenChange
 from lrcompress.reporting.figures import COLOURS, INK, Picture, draw, legend, plain_logarithms
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.provenance import TRAININGS
-from lrcompress.runtime.paths import places
+from lrcompress.runtime.paths import unique_file_names
 
 NORMAL_95 = 1.96
 # linears that are told apart by their role, in the order of the forward pass
@@ -27,12 +27,12 @@ Linears = Sequence[Mapping[str, Any]]
 
 
 def pictures(
-    metrics: Sequence[Metric], details: Details, record: Mapping[str, Any]
+    metrics: Sequence[Metric], details: Differences, record: Mapping[str, Any]
 ) -> Iterator[Picture]:
     """Those for which there are numbers. `record` is the lrcompress.json of the last model."""
     if scores := [metric for metric in metrics if _is_score(metric)]:
         yield _tasks(scores)
-    names = places(change.data for change in details.tokens)
+    names = unique_file_names(change.data for change in details.tokens)
     for data, name in names.items():
         changes = [change for change in details.tokens if change.data == data]
         yield _positions("positions" + (f"-{name}" if len(names) > 1 else ""), changes)

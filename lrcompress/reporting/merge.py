@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lrcompress.reporting import metrics_json
-from lrcompress.reporting.differences import BlockChange, Continuation, Details, TokenChange
+from lrcompress.reporting.differences import BlockChange, Continuation, Differences, TokenChange
 from lrcompress.reporting.metric import NO_QUALITY, SPEEDS, Metric
 from lrcompress.reporting.render import json_text
 from lrcompress.reporting.report import Report, markdown, read, write
@@ -103,21 +103,21 @@ def _add(models: list[_Model], model: _Model) -> None:
     models.append(model)
 
 
-def _renamed(details: Details, names: Mapping[str, str]) -> Details:
+def _renamed(details: Differences, names: Mapping[str, str]) -> Differences:
     def named(one: Change) -> Change:
         return replace(one, baseline=names[one.baseline], model=names[one.model])
 
     texts = ({names[label]: text for label, text in c.texts.items()} for c in details.continuations)
     prompts = [continuation.prompt for continuation in details.continuations]
-    return Details(
+    return Differences(
         tuple(named(change) for change in details.tokens),
         tuple(named(change) for change in details.blocks),
         tuple(map(Continuation, prompts, texts)),
     )
 
 
-def _united(parts: Sequence[Details]) -> Details:
-    return Details(
+def _united(parts: Sequence[Differences]) -> Differences:
+    return Differences(
         _once(change for part in parts for change in part.tokens),
         _once(change for part in parts for change in part.blocks),
         tuple(_beside(text for part in parts for text in part.continuations)),
@@ -146,7 +146,7 @@ def _beside(continuations: Iterable[Continuation]) -> list[Continuation]:
     return found
 
 
-def _notes(reports: Mapping[str, Report], details: Details) -> Iterator[str]:
+def _notes(reports: Mapping[str, Report], details: Differences) -> Iterator[str]:
     for place, report in reports.items():
         yield from report.notes
         yield from (f"{place}: {note}" for note in report.record.get("notes", ()))

@@ -11,16 +11,16 @@ from typing import Any, Final, Literal, TypeVar
 from jinja2 import TemplateError
 from pydantic import TypeAdapter, ValidationError
 
-from lrcompress.reporting.differences import Details
+from lrcompress.reporting.differences import Differences
 from lrcompress.reporting.metric import PUBLISHED, Number, Summary
 from lrcompress.reporting.provenance import Text
 from lrcompress.reporting.render import json_text
 from lrcompress.reporting.significance import Comparison
-from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.errors import InputError, validation_reason
 from lrcompress.runtime.safe_parsing import read_object
-from lrcompress.workflows.sweep.sweep_json import Sweep
 
 VERSION: Final = 1
+METRICS = "metrics.json"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Evaluation:
     metrics: tuple[Summary, ...]
     """Model by model; the first model is the one that others are compared with."""
     comparisons: tuple[Comparison, ...]
-    details: Details
+    details: Differences
     texts: tuple[Text, ...]
     """What the models were calibrated, trained and evaluated on."""
     training: Mapping[str, Any] | None
@@ -65,10 +65,10 @@ class Evaluation:
     samples: tuple[Samples, ...]
 
 
-Content = TypeVar("Content", Evaluation, Sweep)
+Content = TypeVar("Content")
 
 
-def to_json(content: Evaluation | Sweep) -> str:
+def to_json(content: Any) -> str:
     return json_text(TypeAdapter[Any](type(content)).dump_python(content))
 
 
@@ -83,9 +83,7 @@ def read(kind: type[Content], file: Path) -> Content:
     try:
         return TypeAdapter(kind).validate_python(found)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise damaged(file, f"{where}: {first['msg'].lower()}") from None
+        raise damaged(file, validation_reason(error)) from None
 
 
 def _object(file: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from lrcompress.methods.types import Role
+from lrcompress.runtime.errors import validation_reason
 
 OPEN = {"extra": "allow"}
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -112,6 +113,4 @@ def checked_record(found: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return {**found, **_RECORD.validate_python(found)}
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{where}: {first['msg'].lower()}") from None
+        raise ValueError(validation_reason(error)) from None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.reporting import figures, metrics_json
-from lrcompress.reporting.differences import Details
+from lrcompress.reporting.differences import Differences
 from lrcompress.reporting.evaluation_figures import pictures
 from lrcompress.reporting.figures import Picture
 from lrcompress.reporting.metric import Metric
@@ -24,7 +24,6 @@ from lrcompress.reporting.significance import Comparison, comparisons
 from lrcompress.reporting.tables import table
 from lrcompress.reporting.tables import title as title_of
 from lrcompress.runtime.atomic_io import replace_text
-from lrcompress.workflows.sweep import sweep_json
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Report:
 
     title: str
     metrics: tuple[Metric, ...]
-    details: Details = field(default_factory=Details)
+    details: Differences = field(default_factory=Differences)
     record: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     listed: tuple[Text, ...] = ()
@@ -97,7 +96,7 @@ def to_json(report: Report) -> str:
 
 def read(folder: Path) -> Report:
     """The report whose metrics.json is in `folder`; raises InputError where that cannot be read."""
-    found = metrics_json.read(Evaluation, folder / sweep_json.METRICS)
+    found = metrics_json.read(Evaluation, folder / metrics_json.METRICS)
     samples = {(one.model, one.metric): one.values for one in found.samples}
     metrics = tuple(
         Metric(**vars(metric), samples=samples.get((metric.model, title_of(metric)), []))
@@ -107,7 +106,7 @@ def read(folder: Path) -> Report:
     try:
         record = checked_record({**(found.factorization or {}), **training})
     except ValueError as error:
-        raise metrics_json.damaged(folder / sweep_json.METRICS, str(error)) from None
+        raise metrics_json.damaged(folder / metrics_json.METRICS, str(error)) from None
     return Report(found.title, metrics, found.details, record, found.notes, found.texts)
 
 
@@ -136,7 +135,7 @@ def to_csv(report: Report) -> str:
 
 # file name -> what writes it: a new format is one function and one row
 FORMATS = {
-    sweep_json.METRICS: to_json,
+    metrics_json.METRICS: to_json,
     "metrics.csv": to_csv,
     "report.md": markdown,
     "report.html": html,

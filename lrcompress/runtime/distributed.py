@@ -31,7 +31,7 @@ TIMEOUT = timedelta(hours=2)
 SHARED_COMMANDS = ("factorize", "finetune", "pretrain")
 
 
-class SaidElsewhereError(Exception):
+class MainProcessFailedError(Exception):
     """The run failed, and the main process says why; this process ends with `code`."""
 
     def __init__(self, code: int) -> None:
@@ -43,7 +43,7 @@ class SaidElsewhereError(Exception):
 ALONE = ContextVar("alone", default=False)
 
 
-def count() -> int:
+def world_size() -> int:
     return 1 if ALONE.get() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -59,50 +59,52 @@ def is_main() -> bool:
 
 def check_command(name: str | None) -> None:
     """Raises InputError where a command would run once in each process."""
-    if count() > 1 and name not in SHARED_COMMANDS:
+    if world_size() > 1 and name not in SHARED_COMMANDS:
         raise InputError(f"{name} runs in one process: start it without torchrun")
 
 
 def share(batch_size: int, passes: int) -> int:
     """Sequences in one forward pass of one process, of the `batch_size` in an optimizer step."""
-    parts = count() * passes
+    parts = world_size() * passes
     if batch_size % parts:
         raise InputError(
-            f"a batch size of {batch_size} cannot be shared by {count()} processes with {passes} "
-            f"forward passes each: use a multiple of {parts}, such as "
+            f"a batch size of {batch_size} cannot be shared by {world_size()} processes with "
+            f"{passes} forward passes each: use a multiple of {parts}, such as "
             f"--batch-size {-(-batch_size // parts) * parts}"
         )
     return batch_size // parts
 
 
-def own_part(items: Sequence[T]) -> Sequence[T]:
+def shard_of(items: Sequence[T]) -> Sequence[T]:
     """Those of `items` that this process does; the others do the others."""
-    return items[rank() :: count()]
+    return items[rank() :: world_size()]
 
 
-def divided(items: Sequence[S], work: Callable[[S], T], progress: Progress, what: str) -> list[T]:
+def map_sharded(
+    items: Sequence[S], work: Callable[[S], T], progress: Progress, what: str
+) -> list[T]:
     """`work` of each item, done by one process for all of them, which get all results in order.
 
-    Results are sent: tensors have to be on the CPU. Errors as in `agreed`.
+    Results are sent: tensors have to be on the CPU. Errors as in `run_on_all`.
     """
-    own = own_part(items)
-    found = agreed(lambda: [work(item) for item in progress(own, what, len(own))])
-    if count() == 1:
+    own = shard_of(items)
+    found = run_on_all(lambda: [work(item) for item in progress(own, what, len(own))])
+    if world_size() == 1:
         return found
     import torch.distributed as dist
 
-    parts: list[list[T]] = [[] for _ in range(count())]
+    parts: list[list[T]] = [[] for _ in range(world_size())]
     dist.all_gather_object(parts, found)
-    return [parts[index % count()][index // count()] for index in range(len(items))]
+    return [parts[index % world_size()][index // world_size()] for index in range(len(items))]
 
 
 def add_up(sums: dict[str, Tensor], zeros: Callable[[str], Tensor]) -> None:
     """Makes `sums` those over all processes, in place; `zeros` gives one that a process lacks."""
-    if count() == 1:
+    if world_size() == 1:
         return
     import torch.distributed as dist
 
-    known: list[list[str]] = [[] for _ in range(count())]
+    known: list[list[str]] = [[] for _ in range(world_size())]
     dist.all_gather_object(known, list(sums))
     for name in sorted({name for names in known for name in names}):
         if name not in sums:
@@ -112,12 +114,14 @@ def add_up(sums: dict[str, Tensor], zeros: Callable[[str], Tensor]) -> None:
 
 def own_device(device: str) -> str:
     """The device of this process where several run; otherwise `device` as it is."""
-    if count() == 1 or device == "cpu":
+    if world_size() == 1 or device == "cpu":
         return device
     import torch
 
     if device != "auto":
-        raise InputError(f"device {device!r} is one for {count()} processes: use --device auto")
+        raise InputError(
+            f"device {device!r} is one for {world_size()} processes: use --device auto"
+        )
     if not torch.cuda.is_available():
         return "cpu"
     found, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -131,7 +135,7 @@ def own_device(device: str) -> str:
 @contextmanager
 def group(device: str) -> Iterator[None]:
     """Connects the processes; what fails inside leaves them connected, for `end_after_main`."""
-    connected = count() == 1 or _is_connected()
+    connected = world_size() == 1 or _is_connected()
     if not connected:
         _connect(device)
     yield
@@ -153,34 +157,35 @@ def _connect(device: str) -> None:
 
     cuda = device != "cpu" and torch.cuda.is_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
-    own = agreed(lambda: own_device(device))
+    own = run_on_all(lambda: own_device(device))
     if own.startswith("cuda"):
         torch.cuda.set_device(own)
 
 
-def agreed(function: Callable[[], T]) -> T:
+def run_on_all(function: Callable[[], T]) -> T:
     """What `function` gives here, once it has ended well in every process.
 
     Where it raised InputError or MachineError in any, the main process raises it, and the others
     SaidElsewhereError. Any other error ends its own process, and torchrun then ends the rest.
     """
-    if count() == 1:
+    if world_size() == 1:
         return function()
     value, fault = _attempt(function)
     import torch.distributed as dist
 
-    faults: list[Exception | None] = [None] * count()
+    faults: list[Exception | None] = [None] * world_size()
     dist.all_gather_object(faults, fault)
     _raise_first(faults)
     return value  # type: ignore[return-value]
 
 
-def from_main(function: Callable[[], T]) -> T:
+def run_on_main(function: Callable[[], T]) -> T:
     """What `function` gives in the main process, for all of them; it runs in no other.
 
-    What it calls sees one process, so that it does not wait for the others. Errors as in `agreed`.
+    What it calls sees one process, so that it does not wait for the others. Errors are those of
+    `run_on_all`.
     """
-    if count() == 1:
+    if world_size() == 1:
         return function()
     import torch.distributed as dist
 
@@ -194,9 +199,9 @@ def from_main(function: Callable[[], T]) -> T:
 def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return function(), None
-    except (InputError, MachineError, SaidElsewhereError) as error:
+    except (InputError, MachineError, MainProcessFailedError) as error:
         # as plain text: a cause may be too large to send, or not loadable elsewhere
-        return None, error if isinstance(error, SaidElsewhereError) else type(error)(str(error))
+        return None, error if isinstance(error, MainProcessFailedError) else type(error)(str(error))
 
 
 def _alone(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -210,7 +215,7 @@ def _raise_first(faults: list[Exception | None]) -> None:
         raise (
             said[0]
             if is_main()
-            else SaidElsewhereError(2 if isinstance(said[0], InputError) else 1)
+            else MainProcessFailedError(2 if isinstance(said[0], InputError) else 1)
         )
 
 
@@ -228,7 +233,7 @@ def end_after_main(code: int) -> NoReturn:
 def end(code: int) -> NoReturn:
     """Ends this process: at once where it is connected to others, because gloo may abort it for a
     lost connection while Python takes itself down."""
-    if count() == 1 or not _is_connected():
+    if world_size() == 1 or not _is_connected():
         raise SystemExit(code)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -242,10 +247,10 @@ def check_shared(folder: Path) -> None:
         if not folder.is_dir():
             raise InputError(f"{str(folder.parent)!r} is not one folder for all machines: share it")
 
-    from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
-    agreed(check)
+    run_on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+    run_on_all(check)
 
 
 def barrier() -> None:
     """Returns when every process has come here."""
-    agreed(lambda: None)
+    run_on_all(lambda: None)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class InputError(ValueError):
@@ -52,6 +56,15 @@ WORDS = {
 
 
 NUMBER = re.compile(r"(?:os error |\[Errno )(\d+)")
+
+
+def validation_reason(error: ValidationError) -> str:
+    """The first mistake that pydantic found, as "field: reason"."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    reason = f"{message[0].lower()}{message[1:]}"
+    return f"{field}: {reason}" if field else reason
 
 
 def machine_fault_reason(error: BaseException) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lrcompress.runtime.atomic_io import parents
-from lrcompress.runtime.distributed import from_main
+from lrcompress.runtime.distributed import run_on_main
 from lrcompress.runtime.errors import InputError, MachineError, machine_fault_reason
 from lrcompress.runtime.paths import check_free
 
@@ -27,7 +27,7 @@ def beside(out: Path | None, replace: bool = False) -> Iterator[None]:
         yield
         return
     if not replace:
-        from_main(lambda: check_free(out))
+        run_on_main(lambda: check_free(out))
     with _held(out.absolute().with_name(f".{out.name}.lock"), out):
         yield
 
@@ -43,7 +43,7 @@ def inside(out: Path) -> Iterator[None]:
 def _held(file: Path, out: Path) -> Iterator[None]:
     with parents(file):
         lock = FileLock(file, blocking=False)
-        from_main(lambda: _take(lock, out))
+        run_on_main(lambda: _take(lock, out))
         try:
             yield
         finally:

@@ -15,13 +15,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
-def require_torchao() -> None:
-    """Raises InputError where the package that quantizes is not installed."""
-    if importlib.util.find_spec("torchao") is None:
-        raise InputError("quantized weights need torchao: pip install 'lrcompress[quantize]'")
-
-
-def check_package(package: str, extra: str) -> None:
-    """Raises InputError where a package of the optional dependencies `extra` is missing."""
+def require_extra(package: str, extra: str) -> None:
+    """Raises InputError where a package of the optional dependencies `extra` is not installed."""
     if importlib.util.find_spec(package) is None:
         raise InputError(f"{extra} needs {package}: pip install 'lrcompress[{extra}]'")

@@ -55,7 +55,7 @@ def safe_name(text: str) -> str:
     return re.sub(r"[^\w+=.,-]", "_", text).strip(".")[:120] or "_"
 
 
-def places(names: Iterable[str]) -> dict[str, str]:
+def unique_file_names(names: Iterable[str]) -> dict[str, str]:
     """Each with a name for a file or folder of its own: where alike, with numbers."""
     found: dict[str, str] = {}
     for one in names:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lrcompress.runtime.progress import Progress, Status
 
 
-class Steps(TrainerCallback):  # type: ignore[misc]
+class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     """Reports each step to a `Progress`, with loss and tokens per second.
 
     The time of measurements and checkpoints between the steps is not counted.

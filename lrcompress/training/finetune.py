@@ -14,21 +14,22 @@ import torch
 from lrcompress.checkpoint import fingerprints
 from lrcompress.checkpoint.record import read_record
 from lrcompress.config import FinetuneSettings, ModelSettings
-from lrcompress.data.training_text import Text
+from lrcompress.data.training_text import TrainingText
 from lrcompress.layers.lowrank import compressed_layers
 from lrcompress.layers.model_info import refuse_quantized
+from lrcompress.layers.model_state import only_trainable, requires_grad_restored
 from lrcompress.layers.moe import unpacked
-from lrcompress.models.loading import Loaded, load_settings, locate, other_source
+from lrcompress.models.loading import Loaded, load_model, locate, with_source
 from lrcompress.reporting.provenance import learned
 from lrcompress.runtime import distributed
-from lrcompress.runtime.distributed import agreed, from_main
+from lrcompress.runtime.distributed import run_on_all, run_on_main
 from lrcompress.runtime.errors import InputError
-from lrcompress.runtime.packages import check_package
+from lrcompress.runtime.packages import require_extra
 from lrcompress.runtime.progress import Progress, silent
 from lrcompress.training import fsdp, job
 from lrcompress.training.distillation import DistillationTrainer, Objective
 from lrcompress.training.fsdp import is_sharded
-from lrcompress.training.job import TrainingRun, check_device
+from lrcompress.training.job import TrainingJob, check_device
 from lrcompress.training.loop import Trained, autocast, run
 from lrcompress.training.self_guided import Guidance, guides
 from lrcompress.training.teacher_cache import TeacherCache
@@ -61,10 +62,11 @@ def finetune_to(
         return run.whole(out, resume, replace)
 
 
-class Finetuning(TrainingRun):
+class Finetuning(TrainingJob):
     """Of a compressed checkpoint, towards its dense teacher."""
 
     command = "finetune"
+    stage = "finetune"
     record_key = "finetuned"
     settings: FinetuneSettings
 
@@ -87,7 +89,7 @@ class Finetuning(TrainingRun):
         name = settings.teacher or record.get("source")
         if name is None:
             raise InputError(f"{source.source!r} names no source: give --teacher MODEL")
-        self.dense = other_source(source, name)
+        self.dense = with_source(source, name)
         for each in (source, self.dense) if settings.shard else ():
             fsdp.check_source(each)
         check_device(source.device, self.command)
@@ -98,7 +100,7 @@ class Finetuning(TrainingRun):
 
     def loaded(self, work: Path) -> Loaded:
         shard = self.settings.shard
-        model, tokenizer = load_settings(self.source, **fsdp.placement(self.source, shard))
+        model, tokenizer = load_model(self.source, **fsdp.placement(self.source, shard))
         refuse_quantized(model, "finetune it before it is quantized")
         fsdp.check_precision(model)
         if shard and self.settings.train == "all":
@@ -107,16 +109,16 @@ class Finetuning(TrainingRun):
             self.teacher, _ = self.load_teacher(self.dense)
         else:
             place = fsdp.placement(self.dense, shard)
-            self.teacher, _ = load_settings(self.dense, **place)
+            self.teacher, _ = load_model(self.dense, **place)
         check_pair(model, self.teacher, self.settings.hidden_states > 0)
         return model, tokenizer
 
-    def trained(self, model: Any, text: Text, run: Path) -> Trained:
+    def trained(self, model: Any, text: TrainingText, run: Path) -> Trained:
         settings, held = self.settings, self.settings.held_out
         cache = self._cache(text)
         if cache is not None and settings.self_guided == "off":
             self.teacher = None  # all that it says is kept, and its memory is needed
-        return train(
+        return train_student(
             model,
             self.teacher,
             BlockDataset(text.tokens[held:], cache, held),
@@ -131,18 +133,18 @@ class Finetuning(TrainingRun):
         cached = self.settings.teacher_cache is not None  # its loss is another one, wherever it is
         return [fingerprints.model_inputs(self.source), asked, cached]
 
-    def _cache(self, text: Text) -> TeacherCache | None:
+    def _cache(self, text: TrainingText) -> TeacherCache | None:
         """The teacher's predictions for all sequences, if they are kept; made where missing."""
         settings = self.settings
         if settings.teacher_cache is None:
             return None
         kept = (settings.teacher_top_k, settings.temperature, autocast(self.teacher, settings))
         inputs = [fingerprints.model_inputs(self.dense), text.mark["sha256"], kept]
-        folder = Path(settings.teacher_cache) / fingerprints.digest(inputs)[:16]
+        folder = Path(settings.teacher_cache) / fingerprints.digest(inputs, "teacher")[:16]
         cache = TeacherCache(folder, *kept)
-        missing = from_main(lambda: cache.missing(len(text.tokens)))
-        own = distributed.own_part(missing)
-        agreed(lambda: cache.fill(self.teacher, text.tokens, own, self.progress))
+        missing = run_on_main(lambda: cache.missing(len(text.tokens)))
+        own = distributed.shard_of(missing)
+        run_on_all(lambda: cache.fill(self.teacher, text.tokens, own, self.progress))
         return cache
 
 
@@ -150,10 +152,10 @@ def check_settings(settings: FinetuneSettings, device: str) -> None:
     """Raises InputError for what cannot work on this machine, before anything is loaded."""
     job.check_settings(settings, device, Finetuning.command)
     if settings.train == "lora":
-        check_package("peft", "lora")
+        require_extra("peft", "lora")
 
 
-def train(
+def train_student(
     model: Any,
     teacher: Any,
     blocks: BlockDataset,
@@ -216,28 +218,24 @@ def _guided(
 @contextmanager
 def _prepared(model: Any, settings: FinetuneSettings) -> Iterator[Any]:
     """The model as it trains, with what trains of it; afterwards it has its own layers again."""
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     precision = model.dtype
-    stored = balance(model) if settings.balances else {}
-    lora = settings.train == "lora"
-    student = with_adapters(model, settings.lora_rank, settings.seed) if lora else model
-    parameters = list(trainable(student, settings.train))
-    student.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    # steps as small as the rate asks for vanish in weights of lower precision; without autocast
-    # all that a layer is given has to have one precision
-    for parameter in parameters if autocast(model, settings) else student.parameters():
-        if parameter.dtype != torch.float32:
-            parameter.data = parameter.data.float()
-    yield student
-    if lora:
-        student.merge_and_unload()
-    pack(model, stored)
-    if not is_sharded(model):
-        model.to(precision)
-    for parameter, was in wanted:
-        parameter.requires_grad_(was)
+    with requires_grad_restored(model):
+        stored = balance(model) if settings.balances else {}
+        lora = settings.train == "lora"
+        student = with_adapters(model, settings.lora_rank, settings.seed) if lora else model
+        parameters = list(trainable(student, settings.train))
+        with only_trainable(student, parameters):
+            # small steps vanish in weights of lower precision; without autocast all that a layer
+            # reads has to have one precision
+            for parameter in parameters if autocast(model, settings) else student.parameters():
+                if parameter.dtype != torch.float32:
+                    parameter.data = parameter.data.float()
+            yield student
+        if lora:
+            student.merge_and_unload()
+        pack(model, stored)
+        if not is_sharded(model):
+            model.to(precision)
 
 
 def _objective(settings: FinetuneSettings) -> Objective:

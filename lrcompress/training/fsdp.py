@@ -38,7 +38,7 @@ OPTIMIZER, SCHEDULER = "optimizer_parts", "scheduler.pt"
 
 def check_processes(command: str, device: str) -> None:
     """Raises InputError where `command` has no processes to split a model over, or not on GPUs."""
-    if distributed.count() == 1:
+    if distributed.world_size() == 1:
         raise InputError(
             "--shard splits a model over several processes and there is one: start it with "
             f"torchrun --nproc-per-node N -m lrcompress {command}"
@@ -67,7 +67,7 @@ def placement(source: ModelSettings, shard: bool) -> dict[str, Any]:
         )
     blocks, _ = find_blocks(bare)
     plan = {f"{blocks}.*": "free_full_weight"}  # one block at a time is whole, then given up
-    split = DistributedConfig(fsdp_size=distributed.count(), fsdp_plan=plan)
+    split = DistributedConfig(fsdp_size=distributed.world_size(), fsdp_plan=plan)
     return {"placement": {"distributed_config": split}}
 
 
@@ -87,10 +87,10 @@ def check_embedding(model: Any, instead: str) -> None:
     """
     entry, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is entry.weight
-    if tied and len(entry.weight) % distributed.count():
+    if tied and len(entry.weight) % distributed.world_size():
         raise InputError(
             f"--shard cannot train a tied embedding of {len(entry.weight)} tokens, which "
-            f"{distributed.count()} processes do not share evenly: use {instead}, or other "
+            f"{distributed.world_size()} processes do not share evenly: use {instead}, or other "
             "--nproc-per-node"
         )
 

@@ -10,21 +10,22 @@ from typing import Any, ClassVar
 from lrcompress.checkpoint import fingerprints
 from lrcompress.checkpoint.folder import save_checkpoint
 from lrcompress.config import TrainingSettings
-from lrcompress.data.training_text import Text, training_text
+from lrcompress.data.training_text import TrainingText, training_text
 from lrcompress.runtime import distributed, locks
 from lrcompress.runtime.atomic_io import discard
-from lrcompress.runtime.distributed import agreed, from_main
+from lrcompress.runtime.distributed import run_on_all, run_on_main
 from lrcompress.runtime.errors import InputError
-from lrcompress.runtime.packages import check_package
+from lrcompress.runtime.packages import require_extra
 from lrcompress.runtime.progress import Progress
 from lrcompress.training import fsdp
 from lrcompress.training.loop import Trained
 
 
-class TrainingRun(ABC):
+class TrainingJob(ABC):
     """One training run. Whatever may fail does so in all processes alike."""
 
     command: ClassVar[str]
+    stage: ClassVar[fingerprints.Stage]
     record_key: ClassVar[str]
 
     def __init__(self, settings: TrainingSettings, progress: Progress) -> None:
@@ -39,7 +40,7 @@ class TrainingRun(ABC):
         """The model that is trained, and its tokenizer; `work` is the folder of the run."""
 
     @abstractmethod
-    def trained(self, model: Any, text: Text, run: Path) -> Trained:
+    def trained(self, model: Any, text: TrainingText, run: Path) -> Trained:
         """Trains `model` in place, with checkpoints in the folder `run`."""
 
     @abstractmethod
@@ -52,20 +53,20 @@ class TrainingRun(ABC):
             return self._whole(out, resume, replace)
 
     def _whole(self, out: Path, resume: bool, replace: bool) -> dict[str, Any]:
-        record = agreed(self._checked)
+        record = run_on_all(self._checked)
         work = out.with_name(f".{out.name}.{self.command}")
-        model, tokenizer = agreed(lambda: self.loaded(work))
-        text = from_main(lambda: training_text(model, tokenizer, self.settings, self.command))
+        model, tokenizer = run_on_all(lambda: self.loaded(work))
+        text = run_on_main(lambda: training_text(model, tokenizer, self.settings, self.command))
         if not resume:
-            from_main(lambda: discard(work, out))
+            run_on_main(lambda: discard(work, out))
         done = self._trained(model, text, work, out)
         asked = {"settings": self.settings.model_dump(mode="json")}
         record |= self.described() | {self.record_key: asdict(done) | asked | text.mark}
         state = fsdp.whole_state(model)
-        saved = from_main(
+        saved = run_on_main(
             lambda: save_checkpoint(model, tokenizer, out, record, replace, state=state)
         )
-        from_main(lambda: discard(work, out))
+        run_on_main(lambda: discard(work, out))
         _refuse_divergence(done, out)
         return saved
 
@@ -80,12 +81,14 @@ class TrainingRun(ABC):
             )
         return self.checked()
 
-    def _trained(self, model: Any, text: Text, work: Path, out: Path) -> Trained:
+    def _trained(self, model: Any, text: TrainingText, work: Path, out: Path) -> Trained:
         """Checkpoints are in a folder of `work` that is this run's alone."""
-        run = work / from_main(lambda: fingerprints.digest([*self.inputs(), text.mark])[:16])
+        run = work / run_on_main(
+            lambda: fingerprints.digest([*self.inputs(), text.mark], self.stage)[:16]
+        )
         distributed.check_shared(run)
         try:
-            return agreed(lambda: self.trained(model, text, run))
+            return run_on_all(lambda: self.trained(model, text, run))
         except InputError:
             if distributed.is_main():  # another try would end like this one
                 discard(work, out)
@@ -106,7 +109,7 @@ def check_settings(settings: TrainingSettings, device: str, command: str) -> Non
     if settings.shard:
         fsdp.check_processes(command, device)
     if settings.tensorboard is not None:
-        check_package("tensorboard", "tensorboard")
+        require_extra("tensorboard", "tensorboard")
 
 
 def check_device(device: str, command: str) -> None:

@@ -15,11 +15,11 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lrcompress.config import TrainingSettings
-from lrcompress.runtime.distributed import from_main, share
+from lrcompress.runtime.distributed import run_on_main, share
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress
-from lrcompress.training.callbacks import Steps, tensorboard
-from lrcompress.training.trainer import BlockDataset, TextTrainer, Watch, held_out_losses
+from lrcompress.training.callbacks import ProgressCallback, tensorboard
+from lrcompress.training.trainer import BlockDataset, EarlyStopping, TextTrainer, held_out_losses
 
 STATE = "trainer_state.json"
 
@@ -82,10 +82,10 @@ def run(
     it wants a gradient trains. Checkpoints are kept in `work`; a run that finds one there goes on
     from it. Raises InputError where nothing is gained.
     """
-    started, found = time.perf_counter(), from_main(lambda: last_checkpoint(work))
-    watch = Watch(settings.patience)
+    started, found = time.perf_counter(), run_on_main(lambda: last_checkpoint(work))
+    watch = EarlyStopping(settings.patience)
     each = settings.batch_size * blocks.blocks.shape[1]
-    steps = Steps(progress, settings.max_steps, each)
+    steps = ProgressCallback(progress, settings.max_steps, each)
     with prepared as student:
         made = trainer(
             model=student,
@@ -100,7 +100,7 @@ def run(
     return _trained(made, watch, count, each, after, steps, time.perf_counter() - started)
 
 
-def _go_on(trainer: TextTrainer, watch: Watch, found: str | None) -> None:
+def _go_on(trainer: TextTrainer, watch: EarlyStopping, found: str | None) -> None:
     """Trains from the checkpoint `found`, unless it is of a run that had ended."""
     if found is not None:
         state = TrainerState.load_from_json(str(Path(found) / STATE))
@@ -177,11 +177,11 @@ def _whole(state: Path) -> bool:
 
 def _trained(
     trainer: TextTrainer,
-    watch: Watch,
+    watch: EarlyStopping,
     count: int,
     each: int,
     after: float,
-    steps: Steps,
+    steps: ProgressCallback,
     seconds: float,
 ) -> Trained:
     """Raises InputError where what is left is not better than what there was."""

@@ -10,16 +10,16 @@ from typing import Any
 from lrcompress.checkpoint import fingerprints
 from lrcompress.checkpoint.folder import save_checkpoint
 from lrcompress.config import ModelSettings, PretrainSettings
-from lrcompress.data.training_text import Text
+from lrcompress.data.training_text import TrainingText
 from lrcompress.layers.ffn_layouts import has_experts
-from lrcompress.models.loading import Loaded, load_settings
+from lrcompress.models.loading import Loaded, load_model
 from lrcompress.runtime import distributed
 from lrcompress.runtime.atomic_io import discard
-from lrcompress.runtime.distributed import agreed, from_main
+from lrcompress.runtime.distributed import run_on_all, run_on_main
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, silent
 from lrcompress.training import fsdp
-from lrcompress.training.job import TrainingRun, check_device, check_settings
+from lrcompress.training.job import TrainingJob, check_device, check_settings
 from lrcompress.training.loop import Trained, run
 from lrcompress.training.new_model import (
     NewModel,
@@ -47,10 +47,11 @@ def pretrain_to(
         return Pretraining(settings, shown).whole(out, resume, replace=False)
 
 
-class Pretraining(TrainingRun):
+class Pretraining(TrainingJob):
     """Of a new model."""
 
     command = "pretrain"
+    stage = "pretrain"
     record_key = "pretrained"
     settings: PretrainSettings
 
@@ -69,7 +70,7 @@ class Pretraining(TrainingRun):
         return {"trained_from": settings.source}
 
     def loaded(self, work: Path) -> Loaded:
-        tokenizer = from_main(lambda: make_tokenizer(self.settings))
+        tokenizer = run_on_main(lambda: make_tokenizer(self.settings))
         fit_config(self.config, tokenizer, self.settings)
         if self.settings.shard:
             self.new = self._split(work / "start")
@@ -81,10 +82,10 @@ class Pretraining(TrainingRun):
         """The main process alone makes the whole model, and each then reads its part of it."""
         bare = bare_model(self.config, self.settings)
         fsdp.check_embedding(bare, "an untied one, or another --vocab-size")
-        described = from_main(lambda: self._saved(start))
+        described = run_on_main(lambda: self._saved(start))
         source = ModelSettings(source=str(start), device=self.settings.device)
-        model, _ = agreed(lambda: load_settings(source, **fsdp.placement(source, shard=True)))
-        from_main(lambda: discard(start, start.parent))
+        model, _ = run_on_all(lambda: load_model(source, **fsdp.placement(source, shard=True)))
+        run_on_main(lambda: discard(start, start.parent))
         return NewModel(model, described=described)
 
     def _saved(self, start: Path) -> dict[str, Any]:
@@ -93,7 +94,7 @@ class Pretraining(TrainingRun):
         save_checkpoint(new.model, None, start, new.described, replace=True)
         return new.described
 
-    def trained(self, model: Any, text: Text, run: Path) -> Trained:
+    def trained(self, model: Any, text: TrainingText, run: Path) -> Trained:
         assert self.new is not None
         held = self.settings.held_out
         data = BlockDataset(text.tokens[held:]), BlockDataset(text.tokens[:held])

@@ -101,7 +101,7 @@ def _own_names(model: Any) -> Iterator[None]:
             model._weight_conversions = before
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]
+class EarlyStopping(TrainerCallback):  # type: ignore[misc]
     """Stops a run that diverges, or that has not improved for `patience` measurements.
 
     It remembers nothing but the reason: what it needs is in the state that checkpoints keep.

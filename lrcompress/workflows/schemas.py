@@ -8,10 +8,10 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
-from lrcompress.reporting.metrics_json import Evaluation
+from lrcompress.reporting.metrics_json import METRICS, Evaluation
 from lrcompress.reporting.render import NOT_FINITE, json_text
 from lrcompress.runtime.atomic_io import replace_text
-from lrcompress.workflows.sweep.sweep_json import METRICS, SWEEP, Sweep
+from lrcompress.workflows.sweep.sweep_json import SWEEP, Sweep
 
 
 class _Schema(GenerateJsonSchema):

@@ -14,7 +14,7 @@ import lrcompress
 from lrcompress.compression.replace_layers import fill
 from lrcompress.layers.lowrank import FORMS, compressed_layers
 from lrcompress.methods import registry
-from lrcompress.methods.candidates import Grid, ffn_choices
+from lrcompress.methods.candidates import CandidateGrid, list_candidates
 from lrcompress.methods.svd import PlainSVD
 from lrcompress.methods.types import FFN, LinearSpec, Statistics
 from tests.test_factorizers import factors_of, measured_error
@@ -156,7 +156,7 @@ def test_budgets_are_met(method: str, moment: str, policy: str) -> None:
     from lrcompress.methods.registry import ALLOCATORS
 
     allocator = pkgutil.resolve_name(ALLOCATORS[policy])()
-    choices, _ = ffn_choices(_ffn(moment), METHODS[method], Grid("pivoted", 1), True)
+    choices, _ = list_candidates(_ffn(moment), METHODS[method], CandidateGrid("pivoted", 1), True)
     plan = allocator.allocate([choices], Budget(keep_ratio=0.6))
     kept = sum(plan.parameters(spec, "pivoted") for spec in choices.linears)
     # the share asked for, or less where the rest is estimated to be worth nothing at all

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lrcompress.checkpoint.export.standalone import export_standalone
 from lrcompress.checkpoint.folder import save_checkpoint
-from lrcompress.checkpoint.record import record_of
-from lrcompress.config import ModelSettings
 from lrcompress.layers.experts import Experts
 from lrcompress.layers.ffn_layouts import find_ffns
 from lrcompress.layers.lowrank import (
@@ -24,12 +21,8 @@ from lrcompress.layers.lowrank import (
     install,
     linear_shape,
 )
-from lrcompress.layers.model_info import refuse_quantized
 from lrcompress.layers.moe import unpack, unpacked
 from lrcompress.methods.types import LinearSpec
-from lrcompress.models.loading import load_settings
-from lrcompress.runtime import locks
-from lrcompress.runtime.errors import InputError
 
 # config keys that hold the number of intermediate channels; None there means 4 x hidden size
 WIDTH_KEYS = (
@@ -134,17 +127,3 @@ def export_dense(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any
     to_stock(model)
     origin = {"source": record.get("source"), "export": "dense", "factorized_from": dict(record)}
     save_checkpoint(model, tokenizer, out, origin)
-
-
-def export_to(settings: ModelSettings, out: Path, standalone: bool) -> None:
-    """Writes a compressed model as stock layers, or with the code that loads it."""
-    with locks.beside(out):
-        record = record_of(settings) or {}
-        model, tokenizer = load_settings(settings)
-        refuse_quantized(model, "export it before it is quantized")
-        if not any(compressed_layers(model)):
-            raise InputError(
-                f"{settings.source!r} has no low-rank layers: there is nothing to export"
-            )
-        write = export_standalone if standalone else export_dense
-        write(model, tokenizer, out, record)

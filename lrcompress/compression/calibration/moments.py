@@ -11,13 +11,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lrcompress.compression.calibration.probes import Probe, ProbeErrors, held_out
-from lrcompress.compression.calibration.token_sums import Sums, zeros
-from lrcompress.layers.block_runner import Forward, drawn_scores, logits_of, replaced_forwards
+from lrcompress.compression.calibration.token_sums import TokenSums, zeros
+from lrcompress.layers.block_runner import (
+    Forward,
+    logits_of,
+    replaced_forwards,
+    sample_score_gradients,
+)
 from lrcompress.layers.ffn_layouts import find_blocks
-from lrcompress.layers.model_state import _frozen, evaluation_mode
+from lrcompress.layers.model_state import evaluation_mode, only_trainable
 from lrcompress.layers.moe import unpacked
 from lrcompress.methods.types import LinearSpec, Statistics
-from lrcompress.runtime.distributed import own_part
+from lrcompress.runtime.distributed import shard_of
 from lrcompress.runtime.errors import InputError, NotFiniteError
 from lrcompress.runtime.progress import Progress, silent
 
@@ -38,7 +43,7 @@ class Moments:
         self.watched = {spec.input_group: spec.name for spec in reversed(linears)}
         self.outputs = [spec.name for spec in linears] if gradients else []
         self.mixtures = _mixtures(linears)
-        self.sums, self.gradient_sums = Sums(), Sums()
+        self.sums, self.gradient_sums = TokenSums(), TokenSums()
         self.tokens = self.gradient_tokens = 0
         self.backward = False
 
@@ -133,7 +138,7 @@ def _finite(moment: Tensor, what: str, linear: LinearSpec) -> Tensor:
     return moment
 
 
-def _add(sums: Sums, key: str, rows: Tensor, dtype: torch.dtype) -> None:
+def _add(sums: TokenSums, key: str, rows: Tensor, dtype: torch.dtype) -> None:
     """Adds v vᵀ over the tokens of v (..., features): the blocks on and above the diagonal."""
     v = rows.detach().flatten(0, -2).float()
     size = v.shape[1]
@@ -165,7 +170,7 @@ def measure_moments(
     """
     samples, length = tokens.shape
     gradient_samples = min(gradient_samples, samples)
-    moments, own = Moments(linears, gradient_samples > 0), own_part(range(samples))
+    moments, own = Moments(linears, gradient_samples > 0), shard_of(range(samples))
     with unpacked(model), evaluation_mode(model), moments.watching(model):
         for index in progress(own, "Calibrating", len(own)):
             batch = tokens[index][None].to(model.device)
@@ -198,13 +203,30 @@ def _forward(model: Any, sample: Tensor) -> None:
 
 @torch.enable_grad()
 def _with_gradients(model: Any, sample: Tensor, watching: Moments | ProbeErrors, seed: int) -> None:
-    with _frozen(model), replaced_forwards(list(find_blocks(model)[1]), _checkpointing):
+    with (
+        _gradients_of_activations(model),
+        replaced_forwards(list(find_blocks(model)[1]), _checkpointing),
+    ):
         logits = logits_of(model, sample)
         watching.backward = True
         try:
-            logits.backward(drawn_scores(logits.detach(), seed))  # type: ignore[no-untyped-call]
+            logits.backward(sample_score_gradients(logits.detach(), seed))  # type: ignore[no-untyped-call]
         finally:
             watching.backward = False
+
+
+@contextmanager
+def _gradients_of_activations(model: Any) -> Iterator[None]:
+    """No parameter takes a gradient; the embedded input does, so that there is a graph."""
+    hook = model.get_input_embeddings().register_forward_hook(
+        # a clone is no leaf, so that a family may scale its embedding in place
+        lambda _, __, output: output.detach().requires_grad_(True).clone()
+    )
+    try:
+        with only_trainable(model, ()):
+            yield
+    finally:
+        hook.remove()
 
 
 def _checkpointing(_: int, forward: Forward) -> Forward:

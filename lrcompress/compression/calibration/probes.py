@@ -18,7 +18,7 @@ from statistics import geometric_mean
 from torch import Tensor, nn
 
 from lrcompress.methods.linalg import to_float64
-from lrcompress.methods.plan import Choices, Shape
+from lrcompress.methods.plan import Candidates, WidthOption
 from lrcompress.methods.types import FFN, LinearSpec, Method
 
 # of the channels, or of the full rank, that a probe keeps
@@ -41,7 +41,7 @@ class Probe:
     estimated: float
 
 
-def probe(ffn: FFN, method: Method, choices: Choices, channels: Tensor | None) -> Probe | None:
+def probe(ffn: FFN, method: Method, choices: Candidates, channels: Tensor | None) -> Probe | None:
     """Of down_proj: of its channels, where the method narrows, or of its rank."""
     if (down := ffn.down) is None:
         return None
@@ -58,7 +58,7 @@ def _truncated(ffn: FFN, method: Method, down: LinearSpec) -> Probe:
 
 
 def _narrowed(
-    ffn: FFN, method: Method, down: LinearSpec, shapes: Sequence[Shape], channels: Tensor
+    ffn: FFN, method: Method, down: LinearSpec, shapes: Sequence[WidthOption], channels: Tensor
 ) -> Probe:
     change = to_float64(ffn.weights[down.name]).clone()
     shape = min(shapes, key=lambda one: abs((one.width or 0) - SHARE * down.in_features))
@@ -108,8 +108,8 @@ class ProbeErrors:
 
 
 def corrected(
-    choices: Sequence[Choices], probes: Sequence[Probe], measured: Mapping[str, Sequence[float]]
-) -> tuple[Choices, ...]:
+    choices: Sequence[Candidates], probes: Sequence[Probe], measured: Mapping[str, Sequence[float]]
+) -> tuple[Candidates, ...]:
     """`choices` with the factor of each block: what its probes cost over their estimates.
 
     That is the geometric mean over samples, so that a strange one does not decide; 1 where there is

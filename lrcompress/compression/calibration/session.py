@@ -15,11 +15,11 @@ from lrcompress.config import CalibrationSettings
 from lrcompress.data.calibration_text import calibration_tokens
 from lrcompress.data.packing import Fingerprint
 from lrcompress.methods.types import LinearSpec
-from lrcompress.runtime.distributed import from_main
+from lrcompress.runtime.distributed import run_on_main
 from lrcompress.runtime.progress import Progress, silent
 
 
-class Calibration:
+class CalibrationSession:
     """Tokens and moments of one model; whatever stage asks first has them made.
 
     `reading` are the seconds that the text took, `measuring` those of moments, with gradients or
@@ -44,7 +44,7 @@ class Calibration:
     def _text(self) -> tuple[Tensor, Fingerprint]:
         started = time.perf_counter()
         parts = (self.model, self.tokenizer, self.settings, self.progress)
-        found = from_main(lambda: calibration_tokens(*parts))
+        found = run_on_main(lambda: calibration_tokens(*parts))
         self.reading = time.perf_counter() - started
         return found
 
@@ -73,4 +73,4 @@ class Calibration:
     def errors(self, probes: Sequence[Probe]) -> dict[str, list[float]]:
         """What `probes` cost on each sample that is held out, by the name of their linears."""
         parts = (self.model, probes, self.tokens, self.progress)
-        return from_main(lambda: measure_errors(*parts))
+        return run_on_main(lambda: measure_errors(*parts))

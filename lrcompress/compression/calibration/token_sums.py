@@ -12,7 +12,7 @@ from lrcompress.runtime import distributed
 
 
 @dataclass
-class Sums:
+class TokenSums:
     """Running sums of v vᵀ over tokens, by key, and the numbers of tokens.
 
     `of` holds upper triangles (features, features) alone.

@@ -17,14 +17,14 @@ from torch import Tensor
 from lrcompress.compression.calibration.moments import Moments
 from lrcompress.compression.calibration.probes import Probe, ProbeErrors, held_out
 from lrcompress.compression.streaming.block_store import Activations
-from lrcompress.layers.block_runner import Blocks
+from lrcompress.layers.block_runner import BlockRunner
 from lrcompress.methods.types import LinearSpec
 from lrcompress.models.offload import OffloadedModel
-from lrcompress.runtime.distributed import agreed, count, own_part
+from lrcompress.runtime.distributed import run_on_all, shard_of, world_size
 from lrcompress.runtime.progress import Progress
 
 
-class Blockwise:
+class BlockMoments:
     """Moments of the `linears` of one block, from tokens (samples, length).
 
     The first `gradient_samples` get a backward pass, and so do those held out for probes. What
@@ -45,16 +45,16 @@ class Blockwise:
         self.gradient_samples = min(gradient_samples, self.held.start)
         self.hidden, self.gradients = Activations(work / "hidden"), Activations(work / "gradient")
         with source.resident(0):
-            self.blocks = Blocks(source.model, tokens)
+            self.blocks = BlockRunner(source.model, tokens)
         used = [spec.block for spec in linears]
         self.first, self.last = min(used), max(used)
 
     def run(self, progress: Progress) -> None:
         """Both passes, where a backward pass or another process needs them."""
-        if self.gradient_samples or count() > 1:
-            agreed(lambda: self._forward(progress))
+        if self.gradient_samples or world_size() > 1:
+            run_on_all(lambda: self._forward(progress))
         if self.gradient_samples:
-            agreed(lambda: self._backward(progress))
+            run_on_all(lambda: self._backward(progress))
 
     def reach(self, index: int) -> None:
         """Has the hidden states in front of block number `index` made, if they are not there."""
@@ -87,7 +87,7 @@ class Blockwise:
                 self.hidden.write(index + 1, sample, output)
 
     def _forward(self, progress: Progress) -> None:
-        own = own_part(range(len(self.tokens)))
+        own = shard_of(range(len(self.tokens)))
         self._embed(own)
         end = self.source.count if self.gradient_samples else self.last
         for index in progress(range(end), "Running blocks", end):
@@ -97,7 +97,7 @@ class Blockwise:
         return [s for s in samples if s < self.gradient_samples or s in self.held]
 
     def _backward(self, progress: Progress) -> None:
-        own, blocks = self._with_gradients(own_part(range(len(self.tokens)))), self.source.count
+        own, blocks = self._with_gradients(shard_of(range(len(self.tokens)))), self.source.count
         for sample in own:
             if not self.gradients.has(blocks - 1, sample):
                 states, tokens = self._states(blocks, sample), self.tokens[sample]

@@ -9,36 +9,41 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lrcompress.compression.anchored import Anchoring
-from lrcompress.compression.calibration.session import Calibration
-from lrcompress.compression.hidden_streams import Streams
-from lrcompress.compression.planning import Prepared
+from lrcompress.compression.anchored import AnchoredWalk
+from lrcompress.compression.calibration.session import CalibrationSession
+from lrcompress.compression.hidden_streams import HiddenStreams
+from lrcompress.compression.planning import PreparedModel
 from lrcompress.compression.refine import Refinement
 from lrcompress.compression.refined_block import RefinedBlock
-from lrcompress.compression.replace_layers import ShrunkLinear, shrunk_ffn
+from lrcompress.compression.replace_layers import LinearResult, replacements_of_ffn
 from lrcompress.compression.streaming.block_store import StreamFiles
 from lrcompress.config.recipe import Recipe
 from lrcompress.layers.lowrank import install
 from lrcompress.methods.plan import Plan
 
 
-class Walk:
+class BlockCompressor:
     """Through the blocks of the model of `text`; the first one has to hold its weights.
 
     `work` keeps both streams of hidden states in front of the block that comes next.
     """
 
     def __init__(
-        self, text: Calibration, recipe: Recipe, prepared: Prepared, plan: Plan, work: Path
+        self,
+        text: CalibrationSession,
+        recipe: Recipe,
+        prepared: PreparedModel,
+        plan: Plan,
+        work: Path,
     ) -> None:
         self.model, self.plan, self.form = text.model, plan, recipe.factorize.form
-        self.streams: dict[StreamFiles, Streams] = {}
-        self.anchoring: Anchoring | None = None
+        self.streams: dict[StreamFiles, HiddenStreams] = {}
+        self.anchoring: AnchoredWalk | None = None
         self.refinement: Refinement | None = None
         if recipe.factorize.sequential == "anchored":
-            streams = Streams(self.model, text.tokens)
+            streams = HiddenStreams(self.model, text.tokens)
             parts = (self.model, prepared, plan, self.form, streams)
-            self.anchoring = Anchoring(*parts, recipe.factorize.anchor_damping)
+            self.anchoring = AnchoredWalk(*parts, recipe.factorize.anchor_damping)
             self.streams[StreamFiles(work / "anchored")] = streams
         if recipe.refine.enabled:
             self.refinement = Refinement(self.model, {}, prepared, text.tokens, recipe.refine)
@@ -56,8 +61,8 @@ class Walk:
                 streams.dense, streams.compressed = kept.read(index, len(streams.dense))
 
     def block(
-        self, index: int, prepared: Prepared
-    ) -> tuple[list[ShrunkLinear], list[RefinedBlock]]:
+        self, index: int, prepared: PreparedModel
+    ) -> tuple[list[LinearResult], list[RefinedBlock]]:
         """Shrinks block number `index`, which is resident; `prepared` has its linears alone."""
         originals = {s.name: self.model.get_submodule(s.name) for s in prepared.linears}
         if self.anchoring is None:
@@ -78,9 +83,11 @@ class Walk:
         for kept in self.streams:
             kept.drop(index)
 
-    def _independent(self, prepared: Prepared) -> Iterator[ShrunkLinear]:
+    def _independent(self, prepared: PreparedModel) -> Iterator[LinearResult]:
         for ffn in prepared.ffns(self.model):
-            for what, layer in list(shrunk_ffn(self.model, ffn, prepared, self.plan, self.form)):
+            for what, layer in list(
+                replacements_of_ffn(self.model, ffn, prepared, self.plan, self.form)
+            ):
                 if layer is not None:
                     install(self.model, what.spec.name, layer)
                 yield what

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lrcompress.methods.plan import Choices, Curve, Shape
+from lrcompress.methods.plan import Candidates, RankCurve, WidthOption
 from lrcompress.methods.types import LinearSpec
 from lrcompress.runtime.atomic_io import keeping, replace_tensors, replace_text
 
@@ -46,7 +46,7 @@ class Activations:
             file.unlink()
 
 
-Found = tuple[tuple[Choices, ...], dict[str, Tensor]]  # of one block, and orders of channels
+Found = tuple[tuple[Candidates, ...], dict[str, Tensor]]  # of one block, and orders of channels
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class BlockFiles:
         return tuple(found), channels
 
 
-def _shape(shape: Shape) -> dict[str, Any]:
+def _shape(shape: WidthOption) -> dict[str, Any]:
     """JSON keeps every bit of a float."""
     curves = [
         {"name": c.name} | {key: getattr(c, key).tolist() for key in ARRAYS} for c in shape.curves
@@ -108,18 +108,18 @@ def _shape(shape: Shape) -> dict[str, Any]:
     return {"width": shape.width, "error": shape.error, "curves": curves}
 
 
-def _read_choices(content: Mapping[str, Any], linears: Sequence[LinearSpec]) -> Choices:
+def _read_choices(content: Mapping[str, Any], linears: Sequence[LinearSpec]) -> Candidates:
     own = tuple(linear for linear in linears if linear.ffn == content["ffn"])
     shapes = [
-        Shape(shape["width"], shape["error"], tuple(map(_read_curve, shape["curves"])))
+        WidthOption(shape["width"], shape["error"], tuple(map(_read_curve, shape["curves"])))
         for shape in content["shapes"]
     ]
-    return Choices(content["ffn"], own, tuple(shapes), content["factor"])
+    return Candidates(content["ffn"], own, tuple(shapes), content["factor"])
 
 
-def _read_curve(content: Mapping[str, Any]) -> Curve:
+def _read_curve(content: Mapping[str, Any]) -> RankCurve:
     arrays = (np.array(content[key]) for key in ARRAYS)
-    return Curve(content["name"], *arrays)
+    return RankCurve(content["name"], *arrays)
 
 
 @dataclass(frozen=True)

@@ -17,37 +17,37 @@ import torch
 from torch import nn
 
 from lrcompress.compression.calibration.moments import Moments
-from lrcompress.compression.calibration.session import Calibration
+from lrcompress.compression.calibration.session import CalibrationSession
 from lrcompress.compression.planning import (
     Planning,
-    Prepared,
+    PreparedModel,
     check_weights,
     ffns_of,
     selected_share,
 )
 from lrcompress.compression.refined_block import RefinedBlock
-from lrcompress.compression.replace_layers import ShrunkLinear
-from lrcompress.compression.result import Counts, Factorization, counts, notes, probed
-from lrcompress.compression.streaming.block_moments import Blockwise
-from lrcompress.compression.streaming.block_steps import Walk
+from lrcompress.compression.replace_layers import LinearResult
+from lrcompress.compression.result import Counts, Factorization, counts, probed, warnings_of
+from lrcompress.compression.streaming.block_moments import BlockMoments
+from lrcompress.compression.streaming.block_steps import BlockCompressor
 from lrcompress.compression.streaming.block_store import BlockFiles, Found
-from lrcompress.compression.streaming.footprint import Footprint, Sizes
+from lrcompress.compression.streaming.footprint import Footprint, FootprintInputs
 from lrcompress.config.recipe import Recipe
 from lrcompress.data.corpora import SELF
 from lrcompress.layers.experts import fused_experts
 from lrcompress.layers.ffn_layouts import find_ffns, select
 from lrcompress.layers.lowrank import rebuild
 from lrcompress.layers.model_info import parameter_count
-from lrcompress.methods.decomposition_cache import Decompositions
-from lrcompress.methods.plan import Choices, Plan
+from lrcompress.methods.decomposition_cache import DecompositionCache
+from lrcompress.methods.plan import Candidates, Plan
 from lrcompress.methods.types import LinearSpec
 from lrcompress.models.offload import OffloadedModel
-from lrcompress.runtime.distributed import agreed, count, is_main, own_part
+from lrcompress.runtime.distributed import is_main, run_on_all, shard_of, world_size
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, Say
 
 
-class Streaming:
+class StreamingCompressor:
     """One model on its way through the stages; `work` is a folder of this run's own."""
 
     def __init__(
@@ -67,8 +67,8 @@ class Streaming:
         self.planning = Planning.of(settings, self.share)
         self.files = BlockFiles(work)
         calibration = recipe.calibration
-        self.text = Calibration(model, source.tokenizer, self.linears, calibration, progress)
-        self.measured: Blockwise | None = None
+        self.text = CalibrationSession(model, source.tokenizer, self.linears, calibration, progress)
+        self.measured: BlockMoments | None = None
         self.say = say
 
     def run(self) -> Factorization:
@@ -76,8 +76,8 @@ class Streaming:
         prepared = self._prepared()
         plan = prepared.plan
         assert plan is not None
-        agreed(lambda: self._shrink(prepared, plan))
-        return agreed(lambda: self._finished(prepared, plan))
+        run_on_all(lambda: self._shrink(prepared, plan))
+        return run_on_all(lambda: self._finished(prepared, plan))
 
     @property
     def shards(self) -> list[Path]:
@@ -87,10 +87,10 @@ class Streaming:
     def _specs(self, index: int) -> tuple[LinearSpec, ...]:
         return tuple(spec for spec in self.linears if spec.block == index)
 
-    def _prepared(self) -> Prepared:
+    def _prepared(self) -> PreparedModel:
         """With a plan and without moments, which are measured again for each block."""
         planning, model, plan = self.planning, self.source.model, None
-        choices: tuple[Choices, ...] = ()
+        choices: tuple[Candidates, ...] = ()
         channels: dict[str, torch.Tensor] = {}
         if planning.is_early:
             choices, channels = planning.choices(ffns_of(model, self.linears, None))
@@ -102,13 +102,15 @@ class Streaming:
             self.measured = self._measure()
         if not planning.is_early:
             used = sorted({spec.block for spec in self.linears})
-            agreed(lambda: self._find_choices(own_part(used)))
+            run_on_all(lambda: self._find_choices(shard_of(used)))
             for index in used:
                 found, orders = self.files.choices(index, self.linears)
                 choices, channels = choices + found, channels | orders
             plan = planning.plan(choices)
         method, shared = planning.method, (None, choices, channels, self.share, plan)
-        return Prepared(self.linears, method, planning.allocator, *shared, Decompositions(method))
+        return PreparedModel(
+            self.linears, method, planning.allocator, *shared, DecompositionCache(method)
+        )
 
     def _footprint(self, reads_text: bool) -> Footprint:
         """Reads the text, if any stage will."""
@@ -119,18 +121,18 @@ class Streaming:
             )
         samples, length = self.text.tokens.shape if reads_text else (0, 0)
         parts = (self.source.model, self.linears, self.planning, self.recipe)
-        return Sizes(*parts, samples, length).footprint()
+        return FootprintInputs(*parts, samples, length).footprint()
 
-    def _measure(self) -> Blockwise:
+    def _measure(self) -> BlockMoments:
         samples = self.recipe.calibration.gradient_samples if self.planning.gradients else 0
-        made = Blockwise(self.source, self.linears, self.text.tokens, samples, self.work)
+        made = BlockMoments(self.source, self.linears, self.text.tokens, samples, self.work)
         made.run(self.progress)
         return made
 
     @property
     def _once(self) -> bool:
         """Whether moments are measured once, in the order of the blocks."""
-        return self.planning.is_early and not self.planning.gradients and count() == 1
+        return self.planning.is_early and not self.planning.gradients and world_size() == 1
 
     def _reach(self, index: int) -> None:
         if self.measured is not None:
@@ -157,13 +159,13 @@ class Streaming:
         return choices, channels
 
     @torch.no_grad()
-    def _shrink(self, prepared: Prepared, plan: Plan) -> None:
+    def _shrink(self, prepared: PreparedModel, plan: Plan) -> None:
         """Every block that is not finished; where one depends on another, in the main process."""
         with self.source.resident(0):
-            walk = Walk(self.text, self.recipe, prepared, plan, self.work)
+            walk = BlockCompressor(self.text, self.recipe, prepared, plan, self.work)
         every = range(self.source.count)
         alone = every if is_main() else range(0)
-        own = alone if walk.is_sequential else own_part(every)
+        own = alone if walk.is_sequential else shard_of(every)
         missing = [index for index in own if not self.files.has(index)]
         if missing:
             walk.go_to(missing[0])
@@ -173,7 +175,7 @@ class Streaming:
             if self.measured is not None and self._once:
                 self.measured.drop(index)
 
-    def _shrink_block(self, index: int, prepared: Prepared, walk: Walk) -> None:
+    def _shrink_block(self, index: int, prepared: PreparedModel, walk: BlockCompressor) -> None:
         specs = self._specs(index)
         if specs:
             self._reach(index)
@@ -187,12 +189,12 @@ class Streaming:
             }
             self.files.write(index, self.source.stored(index, block), record)
 
-    def _finished(self, prepared: Prepared, plan: Plan) -> Factorization:
+    def _finished(self, prepared: PreparedModel, plan: Plan) -> Factorization:
         model, form = self.source.model, self.settings.form
         records = [self.files.record(index) for index in range(self.source.count)]
         specs = {spec.name: spec for spec in self.linears}
         found = [one for record in records for one in record["linears"]]
-        done = tuple(ShrunkLinear.from_dict(one, specs[one["name"]]) for one in found)
+        done = tuple(LinearResult.from_dict(one, specs[one["name"]]) for one in found)
         before, finding = parameter_count(model), find_ffns(model)
         rebuild(model, {one.spec.name: one.layout for one in done if one.form is not None})
         selected = counts(self.linears, plan, form)
@@ -205,7 +207,7 @@ class Streaming:
             probed(prepared.choices),
             (),
             tuple(RefinedBlock(**one) for record in records for one in record["refined"]),
-            tuple(notes(done, finding.experts, (), selected, self.share)),
+            tuple(warnings_of(done, finding.experts, (), selected, self.share)),
             time.perf_counter() - self.started,
         )
 

@@ -36,7 +36,7 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class FootprintInputs:
     """On which a footprint depends; `samples` and `length` are 0 where no text is read."""
 
     model: Any

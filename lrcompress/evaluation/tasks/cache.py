@@ -14,8 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from lrcompress.checkpoint.fingerprints import STAGES, add_tensors
 from lrcompress.runtime.atomic_io import keeping
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.paths import safe_name, user_path
@@ -57,7 +56,7 @@ class TaskCache:
 
     def entry(self, model: str, task: str, inputs: Any) -> Entry:
         """The place of a result: of which model, by fingerprint, which task, and all its inputs."""
-        content = json.dumps([model, task, inputs], sort_keys=True, default=str)
+        content = json.dumps([STAGES["tasks"], model, task, inputs], sort_keys=True, default=str)
         key = hashlib.sha256(content.encode()).hexdigest()
         return Entry(self.folder / model[:32] / f"{safe_name(task)}-{key[:32]}.json", key)
 
@@ -110,10 +109,7 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
     attention = getattr(model.config, "_attn_implementation", None)
     settings = [type(model).__name__, config, attention, _generation(model), _vocabulary(tokenizer)]
     mark = hashlib.blake2b(_json(settings, sort_keys=True), digest_size=32)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        mark.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        mark.update(flat.view(torch.uint8).numpy())
+    add_tensors(mark, (*model.named_parameters(), *model.named_buffers()))
     return mark.hexdigest()
 
 

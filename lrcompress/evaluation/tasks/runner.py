@@ -24,7 +24,7 @@ from lrcompress.runtime.progress import Progress, silent
 
 
 @dataclass(frozen=True)
-class Asking:
+class TaskOptions:
     """How tasks are put to a model: tokens of a context, questions of a task, examples before
     each (None is the task's own number), sequences in a forward pass."""
 
@@ -47,7 +47,7 @@ def run_tasks(
     model: Any,
     tokenizer: Any,
     tasks: Tasks,
-    asking: Asking,
+    asking: TaskOptions,
     cache: TaskCache | None = None,
     progress: Progress = silent,
 ) -> TaskResult:
@@ -102,7 +102,7 @@ def _harness(progress: Progress) -> Any:
     return QuietHFLM
 
 
-def _ask(task: Any, tasks: Tasks, asking: Asking) -> None:
+def _ask(task: Any, tasks: Tasks, asking: TaskOptions) -> None:
     """Builds the requests, by the rules of lm-eval's command line for examples."""
     own = task.get_config("num_fewshot")
     if asking.num_fewshot is not None and own != 0:  # a task that says 0 means it
@@ -119,7 +119,7 @@ def _start(task: Any, tasks: Tasks) -> None:
 
 
 def _result(
-    lm: Any, name: str, task: Any, tasks: Tasks, asking: Asking, entry: Entry | None
+    lm: Any, name: str, task: Any, tasks: Tasks, asking: TaskOptions, entry: Entry | None
 ) -> dict[str, Any]:
     """Of a task whose requests are built."""
     from lm_eval import evaluate

@@ -10,7 +10,7 @@ from typing import Any
 
 from lrcompress.reporting.render import finite
 from lrcompress.runtime.atomic_io import writing
-from lrcompress.runtime.paths import places
+from lrcompress.runtime.paths import unique_file_names
 
 FOLDER = "samples"
 Logs = Mapping[str, Sequence[Mapping[str, Any]]]  # task -> its questions as lm-eval logs them
@@ -22,6 +22,6 @@ def write(folder: Path, logs: Logs) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         return
     with writing(folder, replace=True) as partial:
-        for task, name in places(logs).items():
+        for task, name in unique_file_names(logs).items():
             lines = [json.dumps(finite(one), ensure_ascii=False) for one in logs[task]]
             (partial / f"{name}.jsonl").write_text("\n".join([*lines, ""]), "utf-8")

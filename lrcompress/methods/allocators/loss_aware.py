@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lrcompress.methods.plan import Budget, Choices, Curve, Plan, Shape
+from lrcompress.methods.plan import Budget, Candidates, Plan, RankCurve, WidthOption
 from lrcompress.runtime.errors import InputError
 
 # halvings of the multiplier's bracket, in log space
@@ -29,13 +29,13 @@ class Decision:
     error: float
 
 
-class Menu:
+class FFNOptions:
     """The decisions open to one FFN; those of shapes without a rank to choose are made once.
 
     `floor` is the least share of its parameters that any linear keeps.
     """
 
-    def __init__(self, ffn: Choices, floor: float) -> None:
+    def __init__(self, ffn: Candidates, floor: float) -> None:
         self.ffn, self.floor = ffn, floor
         self.open = [shape for shape in ffn.shapes if _has_ranks(shape)]
         settled = [shape for shape in ffn.shapes if not _has_ranks(shape)]
@@ -51,7 +51,7 @@ class Menu:
             found.append(self.settled[best])
         return min(found, key=lambda decision: decision.error + multiplier * decision.parameters)
 
-    def _decide(self, shape: Shape, multiplier: float) -> Decision:
+    def _decide(self, shape: WidthOption, multiplier: float) -> Decision:
         error, parameters, ranks = shape.error, 0, []
         for linear, curve in zip(self.ffn.linears, shape.curves, strict=True):
             allowed = curve.parameters >= self.floor * linear.dense_parameters
@@ -80,7 +80,7 @@ class LossAware:
         if not 0 <= self.floor < 1:
             raise InputError(f"floor {self.floor} is not in [0, 1)")
 
-    def allocate(self, choices: Sequence[Choices], budget: Budget) -> Plan:
+    def allocate(self, choices: Sequence[Candidates], budget: Budget) -> Plan:
         if budget.keep_ratio is None:
             raise InputError("loss_aware needs a budget to share out: give --keep-ratio")
         total = sum(ffn.dense_parameters for ffn in choices)
@@ -99,12 +99,12 @@ class LossAware:
         }
         return Plan(ranks, widths)
 
-    def decide(self, choices: Sequence[Choices], parameters: float) -> list[Decision]:
+    def decide(self, choices: Sequence[Candidates], parameters: float) -> list[Decision]:
         """One decision for each FFN, together at most `parameters` where that is possible."""
         total = sum(ffn.dense_parameters for ffn in choices)
         unit = float(np.log(_largest_error(choices) / total or 1.0))
         low, high = unit - 60.0, unit + 60.0  # log of the multiplier, in any unit of loss
-        menus = [Menu(ffn, self.floor) for ffn in choices]
+        menus = [FFNOptions(ffn, self.floor) for ffn in choices]
         tight, loose = _at(menus, np.exp(high)), _at(menus, np.exp(low))
         if _spent(loose) <= parameters:
             return loose
@@ -115,19 +115,19 @@ class LossAware:
                 low, loose = middle, found
             else:
                 high, tight = middle, found
-        return _filled(menus, tight, parameters, np.exp(high))
+        return _spend_rest(menus, tight, parameters, np.exp(high))
 
 
-def _has_ranks(shape: Shape) -> bool:
+def _has_ranks(shape: WidthOption) -> bool:
     return any(len(curve.ranks) > 1 for curve in shape.curves)
 
 
-def _at(menus: Sequence[Menu], multiplier: float) -> list[Decision]:
+def _at(menus: Sequence[FFNOptions], multiplier: float) -> list[Decision]:
     return [menu.best(multiplier) for menu in menus]
 
 
-def _filled(
-    menus: Sequence[Menu], tight: list[Decision], budget: float, multiplier: float
+def _spend_rest(
+    menus: Sequence[FFNOptions], tight: list[Decision], budget: float, multiplier: float
 ) -> list[Decision]:
     """`tight` with single FFNs moved to larger options while one fits, best first."""
     filled = list(tight)
@@ -149,7 +149,7 @@ def _filled(
         filled[i] = option
 
 
-def _one_step(ffn: Choices, now: Decision) -> Iterator[Decision]:
+def _one_step(ffn: Candidates, now: Decision) -> Iterator[Decision]:
     """`now` with one linear at its next larger option, or all channels at the next width."""
     shapes = {shape.width: shape for shape in ffn.shapes}
     shape = shapes[now.width]
@@ -169,25 +169,25 @@ def _one_step(ffn: Choices, now: Decision) -> Iterator[Decision]:
         yield Decision(after.width, now.ranks, counts, after.error)
 
 
-def _curves(ffn: Choices, decision: Decision) -> tuple[Curve, ...]:
+def _curves(ffn: Candidates, decision: Decision) -> tuple[RankCurve, ...]:
     return next(shape.curves for shape in ffn.shapes if shape.width == decision.width)
 
 
-def _corrected(choices: Sequence[Choices], keep_ratio: float) -> list[Choices]:
+def _corrected(choices: Sequence[Candidates], keep_ratio: float) -> list[Candidates]:
     """Estimates times the factors, which are of changes as small as where most is kept."""
     trust = min(max((keep_ratio - DISTRUSTED) / (TRUSTED - DISTRUSTED), 0.0), 1.0)
     return [_scaled(ffn, ffn.factor**trust) for ffn in choices]
 
 
-def _scaled(ffn: Choices, factor: float) -> Choices:
-    def shape(one: Shape) -> Shape:
+def _scaled(ffn: Candidates, factor: float) -> Candidates:
+    def shape(one: WidthOption) -> WidthOption:
         curves = tuple(replace(curve, errors=curve.errors * factor) for curve in one.curves)
-        return Shape(one.width, one.error * factor, curves)
+        return WidthOption(one.width, one.error * factor, curves)
 
     return replace(ffn, shapes=tuple(map(shape, ffn.shapes)))
 
 
-def _steadied(choices: Sequence[Choices]) -> tuple[Choices, ...]:
+def _steadied(choices: Sequence[Candidates]) -> tuple[Candidates, ...]:
     """With a loss for every parameter left out, far below what can be estimated: where the text is
     too short to tell options apart, the budget is still used, in equal shares."""
     total = sum(ffn.dense_parameters for ffn in choices)
@@ -198,7 +198,7 @@ def _steadied(choices: Sequence[Choices]) -> tuple[Choices, ...]:
     )
 
 
-def _with_prior(ffn: Choices, shape: Shape, unit: float) -> Shape:
+def _with_prior(ffn: Candidates, shape: WidthOption, unit: float) -> WidthOption:
     found = []
     for linear, curve in zip(ffn.linears, shape.curves, strict=True):
         dense = linear.dense_parameters
@@ -207,7 +207,7 @@ def _with_prior(ffn: Choices, shape: Shape, unit: float) -> Shape:
     return replace(shape, curves=tuple(found))
 
 
-def _largest_error(choices: Sequence[Choices]) -> float:
+def _largest_error(choices: Sequence[Candidates]) -> float:
     shapes = [shape for ffn in choices for shape in ffn.shapes]
     curves = [float(curve.errors.max()) for shape in shapes for curve in shape.curves]
     return max([*curves, *(shape.error for shape in shapes)])

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lrcompress.methods.plan import Budget, Choices, Curve, Plan, Shape
+from lrcompress.methods.plan import Budget, Candidates, Plan, RankCurve, WidthOption
 from lrcompress.runtime.errors import InputError
 
 
@@ -24,7 +24,7 @@ class Uniform:
 
     needs_errors: ClassVar[bool] = False
 
-    def allocate(self, choices: Sequence[Choices], budget: Budget) -> Plan:
+    def allocate(self, choices: Sequence[Candidates], budget: Budget) -> Plan:
         if budget.rank is not None:
             return _same_rank(choices, budget.rank)
         assert budget.keep_ratio is not None
@@ -33,7 +33,7 @@ class Uniform:
         return _same_share(choices, budget.keep_ratio)
 
 
-def _same_rank(choices: Sequence[Choices], rank: int) -> Plan:
+def _same_rank(choices: Sequence[Candidates], rank: int) -> Plan:
     linears = [linear for ffn in choices for linear in ffn.linears]
     for linear in linears:
         if not 1 <= rank <= linear.full_rank:
@@ -45,7 +45,7 @@ def _same_rank(choices: Sequence[Choices], rank: int) -> Plan:
     return Plan({curve.name: rank for curve in curves if rank in curve.ranks})
 
 
-def _same_share(choices: Sequence[Choices], keep_ratio: float) -> Plan:
+def _same_share(choices: Sequence[Candidates], keep_ratio: float) -> Plan:
     ranks: dict[str, int] = {}
     carry = 0.0
     for ffn in choices:
@@ -58,7 +58,7 @@ def _same_share(choices: Sequence[Choices], keep_ratio: float) -> Plan:
     return Plan(ranks)
 
 
-def _nearest(curve: Curve, target: float, keep_ratio: float) -> int:
+def _nearest(curve: RankCurve, target: float, keep_ratio: float) -> int:
     if keep_ratio == 1 or len(curve.ranks) == 1:
         return len(curve.ranks) - 1
     # to stay dense is for ranks that save nothing; rounding up to it would leave a layer out
@@ -66,7 +66,7 @@ def _nearest(curve: Curve, target: float, keep_ratio: float) -> int:
     return int(np.abs(options - target).argmin())
 
 
-def _same_width(choices: Sequence[Choices], keep_ratio: float) -> Plan:
+def _same_width(choices: Sequence[Candidates], keep_ratio: float) -> Plan:
     widths: dict[str, int] = {}
     carry = 0.0
     for ffn in choices:
@@ -78,5 +78,5 @@ def _same_width(choices: Sequence[Choices], keep_ratio: float) -> Plan:
     return Plan({}, widths)
 
 
-def _dense(shape: Shape) -> int:
+def _dense(shape: WidthOption) -> int:
     return sum(int(curve.parameters[-1]) for curve in shape.curves)

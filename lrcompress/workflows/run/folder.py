@@ -18,13 +18,13 @@ from lrcompress.reporting import figures, report
 from lrcompress.runtime import locks
 from lrcompress.runtime.atomic_io import replace_text
 from lrcompress.runtime.errors import InputError
-from lrcompress.runtime.paths import places, refuse_links
+from lrcompress.runtime.paths import refuse_links, unique_file_names
 
 T = TypeVar("T")
 
 RECIPE, MODEL, FINETUNED, STAGES = "recipe.yaml", "model", "finetuned", "stages"
 # stage that makes a model -> the model's folder
-MADE = {"factorize": MODEL, "finetune": FINETUNED}
+MADE: dict[fingerprints.Stage, str] = {"factorize": MODEL, "finetune": FINETUNED}
 
 
 @dataclass(frozen=True)
@@ -81,31 +81,33 @@ class RunFolder:
         file = self.out / RECIPE
         return not file.is_file() or file.read_bytes() != to_yaml(self.recipe).encode()
 
-    def model(self, stage: str) -> Path:
+    def model(self, stage: fingerprints.Stage) -> Path:
         """Where the model of a stage is, or will be."""
         return self.out / MADE[stage]
 
-    def weights(self, stage: str) -> list[list[Any]]:
+    def weights(self, stage: fingerprints.Stage) -> list[list[Any]]:
         """Of the files that decide what the model of a stage computes."""
         folder = self.model(stage)
         return fingerprints.states([*folder.glob("*.safetensors"), folder / "config.json"])
 
-    def is_made(self, stage: str, inputs: list[Any]) -> bool:
+    def is_made(self, stage: fingerprints.Stage, inputs: list[Any]) -> bool:
         """Whether the stage made the model that is there, of equal inputs."""
         known = fingerprints.read(self._file(stage))
-        made = known.get("inputs") == fingerprints.digest(inputs)
+        made = known.get("inputs") == fingerprints.digest(inputs, stage)
         return made and known.get("model") == self.weights(stage)
 
-    def make(self, stage: str, inputs: list[Any], action: Callable[[Path], object]) -> None:
+    def make(
+        self, stage: fingerprints.Stage, inputs: list[Any], action: Callable[[Path], object]
+    ) -> None:
         """Has the model of a stage made by `action`, unless it is there already."""
         if not self.is_made(stage, inputs):
             if not self._file(stage).is_file():
                 self._write(stage, {})  # what will be there is the run's own
             action(self.model(stage))
-            known = {"inputs": fingerprints.digest(inputs), "model": self.weights(stage)}
+            known = {"inputs": fingerprints.digest(inputs, stage), "model": self.weights(stage)}
             self._write(stage, known)
 
-    def drop(self, stage: str) -> None:
+    def drop(self, stage: fingerprints.Stage) -> None:
         """Removes the model of a stage that the recipe does not have."""
         shutil.rmtree(self.model(stage), ignore_errors=True)
         self._file(stage).unlink(missing_ok=True)  # last: without it the folder is nobody's
@@ -113,7 +115,10 @@ class RunFolder:
     def measured(self, stage: str, inputs: list[Any], kind: type[T], action: Callable[[], T]) -> T:
         """What a stage found, of type `kind`, from its file if its inputs are those of the last
         time."""
-        known, mark = fingerprints.read(self._file(stage)), fingerprints.digest(inputs)
+        known, mark = (
+            fingerprints.read(self._file(stage)),
+            fingerprints.digest(inputs, "evaluate", "benchmark"),
+        )
         found = TypeAdapter(kind)
         if known.get("inputs") == mark and "found" in known:
             with suppress(ValidationError):  # a damaged one is made again
@@ -124,7 +129,7 @@ class RunFolder:
 
     def keep_logs(self, models: Iterable[str]) -> None:
         """Removes what models that are not among `models` were asked and answered."""
-        kept = places(models).values()
+        kept = unique_file_names(models).values()
         for found in (self.out / sample_logs.FOLDER).glob("*"):
             if found.name not in kept:
                 shutil.rmtree(found, ignore_errors=True)

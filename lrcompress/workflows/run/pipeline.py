@@ -12,18 +12,18 @@ from lrcompress.compression.factorize_folder import factorize_to
 from lrcompress.config import ModelSettings
 from lrcompress.config.recipe import Recipe, read_recipe
 from lrcompress.evaluation import evaluate
-from lrcompress.evaluation.contamination import refuse_planned, refuse_recorded
+from lrcompress.evaluation.contamination import check_checkpoint, check_recipe
 from lrcompress.evaluation.tasks import sample_logs
 from lrcompress.evaluation.tasks.registry import Tasks
 from lrcompress.layers.model_info import sequence_length
-from lrcompress.models.loading import Loaded, load_settings, locate, other_source
+from lrcompress.models.loading import Loaded, load_model, locate, with_source
 from lrcompress.reporting import report
-from lrcompress.reporting.differences import Details
+from lrcompress.reporting.differences import Differences
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.report import Report
 from lrcompress.reporting.tables import labels
 from lrcompress.runtime import locks
-from lrcompress.runtime.paths import places
+from lrcompress.runtime.paths import unique_file_names
 from lrcompress.runtime.progress import Progress, Say, silent, unsaid
 from lrcompress.training.finetune import check_settings, finetune_to
 from lrcompress.workflows.run.folder import RunFolder
@@ -72,7 +72,7 @@ class Run:
             check_settings(self.recipe.finetune, self.recipe.model.device)
         self._find_others()
         if not all(self.folder.is_made(stage, self._making(stage)) for stage in self.stages):
-            refuse_planned(self.recipe)
+            check_recipe(self.recipe)
         self.folder.claim()
         self.folder.make("factorize", self._making("factorize"), self._factorize)
         self.folder.adopt()
@@ -88,7 +88,7 @@ class Run:
             locate(name)
 
     @property
-    def stages(self) -> tuple[str, ...]:
+    def stages(self) -> tuple[fingerprints.Stage, ...]:
         """Those that make a model."""
         return ("factorize", "finetune") if self.recipe.finetune.data else ("factorize",)
 
@@ -109,20 +109,20 @@ class Run:
     def _load(self, settings: ModelSettings) -> Loaded:
         """A model, loaded when it is first needed."""
         if settings not in self._kept:
-            self._kept[settings] = load_settings(settings)
+            self._kept[settings] = load_model(settings)
         return self._kept[settings]
 
-    def _made(self, stage: str) -> ModelSettings:
-        return other_source(self.recipe.model, str(self.folder.model(stage)))
+    def _made(self, stage: fingerprints.Stage) -> ModelSettings:
+        return with_source(self.recipe.model, str(self.folder.model(stage)))
 
-    def _making(self, stage: str) -> list[Any]:
+    def _making(self, stage: fingerprints.Stage) -> list[Any]:
         """What the model of a stage depends on."""
         if stage == "factorize":
             return fingerprints.factorizing(self.recipe)
         tuning = self.recipe.finetune
         texts = [fingerprints.data_state(spec) for spec in tuning.data]
         teacher = tuning.teacher and fingerprints.model_inputs(
-            other_source(self.recipe.model, tuning.teacher)
+            with_source(self.recipe.model, tuning.teacher)
         )
         made = [*self._making("factorize"), self.folder.weights("factorize")]
         return [made, tuning.model_dump(mode="json"), texts, teacher]
@@ -134,7 +134,7 @@ class Run:
         found = dict(
             zip(
                 labels(["baseline"] * len(names), names),
-                [other_source(model, name) for name in names],
+                [with_source(model, name) for name in names],
                 strict=True,
             )
         ) or {"dense": model}
@@ -166,14 +166,14 @@ class Run:
             found += self.folder.measured("speed", depends, list[Metric], self._speed)
         return found
 
-    def _details(self) -> Details:
+    def _details(self) -> Differences:
         if not (self.recipe.evaluate.compared_windows or self.recipe.evaluate.prompts):
-            return Details()
+            return Differences()
         settings = self.recipe.evaluate.model_dump(mode="json", include={*DETAILS})
         depends = [settings, *map(self._measuring, self._columns)]
-        return self.folder.measured("details", depends, Details, self._compare)
+        return self.folder.measured("details", depends, Differences, self._compare)
 
-    def _compare(self) -> Details:
+    def _compare(self) -> Differences:
         models = {title: self._load(source) for title, source in self._columns.items()}
         return evaluate.details(models, self.recipe.evaluate, self.progress)
 
@@ -183,9 +183,9 @@ class Run:
         length = sequence_length(loaded[0], settings.context_length)
         folder = Path(locate(source.source, source.gguf_file).path)
         record = read_record(folder) or {}
-        refuse_recorded(title, loaded[1], settings, length, record)
+        check_checkpoint(title, loaded[1], settings, length, record)
         found = evaluate.quality(title, loaded, settings, tasks, length, self.progress)
-        place = places(self._columns)[title]
+        place = unique_file_names(self._columns)[title]
         sample_logs.write(self.folder.out / sample_logs.FOLDER / place, found.logs[title])
         return found.metrics
 
@@ -193,7 +193,7 @@ class Run:
         models = {title: self._load(source) for title, source in self._columns.items()}
         return evaluate.speed(models, self.recipe.evaluate, self.progress)
 
-    def _report(self, metrics: list[Metric], details: Details) -> Report:
+    def _report(self, metrics: list[Metric], details: Differences) -> Report:
         """Into the record and card of each model, and into the report, which is of the last."""
         last = read_record(self.folder.model(self.stages[-1])) or {}
         kept = last["counts"]["selected"]["keep_ratio"]

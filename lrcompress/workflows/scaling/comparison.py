@@ -11,7 +11,7 @@ import numpy as np
 
 from lrcompress.workflows.scaling.curvature import Bend, bend
 from lrcompress.workflows.scaling.intervals import Interval, mean, shown
-from lrcompress.workflows.scaling.law_fit import Fit, Law, SlopeComparison, compare, fit, gap
+from lrcompress.workflows.scaling.law_fit import Law, LawFit, SlopeComparison, compare, fit, gap
 from lrcompress.workflows.scaling.point import DENSE, ScalingPoint, size_name
 
 Axis = Literal["flops", "non_embedding", "seconds"]
@@ -33,7 +33,7 @@ class FittedLaw:
 
     axis: Axis
     variant: str
-    fit: Fit
+    fit: LawFit
     against: SlopeComparison | None
     bend: Bend | None = None
 
@@ -109,7 +109,7 @@ def _bend(points: Sequence[ScalingPoint], axis: Axis, variant: str) -> Bend | No
 
 def _fits(
     points: Sequence[ScalingPoint], axis: Axis, law: Law, resamples: int
-) -> Iterator[tuple[str, Fit]]:
+) -> Iterator[tuple[str, LawFit]]:
     for index, variant in enumerate(variants(points)):
         own = [point for point in points if point.variant == variant]
         if len({point.size for point in own}) >= SIZES[law]:

@@ -73,7 +73,8 @@ class ScalingFolder:
         """Of the texts and the vocabulary that the recipe names."""
         asked = self.recipe.pretrain
         named = [asked.tokenizer, asked.vocab_size, *asked.data]
-        mark = fingerprints.digest([named, [fingerprints.data_state(spec) for spec in asked.data]])
+        texts = [fingerprints.data_state(spec) for spec in asked.data]
+        mark = fingerprints.digest([named, texts], "pretrain")
         return self.out / TOKENIZER / mark[:16]
 
     def keep_tokenizer(self, tokenizer: Any) -> None:
@@ -93,7 +94,7 @@ class ScalingFolder:
         The checkpoints of a training are in a folder that `make` is given, until it is done.
         """
         if self._known(name, inputs) is None:
-            mark = fingerprints.digest(inputs)
+            mark = fingerprints.digest(inputs, "pretrain")
             work = self.out / WORK / f"{name}-{mark[:16]}"
             with locks.beside(work, replace=True):  # another shard may be at it
                 content = {"inputs": mark, "point": asdict(make(work))}
@@ -102,7 +103,7 @@ class ScalingFolder:
 
     def _known(self, name: str, inputs: Any) -> ScalingPoint | None:
         known = fingerprints.read(self.out / POINTS / f"{name}.json")
-        if known.get("inputs") != fingerprints.digest(inputs):
+        if known.get("inputs") != fingerprints.digest(inputs, "pretrain"):
             return None
         try:
             return ScalingPoint.from_dict(known["point"])
@@ -112,12 +113,12 @@ class ScalingFolder:
     def speeds(self, inputs: Any, make: Callable[[], list[Metric]]) -> None:
         if self._speeds(inputs) is None:
             found = [asdict(metric) for metric in make()]
-            content = {"inputs": fingerprints.digest(inputs), "metrics": found}
+            content = {"inputs": fingerprints.digest(inputs, "benchmark"), "metrics": found}
             fingerprints.write(self.out / POINTS / SPEED, content)
 
     def _speeds(self, inputs: Any) -> list[Metric] | None:
         known = fingerprints.read(self.out / POINTS / SPEED)
-        if known.get("inputs") != fingerprints.digest(inputs):
+        if known.get("inputs") != fingerprints.digest(inputs, "benchmark"):
             return None
         return [Metric(**metric) for metric in known["metrics"]]
 

@@ -27,7 +27,7 @@ DEFAULT_LENGTH = 512
 
 
 @dataclass(frozen=True)
-class Rung:
+class LadderModel:
     """One model to train. `flops` are of the whole training; `bare` has its shapes, no weights."""
 
     size: str
@@ -51,7 +51,7 @@ class Rung:
         return self.sequences * self.length
 
 
-def rungs(recipe: ScalingRecipe, tokenizer: Any) -> list[Rung]:
+def rungs(recipe: ScalingRecipe, tokenizer: Any) -> list[LadderModel]:
     """Every model of the ladder, the cheapest first. InputError where a variant does not fit."""
     found = [rung for size in recipe.scaling.sizes for rung in _of_size(recipe, size, tokenizer)]
     names = [rung.name for rung in found]
@@ -82,13 +82,13 @@ def _say(variant: str, key: str) -> str:
     return f"scaling.variants.{variant}.{key}"
 
 
-def _of_size(recipe: ScalingRecipe, size: str, tokenizer: Any) -> Iterator[Rung]:
+def _of_size(recipe: ScalingRecipe, size: str, tokenizer: Any) -> Iterator[LadderModel]:
     scaling, asked = recipe.scaling, recipe.scaling.sizes[size]
     config = read_config(size)
     variants = {name: _at_size(s, recipe, size) for name, s in variant_settings(recipe).items()}
     fit_config(config, tokenizer, variants[DENSE])
     bare = {name: bare_model(copy.deepcopy(config), s) for name, s in variants.items()}
-    first: dict[str, Rung] = {}
+    first: dict[str, LadderModel] = {}
     # those that are held to another's FLOPs come after it
     for name in sorted(variants, key=lambda name: name in scaling.equal_flops):
         counted = bare[DENSE if scaling.counted == "dense" else name]
@@ -114,9 +114,9 @@ def _rung(
     config: Any,
     bare: Any,
     tokens: float,
-    limit: Rung | None,
+    limit: LadderModel | None,
     scaling: Any,
-) -> Rung:
+) -> LadderModel:
     length = _length(bare, settings)
     parts, each = scaling.measurements, settings.batch_size * length
     asked = partial(_with_steps, settings, parts)
@@ -135,7 +135,7 @@ def _rung(
             f"dense_share {settings.dense_share:g} of {variant} is no part of {parts} "
             f"measurements: take 1/{parts} or more of the steps, or set more measurements"
         )
-    return Rung(size, variant, settings, config, bare, length, cost(settings))
+    return LadderModel(size, variant, settings, config, bare, length, cost(settings))
 
 
 def _with_steps(settings: PretrainSettings, parts: int, rounds: int) -> PretrainSettings:

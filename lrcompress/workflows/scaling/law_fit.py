@@ -35,7 +35,7 @@ FLOORS = (0.0, 0.5, 0.9)
 
 
 @dataclass(frozen=True)
-class Fit:
+class LawFit:
     """One law of one variant: a, b, and E if it has one; `draws` are (resamples, parameters).
 
     `freedom` is the number of points less that of parameters.
@@ -67,7 +67,7 @@ class Fit:
         return middle - reach, middle + reach
 
 
-def fit(x: Points, loss: Points, law: Law, resamples: int = 1000, seed: int = 0) -> Fit:
+def fit(x: Points, loss: Points, law: Law, resamples: int = 1000, seed: int = 0) -> LawFit:
     """`law` through points (x, loss). InputError where there are too few to leave one over."""
     X, y = np.asarray(x, float), np.asarray(loss, float)
     count = 3 if law == "offset" else 2
@@ -81,7 +81,7 @@ def fit(x: Points, loss: Points, law: Law, resamples: int = 1000, seed: int = 0)
     residuals, jacobian = _residuals(found, np.log(X) - centre, y, law)
     steps = _steps(residuals, jacobian, HUBER[law], resamples, seed)
     sets = _uncentred(np.vstack([found, found + steps]), centre, law)
-    return Fit(law, tuple(float(value) for value in sets[0]), sets[1:], len(X) - count)
+    return LawFit(law, tuple(float(value) for value in sets[0]), sets[1:], len(X) - count)
 
 
 def _fitted(x: np.ndarray, y: np.ndarray, law: Law) -> np.ndarray:
@@ -184,7 +184,7 @@ class SlopeComparison:
         return steepness(self.difference)
 
 
-def compare(found: Fit, baseline: Fit) -> SlopeComparison:
+def compare(found: LawFit, baseline: LawFit) -> SlopeComparison:
     """`found` against `baseline`, two fits of one law."""
     spreads = [float(one.draws[:, 1].std(ddof=1)) for one in (found, baseline)]
     squares = [spread**2 for spread in spreads]
@@ -198,7 +198,7 @@ def compare(found: Fit, baseline: Fit) -> SlopeComparison:
     return SlopeComparison(span, p_value, _crossing(found, baseline))
 
 
-def _crossing(found: Fit, baseline: Fit) -> Interval | None:
+def _crossing(found: LawFit, baseline: LawFit) -> Interval | None:
     """The x at which two straight laws give one loss; percentiles of the resamples, widened as
     Student's quantile is wider than the normal one."""
     if found.law == "offset" or found.parameters[1] == baseline.parameters[1]:
@@ -214,7 +214,7 @@ def _crossing(found: Fit, baseline: Fit) -> Interval | None:
     return Interval(*(float(10.0 ** np.clip(power, -300, 300)) for power in powers))
 
 
-def gap(found: Fit, baseline: Fit, x: float) -> Interval:
+def gap(found: LawFit, baseline: LawFit, x: float) -> Interval:
     """The loss of one fitted law less that of another of the same law, at x."""
     at = np.array([x])
     value = float(found.loss(at)[0] - baseline.loss(at)[0])

@@ -27,7 +27,7 @@ from lrcompress.training import new_model, pretrain
 from lrcompress.training.loop import Trained
 from lrcompress.training.trainer import BlockDataset
 from lrcompress.workflows.scaling.folder import ScalingFolder
-from lrcompress.workflows.scaling.ladder import Rung, non_embedding, rungs, variant_settings
+from lrcompress.workflows.scaling.ladder import LadderModel, non_embedding, rungs, variant_settings
 from lrcompress.workflows.scaling.point import DENSE, ScalingPoint, Shard
 from lrcompress.workflows.scaling.text import ScalingText, scaling_text
 
@@ -82,7 +82,7 @@ class Scaling:
         return load_tokenizer(str(kept), None, False)
 
     @cached_property
-    def _rungs(self) -> list[Rung]:
+    def _rungs(self) -> list[LadderModel]:
         return rungs(self.recipe, self._tokenizer)
 
     @cached_property
@@ -90,7 +90,7 @@ class Scaling:
         length = self._rungs[0].length
         return scaling_text(self.recipe, self._tokenizer, self._longest, length)
 
-    def _inputs(self, rung: Rung) -> list[Any]:
+    def _inputs(self, rung: LadderModel) -> list[Any]:
         settings = rung.settings.model_dump(mode="json", exclude={"tensorboard", "device"})
         asked = self.recipe.scaling
         text = [asked.test, asked.test_sequences, rung.length, self._longest]
@@ -101,7 +101,7 @@ class Scaling:
         """Sequences of the longest training: how the text is dealt out depends on it."""
         return max(rung.sequences for rung in self._rungs)
 
-    def _made(self, rung: Rung, work: Path) -> ScalingPoint:
+    def _made(self, rung: LadderModel, work: Path) -> ScalingPoint:
         text = self._text
         new = new_model.new_model(copy.deepcopy(rung.config), rung.settings)
         blocks = BlockDataset(text.training[: rung.sequences])
@@ -124,7 +124,7 @@ class Scaling:
         ]
 
     @cached_property
-    def _largest(self) -> Mapping[str, Rung]:
+    def _largest(self) -> Mapping[str, LadderModel]:
         """The models of the largest size, by variant; a guided one, or one with a warm start, is as
         fast as its plain one."""
         size = self._rungs[-1].size
@@ -142,11 +142,11 @@ class Scaling:
             for name, rung in sorted(self._largest.items(), key=lambda one: one[0] != DENSE)
         }
         shape = (settings.batch_size, self._rungs[-1].length, repeats, self.progress)
-        steps = throughput.training_speed(models, *shape)
-        return steps + throughput.ffn_training_speed(models, *shape)
+        steps = throughput.training_throughput(models, *shape)
+        return steps + throughput.ffn_training_throughput(models, *shape)
 
 
-def _point(rung: Rung, model: Any, done: Trained) -> ScalingPoint:
+def _point(rung: LadderModel, model: Any, done: Trained) -> ScalingPoint:
     rate = done.tokens_per_second
     return ScalingPoint(
         size=rung.size,

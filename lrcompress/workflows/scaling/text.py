@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lrcompress.config.recipe import ScalingRecipe
 from lrcompress.data.corpora import Use, read_corpus
-from lrcompress.data.ngram_overlap import TOLERATED, shingles
-from lrcompress.data.packing import in_turn, token_blocks
+from lrcompress.data.ngram_overlap import TOLERATED, ngram_hashes
+from lrcompress.data.packing import interleave, token_blocks
 from lrcompress.runtime.errors import InputError
 
 # chooses and orders the sequences: the same for every model, whatever its seed
@@ -36,9 +36,9 @@ def scaling_text(recipe: ScalingRecipe, tokenizer: Any, sequences: int, length: 
     tests = asked.test or data
     share = -(-asked.test_sequences // len(tests))
     parts = [_blocks([spec], "test", tokenizer, share, length) for spec in tests]
-    known = shingles([training])
+    known = ngram_hashes([training])
     for spec, part in zip(tests, parts, strict=True):
-        found = shingles([part])
+        found = ngram_hashes([part])
         seen = float(np.isin(found, known, assume_unique=True).mean()) if len(found) else 0.0
         if seen > TOLERATED:
             raise InputError(
@@ -54,4 +54,4 @@ def _blocks(specs: Sequence[str], use: Use, tokenizer: Any, sequences: int, leng
         token_blocks(read_corpus(spec, use), tokenizer, share, length, ORDER, fewer=True)
         for spec in specs
     ]
-    return in_turn(parts)[:sequences]
+    return interleave(parts)[:sequences]

@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lrcompress.reporting.figures import COLOURS, INK, Picture, draw, legend, plain_logarithms
 from lrcompress.reporting.metric import SIZES
-from lrcompress.runtime.paths import places
+from lrcompress.runtime.paths import unique_file_names
 from lrcompress.workflows.sweep.pareto import Front, FrontPoint
 
 MARKERS = "os^Dv"  # where there are more variants than colours
@@ -22,7 +22,7 @@ MARKERS = "os^Dv"  # where there are more variants than colours
 
 def pictures(fronts: Sequence[Front]) -> Iterator[Picture]:
     """One for each quality, with a panel for each cost. Fronts of one quality follow each other."""
-    names = places(front.quality.title.replace(",", "") for front in fronts)
+    names = unique_file_names(front.quality.title.replace(",", "") for front in fronts)
     for title, found in groupby(fronts, key=lambda front: front.quality.title):
         panels = [front for front in found if len(front.points) > 1]
         if panels:

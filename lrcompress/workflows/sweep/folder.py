@@ -21,10 +21,11 @@ from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.paths import check_free, refuse_links
 from lrcompress.workflows.sweep import report as sweep_report
 from lrcompress.workflows.sweep import sweep_json
-from lrcompress.workflows.sweep.point import DENSE, Point, PointSummary
+from lrcompress.workflows.sweep.point import DENSE, PointSummary, SweepPoint
 from lrcompress.workflows.sweep.report import SweepReport
 
 RECIPE, POINTS = "recipe.yaml", "points"
+POINT_STAGES: tuple[fingerprints.Stage, ...] = ("factorize", "evaluate", "benchmark")
 HIDDEN_FIGURES = f".{figures.FOLDER}."  # while they are written
 
 
@@ -68,22 +69,22 @@ class SweepFolder:
         return not left and (POINTS in names or names <= {locks.INSIDE})
 
     def point(
-        self, variant: str, keep_ratio: float, inputs: Any, make: Callable[[], Point]
-    ) -> Point:
+        self, variant: str, keep_ratio: float, inputs: Any, make: Callable[[], SweepPoint]
+    ) -> SweepPoint:
         """The point if the folder has it, made of the same inputs; else it is made, and kept."""
         file = _file(self.out, variant, keep_ratio)
-        digest = fingerprints.digest([inputs, keep_ratio])
+        digest = fingerprints.digest([inputs, keep_ratio], *POINT_STAGES)
         known = fingerprints.read(file)
         if known.get("inputs") == digest:
             with suppress(KeyError, TypeError):  # a damaged one is made again
-                return Point.from_dict(known["point"])
+                return SweepPoint.from_dict(known["point"])
         if known:
             self._drop_reports()
         made = asdict(make())
         fingerprints.write(file, {"inputs": digest, "point": made})
-        return Point.from_dict(made)
+        return SweepPoint.from_dict(made)
 
-    def write(self, points: Sequence[Point]) -> SweepReport:
+    def write(self, points: Sequence[SweepPoint]) -> SweepReport:
         report = SweepReport(self.recipe.model.source, tuple(points))
         sweep_report.write(self.out, report)
         return report
@@ -118,10 +119,10 @@ def _check_name(file: Path, variant: str) -> None:
         raise InputError(f"{str(file)!r} is damaged ({error}): run the sweep again") from None
 
 
-def _point(folder: Path, summary: PointSummary) -> Point:
+def _point(folder: Path, summary: PointSummary) -> SweepPoint:
     file = _file(folder, summary.variant, summary.keep_ratio)
     try:
-        return TypeAdapter(Point).validate_python(fingerprints.read(file).get("point"))
+        return TypeAdapter(SweepPoint).validate_python(fingerprints.read(file).get("point"))
     except ValidationError:
         raise InputError(
             f"{str(file)!r} is missing or damaged: give the folder of the sweep itself, and run "

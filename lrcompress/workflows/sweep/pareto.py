@@ -9,7 +9,7 @@ from typing import Literal
 
 from lrcompress.reporting.metric import NO_QUALITY, PUBLISHED, SIZES, SPEEDS, Metric, Number
 from lrcompress.reporting.tables import comparable, title
-from lrcompress.workflows.sweep.point import DENSE, Point, label
+from lrcompress.workflows.sweep.point import DENSE, SweepPoint, label
 
 # distances from the chord that are rounding and no bend
 ROUNDING = 1e-9
@@ -18,7 +18,7 @@ Value = tuple[float, float | None, float | None]  # with the ends of its spread,
 
 
 @dataclass(frozen=True)
-class Axis:
+class FrontAxis:
     """One of the two numbers that a front sets against each other."""
 
     __pydantic_config__ = PUBLISHED
@@ -69,8 +69,8 @@ class Front:
 
     __pydantic_config__ = PUBLISHED
 
-    quality: Axis
-    cost: Axis
+    quality: FrontAxis
+    cost: FrontAxis
     points: tuple[FrontPoint, ...]
     knee: FrontPoint | None
     """The point of the front furthest from the chord between its ends; null where there is none."""
@@ -83,7 +83,7 @@ class Front:
         return tuple(sorted((p for p in self.points if p.on_front), key=lambda p: p.x))
 
 
-def fronts(points: Sequence[Point]) -> tuple[Front, ...]:
+def fronts(points: Sequence[SweepPoint]) -> tuple[Front, ...]:
     """For every perplexity and task metric: over parameters, over bytes, over each measured speed.
 
     The first point is the dense model, which takes part. Sizes count as they are, speeds over the
@@ -94,12 +94,12 @@ def fronts(points: Sequence[Point]) -> tuple[Front, ...]:
     return tuple(_front(points, quality, cost) for quality in qualities(points) for cost in costs)
 
 
-def qualities(points: Sequence[Point]) -> tuple[Metric, ...]:
+def qualities(points: Sequence[SweepPoint]) -> tuple[Metric, ...]:
     """The dense model's metrics that are neither sizes nor speeds."""
     return tuple(metric for metric in points[0].metrics if metric.name not in NO_QUALITY)
 
 
-def over_dense(point: Point, dense: Point, name: str) -> Value | None:
+def over_dense(point: SweepPoint, dense: SweepPoint, name: str) -> Value | None:
     """Speed `name` of `point` over the dense model's of the same run; lowest and highest ratio.
 
     None where it is unknown, or either was measured in another way than on the point `dense`.
@@ -125,7 +125,7 @@ def _alike(reference: Metric, speed: Metric) -> bool:
     return comparable(reference, speed) and len(devices) == 1
 
 
-def _front(points: Sequence[Point], quality: Metric, cost: Metric) -> Front:
+def _front(points: Sequence[SweepPoint], quality: Metric, cost: Metric) -> Front:
     axes = (_cost_axis(cost), _quality_axis(quality))
     found = [(p, _cost(p, points[0], cost), _same(p, quality)) for p in points]
     placed = [(p, x, y) for p, x, y in found if x is not None and y is not None]
@@ -140,22 +140,22 @@ def _front(points: Sequence[Point], quality: Metric, cost: Metric) -> Front:
     return Front(axes[1], axes[0], shown, None if at is None else shown[at], left_out)
 
 
-def _cost_axis(metric: Metric) -> Axis:
+def _cost_axis(metric: Metric) -> FrontAxis:
     if metric.name in SPEEDS:
-        return Axis(f"{metric.name} speed over dense", "", True, "linear")
-    return Axis(metric.name, metric.unit, metric.higher_is_better, "linear")
+        return FrontAxis(f"{metric.name} speed over dense", "", True, "linear")
+    return FrontAxis(metric.name, metric.unit, metric.higher_is_better, "linear")
 
 
-def _quality_axis(metric: Metric) -> Axis:
+def _quality_axis(metric: Metric) -> FrontAxis:
     scale: Literal["linear", "log"] = "log" if "perplexity" in metric.name else "linear"
-    return Axis(title(metric), metric.unit, metric.higher_is_better, scale)
+    return FrontAxis(title(metric), metric.unit, metric.higher_is_better, scale)
 
 
-def _cost(point: Point, dense: Point, cost: Metric) -> Value | None:
+def _cost(point: SweepPoint, dense: SweepPoint, cost: Metric) -> Value | None:
     return over_dense(point, dense, cost.name) if cost.name in SPEEDS else _same(point, cost)
 
 
-def _same(point: Point, wanted: Metric) -> Value | None:
+def _same(point: SweepPoint, wanted: Metric) -> Value | None:
     """The metric of `point` that is measured as `wanted` was on the dense model."""
     found = (metric for metric in point.metrics if title(metric) == title(wanted))
     metric = next((m for m in found if comparable(wanted, m) and math.isfinite(m.value)), None)

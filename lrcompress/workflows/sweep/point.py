@@ -37,7 +37,7 @@ class PointSummary:
 
 
 @dataclass(frozen=True)
-class Point(PointSummary):
+class SweepPoint(PointSummary):
     """A point whose metrics have their samples."""
 
     metrics: tuple[Metric, ...]
@@ -48,7 +48,7 @@ class Point(PointSummary):
         return label(self.variant, self.keep_ratio)
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> Point:
+    def from_dict(cls, found: Mapping[str, Any]) -> SweepPoint:
         parts = ("metrics", "baseline")
         metrics = {part: tuple(Metric(**metric) for metric in found[part]) for part in parts}
         return cls(**{**found, **metrics})

@@ -19,7 +19,7 @@ from lrcompress.runtime.atomic_io import replace_text
 from lrcompress.workflows.sweep import sweep_json
 from lrcompress.workflows.sweep.figures import pictures
 from lrcompress.workflows.sweep.pareto import Front, fronts, over_dense, qualities
-from lrcompress.workflows.sweep.point import Point
+from lrcompress.workflows.sweep.point import SweepPoint
 from lrcompress.workflows.sweep.sweep_json import Sweep
 
 
@@ -28,7 +28,7 @@ class Grid:
     """One metric a column, one point a row; `measured`, how each column was."""
 
     titles: tuple[str, ...]
-    rows: tuple[tuple[Point, tuple[str, ...]], ...]
+    rows: tuple[tuple[SweepPoint, tuple[str, ...]], ...]
     measured: Mapping[str, str]
 
 
@@ -37,7 +37,7 @@ class SweepReport:
     """Of the points of one sweep, which begin with the dense model's; `source` is its name."""
 
     source: str
-    points: tuple[Point, ...]
+    points: tuple[SweepPoint, ...]
 
     @property
     def title(self) -> str:
@@ -76,13 +76,15 @@ class SweepReport:
     def pictures(self) -> tuple[Picture, ...]:
         return tuple(pictures(self.fronts))
 
-    def size(self, point: Point) -> str:
+    def size(self, point: SweepPoint) -> str:
         """Parameters of the whole model."""
         return cell(_titled(point, "parameters"))
 
 
 def _grid(
-    points: Sequence[Point], titles: Sequence[str], shows: Callable[[Point, Point, str], str]
+    points: Sequence[SweepPoint],
+    titles: Sequence[str],
+    shows: Callable[[SweepPoint, SweepPoint, str], str],
 ) -> Grid:
     rows = ((p, tuple(shows(p, points[0], name) for name in titles)) for p in points)
     by_label = {
@@ -92,11 +94,11 @@ def _grid(
     return Grid(tuple(titles), tuple(rows), measured)
 
 
-def _titled(point: Point, name: str) -> Metric | None:
+def _titled(point: SweepPoint, name: str) -> Metric | None:
     return next((metric for metric in point.metrics if title(metric) == name), None)
 
 
-def _with_ratio(point: Point, dense: Point, name: str) -> str:
+def _with_ratio(point: SweepPoint, dense: SweepPoint, name: str) -> str:
     found, base = _titled(point, name), _titled(dense, name)
     if found is None or base is None:
         return "–"
@@ -106,7 +108,7 @@ def _with_ratio(point: Point, dense: Point, name: str) -> str:
     return f"{found.value:,.2f} ({ratio})"
 
 
-def _speed(point: Point, dense: Point, name: str) -> str:
+def _speed(point: SweepPoint, dense: SweepPoint, name: str) -> str:
     found = _titled(point, name)
     if found is None:
         return "–"
@@ -155,7 +157,7 @@ def to_csv(report: SweepReport) -> str:
     return text.getvalue()
 
 
-def _rows(points: Sequence[Point]) -> Iterator[dict[str, object]]:
+def _rows(points: Sequence[SweepPoint]) -> Iterator[dict[str, object]]:
     for point in points:
         about = {key: getattr(point, key) for key in COLUMNS}
         for metric in (*point.metrics, *point.baseline):

@@ -16,26 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.checkpoint import fingerprints
-from lrcompress.compression.calibration.session import Calibration
-from lrcompress.compression.factorize import Compression
-from lrcompress.compression.planning import Prepared, prepare
+from lrcompress.compression.calibration.session import CalibrationSession
+from lrcompress.compression.factorize import Compressor
+from lrcompress.compression.planning import PreparedModel, prepare
 from lrcompress.config import BUDGETS
 from lrcompress.config.recipe import Recipe
 from lrcompress.data.corpora import read_corpus
 from lrcompress.evaluation import evaluate
-from lrcompress.evaluation.contamination import reads_text, refuse_planned
+from lrcompress.evaluation.contamination import check_recipe, reads_text
 from lrcompress.evaluation.tasks.registry import Tasks
 from lrcompress.layers.model_info import sequence_length
 from lrcompress.methods.plan import Budget
-from lrcompress.models.loading import Loaded, load_settings
+from lrcompress.models.loading import Loaded, load_model
 from lrcompress.models.torchao import quantize
 from lrcompress.runtime import locks
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.memory import peak_memory
-from lrcompress.runtime.packages import require_torchao
+from lrcompress.runtime.packages import require_extra
 from lrcompress.runtime.progress import Progress, silent
 from lrcompress.workflows.sweep.folder import SweepFolder
-from lrcompress.workflows.sweep.point import DENSE, Point, label
+from lrcompress.workflows.sweep.point import DENSE, SweepPoint, label
 from lrcompress.workflows.sweep.report import SweepReport
 from lrcompress.workflows.sweep.variants import Variant, variants
 
@@ -43,16 +43,16 @@ from lrcompress.workflows.sweep.variants import Variant, variants
 NO_INPUT = ("baseline", "compared_windows", "prompts", "continuation_tokens", "task_cache")
 
 
-def sweep(recipe: Recipe, out: Path, progress: Progress = silent) -> list[Point]:
+def sweep(recipe: Recipe, out: Path, progress: Progress = silent) -> list[SweepPoint]:
     """Measures every point of `recipe.sweep` and writes its report to `out`.
 
     Points that `out` already holds, made of the same inputs, are not made again. The first point
     is the dense model. Raises InputError where `out` is something else.
     """
-    return list(Sweep(recipe, out, progress).all().points)
+    return list(SweepRunner(recipe, out, progress).all().points)
 
 
-class Sweep:
+class SweepRunner:
     """One recipe's points over one folder."""
 
     def __init__(self, recipe: Recipe, out: Path, progress: Progress) -> None:
@@ -63,7 +63,7 @@ class Sweep:
 
     def _check_quantize(self) -> None:
         if self.recipe.sweep.quantize:
-            require_torchao()
+            require_extra("torchao", "quantize")
         taken = {_name(one, weights) for one in self._names for weights in self._weights[1:]}
         if both := taken & {*self._names}:
             raise InputError(
@@ -95,12 +95,12 @@ class Sweep:
         """As they are, then as they are to be quantized."""
         return (None, *self.recipe.sweep.quantize)
 
-    def _dense(self) -> Iterator[Point]:
+    def _dense(self) -> Iterator[SweepPoint]:
         for weights in self._weights:
             make = partial(self._dense_point, weights)
             yield self._point(DENSE, 1.0, self._inputs(None), weights, make)
 
-    def _of(self, variant: Variant) -> Iterator[Point]:
+    def _of(self, variant: Variant) -> Iterator[SweepPoint]:
         share = cache(partial(self._prepared, variant))
         inputs = self._inputs(variant)
         for ratio in self.recipe.sweep.keep_ratios:
@@ -114,12 +114,12 @@ class Sweep:
         ratio: float,
         inputs: list[Any],
         weights: str | None,
-        make: Callable[[], Point],
-    ) -> Point:
+        make: Callable[[], SweepPoint],
+    ) -> SweepPoint:
         depends = inputs if weights is None else [*inputs, weights, version("torchao")]
         return self.folder.point(_name(variant, weights), ratio, depends, make)
 
-    def _dense_point(self, weights: str | None) -> Point:
+    def _dense_point(self, weights: str | None) -> SweepPoint:
         if weights is None:
             return self._measured(DENSE, 1.0, None)
         model, started = copy.deepcopy(self._model), time.perf_counter()
@@ -152,19 +152,19 @@ class Sweep:
 
     @cached_property
     def _loaded(self) -> Loaded:
-        return load_settings(self.recipe.model)
+        return load_model(self.recipe.model)
 
     @property
     def _model(self) -> Any:
         return self._loaded[0]
 
-    def _compression(self, variant: Variant, model: Any) -> Compression:
+    def _compression(self, variant: Variant, model: Any) -> Compressor:
         calibration, tokenizer = self.recipe.calibration, self._loaded[1]
         settings, refine = variant.factorize, variant.refine
-        return Compression(model, tokenizer, calibration, settings, refine, self.progress, None)
+        return Compressor(model, tokenizer, calibration, settings, refine, self.progress, None)
 
     @cached_property
-    def _text(self) -> tuple[Calibration, int | None]:
+    def _text(self) -> tuple[CalibrationSession, int | None]:
         """Of the widest needs of all variants, and the peak memory of measuring."""
         self._refuse_contamination()
         text = self._compression(self.variants[0], self._model).text()
@@ -180,10 +180,10 @@ class Sweep:
             parts = {"factorize": variant.factorize, "refine": variant.refine, "finetune": nothing}
             recipe = self.recipe.model_copy(update=parts)
             if reads_text(recipe):
-                refuse_planned(recipe)
+                check_recipe(recipe)
                 break
 
-    def _prepared(self, variant: Variant) -> tuple[Prepared, float]:
+    def _prepared(self, variant: Variant) -> tuple[PreparedModel, float]:
         """What all points of a variant share, and the seconds that it took."""
         text, started = self._text[0], time.perf_counter()
         arguments = (variant.factorize, None, text, self.progress)
@@ -195,8 +195,8 @@ class Sweep:
         variant: Variant,
         ratio: float,
         weights: str | None,
-        share: Callable[[], tuple[Prepared, float]],
-    ) -> Point:
+        share: Callable[[], tuple[PreparedModel, float]],
+    ) -> SweepPoint:
         text, peak = self._text
         with peak_memory() as memory:
             prepared, shared = share()
@@ -209,7 +209,7 @@ class Sweep:
         return self._charged(point, variant, prepared, text, peak)
 
     def _carried_out(
-        self, variant: Variant, ratio: float, prepared: Prepared, model: Any
+        self, variant: Variant, ratio: float, prepared: PreparedModel, model: Any
     ) -> tuple[float, float]:
         """The share kept of `model`, and the seconds as if nothing had been decomposed before."""
         text, started = self._text[0], time.perf_counter()
@@ -222,12 +222,12 @@ class Sweep:
 
     def _charged(
         self,
-        point: Point,
+        point: SweepPoint,
         variant: Variant,
-        prepared: Prepared,
-        text: Calibration,
+        prepared: PreparedModel,
+        text: CalibrationSession,
         peak: int | None,
-    ) -> Point:
+    ) -> SweepPoint:
         """`point` with its part in what was shared."""
         moments = prepared.moments
         if not (moments or variant.refine.enabled or variant.factorize.sequential == "anchored"):
@@ -240,7 +240,7 @@ class Sweep:
         memory = max(point.memory or 0, (peak or 0) if moments else 0) or None
         return replace(point, text=words, seconds=seconds, memory=memory)
 
-    def _measured(self, variant: str, ratio: float, model: Any) -> Point:
+    def _measured(self, variant: str, ratio: float, model: Any) -> SweepPoint:
         """Of the dense model where `model` is None; speeds in turn with the dense model's."""
         settings, name, tasks = self.recipe.evaluate, label(variant, ratio), self._tasks
         loaded = self._loaded if model is None else (model, self._loaded[1])
@@ -249,7 +249,7 @@ class Sweep:
         speeds = evaluate.speed({DENSE: self._loaded} | {name: loaded}, settings, self.progress)
         metrics = [*found.metrics, *(metric for metric in speeds if metric.model == name)]
         baseline = tuple(metric for metric in speeds if metric.model != name)
-        return Point(variant, ratio, 1.0, 0.0, None, "", tuple(metrics), baseline)
+        return SweepPoint(variant, ratio, 1.0, 0.0, None, "", tuple(metrics), baseline)
 
 
 def _name(variant: str, weights: str | None) -> str:

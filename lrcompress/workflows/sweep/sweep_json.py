@@ -11,7 +11,7 @@ from lrcompress.reporting.significance import Comparison
 from lrcompress.workflows.sweep.pareto import Front
 from lrcompress.workflows.sweep.point import PointSummary
 
-METRICS, SWEEP = "metrics.json", "sweep.json"
+SWEEP = "sweep.json"
 
 
 @dataclass(frozen=True, kw_only=True)

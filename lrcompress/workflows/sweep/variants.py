@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from lrcompress.config import BUDGETS, FactorizeSettings, RefineSettings
-from lrcompress.config.recipe import Recipe, flags, from_flat, sections
+from lrcompress.config.recipe import Recipe, flags, sections, sections_from_flat
 from lrcompress.runtime.errors import InputError
 
 SELECTION = ("include", "exclude", "dense_first")
@@ -40,7 +40,7 @@ def variants(recipe: Recipe) -> Iterator[Variant]:
         flat = (
             shared | {"keep_ratio": settings.keep_ratios[0]} | ({} if "method" in values else own)
         )
-        checked = from_flat(sections("factorize", "refine"), flat | values, say)
+        checked = sections_from_flat(sections("factorize", "refine"), flat | values, say)
         yield Variant(name, checked["factorize"], checked["refine"])
 
 
