@@ -76,7 +76,7 @@ results: setup
 	HF_HUB_OFFLINE=0 $(BIN)/lrcompress sweep recipes/results.yaml runs/results \
 		--set calibration.data=[$(TRAIN)] --set evaluate.perplexity=[$(TEST)]
 
-# what tests/test_content.py holds equal to the code
+# what tests/reporting/test_metrics_json.py holds equal to the code
 schemas: setup
 	$(BIN)/python -c "from lrcompress.reporting.metrics_json import write_schemas; write_schemas('docs')"
 

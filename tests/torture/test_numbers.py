@@ -17,7 +17,7 @@ from lrcompress.methods import registry
 from lrcompress.methods.candidates import CandidateGrid, list_candidates
 from lrcompress.methods.svd import PlainSVD
 from lrcompress.methods.types import FFN, LinearSpec, Statistics
-from tests.test_factorizers import factors_of, measured_error
+from tests.methods.test_methods import factors_of, measured_error
 from tests.tiny import byte_tokenizer, logits, tiny_model
 from tests.torture.conftest import Tally
 

@@ -31,7 +31,7 @@ from lrcompress.workflows.sweep import report as sweep_report
 from lrcompress.workflows.sweep.report import SweepReport
 from tests.conftest import SMALL, invoke, small_recipe
 from tests.samples import DETAILS, METRICS, RECORD, points
-from tests.test_scaling import made as made_points
+from tests.workflows.scaling.test_study import made as made_points
 
 # absurd numbers make numpy and matplotlib warn, as they should
 pytestmark = pytest.mark.filterwarnings("ignore")

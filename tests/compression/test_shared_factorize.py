@@ -13,9 +13,9 @@ import torch
 from lrcompress.checkpoint.export.dense import to_stock
 from lrcompress.models.loading import load
 from tests import worker
-from tests.test_devices import run_torchrun
-from tests.test_streaming import record, weights
+from tests.compression.streaming.test_factorize import record, weights
 from tests.tiny import saved_model
+from tests.training.test_devices import run_torchrun
 
 TEXT = {"data": ["pydoc"], "num_samples": 9, "gradient_samples": 3, "seq_len": 64}
 SEQUENTIAL = {"sequential": "anchored"}

@@ -22,9 +22,8 @@ from lrcompress.layers.optimize import optimize
 from lrcompress.methods.types import LinearSpec
 from lrcompress.runtime.errors import InputError
 from lrcompress.training.fsdp import placement
+from tests.cli.test_app import _check_in_a_process_without_lrcompress
 from tests.conftest import SMALL, invoke
-from tests.test_cli import _check_in_a_process_without_lrcompress
-from tests.test_finetune import finetuned
 from tests.tiny import (
     BLOCKS,
     EXPERTS,
@@ -37,6 +36,7 @@ from tests.tiny import (
     tiny_model,
     tokens,
 )
+from tests.training.test_finetune import finetuned
 
 SETTINGS: dict[str, Any] = {"num_samples": 4, "seq_len": 48, "rank_multiple": 2}
 FFN, EXPERT = ["gate", "up", "down"], ["gate_up", "down"] * EXPERTS
