@@ -8,7 +8,7 @@ DEMO := runs/quickstart
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test test-oldest test-real torture coverage audit results schemas clean
+.PHONY: setup demo test test-oldest test-real torture coverage audit results schemas stages clean
 
 setup: $(READY)
 
@@ -76,9 +76,13 @@ results: setup
 	HF_HUB_OFFLINE=0 $(BIN)/lrcompress sweep recipes/results.yaml runs/results \
 		--set calibration.data=[$(TRAIN)] --set evaluate.perplexity=[$(TEST)]
 
-# what tests/reporting/test_metrics_json.py holds equal to the code
+# tests/reporting/test_metrics_json.py holds them equal to the code
 schemas: setup
-	$(BIN)/python -c "from lrcompress.reporting.metrics_json import write_schemas; write_schemas('docs')"
+	$(BIN)/python -c "from lrcompress.workflows.schemas import write_schemas; write_schemas('docs')"
+
+# after the code of a stage changed and its number in checkpoint/fingerprints.py is decided
+stages: setup
+	$(BIN)/python -m tests.stages
 
 clean:
 	rm -rf $(VENV) $(AUDIT) $(OLDEST) runs

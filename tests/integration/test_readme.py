@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""What the README and the pages of docs/ show works as it stands there."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ import pytest
 from tests.conftest import invoke
 
 README = Path("README.md").read_text("utf-8")
-
-
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
+COMMANDS = re.findall(
+    r"^lrcompress (\w+ .*?) +#",
+    "\n".join(Path(page).read_text("utf-8") for page in ("README.md", "docs/commands.md")),
+    re.MULTILINE,
+)
+# need a recipe of their own, and are tested with those that the repository has
+WITH_RECIPE = ("run", "sweep", "scaling", "check")
 QUICK = {
     "bench": ("--prompt-length", "8", "--new-tokens", "2", "--training-length", "8"),
     "eval": ("--limit", "1", "--repeats", "2"),
@@ -32,18 +38,68 @@ def test_python_example_runs(dense: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert any("token perplexity" in str(line) for line in shown)
 
 
+def test_every_command_has_an_example() -> None:
+    from lrcompress.cli.app import main
+
+    assert {line.split()[0] for line in COMMANDS} == set(main.commands)
+
+
 def test_commands_run(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    lines = re.findall(r"^lrcompress (\w+ .*?) +#", README, re.MULTILINE)
-    assert len(lines) == 14
     Path("TRAIN.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
-    for line in (line for line in lines if line.split()[0] not in ("run", "scaling")):
+    outputs = set()
+    for line in COMMANDS:
         arguments = line.replace("MODEL", str(dense)).split()
+        if arguments[0] in WITH_RECIPE:
+            continue
+        if "--out" in arguments:
+            output = arguments[arguments.index("--out") + 1]
+            if output in outputs:  # the README and the list of commands make the same folders
+                continue
+            outputs.add(output)
         result = invoke(*arguments, *QUICK.get(arguments[0], ()))
-        assert result.exit_code == 0, result.output
+        assert result.exit_code == 0, (line, result.output)
+    assert outputs >= {"small", "tuned", "report", "plain", "alone", "int8", "large", "new"}
 
 
-def test_tree_names_every_module() -> None:
-    tree = README[README.index("## What is where") :]
-    for file in Path("lrcompress").glob("[a-z]*.py"):
-        assert file.name in tree or file.name == "lm_eval.py", file
+def test_tree_names_every_room() -> None:
+    tree = README[README.index("## Where the code is") :]
+    rooms = {path.parent.name for path in Path("lrcompress").glob("*/__init__.py")}
+    assert set(re.findall(r"^  (\w+)/", tree, re.MULTILINE)) == rooms
+    assert len(rooms) == 14
+
+
+def test_readme_stays_short() -> None:
+    assert len(README.split()) <= 1200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page.resolve()
+        assert file.exists(), f"{page}: {target}"
+        if anchor:
+            assert anchor in _anchors(file.read_text("utf-8")), f"{page}: {target}"
+
+
+def _anchors(text: str) -> set[str]:
+    """Anchors of headings, as GitHub makes them."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE
+    )
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+MENTIONED = re.compile(
+    r"`((?:lrcompress|tests|recipes|benchmarks|docs)/[\w/.]+\.(?:py|yaml|md|jinja|sh))`"
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_files_that_pages_name_exist(page: Path) -> None:
+    for name in MENTIONED.findall(page.read_text("utf-8")):
+        assert Path(name).is_file() or "NAME" in name, f"{page}: {name}"
