@@ -50,12 +50,12 @@ def test_interrupted_run_continues(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(throughput, "speed", interrupted)
+    monkeypatch.setattr(throughput, "generation_throughput", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(recipe, out)
     assert not (out / "report.md").exists()
     written = (out / "model" / "model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(throughput, "speed", speed)
+    monkeypatch.setattr(throughput, "generation_throughput", speed)
 
     def not_again(*_: object) -> None:
         raise AssertionError("a finished stage was done again")
@@ -64,7 +64,7 @@ def test_interrupted_run_continues(
     monkeypatch.setattr(pipeline, "factorize_to", not_again)
     first = pipeline.run(recipe, out)
     assert (out / "model" / "model.safetensors").stat().st_mtime_ns == written
-    monkeypatch.setattr(throughput, "speed", not_again)
+    monkeypatch.setattr(throughput, "generation_throughput", not_again)
     assert pipeline.run(recipe, out) == first
 
 

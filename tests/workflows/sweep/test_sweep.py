@@ -260,7 +260,7 @@ def test_a_finished_sweep_loads_and_measures_nothing(
     def loads(*_: Any) -> Any:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("lrcompress.workflows.sweep.sweep.load_settings", loads)
+    monkeypatch.setattr("lrcompress.workflows.sweep.sweep.load_model", loads)
     assert sweep(wanted, tmp_path / "out", again) == points
     assert again.calls == 0
     assert all((tmp_path / "out" / name).is_file() for name in FORMATS)
@@ -275,7 +275,7 @@ def test_speeds_are_measured_beside_the_dense_model(
         turns.append(list(models))
         return speed(models, *arguments)
 
-    monkeypatch.setattr(throughput, "speed", noted)
+    monkeypatch.setattr(throughput, "generation_throughput", noted)
     wanted = recipe(source, methods=["svd"])
     quick = {"speed": True, "prompt_length": 8, "new_tokens": 2, "repeats": 2}
     evaluate = wanted.evaluate.model_copy(update=quick | {"training_speed": True})
