@@ -113,17 +113,17 @@ def test_a_stage_file_without_findings_is_made_again(recipe: Recipe, tmp_path: P
     out = tmp_path / "out"
     first = pipeline.run(recipe, out)
     file = out / "stages" / "quality-factorized.json"
-    known = json.loads(file.read_text())
-    file.write_text(json.dumps({"inputs": known["inputs"]}))
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({"inputs": content["inputs"]}))
     assert pipeline.run(recipe, out) == first
-    assert json.loads(file.read_text()) == known
+    assert json.loads(file.read_text()) == content
 
 
 def test_a_model_folder_that_no_run_began_is_left_alone(recipe_file: Path, tmp_path: Path) -> None:
-    own = tmp_path / "project" / "model" / "weights.txt"
-    own.parent.mkdir(parents=True)
-    own.write_text("mine")
+    weights = tmp_path / "project" / "model" / "weights.txt"
+    weights.parent.mkdir(parents=True)
+    weights.write_text("mine")
     result = invoke("run", recipe_file, tmp_path / "project")
     assert result.exit_code == 2
     assert "is no run" in result.stderr
-    assert own.read_text() == "mine"
+    assert weights.read_text() == "mine"
