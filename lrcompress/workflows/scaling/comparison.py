@@ -167,8 +167,8 @@ def _sentence(
 
 def _bend_sentence(bent: Bend, axis: Axis) -> str:
     return (
-        f"But the points bend away from a line (p = {bent.p_value:.2g}), so its slope depends on "
-        f"the range of their costs. With one bend for both, at equal {TITLES[axis]}: "
+        f"But the points bend away from a line (p = {bent.p_value:.2g}), and its slope is that of "
+        f"where they lie. With one bend for both, at equal {TITLES[axis]}: "
         f"{bent.verdict}, {shown(bent.steeper, '+')} nats per decade, and "
         f"{shown(bent.level, '+')} nats of loss at the mean."
     )

@@ -16,7 +16,7 @@ from lrcompress.reporting.metric import SIZES
 from lrcompress.runtime.paths import unique_file_names
 from lrcompress.workflows.sweep.pareto import Front, FrontPoint
 
-MARKERS = "os^Dv"  # the next one is used when all colours are
+MARKERS = "os^Dv"  # the next marker, once every colour was used
 
 
 def pictures(fronts: Sequence[Front]) -> Iterator[Picture]:
