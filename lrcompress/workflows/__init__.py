@@ -1,0 +1,1 @@
+"""A recipe over a folder, resumable: a run, a sweep, or a scaling study."""

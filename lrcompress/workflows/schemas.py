@@ -1,4 +1,4 @@
-"""The JSON Schemas of metrics.json and sweep.json."""
+"""The JSON Schemas of metrics.json and sweep.json, as docs/ publishes them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from lrcompress.workflows.sweep.sweep_json import SWEEP, Sweep
 
 
 class _Schema(GenerateJsonSchema):
+    """Numbers may be texts where they are not finite; fields have no titles."""
+
     def float_schema(self, schema: Any) -> dict[str, Any]:
         return super().float_schema(schema) | {"type": ["number", "string"], "pattern": NOT_FINITE}
 
@@ -23,17 +25,18 @@ class _Schema(GenerateJsonSchema):
 
 
 def schemas() -> dict[str, str]:
-    """File name -> JSON Schema of what is written, for docs/."""
-    kinds: dict[str, Any] = {METRICS: Evaluation, SWEEP: Sweep}
-    return {name.replace(".", ".schema."): _schema(kind) for name, kind in kinds.items()}
+    """File name of a schema -> JSON Schema."""
+    layouts: dict[str, Any] = {METRICS: Evaluation, SWEEP: Sweep}
+    return {name.replace(".", ".schema."): _schema(layout) for name, layout in layouts.items()}
 
 
 def write_schemas(folder: str) -> None:
+    """Writes every schema into `folder`."""
     for name, text in schemas().items():
         replace_text(Path(folder) / name, text)
 
 
-def _schema(kind: Any) -> str:
-    adapter = TypeAdapter[Any](kind)
-    made = adapter.json_schema(mode="serialization", schema_generator=_Schema)
-    return json_text({"$schema": _Schema.schema_dialect} | made)
+def _schema(layout: Any) -> str:
+    adapter = TypeAdapter[Any](layout)
+    schema = adapter.json_schema(mode="serialization", schema_generator=_Schema)
+    return json_text({"$schema": _Schema.schema_dialect} | schema)

@@ -30,8 +30,7 @@ from lrcompress.workflows.scaling.report import ScalingReport
 from lrcompress.workflows.sweep import report as sweep_report
 from lrcompress.workflows.sweep.report import SweepReport
 from tests.conftest import SMALL, invoke, small_recipe
-from tests.samples import DETAILS, METRICS, RECORD, points
-from tests.workflows.scaling.test_study import made as made_points
+from tests.samples import DETAILS, METRICS, RECORD, points, scaling_points
 
 # absurd numbers make numpy and matplotlib warn, as they should
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -439,7 +438,7 @@ def _pages() -> Iterator[tuple[str, str]]:
     yield "report", report.html(made)
     yield "sweep", sweep_report.html(SweepReport(ATTACK, tuple(_attacking(points()))))
     low = f"low{ATTACK}"
-    ladder = made_points({"dense": 0.35, low: 0.40})
+    ladder = scaling_points({"dense": 0.35, low: 0.40})
     ladder[0] = replace(ladder[0], size=ATTACK, device=ATTACK, diverged=ATTACK)
     settings = ScalingSettings(
         sizes={name: {} for name in ("a", "b", "c")}, variants={"low": {}}, resamples=50

@@ -1,4 +1,4 @@
-"""A recipe's whole path over a run folder; the only place that knows the order of stages."""
+"""Runs every stage of a recipe in a run folder; only this module knows their order."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.checkpoint import fingerprints
+from lrcompress.checkpoint.fingerprints import Stage
 from lrcompress.checkpoint.record import read_record, write_measured
 from lrcompress.compression.factorize_folder import factorize_to
 from lrcompress.config import ModelSettings
@@ -40,12 +41,12 @@ def run(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> list[Metric]:
-    """Factorizes, finetunes if there is text for it, evaluates beside the dense model and reports,
-    all in the folder `out`. Models are made only if no text of the evaluation is among theirs.
+    """Factorizes, finetunes if the recipe has text for it, evaluates and reports, in folder `out`.
 
-    `recipe` is a Recipe or its file. An interrupted run continues: a stage whose inputs did
-    not change is not done again. Raises InputError where `out` holds something else;
-    `overwrite` allows another recipe's run there.
+    Returns the metrics of all models, those of the dense model first. `recipe` is a Recipe or
+    its file. An interrupted run continues: a stage whose inputs did not change is not run again.
+    Raises InputError where a text of the evaluation is also calibrated or trained on, and where
+    `out` holds something else; `overwrite` allows another recipe's run there.
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(Path(recipe))
@@ -58,151 +59,160 @@ class Run:
     def __init__(self, recipe: Recipe, out: Path, progress: Progress, say: Say = unsaid) -> None:
         self.recipe, self.progress, self.say = recipe, progress, say
         self.folder = RunFolder(recipe, out)
-        self._kept: dict[ModelSettings, Loaded] = {}
+        self._loaded: dict[ModelSettings, Loaded] = {}
 
     def all(self, overwrite: bool) -> Report:
+        """Runs every stage that is not finished yet, and returns the report."""
         self.folder.refuse_other(overwrite)
         with locks.inside(self.folder.out):
-            return self._all(overwrite)
+            self.folder.refuse_other(overwrite)  # another process may have been here
+            tasks = evaluate.resolve_tasks(self.recipe.evaluate)
+            self._check()
+            self._make_models()
+            differences = self._differences()  # first: it refuses prompts that are too long
+            return self._report(self._metrics(tasks), differences)
 
-    def _all(self, overwrite: bool) -> Report:
-        self.folder.refuse_other(overwrite)  # another process may have been here
-        tasks = evaluate.resolve_tasks(self.recipe.evaluate)
+    def _check(self) -> None:
+        """Raises InputError, before hours of work, for what later stages would refuse."""
         if "finetune" in self.stages:
             check_settings(self.recipe.finetune, self.recipe.model.device)
-        self._find_others()
-        if not all(self.folder.is_made(stage, self._making(stage)) for stage in self.stages):
-            check_recipe(self.recipe)
-        self.folder.claim()
-        self.folder.make("factorize", self._making("factorize"), self._factorize)
-        self.folder.adopt()
-        if "finetune" in self.stages:
-            self.folder.make("finetune", self._making("finetune"), self._finetune)
-        details = self._details()  # first: it refuses unfit prompts
-        return self._report(self._measure(tasks), details)
-
-    def _find_others(self) -> None:
-        """Raises InputError for a teacher or baseline that is not there, before hours of work."""
         teacher = self.recipe.finetune.teacher
         for name in (*self.recipe.evaluate.baseline, *([teacher] if teacher else [])):
             locate(name)
+        if not all(
+            self.folder.has_model(stage, self._model_inputs(stage)) for stage in self.stages
+        ):
+            check_recipe(self.recipe)
+
+    def _make_models(self) -> None:
+        self.folder.claim()
+        self.folder.make_model("factorize", self._model_inputs("factorize"), self._factorize)
+        self.folder.adopt()
+        if "finetune" in self.stages:
+            self.folder.make_model("finetune", self._model_inputs("finetune"), self._finetune)
 
     @property
-    def stages(self) -> tuple[fingerprints.Stage, ...]:
-        """Those that make a model."""
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that make a model."""
         return ("factorize", "finetune") if self.recipe.finetune.data else ("factorize",)
 
     def _factorize(self, out: Path) -> None:
-        """An older model, and its recipe and reports, stay until the new is whole."""
+        """An older model, its recipe and its reports stay until the new model is complete."""
         factorize_to(self.recipe, out, self.progress, replace=True, say=self.say)
 
     def _finetune(self, out: Path) -> None:
-        source, settings = self._made("factorize"), self.recipe.finetune
         finetune_to(
-            source, settings, out, self.progress, replace=True, load_teacher=self._load_teacher
+            self._model_of("factorize"),
+            self.recipe.finetune,
+            out,
+            self.progress,
+            replace=True,
+            load_teacher=self._load_teacher,
         )
 
     def _load_teacher(self, settings: ModelSettings) -> Loaded:
-        """The recipe's own model, kept for the evaluation, unless another is named."""
+        """The recipe's own model, which the evaluation uses again, unless another is named."""
         return self._load(self.recipe.model if self.recipe.finetune.teacher is None else settings)
 
     def _load(self, settings: ModelSettings) -> Loaded:
         """A model, loaded when it is first needed."""
-        if settings not in self._kept:
-            self._kept[settings] = load_model(settings)
-        return self._kept[settings]
+        if settings not in self._loaded:
+            self._loaded[settings] = load_model(settings)
+        return self._loaded[settings]
 
-    def _made(self, stage: fingerprints.Stage) -> ModelSettings:
-        return with_source(self.recipe.model, str(self.folder.model(stage)))
+    def _model_of(self, stage: Stage) -> ModelSettings:
+        """How to load the model that a stage makes."""
+        return with_source(self.recipe.model, str(self.folder.model_folder(stage)))
 
-    def _making(self, stage: fingerprints.Stage) -> list[Any]:
-        """What the model of a stage depends on."""
+    def _model_inputs(self, stage: Stage) -> list[Any]:
+        """Everything that the model of a stage depends on."""
         if stage == "factorize":
             return fingerprints.factorizing(self.recipe)
-        tuning = self.recipe.finetune
-        texts = [fingerprints.data_state(spec) for spec in tuning.data]
-        teacher = tuning.teacher and fingerprints.model_inputs(
-            with_source(self.recipe.model, tuning.teacher)
+        finetune = self.recipe.finetune
+        texts = [fingerprints.data_state(spec) for spec in finetune.data]
+        teacher = finetune.teacher and fingerprints.model_inputs(
+            with_source(self.recipe.model, finetune.teacher)
         )
-        made = [*self._making("factorize"), self.folder.weights("factorize")]
-        return [made, tuning.model_dump(mode="json"), texts, teacher]
+        student = [*self._model_inputs("factorize"), self.folder.model_state("factorize")]
+        return [student, finetune.model_dump(mode="json"), texts, teacher]
 
     @cached_property
-    def _columns(self) -> dict[str, ModelSettings]:
-        """Title -> model of what is compared: baselines or the dense model, then what was made."""
+    def _compared(self) -> dict[str, ModelSettings]:
+        """Column title -> model: the baselines or the dense model, then the models made here."""
         names, model = self.recipe.evaluate.baseline, self.recipe.model
-        found = dict(
-            zip(
-                labels(["baseline"] * len(names), names),
-                [with_source(model, name) for name in names],
-                strict=True,
-            )
-        ) or {"dense": model}
-        titles = {"factorize": "factorized", "finetune": "finetuned"}
-        return found | {titles[stage]: self._made(stage) for stage in self.stages}
+        titles = labels(["baseline"] * len(names), names)
+        baselines = {
+            title: with_source(model, name) for title, name in zip(titles, names, strict=True)
+        }
+        stage_titles = {"factorize": "factorized", "finetune": "finetuned"}
+        made_here = {stage_titles[stage]: self._model_of(stage) for stage in self.stages}
+        return (baselines or {"dense": model}) | made_here
 
-    def _measuring(self, title: str) -> list[Any]:
-        """What the numbers of a column depend on."""
-        settings, source = self.recipe.evaluate, self._columns[title]
+    def _metric_inputs(self, title: str) -> list[Any]:
+        """Everything that the metrics of a column depend on."""
+        settings, source = self.recipe.evaluate, self._compared[title]
         texts = [fingerprints.data_state(spec) for spec in (*settings.perplexity, *settings.tasks)]
         texts.append(fingerprints.folder_state(settings.data_dir))
-        made = {str(self.folder.model(stage)): stage for stage in self.stages}
-        stage = made.get(source.source)
+        stage_of = {str(self.folder.model_folder(stage)): stage for stage in self.stages}
+        stage = stage_of.get(source.source)
         if stage:
-            model: list[Any] = [self._making(stage), self.folder.weights(stage)]
+            model: list[Any] = [self._model_inputs(stage), self.folder.model_state(stage)]
         else:
             model = fingerprints.model_inputs(source)
         return [settings.model_dump(mode="json", exclude={*NO_INPUT}), texts, model]
 
-    def _measure(self, tasks: Tasks | None) -> list[Metric]:
-        settings, found = self.recipe.evaluate, list[Metric]()
-        inputs = {title: self._measuring(title) for title in self._columns}
-        for index, (title, depends) in enumerate(inputs.items(), 1):
+    def _metrics(self, tasks: Tasks | None) -> list[Metric]:
+        """The quality of every model, then their speeds; kept ones where inputs are equal."""
+        settings, metrics = self.recipe.evaluate, list[Metric]()
+        inputs = {title: self._metric_inputs(title) for title in self._compared}
+        for index, (title, column_inputs) in enumerate(inputs.items(), 1):
             name = title if " " not in title else f"baseline-{index}"  # a title may hold a path
             quality = partial(self._quality, title, tasks)
-            found += self.folder.measured(f"quality-{name}", depends, list[Metric], quality)
+            metrics += self.folder.cached(f"quality-{name}", column_inputs, list[Metric], quality)
         if settings.speed or settings.training_speed:
-            depends = list(inputs.values())
-            found += self.folder.measured("speed", depends, list[Metric], self._speed)
-        return found
+            all_inputs = list(inputs.values())
+            metrics += self.folder.cached("speed", all_inputs, list[Metric], self._speed)
+        return metrics
 
-    def _details(self) -> Differences:
+    def _differences(self) -> Differences:
+        """Kept ones where inputs are equal; empty where the recipe asks for none."""
         if not (self.recipe.evaluate.compared_windows or self.recipe.evaluate.prompts):
             return Differences()
         settings = self.recipe.evaluate.model_dump(mode="json", include={*DETAILS})
-        depends = [settings, *map(self._measuring, self._columns)]
-        return self.folder.measured("details", depends, Differences, self._compare)
+        inputs = [settings, *map(self._metric_inputs, self._compared)]
+        return self.folder.cached("details", inputs, Differences, self._compare)
 
     def _compare(self) -> Differences:
-        models = {title: self._load(source) for title, source in self._columns.items()}
+        models = {title: self._load(model) for title, model in self._compared.items()}
         return evaluate.details(models, self.recipe.evaluate, self.progress)
 
     def _quality(self, title: str, tasks: Tasks | None) -> list[Metric]:
-        source, settings = self._columns[title], self.recipe.evaluate
-        loaded = self._load(source)
+        """Size, perplexities and task scores of one model; writes the samples of its tasks."""
+        model, settings = self._compared[title], self.recipe.evaluate
+        loaded = self._load(model)
         length = sequence_length(loaded[0], settings.context_length)
-        folder = Path(locate(source.source, source.gguf_file).path)
-        record = read_record(folder) or {}
+        record = read_record(Path(locate(model.source, model.gguf_file).path)) or {}
         check_checkpoint(title, loaded[1], settings, length, record)
-        found = evaluate.quality(title, loaded, settings, tasks, length, self.progress)
-        place = unique_file_names(self._columns)[title]
-        sample_logs.write(self.folder.out / sample_logs.FOLDER / place, found.logs[title])
-        return found.metrics
+        results = evaluate.quality(title, loaded, settings, tasks, length, self.progress)
+        folder_name = unique_file_names(self._compared)[title]
+        sample_logs.write(self.folder.out / sample_logs.FOLDER / folder_name, results.logs[title])
+        return results.metrics
 
     def _speed(self) -> list[Metric]:
-        models = {title: self._load(source) for title, source in self._columns.items()}
+        models = {title: self._load(model) for title, model in self._compared.items()}
         return evaluate.speed(models, self.recipe.evaluate, self.progress)
 
-    def _report(self, metrics: list[Metric], details: Differences) -> Report:
-        """Into the record and card of each model, and into the report, which is of the last."""
-        last = read_record(self.folder.model(self.stages[-1])) or {}
-        kept = last["counts"]["selected"]["keep_ratio"]
-        title = f"{self.recipe.model.source}: {self.recipe.factorize.method}, {kept:.1%} kept"
-        made = Report(title, tuple(metrics), details, last)
+    def _report(self, metrics: list[Metric], differences: Differences) -> Report:
+        """Adds the metrics to each model's record and card, and writes the report."""
+        record = read_record(self.folder.model_folder(self.stages[-1])) or {}
+        keep_ratio = record["counts"]["selected"]["keep_ratio"]
+        method = self.recipe.factorize.method
+        title = f"{self.recipe.model.source}: {method}, {keep_ratio:.1%} kept"
+        run_report = Report(title, tuple(metrics), differences, record)
         for stage in self.stages:
-            write_measured(self.folder.model(stage), metrics, made.comparisons)
+            write_measured(self.folder.model_folder(stage), metrics, run_report.comparisons)
         if "finetune" not in self.stages:
-            self.folder.drop("finetune")
-        self.folder.keep_logs(self._columns)
-        report.write(self.folder.out, made)
-        return made
+            self.folder.drop_model("finetune")
+        self.folder.drop_other_logs(self._compared)
+        report.write(self.folder.out, run_report)
+        return run_report

@@ -1,4 +1,4 @@
-"""The laws of a scaling study: fitted to its points, compared with the dense models', in words."""
+"""Fits the laws of a scaling study, and compares every variant with the dense models."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from typing import Literal, get_args
 import numpy as np
 
 from lrcompress.workflows.scaling.curvature import Bend, bend
-from lrcompress.workflows.scaling.intervals import Interval, mean, shown
-from lrcompress.workflows.scaling.law_fit import Law, LawFit, SlopeComparison, compare, fit, gap
+from lrcompress.workflows.scaling.intervals import Interval, mean_difference, shown
+from lrcompress.workflows.scaling.law_fit import (
+    Law,
+    LawFit,
+    SlopeComparison,
+    compare,
+    fit,
+    loss_gap,
+)
 from lrcompress.workflows.scaling.point import DENSE, ScalingPoint, size_name
 
 Axis = Literal["flops", "non_embedding", "seconds"]
@@ -20,16 +27,17 @@ TITLES: dict[Axis, str] = {
     "non_embedding": "non-embedding parameters",
     "seconds": "seconds of training",
 }
-
-
-# sizes without which a law is not fitted: one more than it can pass through
-SIZES: dict[Law, int] = {"power": 3, "decade": 3, "offset": 4}
+# sizes that a fit needs: one more than the law can pass through exactly
+FEWEST_SIZES: dict[Law, int] = {"power": 3, "decade": 3, "offset": 4}
 
 
 @dataclass(frozen=True)
 class FittedLaw:
-    """One law of one variant along one axis; `against` the dense models' of the same law. `bend` is
-    that of both variants' points, with the law "decade" only."""
+    """One law of one variant along one axis.
+
+    `against` compares its slope with the dense models'. `bend` is fitted to the points of both,
+    for the law "decade" only.
+    """
 
     axis: Axis
     variant: str
@@ -40,7 +48,7 @@ class FittedLaw:
 
 @dataclass(frozen=True)
 class Matched:
-    """A variant at what the dense models of one size cost, by axis.
+    """A variant's loss at the cost of the dense models of one size, along one axis.
 
     `loss` is interpolated between the variant's sizes, linear in the logarithm of the cost; None
     outside of them. `difference` is that of the two fitted lines (law "decade").
@@ -56,7 +64,10 @@ class Matched:
 
 @dataclass(frozen=True)
 class Paired:
-    """A variant less another that has as many training FLOPs, over sizes and seeds; in nats."""
+    """The loss of `variant` less that of `other` at equal training FLOPs, in nats.
+
+    The mean over `count` pairs of equal size and seed.
+    """
 
     variant: str
     other: str
@@ -66,81 +77,95 @@ class Paired:
 
     @property
     def verdict(self) -> str:
+        """Whether the variant is better, worse, or not shown to differ."""
         if self.difference.high < 0:
             return "better"
         return "worse" if self.difference.low > 0 else "no difference shown"
 
 
 def variants(points: Sequence[ScalingPoint]) -> list[str]:
-    """Names in order, the dense models' first."""
-    found = dict.fromkeys(point.variant for point in points)
-    return sorted(found, key=lambda name: name != DENSE)
+    """The variants of `points` in order, the dense models first."""
+    names = dict.fromkeys(point.variant for point in points)
+    return sorted(names, key=lambda name: name != DENSE)
 
 
 def usable(points: Sequence[ScalingPoint]) -> list[ScalingPoint]:
-    """Those whose training did not diverge."""
+    """The points whose training did not diverge."""
     return [point for point in points if point.diverged is None]
 
 
-def laws(points: Sequence[ScalingPoint], resamples: int) -> list[FittedLaw]:
-    """Of every axis, law and variant that has points enough."""
-    found: list[FittedLaw] = []
+def points_of(points: Sequence[ScalingPoint], variant: str) -> list[ScalingPoint]:
+    """The points of one variant."""
+    return [point for point in points if point.variant == variant]
+
+
+def costs(points: Sequence[ScalingPoint], axis: Axis) -> list[float]:
+    """The cost of each point along an axis."""
+    return [getattr(point, axis) for point in points]
+
+
+def losses(points: Sequence[ScalingPoint]) -> list[float]:
+    """The loss of each point."""
+    return [point.loss for point in points]
+
+
+def fit_laws(points: Sequence[ScalingPoint], resamples: int) -> list[FittedLaw]:
+    """Every law of every variant along every axis, where there are enough sizes."""
+    points = usable(points)
+    fitted: list[FittedLaw] = []
     for axis in TITLES:
         for law in get_args(Law):
-            fits = dict(_fits(usable(points), axis, law, resamples))
+            fits = dict(_fits(points, axis, law, resamples))
             dense = fits.get(DENSE)
-            for variant, one in fits.items():
-                compared = None if dense is None or one is dense else compare(one, dense)
-                lines = compared is not None and law == "decade"
-                bent = _bend(usable(points), axis, variant) if lines else None
-                found.append(FittedLaw(axis, variant, one, compared, bent))
-    return found
+            for variant, law_fit in fits.items():
+                against, bent = None, None
+                if dense is not None and variant != DENSE:
+                    against = compare(law_fit, dense)
+                    bent = _bend(points, axis, variant) if law == "decade" else None
+                fitted.append(FittedLaw(axis, variant, law_fit, against, bent))
+    return fitted
 
 
 def _bend(points: Sequence[ScalingPoint], axis: Axis, variant: str) -> Bend | None:
-    of = {name: [p for p in points if p.variant == name] for name in (variant, DENSE)}
-    x, loss, dense_x, dense_loss = (
-        [getattr(point, key) for point in of[name]]
-        for name in (variant, DENSE)
-        for key in (axis, "loss")
-    )
-    return bend(x, loss, dense_x, dense_loss)
+    """The common bend of a variant's points and the dense models'."""
+    compressed, dense = points_of(points, variant), points_of(points, DENSE)
+    return bend(costs(compressed, axis), losses(compressed), costs(dense, axis), losses(dense))
 
 
 def _fits(
     points: Sequence[ScalingPoint], axis: Axis, law: Law, resamples: int
 ) -> Iterator[tuple[str, LawFit]]:
     for index, variant in enumerate(variants(points)):
-        own = [point for point in points if point.variant == variant]
-        if len({point.size for point in own}) >= SIZES[law]:
-            x, y = [getattr(point, axis) for point in own], [point.loss for point in own]
+        of_variant = points_of(points, variant)
+        if len({point.size for point in of_variant}) >= FEWEST_SIZES[law]:
+            x, y = costs(of_variant, axis), losses(of_variant)
             yield variant, fit(x, y, law, resamples, seed=index)
 
 
-def verdicts(found: Sequence[FittedLaw], points: Sequence[ScalingPoint]) -> Iterator[str]:
-    """A sentence for every variant and axis on its nats per decade against the dense models'."""
-    lines = [one for one in found if one.fit.law == "decade"]
-    dense = {one.axis: one for one in lines if one.variant == DENSE}
-    for one in lines:
-        if one.against is not None:
-            yield _sentence(one, one.against, dense[one.axis], usable(points))
+def verdicts(laws: Sequence[FittedLaw], points: Sequence[ScalingPoint]) -> Iterator[str]:
+    """A sentence for each variant and axis: its slope per decade against the dense models'."""
+    lines = [law for law in laws if law.fit.law == "decade"]
+    dense = {line.axis: line for line in lines if line.variant == DENSE}
+    for line in lines:
+        if line.against is not None:
+            yield _sentence(line, line.against, dense[line.axis], usable(points))
 
 
 def _sentence(
-    one: FittedLaw, against: SlopeComparison, dense: FittedLaw, points: Sequence[ScalingPoint]
+    line: FittedLaw, against: SlopeComparison, dense: FittedLaw, points: Sequence[ScalingPoint]
 ) -> str:
-    said = (
-        f"{one.variant}: {against.verdict}{'' if 'differ' in against.verdict else ' than dense'}"
-        f"{' from dense' if 'differ' in against.verdict else ''} per decade of "
-        f"{TITLES[one.axis]}: {shown(one.fit.slope)} nats against {shown(dense.fit.slope)}, "
+    preposition = "from" if "differ" in against.verdict else "than"
+    comparison = (
+        f"{line.variant}: {against.verdict} {preposition} dense per decade of "
+        f"{TITLES[line.axis]}: {shown(line.fit.slope)} nats against {shown(dense.fit.slope)}, "
         f"difference {shown(against.difference, '+')}, p = {against.p_value:.2g}."
     )
-    if one.bend is not None and one.bend.is_shown:
-        return f"{said} {_bent(one.bend, one.axis)}"
-    return f"{said} {_crossing(against, one.axis, points)}"
+    if line.bend is not None and line.bend.is_shown:
+        return f"{comparison} {_bend_sentence(line.bend, line.axis)}"
+    return f"{comparison} {_crossing_sentence(against, line.axis, points)}"
 
 
-def _bent(bent: Bend, axis: Axis) -> str:
+def _bend_sentence(bent: Bend, axis: Axis) -> str:
     return (
         f"But the points bend away from a line (p = {bent.p_value:.2g}), and its slope is that of "
         f"where they lie. With one bend for both, at equal {TITLES[axis]}: "
@@ -149,64 +174,70 @@ def _bent(bent: Bend, axis: Axis) -> str:
     )
 
 
-def _crossing(against: SlopeComparison, axis: Axis, points: Sequence[ScalingPoint]) -> str:
+def _crossing_sentence(against: SlopeComparison, axis: Axis, points: Sequence[ScalingPoint]) -> str:
     if against.verdict != "steeper" or against.crossing is None:
         return "Where the lines would cross cannot be said."
-    where, largest = against.crossing, max(getattr(point, axis) for point in points)
-    beyond = where.value > largest
-    times = f", {where.value / largest:.2g} times the largest measured" if beyond else ""
+    crossing, largest = against.crossing, max(costs(points, axis))
+    is_beyond = crossing.value > largest
+    times = f", {crossing.value / largest:.2g} times the largest measured" if is_beyond else ""
     return (
-        f"The fitted lines cross at {where.value:.2g} ({where.low:.1g} to {where.high:.1g})"
-        f"{times}{': an extrapolation' if beyond else ''}."
+        f"The fitted lines cross at {crossing.value:.2g} "
+        f"({crossing.low:.1g} to {crossing.high:.1g})"
+        f"{times}{': an extrapolation' if is_beyond else ''}."
     )
 
 
-def matched(points: Sequence[ScalingPoint], found: Sequence[FittedLaw]) -> Iterator[Matched]:
+def match_costs(points: Sequence[ScalingPoint], laws: Sequence[FittedLaw]) -> Iterator[Matched]:
     """Every variant at the FLOPs and at the seconds of the dense models of every size."""
-    fits = {(one.axis, one.variant): one.fit for one in found if one.fit.law == "decade"}
+    fits = {(law.axis, law.variant): law.fit for law in laws if law.fit.law == "decade"}
     points = usable(points)
     axes: tuple[Axis, ...] = ("flops", "seconds")
     for axis in axes:
-        dense = _by_size(points, DENSE, axis)
-        for variant in variants(points)[1:] if dense else ():
-            own, one = _by_size(points, variant, axis), fits.get((axis, variant))
-            for size, (x, loss) in dense.items():
-                base = fits.get((axis, DENSE))
-                span = gap(one, base, x) if one is not None and base is not None else None
-                yield Matched(axis, size_name(size), variant, loss, _at(own, x), span)
+        dense_means, dense_fit = _means_by_size(points, DENSE, axis), fits.get((axis, DENSE))
+        for variant in variants(points)[1:] if dense_means else ():
+            means, variant_fit = _means_by_size(points, variant, axis), fits.get((axis, variant))
+            for size, (cost, dense_loss) in dense_means.items():
+                loss, difference = _interpolated(means, cost), None
+                if variant_fit is not None and dense_fit is not None:
+                    difference = loss_gap(variant_fit, dense_fit, cost)
+                yield Matched(axis, size_name(size), variant, dense_loss, loss, difference)
 
 
-def _by_size(
+def _means_by_size(
     points: Sequence[ScalingPoint], variant: str, axis: Axis
 ) -> dict[str, tuple[float, float]]:
     """Size -> mean cost and mean loss over the seeds."""
-    own = [point for point in points if point.variant == variant]
+    of_variant = points_of(points, variant)
+    by_size = {
+        size: [point for point in of_variant if point.size == size]
+        for size in dict.fromkeys(point.size for point in of_variant)
+    }
     return {
-        size: (
-            fmean(getattr(point, axis) for point in own if point.size == size),
-            fmean(point.loss for point in own if point.size == size),
-        )
-        for size in dict.fromkeys(point.size for point in own)
+        size: (fmean(costs(of_size, axis)), fmean(losses(of_size)))
+        for size, of_size in by_size.items()
     }
 
 
-def _at(means: Mapping[str, tuple[float, float]], x: float) -> float | None:
+def _interpolated(means: Mapping[str, tuple[float, float]], cost: float) -> float | None:
+    """The loss at `cost`, linear in log cost between sizes; None outside of all sizes."""
     pairs = sorted(means.values())
-    costs, losses = [cost for cost, _ in pairs], [loss for _, loss in pairs]
-    if not costs or not costs[0] <= x <= costs[-1]:
+    mean_costs, mean_losses = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    if not mean_costs or not mean_costs[0] <= cost <= mean_costs[-1]:
         return None
-    return float(np.interp(np.log(x), np.log(costs), losses))
+    return float(np.interp(np.log(cost), np.log(mean_costs), mean_losses))
 
 
-def paired(points: Sequence[ScalingPoint], equal_flops: Mapping[str, str]) -> Iterator[Paired]:
-    """Each variant that was held to another's FLOPs against that one."""
-    losses = {(p.variant, p.size, p.seed): p.loss for p in usable(points)}
+def pair_equal_flops(
+    points: Sequence[ScalingPoint], equal_flops: Mapping[str, str]
+) -> Iterator[Paired]:
+    """Each variant of `equal_flops` against the variant whose training FLOPs limit it."""
+    loss_of = {(p.variant, p.size, p.seed): p.loss for p in usable(points)}
     for variant, other in equal_flops.items():
         differences = [
-            loss - losses[other, size, seed]
-            for (name, size, seed), loss in losses.items()
-            if name == variant and (other, size, seed) in losses
+            loss - loss_of[other, size, seed]
+            for (name, size, seed), loss in loss_of.items()
+            if name == variant and (other, size, seed) in loss_of
         ]
         if len(differences) > 1:
-            span, p_value = mean(differences)
-            yield Paired(variant, other, len(differences), span, p_value)
+            difference, p_value = mean_difference(differences)
+            yield Paired(variant, other, len(differences), difference, p_value)

@@ -1,29 +1,30 @@
-"""The folder of a scaling study: whose it is, which of its points are done, and its report."""
+"""The folder of a scaling study: the tokenizer, the trained points, and the report."""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lrcompress.checkpoint import fingerprints
-from lrcompress.config.recipe import ScalingRecipe, to_yaml
+from lrcompress.checkpoint.fingerprints import Stage
+from lrcompress.config.recipe import ScalingRecipe
 from lrcompress.reporting import figures
 from lrcompress.reporting.metric import Metric
 from lrcompress.runtime import locks
-from lrcompress.runtime.atomic_io import discard, replace_text, writing
+from lrcompress.runtime.atomic_io import discard, writing
 from lrcompress.runtime.errors import InputError
-from lrcompress.runtime.paths import refuse_links
 from lrcompress.workflows.scaling import report as scaling_report
 from lrcompress.workflows.scaling.point import ScalingPoint
 from lrcompress.workflows.scaling.report import ScalingReport
+from lrcompress.workflows.work_folder import RECIPE, ResultFile, WorkFolder
 
-RECIPE, POINTS, TOKENIZER, WORK, SPEED = (
-    "recipe.yaml", "points", "tokenizer", "training", "speed.json",
-)  # fmt: skip
+POINTS, TOKENIZER, CHECKPOINTS, SPEED = "points", "tokenizer", "training", "speed.json"
+POINT_STAGES: tuple[Stage, ...] = ("pretrain",)
+SPEED_STAGES: tuple[Stage, ...] = ("benchmark",)
 
 
 def refuse_studies(folders: Iterable[Path]) -> None:
@@ -37,97 +38,83 @@ def refuse_studies(folders: Iterable[Path]) -> None:
 
 
 @dataclass(frozen=True)
-class ScalingFolder:
-    """One recipe's folder: recipe.yaml, tokenizer/, points/, training/ in between, the report."""
+class ScalingFolder(WorkFolder):
+    """One recipe's folder: recipe.yaml, tokenizer/, points/, and the report.
+
+    While a model trains, its checkpoints are in training/.
+    """
 
     recipe: ScalingRecipe
-    out: Path
 
-    def claim(self) -> None:
-        """Makes the folder a study's. Raises InputError where it holds something else, a link, or
-        the tokenizer of other texts."""
-        refuse_links(self.out)
-        if self.out.exists() and not self._is_study():
-            raise InputError(
-                f"output {str(self.out)!r} exists and is no scaling study: choose another name"
-            )
-        recipe = self.out / RECIPE
-        text = to_yaml(self.recipe)
-        if recipe.exists() and recipe.read_bytes() != text.encode():
-            for name in scaling_report.FORMATS:  # they are of other settings
-                (self.out / name).unlink(missing_ok=True)
-            shutil.rmtree(self.out / figures.FOLDER, ignore_errors=True)
-        (self.out / POINTS).mkdir(parents=True, exist_ok=True)
-        replace_text(recipe, text)
+    kind = "scaling study"
+    reports = tuple(scaling_report.FORMATS)
+    results = POINTS
 
-    def _is_study(self) -> bool:
-        if not self.out.is_dir():
+    def _are_ours(self, names: set[str]) -> bool:
+        ours = {RECIPE, POINTS, TOKENIZER, CHECKPOINTS, figures.FOLDER, *self.reports}
+        if any(name not in ours and not name.startswith(".") for name in names):
             return False
-        names = {path.name for path in self.out.iterdir()}
-        own = {RECIPE, POINTS, TOKENIZER, WORK, figures.FOLDER, *scaling_report.FORMATS}
-        left = {name for name in names - own if not name.startswith(".")}
-        return not names or (POINTS in names and not left)
+        return POINTS in names or not names
 
     @property
     def tokenizer(self) -> Path:
-        """Of the texts and the vocabulary that the recipe names."""
-        asked = self.recipe.pretrain
-        named = [asked.tokenizer, asked.vocab_size, *asked.data]
-        texts = [fingerprints.data_state(spec) for spec in asked.data]
-        mark = fingerprints.digest([named, texts], "pretrain")
-        return self.out / TOKENIZER / mark[:16]
+        """The folder of the tokenizer for the texts and the vocabulary that the recipe names."""
+        settings = self.recipe.pretrain
+        sources = [settings.tokenizer, settings.vocab_size, *settings.data]
+        texts = [fingerprints.data_state(spec) for spec in settings.data]
+        digest = fingerprints.digest([sources, texts], "pretrain")
+        return self.out / TOKENIZER / digest[:16]
 
-    def keep_tokenizer(self, tokenizer: Any) -> None:
+    def save_tokenizer(self, tokenizer: Any) -> None:
+        """Writes the tokenizer that all points and all shards use."""
         with writing(self.tokenizer) as folder:
             tokenizer.save_pretrained(folder)
 
     def text_state(self) -> list[Any]:
-        """Of all that the sequences of tokens come from."""
+        """The state of everything that the token sequences come from."""
         file = self.tokenizer / "tokenizer.json"
-        mark = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
         specs = (*self.recipe.pretrain.data, *self.recipe.scaling.test)
-        return [mark, list(specs), [fingerprints.data_state(spec) for spec in specs]]
+        return [sha256, list(specs), [fingerprints.data_state(spec) for spec in specs]]
 
-    def point(self, name: str, inputs: Any, make: Callable[[Path], ScalingPoint]) -> None:
-        """Makes the point and keeps it, unless the folder has it, made of the same inputs.
+    def point(self, name: str, inputs: Any, train: Callable[[Path], ScalingPoint]) -> None:
+        """Trains the point `name` and stores it, unless the folder has it for `inputs`.
 
-        The checkpoints of a training are in a folder that `make` is given, until it is done.
+        `train` gets a folder for its checkpoints, which is removed once the point is stored.
         """
-        if self._known(name, inputs) is None:
-            mark = fingerprints.digest(inputs, "pretrain")
-            work = self.out / WORK / f"{name}-{mark[:16]}"
-            with locks.beside(work, replace=True):  # another shard may be at it
-                content = {"inputs": mark, "point": asdict(make(work))}
-                fingerprints.write(self.out / POINTS / f"{name}.json", content)
-                discard(work, work)
+        file = self._point_file(name)
+        if file.read(inputs, POINT_STAGES) is not None:
+            return
+        digest = fingerprints.digest(inputs, *POINT_STAGES)
+        checkpoints = self.out / CHECKPOINTS / f"{name}-{digest[:16]}"
+        with locks.beside(checkpoints, replace=True):  # another shard may train the same point
+            file.cached(inputs, POINT_STAGES, partial(train, checkpoints))
+            discard(checkpoints, checkpoints)
 
-    def _known(self, name: str, inputs: Any) -> ScalingPoint | None:
-        known = fingerprints.read(self.out / POINTS / f"{name}.json")
-        if known.get("inputs") != fingerprints.digest(inputs, "pretrain"):
-            return None
-        try:
-            return ScalingPoint.from_dict(known["point"])
-        except (KeyError, TypeError, ValueError):  # a damaged one is made again
-            return None
+    def _point_file(self, name: str) -> ResultFile[ScalingPoint]:
+        return ResultFile(self.out / POINTS / f"{name}.json", "point", ScalingPoint)
 
-    def speeds(self, inputs: Any, make: Callable[[], list[Metric]]) -> None:
-        if self._speeds(inputs) is None:
-            found = [asdict(metric) for metric in make()]
-            content = {"inputs": fingerprints.digest(inputs, "benchmark"), "metrics": found}
-            fingerprints.write(self.out / POINTS / SPEED, content)
+    def speeds(self, inputs: Any, measure: Callable[[], list[Metric]]) -> None:
+        """Measures and stores the training speeds, unless the folder has them for `inputs`."""
+        self._speed_file.cached(inputs, SPEED_STAGES, measure)
 
-    def _speeds(self, inputs: Any) -> list[Metric] | None:
-        known = fingerprints.read(self.out / POINTS / SPEED)
-        if known.get("inputs") != fingerprints.digest(inputs, "benchmark"):
-            return None
-        return [Metric(**metric) for metric in known["metrics"]]
+    @property
+    def _speed_file(self) -> ResultFile[list[Metric]]:
+        return ResultFile(self.out / POINTS / SPEED, "metrics", list[Metric])
 
-    def write(self, wanted: Mapping[str, Any], speed_inputs: Any) -> list[ScalingPoint]:
-        """The report of those points, by name and inputs, that are there; returns them."""
-        found = {name: self._known(name, inputs) for name, inputs in wanted.items()}
-        points = [point for point in found.values() if point is not None]
-        missing = [name for name, point in found.items() if point is None]
-        speeds = self._speeds(speed_inputs) or []
+    def write(self, inputs: Mapping[str, Any], speed_inputs: Any) -> list[ScalingPoint]:
+        """Writes the report of the points that are there, and returns them.
+
+        `inputs` are those of every point of the ladder, by the point's name.
+        """
+        points, missing = list[ScalingPoint](), list[str]()
+        for name, point_inputs in inputs.items():
+            point = self._point_file(name).read(point_inputs, POINT_STAGES)
+            if point is None:
+                missing.append(name)
+            else:
+                points.append(point)
+        speeds = self._speed_file.read(speed_inputs, SPEED_STAGES) or []
         report = ScalingReport(self.recipe.scaling, points, missing, speeds)
         scaling_report.write(self.out, report)
         return points

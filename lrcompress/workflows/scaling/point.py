@@ -1,11 +1,11 @@
-"""One model of a scaling study: what it is, what its training cost, and what loss it came to."""
+"""One trained model of a scaling study: its size, the cost of its training, and its loss."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -14,10 +14,12 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class ScalingPoint:
-    """Parameters are the trained model's; `flops` are of its whole training, guides included.
+    """A trained model. Its parameter counts are those of the model as it is saved.
 
-    `seconds` are those of its optimizer steps, without measurements and checkpoints. `loss` is in
-    nats per token of the test text after training, `curve` during it, by step.
+    `flops` are those of the whole training, dense guides included. `seconds` are those of the
+    optimizer steps, without measurements and checkpoints. `loss` is in nats per token of the test
+    text after the training, and `curve` has the loss during it, by step. `diverged` is the
+    reason why the training was stopped early, if it was.
     """
 
     size: str
@@ -37,31 +39,27 @@ class ScalingPoint:
 
     @property
     def label(self) -> str:
+        """What reports call the point."""
         return label(self.size, self.variant, self.seed)
-
-    @classmethod
-    def from_dict(cls, known: Mapping[str, Any]) -> Self:
-        curve = tuple((int(step), loss) for step, loss in known["curve"])
-        return cls(**{**known, "curve": curve})
 
 
 def label(size: str, variant: str, seed: int) -> str:
-    """The point's name, in files too."""
+    """The name of a point in reports and files."""
     return f"{size_name(size)}-{variant}-{seed}"
 
 
 def size_name(size: str) -> str:
-    """A preset, or of a path its last part."""
+    """The name of a preset, or the last part of a path."""
     return Path(size).name
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `number` of `count`, from 1, of the models of a ladder."""
+    """Part `number`, from 1, of the models of a ladder, which is split into `count` parts."""
 
     number: int
     count: int
 
     def of(self, items: Sequence[T]) -> Sequence[T]:
-        """Every `count`-th item, so that cheap and costly ones are in every part."""
+        """Every `count`-th item, so that each part has cheap and costly ones."""
         return items[self.number - 1 :: self.count]

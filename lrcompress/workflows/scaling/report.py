@@ -1,4 +1,4 @@
-"""The report of a scaling study: its laws, what they mean in words, its points, and pictures."""
+"""The report of a scaling study in every format: laws, verdicts in words, points and pictures."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ from lrcompress.workflows.scaling.comparison import (
     FittedLaw,
     Matched,
     Paired,
-    laws,
-    matched,
-    paired,
+    costs,
+    fit_laws,
+    losses,
+    match_costs,
+    pair_equal_flops,
+    points_of,
     usable,
     variants,
     verdicts,
@@ -38,9 +41,10 @@ from lrcompress.workflows.scaling.intervals import shown
 from lrcompress.workflows.scaling.point import ScalingPoint
 
 JSON = "scaling.json"
-# points of a curve in a picture
-FINE = 60
-LAWS = {
+# points at which a picture's curves are drawn
+CURVE_POINTS = 60
+# law -> its formula, as reports show it
+FORMULAS = {
     "power": "log L = a - b log x",
     "offset": "L = E + exp(a - b log x)",
     "decade": "L = a - b log10 x",
@@ -49,7 +53,7 @@ LAWS = {
 
 @dataclass(frozen=True)
 class ScalingReport:
-    """Of the points that there are; `missing` names the others."""
+    """The trained points of a study; `missing` names the models that are not trained yet."""
 
     settings: ScalingSettings
     points: Sequence[ScalingPoint]
@@ -58,7 +62,7 @@ class ScalingReport:
 
     @cached_property
     def laws(self) -> list[FittedLaw]:
-        return laws(self.points, self.settings.resamples)
+        return fit_laws(self.points, self.settings.resamples)
 
     @cached_property
     def verdicts(self) -> list[str]:
@@ -66,11 +70,11 @@ class ScalingReport:
 
     @cached_property
     def matched(self) -> list[Matched]:
-        return list(matched(self.points, self.laws))
+        return list(match_costs(self.points, self.laws))
 
     @cached_property
     def pictures(self) -> tuple[Picture, ...]:
-        """Loss against every cost; none as long as a model is missing, or where all diverged."""
+        """Loss against every cost; empty while a model is missing, or where all diverged."""
         if self.missing or not usable(self.points):
             return ()
         return tuple(
@@ -79,55 +83,61 @@ class ScalingReport:
 
     @cached_property
     def paired(self) -> list[Paired]:
-        return list(paired(self.points, self.settings.equal_flops))
+        return list(pair_equal_flops(self.points, self.settings.equal_flops))
 
 
-def _values(report: ScalingReport) -> dict[str, Any]:
-    known = {"report": report, "titles": TITLES, "laws": LAWS, "shown": shown}
-    return known | {"speeds": table(report.speeds)}
+def _template_values(report: ScalingReport) -> dict[str, Any]:
+    return {
+        "report": report,
+        "titles": TITLES,
+        "laws": FORMULAS,
+        "shown": shown,
+        "speeds": table(report.speeds),
+    }
 
 
 def markdown(report: ScalingReport) -> str:
-    return render("scaling.md.jinja", escape=False, **_values(report))
+    """scaling.md."""
+    return render("scaling.md.jinja", escape=False, **_template_values(report))
 
 
 def html(report: ScalingReport) -> str:
-    """One self-contained page, with the pictures in it: no network."""
-    shown_too = {"title": "Scaling", "pictures": report.pictures}
-    return render("scaling.html.jinja", escape=True, **_values(report), **shown_too)
+    """One self-contained page with the pictures in it, which loads nothing from the network."""
+    page = {"title": "Scaling", "pictures": report.pictures}
+    return render("scaling.html.jinja", escape=True, **_template_values(report), **page)
 
 
 def to_json(report: ScalingReport) -> str:
+    """scaling.json: settings, points, and everything that is derived from them."""
     content = {
         "settings": report.settings.model_dump(mode="json"),
         "points": [asdict(point) for point in report.points],
         "missing": list(report.missing),
-        "laws": [_law(one) for one in report.laws],
+        "laws": [_law_content(law) for law in report.laws],
         "verdicts": report.verdicts,
-        "matched": [asdict(one) for one in report.matched],
-        "paired": [asdict(one) | {"verdict": one.verdict} for one in report.paired],
+        "matched": [asdict(matched) for matched in report.matched],
+        "paired": [asdict(pair) | {"verdict": pair.verdict} for pair in report.paired],
         "speeds": [metric.summary() for metric in report.speeds],
     }
     return json.dumps(content, indent=2) + "\n"
 
 
-def _law(one: FittedLaw) -> dict[str, Any]:
-    against = None if one.against is None else asdict(one.against)
-    floor = one.fit.irreducible
+def _law_content(law: FittedLaw) -> dict[str, Any]:
+    irreducible = law.fit.irreducible
     return {
-        "axis": one.axis,
-        "law": one.fit.law,
-        "variant": one.variant,
-        "parameters": one.fit.parameters,
-        "slope": asdict(one.fit.slope),
-        "irreducible": None if floor is None else asdict(floor),
-        "against_dense": against,
-        "bend": None if one.bend is None else asdict(one.bend),
+        "axis": law.axis,
+        "law": law.fit.law,
+        "variant": law.variant,
+        "parameters": law.fit.parameters,
+        "slope": asdict(law.fit.slope),
+        "irreducible": None if irreducible is None else asdict(irreducible),
+        "against_dense": None if law.against is None else asdict(law.against),
+        "bend": None if law.bend is None else asdict(law.bend),
     }
 
 
 def to_csv(report: ScalingReport) -> str:
-    """One row a point."""
+    """scaling.csv: one row for each point."""
     text = io.StringIO()
     names = [name for name in ScalingPoint.__dataclass_fields__ if name != "curve"]
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -136,13 +146,14 @@ def to_csv(report: ScalingReport) -> str:
     return text.getvalue()
 
 
-# file name -> what writes it: a new format is one function and one row
+# file name -> function that gives its text
 FORMATS: Mapping[str, Callable[[ScalingReport], str]] = {
     "scaling.md": markdown,
     "scaling.html": html,
     JSON: to_json,
     "scaling.csv": to_csv,
 }
+# file name of a picture -> its axis
 PICTURES: Mapping[str, Axis] = {
     "loss-flops": "flops",
     "loss-parameters": "non_embedding",
@@ -151,19 +162,20 @@ PICTURES: Mapping[str, Axis] = {
 
 
 def series(report: ScalingReport, axis: Axis) -> list[Series]:
-    """Of every variant along an axis, with its line of the law "decade"."""
-    lines = {one.variant: one for one in report.laws if (one.axis, one.fit.law) == (axis, "decade")}
+    """The points of every variant along an axis, and the curve of its law "decade"."""
+    lines = {
+        law.variant: law.fit for law in report.laws if law.axis == axis and law.fit.law == "decade"
+    }
     points = usable(report.points)
-    found = []
+    plotted = []
     for variant in variants(points):
-        own = [point for point in points if point.variant == variant]
-        x, curve = [float(getattr(point, axis)) for point in own], None
+        of_variant = points_of(points, variant)
+        x, curve = [float(cost) for cost in costs(of_variant, axis)], None
         if variant in lines:
-            fine = np.geomspace(min(x), max(x), FINE)
-            fit = lines[variant].fit
-            curve = (fine, fit.loss(fine), *fit.band(fine))
-        found.append(Series(variant, x, [point.loss for point in own], curve))
-    return found
+            line, curve_x = lines[variant], np.geomspace(min(x), max(x), CURVE_POINTS)
+            curve = (curve_x, line.loss(curve_x), *line.band(curve_x))
+        plotted.append(Series(variant, x, losses(of_variant), curve))
+    return plotted
 
 
 def write(folder: Path, report: ScalingReport) -> None:

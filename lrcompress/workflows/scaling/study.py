@@ -1,7 +1,7 @@
-"""A ladder of models trained from scratch on one text: which law does each variant's loss follow?
+"""Trains a ladder of models from scratch on one text, and fits each variant's scaling law.
 
-Every model is a point, and a file once it is trained; the same call goes on with those that are
-missing. Points of several machines are put together by copying their files into one folder.
+Every trained model is a point, stored in a file; the same call resumes with the missing ones.
+Points from several machines are merged by copying their files into one folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ from lrcompress.training import new_model, pretrain
 from lrcompress.training.loop import Trained
 from lrcompress.training.trainer import BlockDataset
 from lrcompress.workflows.scaling.folder import ScalingFolder
-from lrcompress.workflows.scaling.ladder import LadderModel, non_embedding, rungs, variant_settings
+from lrcompress.workflows.scaling.ladder import (
+    LadderModel,
+    ladder_models,
+    non_embedding,
+    variant_settings,
+)
 from lrcompress.workflows.scaling.point import DENSE, ScalingPoint, Shard
 from lrcompress.workflows.scaling.text import ScalingText, scaling_text
 
@@ -38,16 +43,16 @@ def scaling(
     progress: Progress = silent,
     shard: tuple[int, int] = (1, 1),
 ) -> list[ScalingPoint]:
-    """Trains every model of `recipe` and writes the report to `out`; returns its points.
+    """Trains every model of `recipe`, writes the report to `out`, and returns the points.
 
-    Models that `out` already holds, trained from the same inputs, are not trained again. With a
-    `shard` (i, n) every n-th of the models is trained, from the i-th. Raises InputError where `out`
-    is something else, where a variant or text does not fit, and where a test text is trained on.
+    Models that `out` already has from the same inputs are not trained again. With `shard` (i, n)
+    every n-th model is trained, starting at the i-th. Raises InputError where `out` holds
+    something else, where a variant or text does not fit, and where a test text is trained on.
     """
-    return Scaling(recipe, out, progress, Shard(*shard)).all()
+    return ScalingStudy(recipe, out, progress, Shard(*shard)).all()
 
 
-class Scaling:
+class ScalingStudy:
     """One recipe's models over one folder."""
 
     def __init__(self, recipe: ScalingRecipe, out: Path, progress: Progress, shard: Shard) -> None:
@@ -55,112 +60,131 @@ class Scaling:
         self.folder = ScalingFolder(recipe, out)
 
     def all(self) -> list[ScalingPoint]:
+        """Trains the missing models of the shard; returns every point that the folder then has."""
         if not self.recipe.pretrain.data:
             raise InputError("scaling needs text to train on: set pretrain.data")
-        variant_settings(self.recipe)  # refuses what does not fit
+        variant_settings(self.recipe)  # raises InputError for a variant that does not fit
         self.folder.claim()
-        for _, same_size in groupby(self.shard.of(self._rungs), lambda rung: rung.size):
-            for rung in same_size:
-                self.folder.point(rung.name, self._inputs(rung), partial(self._made, rung))
+        for _, same_size in groupby(self.shard.of(self._models), lambda model: model.size):
+            for model in same_size:
+                self.folder.point(model.name, self._inputs(model), partial(self._train, model))
             self._report()
         if self.shard.number == 1:
-            self.folder.speeds(self._speed_inputs(), self._speeds)
+            self.folder.speeds(self._speed_inputs(), self._measure_speeds)
         return self._report()
 
     def _report(self) -> list[ScalingPoint]:
-        """Of all points that the folder has, those of other shards too."""
-        known = {rung.name: self._inputs(rung) for rung in self._rungs}
-        return self.folder.write(known, self._speed_inputs())
+        """Writes the report of all points that the folder has, those of other shards too."""
+        inputs = {model.name: self._inputs(model) for model in self._models}
+        return self.folder.write(inputs, self._speed_inputs())
 
     @cached_property
     def _tokenizer(self) -> Any:
-        """Kept in the folder, so that all points and shards have the same."""
-        kept = self.folder.tokenizer
-        if not kept.is_dir():
-            made = new_model.make_tokenizer(self.recipe.pretrain)
-            self.folder.keep_tokenizer(made)
-        return load_tokenizer(str(kept), None, False)
+        """Stored in the folder, so that all points and shards use the same one."""
+        folder = self.folder.tokenizer
+        if not folder.is_dir():
+            self.folder.save_tokenizer(new_model.make_tokenizer(self.recipe.pretrain))
+        return load_tokenizer(str(folder), None, False)
 
     @cached_property
-    def _rungs(self) -> list[LadderModel]:
-        return rungs(self.recipe, self._tokenizer)
+    def _models(self) -> list[LadderModel]:
+        return ladder_models(self.recipe, self._tokenizer)
 
     @cached_property
     def _text(self) -> ScalingText:
-        length = self._rungs[0].length
-        return scaling_text(self.recipe, self._tokenizer, self._longest, length)
-
-    def _inputs(self, rung: LadderModel) -> list[Any]:
-        settings = rung.settings.model_dump(mode="json", exclude={"tensorboard", "device"})
-        asked = self.recipe.scaling
-        text = [asked.test, asked.test_sequences, rung.length, self._longest]
-        return [settings, rung.config.to_dict(), text, self.folder.text_state()]
+        length = self._models[0].length
+        return scaling_text(self.recipe, self._tokenizer, self._longest_training, length)
 
     @property
-    def _longest(self) -> int:
-        """Sequences of the longest training: how the text is dealt out depends on it."""
-        return max(rung.sequences for rung in self._rungs)
+    def _longest_training(self) -> int:
+        """Sequences of the longest training: the order of the text depends on it."""
+        return max(model.sequences for model in self._models)
 
-    def _made(self, rung: LadderModel, work: Path) -> ScalingPoint:
+    def _inputs(self, model: LadderModel) -> list[Any]:
+        """Everything that the model's point depends on."""
+        settings = model.settings.model_dump(mode="json", exclude={"tensorboard", "device"})
+        scaling = self.recipe.scaling
+        text = [scaling.test, scaling.test_sequences, model.length, self._longest_training]
+        return [settings, model.config.to_dict(), text, self.folder.text_state()]
+
+    def _train(self, model: LadderModel, checkpoints: Path) -> ScalingPoint:
         text = self._text
-        new = new_model.new_model(copy.deepcopy(rung.config), rung.settings)
-        blocks = BlockDataset(text.training[: rung.sequences])
-        done = pretrain.train(
-            new, blocks, BlockDataset(text.test), rung.settings, work, self._named(rung.name)
+        new = new_model.new_model(copy.deepcopy(model.config), model.settings)
+        trained = pretrain.train(
+            new,
+            BlockDataset(text.training[: model.sequences]),
+            BlockDataset(text.test),
+            model.settings,
+            checkpoints,
+            self._progress_of(model.name),
         )
-        return _point(rung, new.model, done)
+        return _point(model, new.model, trained)
 
-    def _named(self, name: str) -> Progress:
-        """A `Progress` that says which model it is."""
+    def _progress_of(self, name: str) -> Progress:
+        """A `Progress` whose descriptions end with the model's name."""
 
-        def named(items: Any, description: str, total: int | None = None) -> Any:
+        def progress(items: Any, description: str, total: int | None = None) -> Any:
             return self.progress(items, f"{description} {name}", total)
 
-        return named
+        return progress
 
     def _speed_inputs(self) -> list[Any]:
-        return [self._inputs(rung) for rung in self._largest.values()] + [
-            self.recipe.scaling.speed_repeats
-        ]
+        """Everything that the training speeds depend on."""
+        inputs = [self._inputs(model) for model in self._largest.values()]
+        return [*inputs, self.recipe.scaling.speed_repeats]
 
     @cached_property
     def _largest(self) -> Mapping[str, LadderModel]:
-        """The models of the largest size, by variant; a guided one, or one with a warm start, is as
-        fast as its plain one."""
-        size = self._rungs[-1].size
-        plain = [r for r in self._rungs if r.settings.self_guided == "off"]
-        found = [r for r in plain if r.size == size and not r.settings.dense_share]
-        return {rung.variant: rung for rung in sorted(found, key=lambda rung: -rung.settings.seed)}
+        """Variant -> its model of the largest size with the lowest seed.
 
-    def _speeds(self) -> list[Metric]:
-        """Of a training step, and of one FFN in it, at the largest size, in turn."""
-        repeats, settings = self.recipe.scaling.speed_repeats, self.recipe.pretrain
+        Without guided variants and warm starts: they end as plain variants, and are as fast.
+        """
+        size = self._models[-1].size
+        plain = [
+            model
+            for model in self._models
+            if model.size == size
+            and model.settings.self_guided == "off"
+            and not model.settings.dense_share
+        ]
+        by_descending_seed = sorted(plain, key=lambda model: -model.settings.seed)
+        return {model.variant: model for model in by_descending_seed}
+
+    def _measure_speeds(self) -> list[Metric]:
+        """Tokens/s of a training step, and of one FFN in it, at the largest size.
+
+        The models are measured in alternation, the dense model first.
+        """
+        repeats, batch_size = self.recipe.scaling.speed_repeats, self.recipe.pretrain.batch_size
         if not repeats:
             return []
+        dense_first = sorted(self._largest.items(), key=lambda item: item[0] != DENSE)
         models = {
-            name: new_model.new_model(copy.deepcopy(rung.config), rung.settings).model
-            for name, rung in sorted(self._largest.items(), key=lambda one: one[0] != DENSE)
+            variant: new_model.new_model(copy.deepcopy(model.config), model.settings).model
+            for variant, model in dense_first
         }
-        shape = (settings.batch_size, self._rungs[-1].length, repeats, self.progress)
-        steps = throughput.training_throughput(models, *shape)
-        return steps + throughput.ffn_training_throughput(models, *shape)
+        length = self._models[-1].length
+        return [
+            *throughput.training_throughput(models, batch_size, length, repeats, self.progress),
+            *throughput.ffn_training_throughput(models, batch_size, length, repeats, self.progress),
+        ]
 
 
-def _point(rung: LadderModel, model: Any, done: Trained) -> ScalingPoint:
-    rate = done.tokens_per_second
+def _point(spec: LadderModel, model: Any, trained: Trained) -> ScalingPoint:
+    rate = trained.tokens_per_second
     return ScalingPoint(
-        size=rung.size,
-        variant=rung.variant,
-        seed=rung.settings.seed,
+        size=spec.size,
+        variant=spec.variant,
+        seed=spec.settings.seed,
         parameters=parameter_count(model),
         non_embedding=non_embedding(model),
         ffn_parameters=ffn_parameters(model),
-        steps=done.steps,
-        tokens=done.tokens,
-        flops=rung.flops,
-        seconds=done.tokens / rate if rate else done.seconds,
-        loss=done.after,
-        curve=done.losses,
+        steps=trained.steps,
+        tokens=trained.tokens,
+        flops=spec.flops,
+        seconds=trained.tokens / rate if rate else trained.seconds,
+        loss=trained.after,
+        curve=trained.losses,
         device=f"{model.device.type}, {torch.get_num_threads()} threads",
-        diverged=done.diverged,
+        diverged=trained.diverged,
     )

@@ -1,4 +1,4 @@
-"""The text of a scaling study: one order of training sequences for all models, and a test text."""
+"""The text of a scaling study: training sequences in one order for all models, and a test text."""
 
 from __future__ import annotations
 
@@ -16,42 +16,55 @@ from lrcompress.data.ngram_overlap import TOLERATED, ngram_hashes
 from lrcompress.data.packing import interleave, token_blocks
 from lrcompress.runtime.errors import InputError
 
-# chooses and orders the sequences: the same for every model, whatever its seed
-ORDER = 0
+# chooses and orders the sequences: the same for all models, whatever their own seeds
+ORDER_SEED = 0
 
 
 @dataclass(frozen=True)
 class ScalingText:
-    """Blocks (sequences, length). A training takes as many of the first as it needs, and begins
-    again where there are fewer."""
+    """Token blocks of shape (sequences, length).
+
+    A training reads as many of the first blocks as it needs, and starts again from the first where
+    there are fewer.
+    """
 
     training: Tensor
     test: Tensor
 
 
 def scaling_text(recipe: ScalingRecipe, tokenizer: Any, sequences: int, length: int) -> ScalingText:
-    """Raises InputError where there is too little text, and where a test text is trained on."""
-    data, asked = recipe.pretrain.data, recipe.scaling
-    training = _blocks(data, "calibration", tokenizer, sequences, length)
-    tests = asked.test or data
-    share = -(-asked.test_sequences // len(tests))
-    parts = [_blocks([spec], "test", tokenizer, share, length) for spec in tests]
-    known = ngram_hashes([training])
-    for spec, part in zip(tests, parts, strict=True):
-        found = ngram_hashes([part])
-        seen = float(np.isin(found, known, assume_unique=True).mean()) if len(found) else 0.0
-        if seen > TOLERATED:
+    """At most `sequences` training blocks and the test blocks, each of `length` tokens.
+
+    Raises InputError where there is too little text, and where a test text is trained on.
+    """
+    train_specs, scaling = recipe.pretrain.data, recipe.scaling
+    training = _blocks(train_specs, "calibration", tokenizer, sequences, length)
+    test_specs = scaling.test or train_specs
+    share = -(-scaling.test_sequences // len(test_specs))
+    tests = [_blocks([spec], "test", tokenizer, share, length) for spec in test_specs]
+    training_hashes = ngram_hashes([training])
+    for spec, test in zip(test_specs, tests, strict=True):
+        overlap = _overlap(ngram_hashes([test]), training_hashes)
+        if overlap > TOLERATED:
             raise InputError(
-                f"{seen:.1%} of the test text {spec!r} is in the text that is trained on: name "
+                f"{overlap:.1%} of the test text {spec!r} is in the text that is trained on: name "
                 "another text as scaling.test"
             )
-    return ScalingText(training, torch.cat(parts))
+    return ScalingText(training, torch.cat(tests))
+
+
+def _overlap(test_hashes: np.ndarray, training_hashes: np.ndarray) -> float:
+    """The share of the test text's n-grams that the training text has; both hashes are unique."""
+    if not len(test_hashes):
+        return 0.0
+    return float(np.isin(test_hashes, training_hashes, assume_unique=True).mean())
 
 
 def _blocks(specs: Sequence[str], use: Use, tokenizer: Any, sequences: int, length: int) -> Tensor:
+    """At most `sequences` blocks of `length` tokens, taken from the texts `specs` in turn."""
     share = -(-sequences // len(specs))
-    parts = [
-        token_blocks(read_corpus(spec, use), tokenizer, share, length, ORDER, fewer=True)
+    blocks = [
+        token_blocks(read_corpus(spec, use), tokenizer, share, length, ORDER_SEED, fewer=True)
         for spec in specs
     ]
-    return interleave(parts)[:sequences]
+    return interleave(blocks)[:sequences]

@@ -1,11 +1,10 @@
-"""The pictures of a sweep: for each quality all points against each cost, and the Pareto front."""
+"""The pictures of a sweep: the Pareto fronts of each quality, with a panel for each cost."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,28 +16,31 @@ from lrcompress.reporting.metric import SIZES
 from lrcompress.runtime.paths import unique_file_names
 from lrcompress.workflows.sweep.pareto import Front, FrontPoint
 
-MARKERS = "os^Dv"  # where there are more variants than colours
+MARKERS = "os^Dv"  # the next marker, once every colour was used
 
 
 def pictures(fronts: Sequence[Front]) -> Iterator[Picture]:
-    """One for each quality, with a panel for each cost. Fronts of one quality follow each other."""
+    """A picture for each quality, with a panel for each cost.
+
+    Fronts of one quality have to follow each other in `fronts`.
+    """
     names = unique_file_names(front.quality.title.replace(",", "") for front in fronts)
-    for title, found in groupby(fronts, key=lambda front: front.quality.title):
-        panels = [front for front in found if len(front.points) > 1]
+    for title, of_quality in groupby(fronts, key=lambda front: front.quality.title):
+        panels = [front for front in of_quality if len(front.points) > 1]
         if panels:
             yield _picture(f"front-{names[title.replace(',', '')]}", title, panels)
 
 
 def _picture(name: str, title: str, panels: Sequence[Front]) -> Picture:
-    words = "; ".join(
+    descriptions = "; ".join(
         f"against {front.cost.title}: {', '.join(point.label for point in front.on_front)}"
         + (f", knee {front.knee.label}" if front.knee else "")
         for front in panels
     )
-    text = f"{title} of every point, and which are on the Pareto front {words}."
+    text = f"{title} of every point, and which are on the Pareto front {descriptions}."
     rows = (len(panels) + 1) // 2
-    onto = partial(_draw, panels, rows)
-    return draw(name, "fronts", title, text, onto, (8.5, 0.8 + 2.8 * rows))
+    size = (8.5, 0.8 + 2.8 * rows)
+    return draw(name, "fronts", title, text, partial(_draw, panels, rows), size)
 
 
 def _draw(panels: Sequence[Front], rows: int, figure: Figure) -> None:
@@ -54,13 +56,21 @@ def _draw_front(axes: Axes, front: Front) -> None:
     variants = dict.fromkeys(point.variant for point in front.points)
     for index, variant in enumerate(variants):
         points = [point for point in front.points if point.variant == variant]
-        turn, colour = divmod(index, len(COLOURS))
-        _draw_points(axes, points, variant, COLOURS[colour], MARKERS[turn % len(MARKERS)])
-    edge = [(point.x, point.y) for point in front.on_front]
-    axes.plot(*zip(*edge, strict=True), color=INK, linewidth=0.8, label="Pareto front", zorder=1)
+        round_of_colours, colour = divmod(index, len(COLOURS))
+        marker = MARKERS[round_of_colours % len(MARKERS)]
+        _draw_points(axes, points, variant, COLOURS[colour], marker)
+    line = [(point.x, point.y) for point in front.on_front]
+    axes.plot(*zip(*line, strict=True), color=INK, linewidth=0.8, label="Pareto front", zorder=1)
     if front.knee:
-        place = (front.knee.x, front.knee.y)
-        axes.plot(*place, "o", markersize=12, fillstyle="none", color=INK, label="knee")
+        axes.plot(
+            front.knee.x,
+            front.knee.y,
+            "o",
+            markersize=12,
+            fillstyle="none",
+            color=INK,
+            label="knee",
+        )
     axes.set(xlabel=front.cost.title, yscale=front.quality.scale)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     if front.cost.title in SIZES:
@@ -73,13 +83,23 @@ def _draw_points(
     axes: Axes, points: Sequence[FrontPoint], label: str, colour: str, marker: str
 ) -> None:
     x, y = [point.x for point in points], [point.y for point in points]
-    across = [_distances(point.x, point.x_low, point.x_high) for point in points]
-    along = [_distances(point.y, point.y_low, point.y_high) for point in points]
-    ends: dict[str, Any] = {"xerr": np.transpose(across), "yerr": np.transpose(along)}
-    axes.errorbar(x, y, fmt=marker, markersize=5, color=colour, elinewidth=0.8, label=label, **ends)
+    x_errors = [_error_bar(point.x, point.x_low, point.x_high) for point in points]
+    y_errors = [_error_bar(point.y, point.y_low, point.y_high) for point in points]
+    axes.errorbar(
+        x,
+        y,
+        yerr=np.transpose(y_errors),
+        xerr=np.transpose(x_errors),
+        fmt=marker,
+        markersize=5,
+        color=colour,
+        elinewidth=0.8,
+        label=label,
+    )
 
 
-def _distances(value: float, low: float | None, high: float | None) -> tuple[float, float]:
+def _error_bar(value: float, low: float | None, high: float | None) -> tuple[float, float]:
+    """The distances down to `low` and up to `high`; zero where they are unknown."""
     if low is None or high is None:
         return 0.0, 0.0
     return max(value - low, 0.0), max(high - value, 0.0)

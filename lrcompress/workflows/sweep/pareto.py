@@ -1,4 +1,4 @@
-"""What quality costs: Pareto fronts of the points of a sweep, and their knees."""
+"""Quality against cost: the Pareto fronts of the points of a sweep, and their knees."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ from lrcompress.reporting.metric import NO_QUALITY, PUBLISHED, SIZES, SPEEDS, Me
 from lrcompress.reporting.tables import comparable, title
 from lrcompress.workflows.sweep.point import DENSE, SweepPoint, label
 
-# distances from the chord that are rounding and no bend
+# smaller distances from the chord are rounding errors, not a knee
 ROUNDING = 1e-9
 
-Value = tuple[float, float | None, float | None]  # with the ends of its spread, where known
+
+@dataclass(frozen=True)
+class Spread:
+    """A number, and the ends of its spread, where they are known."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
 class FrontAxis:
-    """One of the two numbers that a front sets against each other."""
+    """One of the two numbers of a front: its cost or its quality."""
 
     __pydantic_config__ = PUBLISHED
 
@@ -27,17 +34,17 @@ class FrontAxis:
     unit: str
     higher_is_better: bool
     scale: Literal["linear", "log"]
-    """That of distances, for the knee."""
+    """The scale on which distances are measured, for the knee."""
 
     def goodness(self, value: float) -> float:
-        """`value` on the axis's scale, turned so that more is better."""
+        """`value` on the axis's scale, with its sign changed where lower is better."""
         scaled = math.log(value) if self.scale == "log" else value
         return scaled if self.higher_is_better else -scaled
 
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """A point of a sweep by one cost and one quality, in the units of the axes."""
+    """One cost and one quality of a point of a sweep, in the units of the axes."""
 
     __pydantic_config__ = PUBLISHED
 
@@ -48,24 +55,25 @@ class FrontPoint:
     y: Number
     """The quality."""
     x_low: Number | None
-    """Of a speed, the slowest run over the dense model's fastest; null where unknown."""
+    """Lower end of a speed: the slowest run over the dense model's fastest; null where unknown."""
     x_high: Number | None
-    """Of a speed, the fastest run over the dense model's slowest; null where unknown."""
+    """Upper end of a speed: the fastest run over the dense model's slowest; null where unknown."""
     y_low: Number | None
-    """Of an accuracy, one standard error below; null where unknown."""
+    """Lower end of an accuracy, one standard error below; null where unknown."""
     y_high: Number | None
-    """Of an accuracy, one standard error above; null where unknown."""
+    """Upper end of an accuracy, one standard error above; null where unknown."""
     on_front: bool
     """Whether no other point is at least as good in both and better in one."""
 
     @property
     def label(self) -> str:
+        """What reports call the point."""
         return label(self.variant, self.keep_ratio)
 
 
 @dataclass(frozen=True)
 class Front:
-    """All points by one cost and one quality; which of them no other one dominates."""
+    """All points by one cost and one quality, and which of them no other point dominates."""
 
     __pydantic_config__ = PUBLISHED
 
@@ -75,22 +83,22 @@ class Front:
     knee: FrontPoint | None
     """The point of the front furthest from the chord between its ends; null where there is none."""
     left_out: tuple[str, ...]
-    """Points that were measured in another way than the dense model, or not at all."""
+    """Points that were not measured, or under other conditions than the dense model."""
 
     @property
     def on_front(self) -> tuple[FrontPoint, ...]:
-        """The points that are not dominated, by ascending cost axis."""
+        """The points that are not dominated, by ascending cost."""
         return tuple(sorted((p for p in self.points if p.on_front), key=lambda p: p.x))
 
 
 def fronts(points: Sequence[SweepPoint]) -> tuple[Front, ...]:
-    """For every perplexity and task metric: over parameters, over bytes, over each measured speed.
+    """A front of every perplexity and task metric against parameters, bytes and each speed.
 
-    The first point is the dense model, which takes part. Sizes count as they are, speeds over the
-    dense model's of the same run.
+    The first of `points` is the dense model's, which can be on a front too. A speed is the ratio to
+    the dense model's speed in the same run.
     """
-    known = {metric.name: metric for metric in points[0].metrics}
-    costs = [known[name] for name in (*SIZES, *SPEEDS) if name in known]
+    dense_metrics = {metric.name: metric for metric in points[0].metrics}
+    costs = [dense_metrics[name] for name in (*SIZES, *SPEEDS) if name in dense_metrics]
     return tuple(_front(points, quality, cost) for quality in qualities(points) for cost in costs)
 
 
@@ -99,45 +107,64 @@ def qualities(points: Sequence[SweepPoint]) -> tuple[Metric, ...]:
     return tuple(metric for metric in points[0].metrics if metric.name not in NO_QUALITY)
 
 
-def over_dense(point: SweepPoint, dense: SweepPoint, name: str) -> Value | None:
-    """Speed `name` of `point` over the dense model's of the same run; lowest and highest ratio.
+def over_dense(point: SweepPoint, dense: SweepPoint, name: str) -> Spread | None:
+    """Speed `name` of `point` over the dense model's in the same run; lowest and highest ratio.
 
-    None where it is unknown, or either was measured in another way than on the point `dense`.
+    None where a speed is unknown, or its conditions differ from those of the point `dense`.
     """
     speed, reference = _named(point.metrics, name), _named(dense.metrics, name)
     if speed is not None and point.variant == DENSE:
-        return 1.0, None, None
+        return Spread(1.0)
     base = _named(point.baseline, name)
     if speed is None or base is None or reference is None:
         return None
-    if not (_alike(reference, speed) and _alike(reference, base)):
+    if not (_same_conditions(reference, speed) and _same_conditions(reference, base)):
         return None
-    ends = (speed.low, speed.high, base.low, base.high)
-    low, high, slowest, fastest = ends
-    if low is None or high is None or slowest is None or fastest is None:
-        return speed.value / base.value, None, None
-    return speed.value / base.value, low / fastest, high / slowest
+    ratio = speed.value / base.value
+    if speed.low is None or speed.high is None or base.low is None or base.high is None:
+        return Spread(ratio)
+    return Spread(ratio, speed.low / base.high, speed.high / base.low)
 
 
-def _alike(reference: Metric, speed: Metric) -> bool:
-    """Also of one device: the ratio to dense is another one on another."""
+def _same_conditions(reference: Metric, speed: Metric) -> bool:
+    """Whether two speeds compare, and are of one device: ratios to dense differ by device."""
     devices = {metric.conditions.get("device") for metric in (reference, speed)}
     return comparable(reference, speed) and len(devices) == 1
 
 
 def _front(points: Sequence[SweepPoint], quality: Metric, cost: Metric) -> Front:
-    axes = (_cost_axis(cost), _quality_axis(quality))
-    found = [(p, _cost(p, points[0], cost), _same(p, quality)) for p in points]
-    placed = [(p, x, y) for p, x, y in found if x is not None and y is not None]
-    goods = [(axes[0].goodness(x[0]), axes[1].goodness(y[0])) for _, x, y in placed]
-    kept = non_dominated(goods)
-    shown = tuple(
-        FrontPoint(p.variant, p.keep_ratio, x[0], y[0], *x[1:], *y[1:], on_front)
-        for (p, x, y), on_front in zip(placed, kept, strict=True)
+    cost_axis, quality_axis = _cost_axis(cost), _quality_axis(quality)
+    measured, left_out = list[tuple[SweepPoint, Spread, Spread]](), list[str]()
+    for point in points:
+        x, y = _cost(point, points[0], cost), _value(point, quality)
+        if x is None or y is None:
+            left_out.append(point.label)
+        else:
+            measured.append((point, x, y))
+    goods = [(cost_axis.goodness(x.value), quality_axis.goodness(y.value)) for _, x, y in measured]
+    on_front = non_dominated(goods)
+    front_points = tuple(
+        FrontPoint(
+            variant=point.variant,
+            keep_ratio=point.keep_ratio,
+            x=x.value,
+            y=y.value,
+            x_low=x.low,
+            x_high=x.high,
+            y_low=y.low,
+            y_high=y.high,
+            on_front=is_on_front,
+        )
+        for (point, x, y), is_on_front in zip(measured, on_front, strict=True)
     )
-    left_out = tuple(p.label for p, x, y in found if x is None or y is None)
-    at = knee([good if on_front else None for good, on_front in zip(goods, kept, strict=True)])
-    return Front(axes[1], axes[0], shown, None if at is None else shown[at], left_out)
+    knee_index = knee([good if on else None for good, on in zip(goods, on_front, strict=True)])
+    return Front(
+        quality=quality_axis,
+        cost=cost_axis,
+        points=front_points,
+        knee=None if knee_index is None else front_points[knee_index],
+        left_out=tuple(left_out),
+    )
 
 
 def _cost_axis(metric: Metric) -> FrontAxis:
@@ -151,15 +178,17 @@ def _quality_axis(metric: Metric) -> FrontAxis:
     return FrontAxis(title(metric), metric.unit, metric.higher_is_better, scale)
 
 
-def _cost(point: SweepPoint, dense: SweepPoint, cost: Metric) -> Value | None:
-    return over_dense(point, dense, cost.name) if cost.name in SPEEDS else _same(point, cost)
+def _cost(point: SweepPoint, dense: SweepPoint, cost: Metric) -> Spread | None:
+    return over_dense(point, dense, cost.name) if cost.name in SPEEDS else _value(point, cost)
 
 
-def _same(point: SweepPoint, wanted: Metric) -> Value | None:
-    """The metric of `point` that is measured as `wanted` was on the dense model."""
-    found = (metric for metric in point.metrics if title(metric) == title(wanted))
-    metric = next((m for m in found if comparable(wanted, m) and math.isfinite(m.value)), None)
-    return None if metric is None else (metric.value, metric.low, metric.high)
+def _value(point: SweepPoint, reference: Metric) -> Spread | None:
+    """The finite metric of `point` that compares with `reference`, the dense model's."""
+    for metric in point.metrics:
+        is_same = title(metric) == title(reference) and comparable(reference, metric)
+        if is_same and math.isfinite(metric.value):
+            return Spread(metric.value, metric.low, metric.high)
+    return None
 
 
 def _named(metrics: Sequence[Metric], name: str) -> Metric | None:
@@ -167,16 +196,20 @@ def _named(metrics: Sequence[Metric], name: str) -> Metric | None:
 
 
 def non_dominated(goods: Sequence[tuple[float, float]]) -> list[bool]:
-    """Of pairs, more is better: whether no other is at least as good in both, and differs."""
+    """For each pair, whether no other pair dominates it; in both numbers more is better.
+
+    A pair dominates another if it is at least as good in both numbers and the two differ.
+    """
     return [not any(a >= x and b >= y and (a, b) != (x, y) for a, b in goods) for x, y in goods]
 
 
 def knee(goods: Sequence[tuple[float, float] | None]) -> int | None:
-    """The index of the point of a front that bends out furthest: Kneedle (Satopaa et al. 2011).
+    """The index of the front's point that is furthest from the chord between the front's ends.
 
-    `goods` are the front's points, more is better; None stands for a point that is off it. Both
-    axes are scaled to 0..1 over the front; the distance is that from the chord between its ends,
-    on the side where both are better. None where fewer than three points differ, or none is there.
+    This is Kneedle (Satopaa et al. 2011): both axes are scaled to 0..1 over the front, and only
+    the side of the chord counts where both numbers are better. More is better in `goods`; None
+    stands for a point that is not on the front. Returns None for fewer than three distinct points,
+    and where no point is on that side.
     """
     front = {good for good in goods if good is not None}
     if len(front) < 3:
@@ -188,5 +221,6 @@ def knee(goods: Sequence[tuple[float, float] | None]) -> int | None:
 
 
 def _scaled(good: tuple[float, float], spans: Sequence[tuple[float, float]]) -> Iterator[float]:
-    for value, (least, most) in zip(good, spans, strict=True):
-        yield (value - least) / (most - least)
+    """Both numbers, scaled so that 0 and 1 are the ends of their spans."""
+    for value, (lowest, highest) in zip(good, spans, strict=True):
+        yield (value - lowest) / (highest - lowest)

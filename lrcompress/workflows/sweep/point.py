@@ -1,10 +1,8 @@
-"""The points of a sweep: what was made, and what was measured of it."""
+"""The points of a sweep: what was compressed, at which cost, and its metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lrcompress.reporting.metric import PUBLISHED, Metric, Summary
 
@@ -20,20 +18,20 @@ class PointSummary:
     variant: str
     """`dense`, or the name of a method or variant."""
     keep_ratio: float
-    """As it was asked for."""
+    """Share of the selected parameters to keep, as the recipe gives it."""
     kept: float
-    """Share of the selected parameters that was kept."""
+    """Share of the selected parameters that the model kept."""
     seconds: float
-    """Of calibration, choices and factorization, as if the point had been made alone but for
-    gradients that another variant needed."""
+    """Time of calibration, planning and factorization, as if the point had been made alone.
+    Calibration includes gradients if any variant of the sweep needs them."""
     memory: int | None
-    """Peak of the process in bytes while it made the point; null where unknown."""
+    """Peak memory of the process in bytes while it made the point; null where unknown."""
     text: str
-    """What it was calibrated on; empty where that was nothing."""
+    """The calibration text; empty where none was used."""
     metrics: tuple[Summary, ...]
     baseline: tuple[Summary, ...] = ()
-    """Speeds of the dense model, measured in turn with those among the metrics; none for the dense
-    model's own point."""
+    """Speeds of the dense model, measured in alternation with this point's speeds; empty for the
+    dense model's own point."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,10 @@ class SweepPoint(PointSummary):
 
     @property
     def label(self) -> str:
+        """What reports call the point."""
         return label(self.variant, self.keep_ratio)
-
-    @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> SweepPoint:
-        parts = ("metrics", "baseline")
-        metrics = {part: tuple(Metric(**metric) for metric in found[part]) for part in parts}
-        return cls(**{**found, **metrics})
 
 
 def label(variant: str, keep_ratio: float) -> str:
+    """What reports call a point: `dense`, or the variant and its keep_ratio."""
     return DENSE if variant == DENSE else f"{variant} at {keep_ratio:g}"

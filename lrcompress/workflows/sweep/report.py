@@ -1,4 +1,4 @@
-"""The points of a sweep -> one report, as Markdown, HTML, JSON and CSV, with its pictures."""
+"""The report of a sweep as Markdown, HTML, JSON and CSV, with its pictures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ from lrcompress.workflows.sweep.sweep_json import Sweep
 
 @dataclass(frozen=True)
 class Grid:
-    """One metric a column, one point a row; `measured`, how each column was."""
+    """A table with a column for each metric and a row for each point.
+
+    `measured` says how the metric of each column was measured.
+    """
 
     titles: tuple[str, ...]
     rows: tuple[tuple[SweepPoint, tuple[str, ...]], ...]
@@ -34,7 +37,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """Of the points of one sweep, which begin with the dense model's; `source` is its name."""
+    """The points of one sweep, the dense model's first. `source` names the dense model."""
 
     source: str
     points: tuple[SweepPoint, ...]
@@ -45,27 +48,30 @@ class SweepReport:
 
     @property
     def calibration(self) -> str:
+        """The calibration text in words."""
         return next((point.text for point in self.points if point.text), "no text")
 
     @cached_property
     def perplexities(self) -> Grid:
-        """Each with its ratio to the dense model's."""
-        titles = [title(found) for found in qualities(self.points) if found.name == PERPLEXITY]
+        """Perplexities, each with its ratio to the dense model's."""
+        titles = [title(m) for m in qualities(self.points) if m.name == PERPLEXITY]
         return _grid(self.points, titles, _with_ratio)
 
     @cached_property
     def tasks(self) -> Grid:
-        titles = [title(found) for found in qualities(self.points) if found.name != PERPLEXITY]
-        return _grid(self.points, titles, lambda point, _, name: cell(_titled(point, name)))
+        """Task metrics, each with its standard error."""
+        titles = [title(m) for m in qualities(self.points) if m.name != PERPLEXITY]
+        return _grid(self.points, titles, lambda point, _, name: cell(_metric(point, name)))
 
     @cached_property
     def speeds(self) -> Grid:
-        """Each as a ratio to the dense model's of the same run."""
-        titles = [found.name for found in self.points[0].metrics if found.name in SPEEDS]
+        """Speeds, each as a ratio to the dense model's speed in the same run."""
+        titles = [metric.name for metric in self.points[0].metrics if metric.name in SPEEDS]
         return _grid(self.points, titles, _speed)
 
     @cached_property
     def comparisons(self) -> tuple[Comparison, ...]:
+        """Every point against the dense model's, with a test of significance."""
         return comparisons([metric for point in self.points for metric in point.metrics])
 
     @cached_property
@@ -77,78 +83,81 @@ class SweepReport:
         return tuple(pictures(self.fronts))
 
     def size(self, point: SweepPoint) -> str:
-        """Parameters of the whole model."""
-        return cell(_titled(point, "parameters"))
+        """Parameters of the point's whole model."""
+        return cell(_metric(point, "parameters"))
 
 
 def _grid(
     points: Sequence[SweepPoint],
     titles: Sequence[str],
-    shows: Callable[[SweepPoint, SweepPoint, str], str],
+    cell_text: Callable[[SweepPoint, SweepPoint, str], str],
 ) -> Grid:
-    rows = ((p, tuple(shows(p, points[0], name) for name in titles)) for p in points)
-    by_label = {
-        name: {p.label: found for p in points if (found := _titled(p, name))} for name in titles
+    """`cell_text` gets a point, the dense model's point, and the title of a column."""
+    dense = points[0]
+    rows = ((p, tuple(cell_text(p, dense, column) for column in titles)) for p in points)
+    measured = {
+        column: conditions({p.label: m for p in points if (m := _metric(p, column))})
+        for column in titles
     }
-    measured = {name: conditions(found) for name, found in by_label.items()}
     return Grid(tuple(titles), tuple(rows), measured)
 
 
-def _titled(point: SweepPoint, name: str) -> Metric | None:
-    return next((metric for metric in point.metrics if title(metric) == name), None)
+def _metric(point: SweepPoint, metric_title: str) -> Metric | None:
+    return next((metric for metric in point.metrics if title(metric) == metric_title), None)
 
 
-def _with_ratio(point: SweepPoint, dense: SweepPoint, name: str) -> str:
-    found, base = _titled(point, name), _titled(dense, name)
-    if found is None or base is None:
+def _with_ratio(point: SweepPoint, dense: SweepPoint, metric_title: str) -> str:
+    metric, base = _metric(point, metric_title), _metric(dense, metric_title)
+    if metric is None or base is None:
         return "–"
     if point is dense:
-        return f"{found.value:,.2f}"
-    ratio = f"{found.value / base.value:.3f}" if comparable(base, found) else "not comparable"
-    return f"{found.value:,.2f} ({ratio})"
+        return f"{metric.value:,.2f}"
+    ratio = f"{metric.value / base.value:.3f}" if comparable(base, metric) else "not comparable"
+    return f"{metric.value:,.2f} ({ratio})"
 
 
 def _speed(point: SweepPoint, dense: SweepPoint, name: str) -> str:
-    found = _titled(point, name)
-    if found is None:
+    speed = _metric(point, name)
+    if speed is None:
         return "–"
     ratio = over_dense(point, dense, name)
     base = next((metric for metric in point.baseline if metric.name == name), None)
-    words = "not comparable" if ratio is None else f"{ratio[0]:.3g}x"
-    beside = "" if base is None else f" against {number(base.value)}"
-    return f"{words} ({number(found.value)}{beside})"
+    ratio_text = "not comparable" if ratio is None else f"{ratio.value:.3g}x"
+    against = "" if base is None else f" against {number(base.value)}"
+    return f"{ratio_text} ({number(speed.value)}{against})"
 
 
 def markdown(report: SweepReport) -> str:
+    """sweep.md."""
     return render("sweep.md.jinja", escape=False, report=report)
 
 
 def html(report: SweepReport) -> str:
-    """One self-contained page, with the pictures in it: no network."""
+    """One self-contained page with the pictures in it, which loads nothing from the network."""
     return render("sweep.html.jinja", escape=True, report=report, title=report.title)
 
 
 def to_json(report: SweepReport) -> str:
-    """All but the samples of the metrics, which are in the files of the points."""
-    found = Sweep(
+    """sweep.json: everything but the samples of the metrics, which are in the points' files."""
+    content = Sweep(
         source=report.source,
         points=report.points,
         comparisons=report.comparisons,
         fronts=report.fronts,
     )
-    return metrics_json.to_json(found)
+    return metrics_json.to_json(content)
 
 
-COLUMNS = ("variant", "keep_ratio", "kept", "seconds", "memory")
-VALUES = ("model", "name", "value", "unit", "higher_is_better", "low", "high")
+POINT_COLUMNS = ("variant", "keep_ratio", "kept", "seconds", "memory")
+METRIC_COLUMNS = ("model", "name", "value", "unit", "higher_is_better", "low", "high")
 
 
 def to_csv(report: SweepReport) -> str:
-    """One row a point and metric, the speeds of the dense model beside it included.
+    """sweep.csv: one row for each metric of each point, and for the dense speeds beside it.
 
-    Every condition of any metric is a column, empty where a metric has none of that name.
+    Every condition of any metric is a column, which is empty where a metric does not have it.
     """
-    rows = list(_rows(report.points))
+    rows = list(_csv_rows(report.points))
     names = dict.fromkeys(key for row in rows for key in row)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(names), lineterminator="\n")
@@ -157,14 +166,15 @@ def to_csv(report: SweepReport) -> str:
     return text.getvalue()
 
 
-def _rows(points: Sequence[SweepPoint]) -> Iterator[dict[str, object]]:
+def _csv_rows(points: Sequence[SweepPoint]) -> Iterator[dict[str, object]]:
     for point in points:
-        about = {key: getattr(point, key) for key in COLUMNS}
+        point_cells = {key: getattr(point, key) for key in POINT_COLUMNS}
         for metric in (*point.metrics, *point.baseline):
-            yield about | {key: getattr(metric, key) for key in VALUES} | dict(metric.conditions)
+            metric_cells = {key: getattr(metric, key) for key in METRIC_COLUMNS}
+            yield point_cells | metric_cells | dict(metric.conditions)
 
 
-# file name -> what writes it: a new format is one function and one row
+# file name -> function that gives its text
 FORMATS = {
     "sweep.md": markdown,
     "sweep.html": html,

@@ -1,7 +1,7 @@
-"""Many points of one trade-off: every variant at every keep_ratio, in memory, resumable.
+"""Measures every variant of a recipe at every keep_ratio, in memory; resumes.
 
-Calibration, each variant's choices and decompositions, and the dense model's numbers are made
-once and shared.
+The calibration, the dense model's metrics, and each variant's candidates and decompositions are
+made once and shared by the points.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +34,7 @@ from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.memory import peak_memory
 from lrcompress.runtime.packages import require_extra
 from lrcompress.runtime.progress import Progress, silent
+from lrcompress.workflows.sweep.costs import CostLedger
 from lrcompress.workflows.sweep.folder import SweepFolder
 from lrcompress.workflows.sweep.point import DENSE, SweepPoint, label
 from lrcompress.workflows.sweep.report import SweepReport
@@ -44,12 +45,42 @@ NO_INPUT = ("baseline", "compared_windows", "prompts", "continuation_tokens", "t
 
 
 def sweep(recipe: Recipe, out: Path, progress: Progress = silent) -> list[SweepPoint]:
-    """Measures every point of `recipe.sweep` and writes its report to `out`.
+    """Measures every point of `recipe.sweep`, writes the report to `out`, and returns the points.
 
-    Points that `out` already holds, made of the same inputs, are not made again. The first point
-    is the dense model. Raises InputError where `out` is something else.
+    Points that `out` already has from the same inputs are not made again. The first point is the
+    dense model's. Raises InputError where `out` holds something else, where a name or text does
+    not fit, and where a text of the evaluation is also calibrated on.
     """
     return list(SweepRunner(recipe, out, progress).all().points)
+
+
+@dataclass(frozen=True)
+class SharedCalibration:
+    """The calibration of all variants, and the peak memory in bytes of measuring its moments."""
+
+    session: CalibrationSession
+    memory: int | None
+
+
+@dataclass(frozen=True)
+class SharedPreparation:
+    """The candidates of one variant for all its keep ratios, and the seconds that they took."""
+
+    model: PreparedModel
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PointSpec:
+    """A compressed point: `weights` is the format of quantized weights (int8, int4), if any."""
+
+    variant: Variant
+    keep_ratio: float
+    weights: str | None
+
+    @property
+    def name(self) -> str:
+        return _name(self.variant.name, self.weights)
 
 
 class SweepRunner:
@@ -62,89 +93,76 @@ class SweepRunner:
         self._check_quantize()
 
     def _check_quantize(self) -> None:
+        """Raises InputError without torchao, or where two points would have one name."""
         if self.recipe.sweep.quantize:
             require_extra("torchao", "quantize")
-        taken = {_name(one, weights) for one in self._names for weights in self._weights[1:]}
-        if both := taken & {*self._names}:
+        names = {DENSE, *(variant.name for variant in self.variants)}
+        quantized = {_name(name, weights) for name in names for weights in self._weights[1:]}
+        if clashes := quantized & names:
             raise InputError(
-                f"sweep.variants.{both.pop()}: so a quantized variant is called; choose another "
-                "name"
+                f"sweep.variants.{clashes.pop()}: a quantized variant has this name too; choose "
+                "another name"
             )
 
-    @property
-    def _names(self) -> list[str]:
-        return [DENSE, *(variant.name for variant in self.variants)]
-
     def all(self) -> SweepReport:
-        self.folder.refuse_other()
+        """Makes every point that the folder does not have, and returns the report."""
+        self.folder.refuse_foreign()
         with locks.inside(self.folder.out):
-            return self._all()
-
-    def _all(self) -> SweepReport:
-        self.folder.claim()
-        for spec in self.recipe.evaluate.perplexity:
-            read_corpus(spec, "test")
-        points = list(self._dense())
-        for variant in self.variants:
-            points += self._of(variant)
-            report = self.folder.write(points)
-        return report
+            self.folder.claim()
+            for spec in self.recipe.evaluate.perplexity:
+                read_corpus(spec, "test")  # refuses a missing text before hours of work
+            points = list(self._dense_points())
+            for variant in self.variants:
+                points += self._variant_points(variant)
+                report = self.folder.write(points)
+            return report
 
     @property
     def _weights(self) -> tuple[str | None, ...]:
-        """As they are, then as they are to be quantized."""
+        """The formats of weights of every point: None for not quantized, then int8 or int4."""
         return (None, *self.recipe.sweep.quantize)
 
-    def _dense(self) -> Iterator[SweepPoint]:
+    def _dense_points(self) -> Iterator[SweepPoint]:
+        inputs = self._dense_inputs()
         for weights in self._weights:
-            make = partial(self._dense_point, weights)
-            yield self._point(DENSE, 1.0, self._inputs(None), weights, make)
+            make = partial(self._make_dense_point, weights)
+            all_inputs = inputs + _quantize_inputs(weights)
+            yield self.folder.dense_point(_name(DENSE, weights), all_inputs, make)
 
-    def _of(self, variant: Variant) -> Iterator[SweepPoint]:
-        share = cache(partial(self._prepared, variant))
-        inputs = self._inputs(variant)
-        for ratio in self.recipe.sweep.keep_ratios:
+    def _variant_points(self, variant: Variant) -> Iterator[SweepPoint]:
+        prepare_once = cache(partial(self._prepare, variant))
+        inputs = self._variant_inputs(variant)
+        for keep_ratio in self.recipe.sweep.keep_ratios:
             for weights in self._weights:
-                make = partial(self._made, variant, ratio, weights, share)
-                yield self._point(variant.name, ratio, inputs, weights, make)
+                point = PointSpec(variant, keep_ratio, weights)
+                make = partial(self._make_point, point, prepare_once)
+                all_inputs = inputs + _quantize_inputs(weights)
+                yield self.folder.point(point.name, keep_ratio, all_inputs, make)
 
-    def _point(
-        self,
-        variant: str,
-        ratio: float,
-        inputs: list[Any],
-        weights: str | None,
-        make: Callable[[], SweepPoint],
-    ) -> SweepPoint:
-        depends = inputs if weights is None else [*inputs, weights, version("torchao")]
-        return self.folder.point(_name(variant, weights), ratio, depends, make)
-
-    def _dense_point(self, weights: str | None) -> SweepPoint:
-        if weights is None:
-            return self._measured(DENSE, 1.0, None)
-        model, started = copy.deepcopy(self._model), time.perf_counter()
-        quantize(model, weights)
-        seconds = time.perf_counter() - started
-        return replace(self._measured(_name(DENSE, weights), 1.0, model), seconds=seconds)
-
-    def _inputs(self, variant: Variant | None) -> list[Any]:
+    def _dense_inputs(self) -> list[Any]:
+        """Everything that the dense model's point depends on."""
         recipe, evaluate = self.recipe, self.recipe.evaluate
         texts = [fingerprints.data_state(spec) for spec in (*evaluate.perplexity, *evaluate.tasks)]
         texts.append(fingerprints.folder_state(evaluate.data_dir))
         measuring = evaluate.model_dump(mode="json", exclude={*NO_INPUT})
-        dense = [
+        return [
             recipe.model.model_dump(),
             fingerprints.model_state(recipe.model),
             measuring,
             texts,
         ]
-        if variant is None:
-            return dense
-        calibration = recipe.calibration
-        read = [fingerprints.data_state(spec) for spec in calibration.data]
-        settings = variant.factorize.model_dump(mode="json", exclude={*BUDGETS})
-        made = [settings, variant.refine.model_dump(), calibration.model_dump(mode="json"), read]
-        return dense + made
+
+    def _variant_inputs(self, variant: Variant) -> list[Any]:
+        """Everything that the points of a variant depend on, apart from their keep_ratio."""
+        calibration = self.recipe.calibration
+        texts = [fingerprints.data_state(spec) for spec in calibration.data]
+        return [
+            *self._dense_inputs(),
+            variant.factorize.model_dump(mode="json", exclude={*BUDGETS}),
+            variant.refine.model_dump(),
+            calibration.model_dump(mode="json"),
+            texts,
+        ]
 
     @cached_property
     def _tasks(self) -> Tasks | None:
@@ -158,99 +176,132 @@ class SweepRunner:
     def _model(self) -> Any:
         return self._loaded[0]
 
-    def _compression(self, variant: Variant, model: Any) -> Compressor:
-        calibration, tokenizer = self.recipe.calibration, self._loaded[1]
-        settings, refine = variant.factorize, variant.refine
-        return Compressor(model, tokenizer, calibration, settings, refine, self.progress, None)
+    def _compressor(self, variant: Variant, model: Any) -> Compressor:
+        return Compressor(
+            model,
+            self._loaded[1],
+            self.recipe.calibration,
+            variant.factorize,
+            variant.refine,
+            self.progress,
+            None,
+        )
 
     @cached_property
-    def _text(self) -> tuple[CalibrationSession, int | None]:
-        """Of the widest needs of all variants, and the peak memory of measuring."""
+    def _calibration(self) -> SharedCalibration:
+        """With the moments that any variant needs: without gradients, with gradients, or both."""
         self._refuse_contamination()
-        text = self._compression(self.variants[0], self._model).text()
-        needs = [variant.factorize.compressor().requires for variant in self.variants]
+        session = self._compressor(self.variants[0], self._model).text()
+        requirements = [variant.factorize.compressor().requires for variant in self.variants]
+        with_gradients = {"gradient_moment" in required for required in requirements if required}
         with peak_memory() as memory:
-            for gradients in sorted({"gradient_moment" in need for need in needs if need}):
-                text.moments(gradients)
-        return text, memory.peak
+            for gradients in sorted(with_gradients):
+                session.moments(gradients)
+        return SharedCalibration(session, memory.peak)
 
     def _refuse_contamination(self) -> None:
-        nothing = self.recipe.finetune.model_copy(update={"data": ()})  # a sweep does not train
+        """Raises InputError where a text of the evaluation is also calibrated on."""
+        no_training = self.recipe.finetune.model_copy(update={"data": ()})  # a sweep does none
         for variant in self.variants:
-            parts = {"factorize": variant.factorize, "refine": variant.refine, "finetune": nothing}
-            recipe = self.recipe.model_copy(update=parts)
+            recipe = self.recipe.model_copy(
+                update={
+                    "factorize": variant.factorize,
+                    "refine": variant.refine,
+                    "finetune": no_training,
+                }
+            )
             if reads_text(recipe):
                 check_recipe(recipe)
                 break
 
-    def _prepared(self, variant: Variant) -> tuple[PreparedModel, float]:
-        """What all points of a variant share, and the seconds that it took."""
-        text, started = self._text[0], time.perf_counter()
-        arguments = (variant.factorize, None, text, self.progress)
-        prepared = prepare(self._model, text.linears, *arguments).for_many_plans()
-        return prepared, time.perf_counter() - started
+    def _prepare(self, variant: Variant) -> SharedPreparation:
+        session = self._calibration.session
+        started = time.perf_counter()
+        prepared = prepare(
+            self._model, session.linears, variant.factorize, None, session, self.progress
+        ).for_many_plans()
+        return SharedPreparation(prepared, time.perf_counter() - started)
 
-    def _made(
-        self,
-        variant: Variant,
-        ratio: float,
-        weights: str | None,
-        share: Callable[[], tuple[PreparedModel, float]],
+    def _make_dense_point(self, weights: str | None) -> SweepPoint:
+        if weights is None:
+            return self._measure(DENSE, 1.0, None)
+        model = copy.deepcopy(self._model)
+        started = time.perf_counter()
+        quantize(model, weights)
+        seconds = time.perf_counter() - started
+        return replace(self._measure(_name(DENSE, weights), 1.0, model), seconds=seconds)
+
+    def _make_point(
+        self, point: PointSpec, prepare_once: Callable[[], SharedPreparation]
     ) -> SweepPoint:
-        text, peak = self._text
+        calibration, variant = self._calibration, point.variant
+        ledger = CostLedger(calibration.session)
         with peak_memory() as memory:
-            prepared, shared = share()
+            preparation = prepare_once()
+            prepared = preparation.model
             model = copy.deepcopy(self._model)
-            kept, seconds = self._carried_out(variant, ratio, prepared, model)
-            if weights is not None:
-                quantize(model, weights)
-        point = self._measured(_name(variant.name, weights), ratio, model)
-        point = replace(point, kept=kept, seconds=seconds + shared, memory=memory.peak)
-        return self._charged(point, variant, prepared, text, peak)
+            with ledger.timing(prepared.decompositions):
+                kept = self._compress(point, prepared, model)
+            if point.weights is not None:
+                quantize(model, point.weights)
+        ledger.charge(preparation.seconds, memory.peak)
+        text = ""
+        if _is_calibrated(variant, prepared):
+            ledger.charge_calibration(prepared, calibration.memory)
+            text = _text_of(calibration.session)
+        measured = self._measure(point.name, point.keep_ratio, model)
+        return replace(measured, kept=kept, seconds=ledger.seconds, memory=ledger.memory, text=text)
 
-    def _carried_out(
-        self, variant: Variant, ratio: float, prepared: PreparedModel, model: Any
-    ) -> tuple[float, float]:
-        """The share kept of `model`, and the seconds as if nothing had been decomposed before."""
-        text, started = self._text[0], time.perf_counter()
-        read, saved = text.reading, prepared.decompositions.saved
-        plan = prepared.allocator.allocate(prepared.choices, Budget(keep_ratio=ratio))
-        planned = replace(prepared, keep_ratio=ratio, plan=plan)
-        done = self._compression(variant, model).carry_out(planned, text)
-        seconds = time.perf_counter() - started - (text.reading - read)
-        return done.selected.keep_ratio, seconds + prepared.decompositions.saved - saved
+    def _compress(self, point: PointSpec, prepared: PreparedModel, model: Any) -> float:
+        """Compresses `model` in place; returns the share of the selected parameters kept."""
+        budget = Budget(keep_ratio=point.keep_ratio)
+        plan = prepared.allocator.allocate(prepared.choices, budget)
+        planned = replace(prepared, keep_ratio=point.keep_ratio, plan=plan)
+        compressor = self._compressor(point.variant, model)
+        result = compressor.carry_out(planned, self._calibration.session)
+        return result.selected.keep_ratio
 
-    def _charged(
-        self,
-        point: SweepPoint,
-        variant: Variant,
-        prepared: PreparedModel,
-        text: CalibrationSession,
-        peak: int | None,
-    ) -> SweepPoint:
-        """`point` with its part in what was shared."""
-        moments = prepared.moments
-        if not (moments or variant.refine.enabled or variant.factorize.sequential == "anchored"):
-            return point
-        read = text.fingerprint
-        assert read is not None
-        words = f"{read.num_samples} x {read.seq_len} tokens of {read.data}"
-        measuring = text.measuring[moments.gradient_tokens > 0] if moments else 0.0
-        seconds = point.seconds + text.reading + measuring
-        memory = max(point.memory or 0, (peak or 0) if moments else 0) or None
-        return replace(point, text=words, seconds=seconds, memory=memory)
+    def _measure(self, name: str, keep_ratio: float, model: Any) -> SweepPoint:
+        """The point's metrics, without its costs; the dense model's where `model` is None.
 
-    def _measured(self, variant: str, ratio: float, model: Any) -> SweepPoint:
-        """Of the dense model where `model` is None; speeds in turn with the dense model's."""
-        settings, name, tasks = self.recipe.evaluate, label(variant, ratio), self._tasks
+        Speeds are measured in alternation with the dense model's.
+        """
+        settings, title = self.recipe.evaluate, label(name, keep_ratio)
+        tasks = self._tasks  # before the model is loaded: they may be refused
         loaded = self._loaded if model is None else (model, self._loaded[1])
         length = sequence_length(loaded[0], settings.context_length)
-        found = evaluate.quality(name, loaded, settings, tasks, length, self.progress)
-        speeds = evaluate.speed({DENSE: self._loaded} | {name: loaded}, settings, self.progress)
-        metrics = [*found.metrics, *(metric for metric in speeds if metric.model == name)]
-        baseline = tuple(metric for metric in speeds if metric.model != name)
-        return SweepPoint(variant, ratio, 1.0, 0.0, None, "", tuple(metrics), baseline)
+        results = evaluate.quality(title, loaded, settings, tasks, length, self.progress)
+        models = {DENSE: self._loaded} | {title: loaded}
+        speeds = evaluate.speed(models, settings, self.progress)
+        return SweepPoint(
+            variant=name,
+            keep_ratio=keep_ratio,
+            kept=1.0,
+            seconds=0.0,
+            memory=None,
+            text="",
+            metrics=(*results.metrics, *(speed for speed in speeds if speed.model == title)),
+            baseline=tuple(speed for speed in speeds if speed.model != title),
+        )
+
+
+def _is_calibrated(variant: Variant, prepared: PreparedModel) -> bool:
+    """Whether any stage of the variant reads the calibration text."""
+    is_anchored = variant.factorize.sequential == "anchored"
+    return bool(prepared.moments) or variant.refine.enabled or is_anchored
+
+
+def _text_of(session: CalibrationSession) -> str:
+    """The calibration text in words."""
+    fingerprint = session.fingerprint
+    assert fingerprint is not None
+    return f"{fingerprint.num_samples} x {fingerprint.seq_len} tokens of {fingerprint.data}"
+
+
+def _quantize_inputs(weights: str | None) -> list[Any]:
+    return [] if weights is None else [weights, version("torchao")]
 
 
 def _name(variant: str, weights: str | None) -> str:
+    """The variant's name in reports and files: with the format of quantized weights, if any."""
     return variant if weights is None else f"{variant} {weights}"

@@ -1,4 +1,4 @@
-"""What sweep.json holds."""
+"""The layout of sweep.json."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ SWEEP = "sweep.json"
 class Sweep:
     """sweep.json of lrcompress: one model at several keep ratios by several methods.
 
-    Numbers that are not finite are the texts NaN, Infinity and -Infinity: JSON has no numbers for
-    them, and null says that something is unknown or was not measured.
+    A number that is not finite is the text NaN, Infinity or -Infinity, because JSON has no number
+    for it. null means that a value is unknown or was not measured.
     """
 
     __pydantic_config__ = PUBLISHED
 
     version: Literal[1] = VERSION
-    """Of this schema. Another one is another layout; fields may be added within one."""
+    """Version of this layout. Fields may be added without a new version."""
     source: str
     """The dense model, as the recipe names it."""
     points: tuple[PointSummary, ...]
-    """The first is the dense model's."""
+    """The points of the sweep; the first is the dense model's."""
     comparisons: tuple[Comparison, ...]
-    """Of every point with the dense model's."""
+    """Every point against the dense model's."""
     fronts: tuple[Front, ...]
-    """Every quality against every cost."""
+    """Every quality against every cost, with the Pareto front."""

@@ -1,48 +1,58 @@
-"""The variants of a sweep: what a recipe's sections become for each of them."""
+"""The variants of a sweep: the factorize and refine sections of each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from lrcompress.config import BUDGETS, FactorizeSettings, RefineSettings
 from lrcompress.config.recipe import Recipe, flags, sections, sections_from_flat
 from lrcompress.runtime.errors import InputError
 
-SELECTION = ("include", "exclude", "dense_first")
-# what a variant decides as a whole: the recipe's own choice would hide a method's defaults
+# keys that a variant cannot set: the points of all variants compress the same linears
+SELECTION_KEYS = ("include", "exclude", "dense_first")
+# keys that a variant with a method does not take from the recipe: they would override the
+# method's defaults
 METHOD_KEYS = ("method", "method_options", "ranks", "ranks_options", "form")
 
 
 @dataclass(frozen=True)
 class Variant:
+    """A name with the settings that compress every point of it."""
+
     name: str
     factorize: FactorizeSettings
     refine: RefineSettings
 
 
 def variants(recipe: Recipe) -> Iterator[Variant]:
-    """The recipe's own section if it names neither methods nor variants.
+    """The methods and variants of the recipe's sweep; its own factorize section if it has none.
 
-    A variant that names a method has that method's defaults; others are the recipe's otherwise.
+    A variant that names a method has that method's defaults; all other keys that a variant does
+    not set are the recipe's. Raises InputError for a key that a variant cannot set.
     """
-    shared = recipe.factorize.model_dump(exclude={*BUDGETS, *METHOD_KEYS})
-    shared |= {flag: getattr(recipe.refine, key) for flag, key in flags(RefineSettings).items()}
-    own = recipe.factorize.model_dump(include={*METHOD_KEYS})
     settings = recipe.sweep
-    named = {method: {"method": method} for method in settings.methods} | settings.variants
-    for name, values in (named or {recipe.factorize.method: {}}).items():
-        say = partial(_say, name)
-        for key in (*BUDGETS, *SELECTION):
-            if key in values:
-                raise InputError(f"{say(key)}: it holds for all variants; set it outside of them")
-        flat = (
-            shared | {"keep_ratio": settings.keep_ratios[0]} | ({} if "method" in values else own)
-        )
-        checked = sections_from_flat(sections("factorize", "refine"), flat | values, say)
-        yield Variant(name, checked["factorize"], checked["refine"])
+    changes = {method: {"method": method} for method in settings.methods} | settings.variants
+    for name, values in (changes or {recipe.factorize.method: {}}).items():
+        yield _variant(recipe, name, values)
 
 
-def _say(variant: str, key: str) -> str:
+def _variant(recipe: Recipe, name: str, values: dict[str, Any]) -> Variant:
+    key_path = partial(_key_path, name)
+    for key in (*BUDGETS, *SELECTION_KEYS):
+        if key in values:
+            raise InputError(f"{key_path(key)}: it holds for all variants; set it outside of them")
+    base = recipe.factorize.model_dump(exclude={*BUDGETS, *METHOD_KEYS})
+    base |= {flag: getattr(recipe.refine, key) for flag, key in flags(RefineSettings).items()}
+    base["keep_ratio"] = recipe.sweep.keep_ratios[0]
+    if "method" not in values:
+        base |= recipe.factorize.model_dump(include={*METHOD_KEYS})
+    checked = sections_from_flat(sections("factorize", "refine"), base | values, key_path)
+    return Variant(name, checked["factorize"], checked["refine"])
+
+
+def _key_path(variant: str, key: str) -> str:
+    """The recipe key of a variant's setting, for error messages."""
     return f"sweep.variants.{variant}.{key}"

@@ -50,12 +50,12 @@ def test_interrupted_run_continues(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(throughput, "speed", interrupted)
+    monkeypatch.setattr(throughput, "generation_throughput", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(recipe, out)
     assert not (out / "report.md").exists()
     written = (out / "model" / "model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(throughput, "speed", speed)
+    monkeypatch.setattr(throughput, "generation_throughput", speed)
 
     def not_again(*_: object) -> None:
         raise AssertionError("a finished stage was done again")
@@ -64,7 +64,7 @@ def test_interrupted_run_continues(
     monkeypatch.setattr(pipeline, "factorize_to", not_again)
     first = pipeline.run(recipe, out)
     assert (out / "model" / "model.safetensors").stat().st_mtime_ns == written
-    monkeypatch.setattr(throughput, "speed", not_again)
+    monkeypatch.setattr(throughput, "generation_throughput", not_again)
     assert pipeline.run(recipe, out) == first
 
 
@@ -113,17 +113,17 @@ def test_a_stage_file_without_findings_is_made_again(recipe: Recipe, tmp_path: P
     out = tmp_path / "out"
     first = pipeline.run(recipe, out)
     file = out / "stages" / "quality-factorized.json"
-    known = json.loads(file.read_text())
-    file.write_text(json.dumps({"inputs": known["inputs"]}))
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({"inputs": content["inputs"]}))
     assert pipeline.run(recipe, out) == first
-    assert json.loads(file.read_text()) == known
+    assert json.loads(file.read_text()) == content
 
 
 def test_a_model_folder_that_no_run_began_is_left_alone(recipe_file: Path, tmp_path: Path) -> None:
-    own = tmp_path / "project" / "model" / "weights.txt"
-    own.parent.mkdir(parents=True)
-    own.write_text("mine")
+    weights = tmp_path / "project" / "model" / "weights.txt"
+    weights.parent.mkdir(parents=True)
+    weights.write_text("mine")
     result = invoke("run", recipe_file, tmp_path / "project")
     assert result.exit_code == 2
     assert "is no run" in result.stderr
-    assert own.read_text() == "mine"
+    assert weights.read_text() == "mine"

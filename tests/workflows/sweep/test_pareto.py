@@ -41,11 +41,11 @@ def point(
 
 def sized(*pairs: tuple[int, float]) -> list[SweepPoint]:
     """Points by parameters and perplexity, the first one dense."""
-    found = [point("dense", 1.0, size("dense", pairs[0][0]), quality("dense", pairs[0][1]))]
+    points = [point("dense", 1.0, size("dense", pairs[0][0]), quality("dense", pairs[0][1]))]
     for parameters, perplexity in pairs[1:]:
         metrics = (size("m", parameters), quality("m", perplexity))
-        found.append(point("m", parameters / pairs[0][0], *metrics))
-    return found
+        points.append(point("m", parameters / pairs[0][0], *metrics))
+    return points
 
 
 def report(points: list[SweepPoint]) -> SweepReport:
@@ -116,14 +116,14 @@ def test_the_front_does_not_depend_on_the_order_of_points() -> None:
 def test_a_speed_counts_over_the_dense_model_of_its_own_run() -> None:
     dense = point("dense", 1.0, quality("dense", 10.0), speed("dense", 100.0, 10.0))
     beside = (speed("dense", 50.0, 10.0),)  # the machine was busier, for both
-    made = point("m", 0.5, quality("m", 20.0), speed("m", 60.0, 6.0), baseline=beside)
-    front = only([dense, made])
-    found = {p.variant: p for p in front.points}
-    assert (found["dense"].x, found["m"].x) == (1.0, 1.2)
-    assert (found["m"].x_low, found["m"].x_high) == (54 / 60, 66 / 40)
+    compressed = point("m", 0.5, quality("m", 20.0), speed("m", 60.0, 6.0), baseline=beside)
+    front = only([dense, compressed])
+    points = {p.variant: p for p in front.points}
+    assert (points["dense"].x, points["m"].x) == (1.0, 1.2)
+    assert (points["m"].x_low, points["m"].x_high) == (54 / 60, 66 / 40)
     assert front.cost.higher_is_better
     assert all(p.on_front for p in front.points)
-    assert over_dense(replace(made, baseline=()), dense, "decode") is None
+    assert over_dense(replace(compressed, baseline=()), dense, "decode") is None
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ def test_what_does_not_compare_is_left_out_and_named(other: SweepPoint) -> None:
 def test_speeds_of_other_conditions_are_left_out(changed: dict[str, Any]) -> None:
     dense = point("dense", 1.0, quality("dense", 10.0), speed("dense", 100.0))
     beside = (speed("dense", 50.0, **changed),)
-    made = point("m", 0.5, quality("m", 20.0), speed("m", 60.0, **changed), baseline=beside)
-    assert only([dense, made]).left_out == ("m at 0.5",)
-    assert "| m at 0.5 | not comparable (60 against 50) |" in markdown(report([dense, made]))
+    compressed = point("m", 0.5, quality("m", 20.0), speed("m", 60.0, **changed), baseline=beside)
+    assert only([dense, compressed]).left_out == ("m at 0.5",)
+    assert "| m at 0.5 | not comparable (60 against 50) |" in markdown(report([dense, compressed]))
 
 
 def test_every_quality_meets_every_cost() -> None:
@@ -161,13 +161,13 @@ def test_every_quality_meets_every_cost() -> None:
         Metric("dense", "arc acc", 0.5, "", True, {"samples": 8}, 0.4, 0.6),
         speed("dense", 100.0),
     )
-    found = fronts([point("dense", 1.0, *metrics)])
-    assert [(front.quality.title, front.cost.title) for front in found] == [
+    all_fronts = fronts([point("dense", 1.0, *metrics)])
+    assert [(front.quality.title, front.cost.title) for front in all_fronts] == [
         (quality, cost)
         for quality in (f"{PERPLEXITY}, t.txt", "arc acc")
         for cost in ("parameters", "weight bytes", "decode speed over dense")
     ]
-    accuracy = found[3]
+    accuracy = all_fronts[3]
     assert (accuracy.quality.higher_is_better, accuracy.quality.scale) == (True, "linear")
     assert (accuracy.points[0].y_low, accuracy.points[0].y_high) == (0.4, 0.6)
 
@@ -184,8 +184,8 @@ def test_reports_name_the_knee_and_hold_everything() -> None:
 
 def test_csv_has_a_row_for_each_metric_with_its_conditions() -> None:
     beside = (speed("dense", 50.0),)
-    made = point("a, b", 0.5, quality("a, b at 0.5", 20.0), baseline=beside)
-    rows = list(csv.DictReader(io.StringIO(to_csv(report([*sized((100, 10.0)), made])))))
+    compressed = point("a, b", 0.5, quality("a, b at 0.5", 20.0), baseline=beside)
+    rows = list(csv.DictReader(io.StringIO(to_csv(report([*sized((100, 10.0)), compressed])))))
     assert [row["name"] for row in rows] == ["parameters", PERPLEXITY, PERPLEXITY, "decode"]
     assert [row["variant"] for row in rows] == ["dense", "dense", "a, b", "a, b"]
     assert [row["model"] for row in rows][2:] == ["a, b at 0.5", "dense"]

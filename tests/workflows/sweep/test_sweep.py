@@ -17,7 +17,6 @@ from lrcompress.benchmark import throughput
 from lrcompress.cli.app import main
 from lrcompress.compression.calibration import moments
 from lrcompress.compression.calibration import session as calibration_session
-from lrcompress.config.recipe import Recipe, checked
 from lrcompress.evaluation import evaluate
 from lrcompress.methods import linalg, svd
 from lrcompress.methods.decomposition_cache import DecompositionCache
@@ -28,43 +27,15 @@ from lrcompress.runtime.errors import InputError
 from lrcompress.workflows.sweep.pareto import fronts
 from lrcompress.workflows.sweep.report import FORMATS
 from lrcompress.workflows.sweep.sweep import sweep
-from lrcompress.workflows.sweep.variants import variants
-from tests.tiny import BLOCKS, byte_tokenizer, tiny_model
+from tests.tiny import BLOCKS
+from tests.workflows.sweep.conftest import EVALUATE, TEXT, sweep_recipe
 
-TEXT = {"num_samples": 8, "gradient_samples": 4, "seq_len": 64}
 LINEARS = 3 * BLOCKS
-EVALUATE: dict[str, Any] = {
-    "perplexity": ["pydoc:test"],
-    "context_length": 64,
-    "limit": 4,
-    "speed": False,
-}
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    folder = tmp_path / "dense"
-    tiny_model().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def recipe(source: Path, **settings: Any) -> Recipe:
-    return checked(
-        Recipe,
-        {
-            "model": {"source": str(source)},
-            "calibration": TEXT,
-            "factorize": {"keep_ratio": 0.8, "rank_multiple": 2},
-            "evaluate": EVALUATE,
-            "sweep": {"keep_ratios": [0.8, 0.5], **settings},
-        },
-    )
 
 
 def test_points_are_those_of_single_runs(source: Path, tmp_path: Path) -> None:
     named = {"refined": {"method": "auto", "refine": True, "refine_epochs": 2}}
-    points = sweep(recipe(source, methods=["whitened"], variants=named), tmp_path / "out")
+    points = sweep(sweep_recipe(source, methods=["whitened"], variants=named), tmp_path / "out")
     assert [(p.variant, p.keep_ratio) for p in points] == [
         ("dense", 1.0),
         ("whitened", 0.8),
@@ -75,11 +46,11 @@ def test_points_are_those_of_single_runs(source: Path, tmp_path: Path) -> None:
     for point, keys in ((points[2], {"method": "whitened"}), (points[4], named["refined"])):
         model, tokenizer = lrcompress.load(source)
         settings: dict[str, Any] = TEXT | {"rank_multiple": 2, "keep_ratio": 0.5} | keys
-        done = lrcompress.factorize(model, tokenizer, **settings)
-        found = lrcompress.evaluate(model, tokenizer, **EVALUATE)
-        assert done.selected.keep_ratio == point.kept
+        factorization = lrcompress.factorize(model, tokenizer, **settings)
+        metrics = lrcompress.evaluate(model, tokenizer, **EVALUATE)
+        assert factorization.selected.keep_ratio == point.kept
         expected = [m.value for m in point.metrics]
-        assert [m.value for m in found] == pytest.approx(expected, rel=1e-4)
+        assert [m.value for m in metrics] == pytest.approx(expected, rel=1e-4)
     table = (tmp_path / "out" / "sweep.md").read_text()
     assert table.count("\n| refined |") == 2
     stored = json.loads((tmp_path / "out" / "sweep.json").read_text())
@@ -107,10 +78,10 @@ def test_nothing_is_measured_twice(
 
     monkeypatch.setattr(evaluate, "quality", counted)
     monkeypatch.setattr(calibration_session, "measure_moments", calibrated)
-    wanted = recipe(source, methods=["whitened", "nystrom"])
+    recipe = sweep_recipe(source, methods=["whitened", "nystrom"])
     with pytest.raises(KeyboardInterrupt):
-        sweep(wanted, tmp_path / "out")
-    points = sweep(wanted, tmp_path / "out")
+        sweep(recipe, tmp_path / "out")
+    points = sweep(recipe, tmp_path / "out")
     # without gradients, and with them
     assert measured[:4] == ["dense", "calibration", "calibration", "whitened at 0.8"]
     assert measured[4:] == [
@@ -121,7 +92,7 @@ def test_nothing_is_measured_twice(
         "nystrom at 0.8",
         "nystrom at 0.5",
     ]
-    assert sweep(wanted, tmp_path / "out") == points
+    assert sweep(recipe, tmp_path / "out") == points
     assert len(measured) == 10
 
 
@@ -129,15 +100,15 @@ def test_nothing_is_measured_twice(
 def test_weights_are_those_of_single_runs_bit_for_bit(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    made: list[dict[str, torch.Tensor]] = []
+    state_dicts: list[dict[str, torch.Tensor]] = []
 
-    def kept(label: str, loaded: Any, *_: Any) -> evaluate.Results:
-        made.append(loaded[0].state_dict())
+    def keep_weights(label: str, loaded: Any, *_: Any) -> evaluate.Results:
+        state_dicts.append(loaded[0].state_dict())
         return evaluate.Results([], {})
 
-    monkeypatch.setattr(evaluate, "quality", kept)
-    sweep(recipe(source, methods=[method]), tmp_path / "out")
-    for ratio, weights in zip((0.8, 0.5), made[1:], strict=True):
+    monkeypatch.setattr(evaluate, "quality", keep_weights)
+    sweep(sweep_recipe(source, methods=[method]), tmp_path / "out")
+    for ratio, weights in zip((0.8, 0.5), state_dicts[1:], strict=True):
         model, tokenizer = lrcompress.load(source)
         settings: dict[str, Any] = TEXT | {"rank_multiple": 2, "keep_ratio": ratio}
         lrcompress.factorize(model, tokenizer, method=method, **settings)
@@ -162,7 +133,7 @@ def test_one_decomposition_serves_every_keep_ratio(
 
     monkeypatch.setattr(torch.linalg, "eigh", counted)
     monkeypatch.setattr(evaluate, "quality", noted)
-    sweep(recipe(source, methods=[method], keep_ratios=[0.8, 0.6, 0.4]), tmp_path / "out")
+    sweep(sweep_recipe(source, methods=[method], keep_ratios=[0.8, 0.6, 0.4]), tmp_path / "out")
     dense, first, second, third = before
     assert dense == 0
     assert first >= LINEARS
@@ -173,23 +144,23 @@ def test_one_decomposition_serves_every_keep_ratio(
 def test_no_linear_is_decomposed_twice_in_one_shape(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    decomposed, wanted = list[bytes](), [0]
+    decomposed, requests = list[bytes](), [0]
     decompose, factors = linalg.decompose, DecompositionCache.factors
 
     def counted(weight: torch.Tensor, *arguments: Any) -> Any:
         decomposed.append(weight.numpy().tobytes())
         return decompose(weight, *arguments)
 
-    def asked(*arguments: Any) -> Any:
-        wanted[0] += 1
+    def requested(*arguments: Any) -> Any:
+        requests[0] += 1
         return factors(*arguments)
 
     monkeypatch.setattr(svd, "decompose", counted)
-    monkeypatch.setattr(DecompositionCache, "factors", asked)
+    monkeypatch.setattr(DecompositionCache, "factors", requested)
     ratios = [0.95, 0.9, 0.85, 0.8, 0.6]
     plain = {"method": method, "method_options": {"shrinkage": 0, "output_shrinkage": 0}}
-    sweep(recipe(source, variants={"plain": plain}, keep_ratios=ratios), tmp_path / "out")
-    assert len(set(decomposed)) == len(decomposed) < wanted[0]
+    sweep(sweep_recipe(source, variants={"plain": plain}, keep_ratios=ratios), tmp_path / "out")
+    assert len(set(decomposed)) == len(decomposed) < requests[0]
 
 
 def test_what_was_shared_counts_in_the_seconds_of_each_point() -> None:
@@ -234,15 +205,15 @@ def _numbers(folder: Path) -> list[str]:
 
 
 def test_an_interrupted_sweep_ends_with_the_same_report(source: Path, tmp_path: Path) -> None:
-    wanted = recipe(source, methods=["whitened", "auto"])
+    recipe = sweep_recipe(source, methods=["whitened", "auto"])
     whole = Interrupts()
-    sweep(wanted, tmp_path / "whole", whole)
+    sweep(recipe, tmp_path / "whole", whole)
     assert whole.calls > 10
     for at in range(1, whole.calls + 1, 3):
         out, first, second = tmp_path / str(at), Interrupts(at), Interrupts()
         with pytest.raises(KeyboardInterrupt):
-            sweep(wanted, out, first)
-        sweep(wanted, out, second)
+            sweep(recipe, out, first)
+        sweep(recipe, out, second)
         measured = [name for name in first.ended + second.ended if "Perplexity" in name]
         assert len(measured) == len(set(measured)) == 5
         assert _without_times(out) == _without_times(tmp_path / "whole")
@@ -252,16 +223,16 @@ def test_an_interrupted_sweep_ends_with_the_same_report(source: Path, tmp_path: 
 def test_a_finished_sweep_loads_and_measures_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted, again = recipe(source, methods=["whitened"]), Interrupts()
-    points = sweep(wanted, tmp_path / "out")
+    recipe, again = sweep_recipe(source, methods=["whitened"]), Interrupts()
+    points = sweep(recipe, tmp_path / "out")
     for name in FORMATS:
         (tmp_path / "out" / name).unlink()
 
     def loads(*_: Any) -> Any:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("lrcompress.workflows.sweep.sweep.load_settings", loads)
-    assert sweep(wanted, tmp_path / "out", again) == points
+    monkeypatch.setattr("lrcompress.workflows.sweep.sweep.load_model", loads)
+    assert sweep(recipe, tmp_path / "out", again) == points
     assert again.calls == 0
     assert all((tmp_path / "out" / name).is_file() for name in FORMATS)
 
@@ -275,22 +246,22 @@ def test_speeds_are_measured_beside_the_dense_model(
         turns.append(list(models))
         return speed(models, *arguments)
 
-    monkeypatch.setattr(throughput, "speed", noted)
-    wanted = recipe(source, methods=["svd"])
+    monkeypatch.setattr(throughput, "generation_throughput", noted)
+    recipe = sweep_recipe(source, methods=["svd"])
     quick = {"speed": True, "prompt_length": 8, "new_tokens": 2, "repeats": 2}
-    evaluate = wanted.evaluate.model_copy(update=quick | {"training_speed": True})
-    points = sweep(wanted.model_copy(update={"evaluate": evaluate}), tmp_path / "out")
+    evaluate = recipe.evaluate.model_copy(update=quick | {"training_speed": True})
+    points = sweep(recipe.model_copy(update={"evaluate": evaluate}), tmp_path / "out")
     assert turns == [["dense"], ["dense", "svd at 0.8"], ["dense", "svd at 0.5"]]
     names = ["prefill", "decode", "training"]
     assert points[0].baseline == ()
     for point in points:
-        own = [metric for metric in point.metrics if metric.name in names]
-        assert [(metric.model, metric.name) for metric in own] == [(point.label, n) for n in names]
+        speeds = [metric for metric in point.metrics if metric.name in names]
+        assert [(m.model, m.name) for m in speeds] == [(point.label, n) for n in names]
     for point in points[1:]:
         assert [(m.model, m.name) for m in point.baseline] == [("dense", n) for n in names]
         assert point.baseline[0].value != points[0].metrics[-3].value
-    found = {front.cost.title for front in fronts(points)}
-    assert {f"{name} speed over dense" for name in names} < found
+    costs = {front.cost.title for front in fronts(points)}
+    assert {f"{name} speed over dense" for name in names} < costs
     text = (tmp_path / "out" / "sweep.md").read_text()
     assert "\n| point | prefill | decode | training |\n" in text
 
@@ -299,73 +270,42 @@ def test_report_has_tasks_differences_and_fronts(source: Path, tmp_path: Path) -
     questions = tmp_path / "sums.jsonl"
     rows = [{"query": f"{i} is", "choices": ["a", " b"], "gold": i % 2} for i in range(8)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    wanted = recipe(source, methods=["svd"])
-    evaluate = wanted.evaluate.model_copy(update={"tasks": (str(questions),), "limit": 8})
-    points = sweep(wanted.model_copy(update={"evaluate": evaluate}), tmp_path / "out")
+    recipe = sweep_recipe(source, methods=["svd"])
+    evaluate = recipe.evaluate.model_copy(update={"tasks": (str(questions),), "limit": 8})
+    points = sweep(recipe.model_copy(update={"evaluate": evaluate}), tmp_path / "out")
     text = (tmp_path / "out" / "sweep.md").read_text()
     for heading in ("Tasks", "Is the difference real?", "Trade-off"):
         assert f"\n## {heading}\n" in text
     assert "\n- sums acc: task version 1.0, num fewshot 0, samples 8, " in text
     compared = [point.label for point in points[1:]]
     stored = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    found = [(one["metric"], one["model"]) for one in stored["comparisons"]]
+    comparisons = [(c["metric"], c["model"]) for c in stored["comparisons"]]
     titles = ["token perplexity, pydoc:test", "sums acc", "sums acc_norm"]
-    assert found == [(title, label) for title in titles for label in compared]
+    assert comparisons == [(title, label) for title in titles for label in compared]
     with (tmp_path / "out" / "sweep.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == sum(len(point.metrics) for point in points)
     assert {line["samples"] for line in lines if line["name"] == "sums acc"} == {"8"}
 
 
-def test_without_variants_the_recipe_itself_is_swept(source: Path) -> None:
-    found = list(variants(recipe(source)))
-    assert [(v.name, v.factorize.method) for v in found] == [("auto", "auto")]
-
-
-def test_variants_without_a_method_are_the_recipes_otherwise(source: Path) -> None:
-    wanted = recipe(source, variants={"anchored": {"sequential": "anchored"}})
-    wanted = wanted.model_copy(
-        update={"factorize": wanted.factorize.model_copy(update={"method": "nystrom"})}
-    )
-    found = next(variants(wanted))
-    assert (found.factorize.method, found.factorize.sequential) == ("nystrom", "anchored")
-
-
-def test_variants_have_their_own_defaults(source: Path) -> None:
-    found = next(variants(recipe(source, methods=["nystrom"])))
-    assert (found.factorize.ranks, found.factorize.form) == ("loss_aware", "pivoted")
-    assert found.factorize.rank_multiple == 2
-
-
-def test_what_is_wrong_is_named(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"x\.metod: unknown, did you mean 'method'"):
-        list(variants(recipe(source, variants={"x": {"metod": "svd"}})))
-    with pytest.raises(InputError, match=r"x\.include: it holds for all variants"):
-        list(variants(recipe(source, variants={"x": {"include": ["a"]}})))
-    for name in ("dense", "a/b"):
-        with pytest.raises(InputError, match="is no name"):
-            recipe(source, variants={name: {"method": "svd"}})
-    with pytest.raises(InputError, match="unknown, choose from svd"):
-        recipe(source, methods=["none"])
-    with pytest.raises(InputError, match="is there twice"):
-        recipe(source, keep_ratios=[0.3333333, 0.3333334])
+def test_a_folder_with_other_files_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is no sweep"):
-        sweep(recipe(source), tmp_path)
+        sweep(sweep_recipe(source), tmp_path)
 
 
 def test_command(source: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
-    settings = copy.deepcopy(recipe(source).model_dump(mode="json"))
+    settings = copy.deepcopy(sweep_recipe(source).model_dump(mode="json"))
     file.write_text(json.dumps(settings))
     out = str(tmp_path / "out")
-    done = CliRunner().invoke(
+    result = CliRunner().invoke(
         main, ["sweep", str(file), out, "--keep-ratio", "0.6", "--method", "svd,whitened"]
     )
-    assert done.exit_code == 0, done.output
+    assert result.exit_code == 0, result.output
     for point in ("dense ", "svd at 0.6", "whitened at 0.6"):
-        assert point in done.stdout
-    assert "sweep.html" in done.stdout
+        assert point in result.stdout
+    assert "sweep.html" in result.stdout
     wrong = CliRunner().invoke(main, ["sweep", str(file), out, "--keep-ratio", "1.5"])
     assert wrong.exit_code == 2
     assert "keep_ratios" in wrong.output
