@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.methods.auto import Auto
-from lrcompress.methods.channel_selection import folded, order_channels
+from lrcompress.methods.channel_selection import fold_into_down, order_channels
 from lrcompress.methods.linalg import shrunk
 from lrcompress.methods.nystrom import Nystrom
 from lrcompress.methods.types import FFN, LinearSpec, Statistics
@@ -26,7 +26,7 @@ def moments(width: int, out: int, samples: int = 2000) -> tuple[Tensor, Tensor]:
 def measured(C: Tensor, M: Tensor, channels: Tensor) -> float:
     """tr(M D) with D the residual after reconstruction from `channels`, computed directly."""
     fold = torch.zeros_like(C)
-    fold[:, channels] = folded(torch.eye(len(C)), C, channels, 1e-14)
+    fold[:, channels] = fold_into_down(torch.eye(len(C)), C, channels, 1e-14)
     rest = torch.eye(len(C), dtype=C.dtype) - fold
     return float((M * (rest @ C @ rest.T)).sum())
 
@@ -116,5 +116,5 @@ def test_constant_and_silent_channels() -> None:
     C[3], C[:, 3] = 0, 0
     found = order_channels(C, M)
     assert int(found.channels[-1]) == 3
-    fold = folded(torch.eye(len(C)), C, found.channels[:10], 1e-6)
+    fold = fold_into_down(torch.eye(len(C)), C, found.channels[:10], 1e-6)
     assert bool(fold.isfinite().all())

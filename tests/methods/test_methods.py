@@ -44,7 +44,7 @@ def factors_of(method: Any, weight: Tensor, statistics: Statistics, rank: int) -
 def measured_error(method: Any, statistics: Statistics, difference: Tensor) -> float:
     """‖G^1/2 D X^1/2‖² in the method's metrics, computed directly."""
     X, G = method.metric(statistics), method.output_metric(statistics)
-    right = difference if X is None else X.after(difference)
+    right = difference if X is None else X.multiply_right(difference)
     left = difference if G is None else G.matrix @ difference
     return float((left * right).sum())
 
@@ -240,9 +240,9 @@ def test_a_root_and_its_inverse_belong_to_the_metric(kind: str) -> None:
     given = {"diagonal": moment.diagonal().double(), "plain": moment, "singular": singular(8)}[kind]
     matrix = torch.diag(given) if given.ndim == 1 else given.double()
     metric, eye = WeightedNorm(given), torch.eye(8, dtype=torch.float64)
-    left, right = metric.both(eye)
+    left, right = metric.unscale(eye)
     torch.testing.assert_close(right @ right.T, matrix)
-    torch.testing.assert_close(right.T, metric.scaled(eye))
+    torch.testing.assert_close(right.T, metric.scale(eye))
     torch.testing.assert_close(left.T @ right, eye, rtol=1e-6, atol=1e-6)
 
 
