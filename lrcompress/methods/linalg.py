@@ -254,7 +254,7 @@ def pivot(A: Tensor, B: Tensor, scale: Tensor | None = None) -> Pivoted:
 
 
 def is_randomized(size: int, rank: int) -> bool:
-    """Whether the `rank` leading eigenpairs of a (size, size) matrix come from the randomized method."""
+    """Whether `rank` eigenpairs of a (size, size) matrix come from the randomized method."""
     return size >= RANDOMIZED_MINIMUM and rank <= RANDOMIZED_SHARE * size
 
 

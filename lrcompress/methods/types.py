@@ -140,7 +140,7 @@ class Decomposition(Protocol):
     """A decomposition of one weight W (out, in), which gives factors of one or more ranks."""
 
     def serves(self, rank: int) -> bool:
-        """Whether factors at `rank` equal, bit for bit, those of a decomposition for `rank` alone."""
+        """Whether factors at `rank` equal those of a decomposition for it alone, bit for bit."""
         ...
 
     def factors(self, weight: Tensor, rank: int) -> Factors:
