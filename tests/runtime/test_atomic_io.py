@@ -57,7 +57,7 @@ def test_an_older_folder_gives_way_in_one_step(
 def test_where_the_system_has_no_such_step_it_takes_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(atomic_io, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(atomic_io, "_exchange_names", lambda *_: False)
     out = tmp_path / "out"
     _written(out, "old")
     _written(out, "new", replace=True)

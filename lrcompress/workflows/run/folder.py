@@ -67,7 +67,7 @@ class RunFolder:
     def _is_run(self) -> bool:
         if not self.out.is_dir():
             return False
-        own = {locks.INSIDE, RECIPE, STAGES, *report.FORMATS}
+        own = {locks.LOCK_FILE, RECIPE, STAGES, *report.FORMATS}
         own |= {f".{name}.partial" for name in own}  # of a process that was killed
         for stage, folder in MADE.items():
             if self._file(stage).is_file():  # else somebody put it there by hand

@@ -24,7 +24,7 @@ from lrcompress.reporting.report import Report
 from lrcompress.reporting.tables import labels
 from lrcompress.runtime import locks
 from lrcompress.runtime.paths import unique_file_names
-from lrcompress.runtime.progress import Progress, Say, silent, unsaid
+from lrcompress.runtime.progress import Progress, ShowMessage, show_nothing, silent
 from lrcompress.training.finetune import check_settings, finetune_to
 from lrcompress.workflows.run.folder import RunFolder
 
@@ -55,7 +55,9 @@ def run(
 class Run:
     """One recipe over one folder."""
 
-    def __init__(self, recipe: Recipe, out: Path, progress: Progress, say: Say = unsaid) -> None:
+    def __init__(
+        self, recipe: Recipe, out: Path, progress: Progress, say: ShowMessage = show_nothing
+    ) -> None:
         self.recipe, self.progress, self.say = recipe, progress, say
         self.folder = RunFolder(recipe, out)
         self._kept: dict[ModelSettings, Loaded] = {}

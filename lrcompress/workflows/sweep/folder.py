@@ -63,10 +63,10 @@ class SweepFolder:
         if not self.out.is_dir():
             return False
         names = {path.name for path in self.out.iterdir()}
-        own = {RECIPE, POINTS, figures.FOLDER, locks.INSIDE, *sweep_report.FORMATS}
+        own = {RECIPE, POINTS, figures.FOLDER, locks.LOCK_FILE, *sweep_report.FORMATS}
         partial = {f".{name}.partial" for name in own}
         left = {name for name in names - own - partial if not name.startswith(HIDDEN_FIGURES)}
-        return not left and (POINTS in names or names <= {locks.INSIDE})
+        return not left and (POINTS in names or names <= {locks.LOCK_FILE})
 
     def point(
         self, variant: str, keep_ratio: float, inputs: Any, make: Callable[[], SweepPoint]
