@@ -28,10 +28,6 @@ from lrcompress.runtime.progress import Progress, ShowMessage, show_nothing, sil
 from lrcompress.training.finetune import check_settings, finetune_to
 from lrcompress.workflows.run.folder import RunFolder
 
-# settings that leave the metrics as they are
-DETAILS = ("compared_windows", "prompts", "continuation_tokens")
-NO_INPUT = (*DETAILS, "task_cache")
-
 
 def run(
     recipe: Recipe | str | Path,
@@ -154,7 +150,7 @@ class Run:
             model: list[Any] = [self._making(stage), self.folder.weights(stage)]
         else:
             model = fingerprints.model_inputs(source)
-        return [settings.model_dump(mode="json", exclude={*NO_INPUT}), texts, model]
+        return [settings.cache_key(), texts, model]
 
     def _measure(self, tasks: Tasks | None) -> list[Metric]:
         settings, found = self.recipe.evaluate, list[Metric]()
@@ -171,7 +167,7 @@ class Run:
     def _details(self) -> Differences:
         if not (self.recipe.evaluate.compared_windows or self.recipe.evaluate.prompts):
             return Differences()
-        settings = self.recipe.evaluate.model_dump(mode="json", include={*DETAILS})
+        settings = self.recipe.evaluate.details_cache_key()
         depends = [settings, *map(self._measuring, self._columns)]
         return self.folder.measured("details", depends, Differences, self._compare)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from lrcompress.config.recipe import ScalingRecipe, read_any, read_scaling
+from lrcompress.config.recipe import ScalingRecipe, read_any_recipe, read_scaling_recipe
 from lrcompress.models.loading import load_tokenizer
 from lrcompress.runtime.errors import InputError
 from lrcompress.training.trainer import TextTrainer
@@ -72,7 +72,7 @@ def study(ladder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_ladder_has_equal_tokens_per_parameter(ladder: Path) -> None:
-    recipe = read_scaling(ladder)
+    recipe = read_scaling_recipe(ladder)
     found = {rung.name: rung for rung in rungs(recipe, byte_tokenizer())}
     assert len(found) == 4 * 3
     for name, rung in found.items():
@@ -91,7 +91,7 @@ def test_the_ladder_has_equal_tokens_per_parameter(ladder: Path) -> None:
 
 
 def test_a_warm_start_costs_what_both_parts_cost(ladder: Path) -> None:
-    recipe = read_scaling(ladder)
+    recipe = read_scaling_recipe(ladder)
     warm = {"low": {"keep_ratio": 0.5}, "warm": {"keep_ratio": 0.5, "dense_share": 0.5}}
     update = {"variants": warm, "equal_flops": {}, "counted": "dense"}
     scaling = recipe.scaling.model_copy(update=update)
@@ -144,7 +144,7 @@ def test_nothing_is_trained_twice(
 ) -> None:
     before = {name: (study / name).read_bytes() for name in FORMATS}
     monkeypatch.setattr(TextTrainer, "training_step", None)  # would fail if it were called
-    assert len(scaling_study.scaling(read_scaling(ladder), study)) == 12
+    assert len(scaling_study.scaling(read_scaling_recipe(ladder), study)) == 12
     assert {name: (study / name).read_bytes() for name in FORMATS} == before
 
 
@@ -152,7 +152,7 @@ def test_an_interrupted_study_goes_on_and_shards_add_up(
     ladder: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     less = ("variants={low: {keep_ratio: 0.5}}", "equal_flops={}", "speed_repeats=0")
-    out, recipe = tmp_path / "out", read_scaling(ladder, [f"scaling.{key}" for key in less])
+    out, recipe = tmp_path / "out", read_scaling_recipe(ladder, [f"scaling.{key}" for key in less])
     with monkeypatch.context() as patch:
         interrupt(patch, TextTrainer, "training_step", 8)
         with pytest.raises(KeyboardInterrupt):
@@ -178,7 +178,7 @@ def test_what_is_wrong_is_said(ladder: Path, study: Path, tmp_path: Path, text: 
         (("--set", "pretrain.shard=true"), "out", "scaling --shard I/N"),
         (("--set", "scaling.variants.low.seed=3"), "out", "scaling.variants.low.seed"),
         (("--set", "scaling.variants.low.keep_ratio=2"), "out", "scaling.variants.low.keep_ratio"),
-        (("--set", "scaling.equal_flops={guided: none}"), "out", "none of the variants"),
+        (("--set", "scaling.equal_flops={guided: none}"), "out", "not one of the variants"),
         (
             ("--set", "scaling.sizes={nowhere: {}, b: {}, c: {}}"),
             "out",
@@ -204,7 +204,7 @@ def test_check_reads_both_kinds(ladder: Path) -> None:
 
 @pytest.mark.parametrize("file", ["recipes/scaling.yaml", "recipes/scaling-tiny.yaml"])
 def test_shipped_recipes_are_sound(file: str) -> None:
-    recipe = read_any(Path(file))
+    recipe = read_any_recipe(Path(file))
     assert isinstance(recipe, ScalingRecipe)
     found = rungs(recipe, byte_tokenizer())
     assert len({rung.size for rung in found}) >= 3

@@ -343,7 +343,7 @@ def test_what_is_wrong_is_named(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"x\.include: it holds for all variants"):
         list(variants(recipe(source, variants={"x": {"include": ["a"]}})))
     for name in ("dense", "a/b"):
-        with pytest.raises(InputError, match="is no name"):
+        with pytest.raises(InputError, match="is not a valid name"):
             recipe(source, variants={name: {"method": "svd"}})
     with pytest.raises(InputError, match="unknown, choose from svd"):
         recipe(source, methods=["none"])
