@@ -139,7 +139,7 @@ def writing_state(description: str) -> Iterator[None]:
         yield
     except Exception as error:
         if reason := _write_failure(error):
-            remedy = "free some space" if "full" in reason else "mend that"
+            remedy = "free some space" if "full" in reason else "correct this"
             raise MachineError(
                 f"could not keep {description}: {reason}; {remedy}, then the same command goes on"
             ) from error

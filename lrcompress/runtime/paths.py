@@ -45,8 +45,8 @@ def refuse_links(folder: Path) -> None:
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.is_symlink():
             raise InputError(
-                f"{str(entry)!r} is a link, and a run writes into its own folder alone: put what "
-                "it leads to in its place, or choose another folder"
+                f"{str(entry)!r} is a link, and a run writes only inside its own folder: replace "
+                "the link by its target, or choose another folder"
             )
 
 
