@@ -1,8 +1,8 @@
 """Post-hoc low-rank compression of the feed-forward layers of causal language models.
 
-`import lrcompress` is all that `AutoModelForCausalLM.from_pretrained` needs to load a low-rank
-checkpoint. It costs no torch import: the loader is registered when transformers' own
-registry of quantizers is imported, or at once where it has been.
+After `import lrcompress`, `AutoModelForCausalLM.from_pretrained` loads low-rank checkpoints. The
+import does not import torch: the loader is registered when transformers' registry of quantizers is
+imported, or at once if it already is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["InputError", "MachineError", "evaluate", "factorize", "load", "optimize", "run", "save"]
 
-_HOMES = {
+# public function -> the module that defines it, imported when the function is first used
+_MODULES = {
     "evaluate": "evaluation.evaluate",
     "factorize": "compression.factorize",
     "load": "models.loading",
@@ -34,13 +35,13 @@ _HOMES = {
 
 
 @when_imported("transformers.quantizers.auto")
-def _register(_: object) -> None:
+def _register_quantizer(_: object) -> None:
     import lrcompress.models.hf_quantizer  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'lrcompress' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"lrcompress.{_HOMES[name]}"), name)
+    return getattr(import_module(f"lrcompress.{_MODULES[name]}"), name)

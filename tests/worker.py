@@ -73,7 +73,7 @@ def factorize(job: dict[str, Any]) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    with distributed.group("auto"):
+    with distributed.process_group("auto"):
         for job in json.loads((folder / "jobs.json").read_text()):
             seen = factorize(job) if "recipe" in job else run(job)
             (folder / f"{job['name']}.{os.environ['RANK']}.json").write_text(json.dumps(seen))

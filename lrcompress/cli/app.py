@@ -228,6 +228,6 @@ def sweep_command(
 @SET
 def check_command(recipe_file: Path, overrides: tuple[str, ...]) -> None:
     """Check RECIPE and print it with every default filled in."""
-    from lrcompress.config.recipe import read_any, to_yaml
+    from lrcompress.config.recipe import read_any_recipe, to_yaml
 
-    click.echo(to_yaml(read_any(recipe_file, overrides)), nl=False)
+    click.echo(to_yaml(read_any_recipe(recipe_file, overrides)), nl=False)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from lrcompress.runtime import distributed
-from lrcompress.runtime.errors import MEMORY, InputError, MachineError, machine_fault_reason
+from lrcompress.runtime.errors import OUT_OF_MEMORY, InputError, MachineError, machine_fault_reason
 from lrcompress.runtime.sanitize import printable, shortened
 
 INTERRUPTED = 130
@@ -28,7 +28,7 @@ class ErrorReportingGroup(click.Group):
         try:
             return super().invoke(context)
         except distributed.MainProcessFailedError as error:
-            distributed.end_after_main(error.code)
+            distributed.exit_after_main(error.code)
         except InputError as error:
             _fail(str(error), 2)
         except BrokenPipeError:
@@ -64,12 +64,12 @@ def _goes_on(context: click.Context) -> str:
 
 def _fail(message: str, code: int) -> None:
     click.echo(f"Error: {shortened(printable(message))}", err=True)
-    distributed.end(code)
+    distributed.exit_process(code)
 
 
 def _machine_fault(error: Exception) -> str:
     reason = None if isinstance(error, MachineError) else machine_fault_reason(error)
-    if reason == MEMORY:
+    if reason == OUT_OF_MEMORY:
         return f"{reason}: try --dtype bfloat16, and a shorter --seq-len or --context-length"
     file = getattr(error, "filename", None)
     where = f": {str(file)!r}" if file else ""

@@ -80,9 +80,9 @@ def scaling_command(
     With --shard I/N, I from 1, the work is shared: by processes on one folder, or by machines whose
     folders' points/ are copied together. The same command without it then writes the report.
     """
-    from lrcompress.config.recipe import read_scaling
+    from lrcompress.config.recipe import read_scaling_recipe
 
-    recipe, part = read_scaling(recipe_file, overrides), read_shard(shard)
+    recipe, part = read_scaling_recipe(recipe_file, overrides), read_shard(shard)
     from lrcompress.cli import progress_bars
     from lrcompress.workflows.scaling import report as scaling_report
     from lrcompress.workflows.scaling import study as scaling_study

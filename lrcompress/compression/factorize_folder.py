@@ -19,7 +19,7 @@ from lrcompress.runtime import distributed, locks
 from lrcompress.runtime.atomic_io import discard
 from lrcompress.runtime.distributed import run_on_all, run_on_main
 from lrcompress.runtime.errors import InputError
-from lrcompress.runtime.progress import Progress, Say, silent, unsaid
+from lrcompress.runtime.progress import Progress, ShowMessage, show_nothing, silent
 
 
 def factorize_to(
@@ -27,7 +27,7 @@ def factorize_to(
     out: Path,
     progress: Progress = silent,
     replace: bool = False,
-    say: Say = unsaid,
+    say: ShowMessage = show_nothing,
 ) -> dict[str, Any]:
     """Loads, factorizes and saves to `out`; returns what lrcompress.json holds.
 
@@ -36,15 +36,15 @@ def factorize_to(
     exists, unless an older result there is to be replaced.
     """
     if not distributed.is_main():
-        progress, say = silent, unsaid
-    with distributed.group(recipe.model.device), locks.beside(out, replace):
+        progress, say = silent, show_nothing
+    with distributed.process_group(recipe.model.device), locks.beside(out, replace):
         if recipe.factorize.streaming:
             return _streamed(recipe, out, progress, replace, say)
         return _in_memory(recipe, out, progress, replace)
 
 
 def _in_memory(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> dict[str, Any]:
-    device = run_on_all(lambda: distributed.own_device(recipe.model.device))
+    device = run_on_all(lambda: distributed.local_device(recipe.model.device))
     model, tokenizer = run_on_all(lambda: load_model(recipe.model, device=device))
     work = out.with_name(f".{out.name}.refine")  # refined blocks, until the whole is saved
     parts = (recipe.calibration, recipe.factorize, recipe.refine, progress, work)
@@ -57,7 +57,7 @@ def _in_memory(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> 
 
 
 def _streamed(
-    recipe: Recipe, out: Path, progress: Progress, replace: bool, say: Say
+    recipe: Recipe, out: Path, progress: Progress, replace: bool, say: ShowMessage
 ) -> dict[str, Any]:
     work = out.with_name(f".{out.name}.streaming")  # of this output: blocks of all settings
     own = (
@@ -66,7 +66,7 @@ def _streamed(
             :16
         ]
     )
-    distributed.check_shared(own)
+    distributed.make_shared_folder(own)
     try:
         source = run_on_all(lambda: OffloadedModel.load(recipe.model, own))
         run = run_on_all(lambda: StreamingCompressor(recipe, source, own, progress, say))

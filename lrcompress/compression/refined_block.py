@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lrcompress.runtime.atomic_io import keeping, replace_tensors
+from lrcompress.runtime.atomic_io import replace_tensors, writing_state
 
 
 @dataclass(frozen=True)
@@ -51,5 +51,5 @@ def read_block(file: Path, parameters: Mapping[str, nn.Parameter]) -> RefinedBlo
 def write_block(file: Path, parameters: Mapping[str, nn.Parameter], done: RefinedBlock) -> None:
     """Keeps a finished block in one rename. Raises MachineError where it cannot be written."""
     tensors = {name: p.detach().contiguous() for name, p in parameters.items()}
-    with keeping(f"the refined block in {str(file)!r}"):
+    with writing_state(f"the refined block in {str(file)!r}"):
         replace_tensors(file, tensors, {"block": json.dumps(asdict(done))})

@@ -1,7 +1,7 @@
-"""What a user can set, section by section: types, ranges, defaults and help in one place.
+"""All user settings, by section: type, range, default and help text of each in one place.
 
-The command line makes its flags of these fields, recipe files their keys, and the Python functions
-their keyword arguments.
+The fields are the flags of the command line, the keys of recipe files, and the keyword arguments
+of the Python functions.
 """
 
 from lrcompress.config.base import Section

@@ -1,4 +1,4 @@
-"""How a model is made smaller without training through the whole of it."""
+"""Settings of factorization, and of the refinement of single blocks after it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from lrcompress.config.base import Section
-from lrcompress.config.field_types import Names, Options, Percent, Size, allowed_words, one_of
+from lrcompress.config.field_types import NameList, Options, Percent, Size, allowed_words, one_of
 from lrcompress.methods.plan import Allocator
 from lrcompress.methods.registry import ALLOCATORS, ESTIMATE_LOSS, METHODS
 from lrcompress.methods.types import Form, Method
@@ -20,74 +20,82 @@ BUDGETS = ("rank", "keep_ratio", "target_params", "target_size", "max_perplexity
 
 
 class FactorizeSettings(Section):
-    """How the FFN weights are shrunk, and by how much: exactly one budget is set."""
+    """How FFN weights are compressed, and by how much: exactly one of BUDGETS is set."""
 
-    rank: int | None = Field(None, ge=1, description="One rank for every linear.")
+    rank: int | None = Field(None, ge=1, description="The same rank for every linear.")
     keep_ratio: float | None = Field(
-        None, gt=0, le=1, description="Share of the parameters kept in the selected linears."
+        None, gt=0, le=1, description="Share of the parameters of the selected linears to keep."
     )
     target_params: int | None = Field(
-        None, ge=1, description="Parameters of the whole model, such as 100000000."
+        None, ge=1, description="Parameters of the whole compressed model, such as 100000000."
     )
     target_size: Size | None = Field(
-        None, description="Bytes of the whole model's weights, such as 1.5GB."
+        None, description="Size of the weights of the whole compressed model, such as 1.5GB."
     )
     max_perplexity_increase: Percent | None = Field(
-        None, description="Searches the smallest model that stays within it, such as 10%."
+        None,
+        description="Find the smallest model whose perplexity on the validation text rises by at "
+        "most this share, such as 10%.",
     )
     validation: str = Field(
         "pydoc:validation",
-        description="Text on which max_perplexity_increase is held; never the test text.",
+        description="Text on which max_perplexity_increase is measured; never the test text.",
     )
     method: Annotated[str, AfterValidator(one_of(METHODS))] = Field(
         "auto", description=f"One of {', '.join(METHODS)}; with rank the default is whitened."
     )
-    method_options: Options = Field({}, description="KEY=VALUE for the method, such as damping.")
+    method_options: Options = Field({}, description="Options of the method, such as damping=0.01.")
     ranks: Annotated[str, AfterValidator(one_of(ALLOCATORS))] = Field(
         "loss_aware",
-        description=f"Policy that shares out the budget: {', '.join(ALLOCATORS)}; uniform is the "
-        f"default of methods other than {', '.join(ESTIMATE_LOSS)}.",
+        description=f"Policy that shares out the budget: {', '.join(ALLOCATORS)}; the default is "
+        f"uniform with rank and for methods other than {', '.join(ESTIMATE_LOSS)}.",
     )
-    ranks_options: Options = Field({}, description="KEY=VALUE for the policy.")
+    ranks_options: Options = Field({}, description="Options of the policy, such as floor=0.1.")
     form: Form = Field(
         "pivoted",
-        description="How a low-rank weight is stored; factored is the default of methods other "
-        f"than {', '.join(ESTIMATE_LOSS)}.",
+        description="How a low-rank weight is stored; the default is factored with rank and for "
+        f"methods other than {', '.join(ESTIMATE_LOSS)}.",
     )
     sequential: Literal["independent", "anchored"] = Field(
         "independent",
-        description="anchored fits each linear to the dense outputs, given what the blocks before "
-        "it have become.",
+        description="anchored fits each linear to its dense outputs, with inputs from the "
+        "compressed blocks before it.",
     )
     anchor_damping: float = Field(
         0.3,
         gt=0,
         le=1,
-        description="Pull of anchored fits towards the original weights, relative to each input's "
-        "mean square.",
+        description="Strength of the pull of anchored fits towards the original weights, relative "
+        "to the mean square of each input.",
     )
     streaming: bool = Field(
         False,
-        description="Hold one block in memory at a time, for models larger than memory; resumes.",
+        description="Hold only one block in memory at a time, for models larger than memory; an "
+        "interrupted command resumes.",
     )
     rank_multiple: int = Field(8, ge=1, description="Ranks and widths are multiples of this.")
-    include: Names = Field((), description="Only linears whose names match these patterns.")
-    exclude: Names = Field((), description="No linears whose names match these patterns.")
-    dense_first: int = Field(0, ge=0, description="Leave this many first blocks dense.")
+    include: NameList = Field(
+        (), description="Compress only linears whose names match one of these patterns."
+    )
+    exclude: NameList = Field(
+        (), description="Leave linears dense whose names match one of these patterns."
+    )
+    dense_first: int = Field(0, ge=0, description="Leave this number of first blocks dense.")
 
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Any) -> Any:
-        """Methods whose errors compare across linears share out the budget by them.
+        """Sets `method`, `ranks` and `form`, whose defaults depend on the method and the budget.
 
-        One rank for every linear is what it says: truncated SVD, whitened.
+        The policy loss_aware needs errors that compare across linears, and a budget other than
+        `rank`.
         """
         if not isinstance(values, dict):
             return values
-        ranked = values.get("rank") is not None
-        method = values.get("method") or ("whitened" if ranked else "auto")
-        modern = method in ESTIMATE_LOSS and not ranked
-        ranks, form = ("loss_aware", "pivoted") if modern else ("uniform", "factored")
+        has_rank = values.get("rank") is not None
+        method = values.get("method") or ("whitened" if has_rank else "auto")
+        by_loss = method in ESTIMATE_LOSS and not has_rank
+        ranks, form = ("loss_aware", "pivoted") if by_loss else ("uniform", "factored")
         return {"method": method, "ranks": ranks, "form": form} | values
 
     @model_validator(mode="after")
@@ -106,18 +114,20 @@ class FactorizeSettings(Section):
         return self
 
     def compressor(self) -> Method:
+        """The compression method with its options."""
         return _build(METHODS, self.method, self.method_options, "method_options")  # type: ignore[no-any-return]
 
     def allocator(self) -> Allocator:
+        """The rank policy with its options."""
         return _build(ALLOCATORS, self.ranks, self.ranks_options, "ranks_options")  # type: ignore[no-any-return]
 
 
 class RefineSettings(Section):
-    """Gradient steps on one block at a time, towards the dense block's output."""
+    """Training of one block at a time, towards the output of the dense block."""
 
     enabled: bool = Field(
         False,
-        description="Train each block's compressed layers towards the dense block's output.",
+        description="Train each block's compressed layers towards the output of the dense block.",
         json_schema_extra={"flag": "refine"},
     )
     epochs: int = Field(
@@ -130,21 +140,22 @@ class RefineSettings(Section):
         0.004,
         gt=0,
         le=1,
-        description="Step of Adam, relative to the root mean square of each weight and to the "
-        "block's error.",
+        description="Learning rate of Adam, relative to the root mean square of each weight and to "
+        "the error of the block.",
         json_schema_extra={"flag": "refine_learning_rate"},
     )
 
 
 def _build(registry: Mapping[str, str], name: str, options: Mapping[str, Any], key: str) -> Any:
-    kind = pkgutil.resolve_name(registry[name])
-    fields = {field.name for field in dataclasses.fields(kind)}
+    """An instance of the class that `registry` has for `name`; ValueError for bad options."""
+    cls = pkgutil.resolve_name(registry[name])
+    fields = {field.name for field in dataclasses.fields(cls)}
     for option in options:
         if option not in fields:
             raise ValueError(
                 f"{key}: {name!r} has no option {option!r}{allowed_words(option, fields)}"
             )
     try:
-        return TypeAdapter(kind).validate_python(dict(options))
+        return TypeAdapter(cls).validate_python(dict(options))
     except ValidationError as error:
         raise ValueError(f"{key} {validation_reason(error)}") from None

@@ -1,4 +1,4 @@
-"""Kinds of values that a user writes: how each is read from text, and what is allowed."""
+"""Types of settings: how their values are parsed from text, and which values are allowed."""
 
 from __future__ import annotations
 
@@ -21,20 +21,25 @@ from lrcompress.runtime.safe_parsing import read_yaml
 
 T = TypeVar("T")
 
-# what a signed integer of 64 bits holds: of tokens, steps and bytes
-LARGEST = 2**63 - 1
+# the largest signed 64-bit integer
+MAX_INT64 = 2**63 - 1
 
 
 def _split(value: object) -> object:
-    """'a,b' or ['a', 'b,c'] -> separate items, so that flags and YAML read alike."""
+    """'a,b' or ['a', 'b,c'] -> separate items, so that flags and YAML give the same value."""
     items = [value] if isinstance(value, str | int | float) else value
     if not isinstance(items, list | tuple):
         return value
-    parts = [i.split(",") if isinstance(i, str) else [i] for i in items]
-    return [p.strip() if isinstance(p, str) else p for part in parts for p in part if p != ""]
+    groups = [item.split(",") if isinstance(item, str) else [item] for item in items]
+    return [
+        item.strip() if isinstance(item, str) else item
+        for group in groups
+        for item in group
+        if item != ""
+    ]
 
 
-def _pairs(value: object) -> object:
+def _parse_pairs(value: object) -> object:
     """['damping=0.01'] -> {'damping': 0.01}, for flags that set options of a method."""
     if not isinstance(value, list | tuple):
         return value
@@ -46,11 +51,12 @@ def _pairs(value: object) -> object:
 
 
 def none_is_empty(value: object) -> object:
-    """YAML's null for a list with nothing in it."""
+    """Reads YAML's null as the empty list."""
     return () if value is None else value
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], str]:
+    """A validator that raises ValueError for a name that is not in `names`."""
     allowed = list(names)
 
     def check(name: str) -> str:
@@ -62,85 +68,90 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
 
 
 def all_of(names: Iterable[str]) -> Callable[[tuple[str, ...]], tuple[str, ...]]:
+    """A validator that raises ValueError if an item is not in `names`."""
     check = one_of(names)
 
-    def check_all(given: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(check(name) for name in given)
+    def check_all(items: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check(item) for item in items)
 
     return check_all
 
 
-def not_empty(given: tuple[T, ...]) -> tuple[T, ...]:
-    if not given:
+def not_empty(items: tuple[T, ...]) -> tuple[T, ...]:
+    """A validator that raises ValueError for the empty list."""
+    if not items:
         raise ValueError("give at least one")
-    return given
+    return items
 
 
 def variant_name(name: str) -> str:
-    """A name that a file can have, and that is not the dense model's."""
+    """A validator for names of variants: file names, except "dense", the dense model's name."""
     if name == "dense" or not re.fullmatch(r"[\w+=., -]+", name):
-        raise ValueError(f"{name!r} is no name: use letters, digits, spaces, + and -, not 'dense'")
+        raise ValueError(
+            f"{name!r} is not a valid name: use letters, digits, spaces, + and -, not 'dense'"
+        )
     return name
 
 
 def size_name(name: str) -> str:
-    """A preset or a path: its last part names files."""
+    """A validator for model sizes, presets or paths whose last part can be a file name."""
     if not re.fullmatch(r"[\w+=.-]+", re.split(r"[/\\]", name)[-1]):
-        raise ValueError(f"{name!r} is no preset and no folder: end it with a plain name")
+        raise ValueError(f"{name!r} is neither a preset nor a folder: end it with a plain name")
     return name
 
 
-def _listed(value: object) -> object:
+def _wrap_text(value: object) -> object:
+    """A single text -> a list of one; unlike `_split`, texts may contain commas."""
     return [value] if isinstance(value, str) else value
 
 
-def _told_apart(ratios: tuple[float, ...]) -> tuple[float, ...]:
-    """Points and their files are called by six digits of their ratio."""
-    shown = [f"{ratio:g}" for ratio in ratios]
-    if twice := [name for name in shown if shown.count(name) > 1]:
-        raise ValueError(f"{twice[0]} is there twice: name each ratio once")
+def _distinct(ratios: tuple[float, ...]) -> tuple[float, ...]:
+    """Refuses ratios with equal first six digits, which name points and their files."""
+    names = [f"{ratio:g}" for ratio in ratios]
+    if duplicates := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{duplicates[0]} is there twice: name each ratio once")
     return ratios
 
 
-Listed = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
-Ratios = Annotated[
+TextList = Annotated[tuple[str, ...], BeforeValidator(_wrap_text)]
+NameList = Annotated[tuple[str, ...], BeforeValidator(_split)]
+RatioList = Annotated[
     tuple[Annotated[float, Field(gt=0, le=1)], ...],
     BeforeValidator(_split),
-    AfterValidator(_told_apart),
+    AfterValidator(_distinct),
 ]
-Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split)]
-Options = Annotated[dict[str, Any], BeforeValidator(_pairs)]
+CountList = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split)]
+Options = Annotated[dict[str, Any], BeforeValidator(_parse_pairs)]
 
 
-def _bytes(value: object, parse: ValidatorFunctionWrapHandler) -> int:
-    """'1.5GB' -> 1500000000."""
+def _parse_size(value: object, parse_bytes: ValidatorFunctionWrapHandler) -> int:
+    """'1.5GB' -> 1500000000 bytes; `parse_bytes` is the parser of `ByteSize`."""
     try:
-        size = int(parse(value))
+        size = int(parse_bytes(value))
     except (ValidationError, OverflowError):
         raise ValueError(
-            f"{value!r} is no size, write it like 1.5GB, 900MB or 1200000000"
+            f"{value!r} is not a size, write it like 1.5GB, 900MB or 1200000000"
         ) from None
-    if size > LARGEST:
+    if size > MAX_INT64:
         raise ValueError(f"{value!r} is more than any machine holds")
     return size
 
 
-def _percent(value: object) -> object:
+def _parse_percent(value: object) -> object:
     """'10%' -> 0.1; a bare number is the share itself."""
     text = str(value).strip()
     try:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
-        raise ValueError(f"{value!r} is no share, write it like 10% or 0.1") from None
+        raise ValueError(f"{value!r} is not a share, write it like 10% or 0.1") from None
 
 
-Size = Annotated[ByteSize, WrapValidator(_bytes), Field(ge=1)]
-Percent = Annotated[float, BeforeValidator(_percent), Field(gt=0, allow_inf_nan=False)]
+Size = Annotated[ByteSize, WrapValidator(_parse_size), Field(ge=1)]
+Percent = Annotated[float, BeforeValidator(_parse_percent), Field(gt=0, allow_inf_nan=False)]
 
 
 def allowed_words(name: str, names: Iterable[str]) -> str:
-    """The words after "unknown": the nearest name and all that are allowed."""
-    close = difflib.get_close_matches(name, names, 1)
-    hint = f", did you mean {close[0]!r}?" if close else ""
+    """Text for the error "unknown": the name most similar to `name`, and all allowed names."""
+    similar = difflib.get_close_matches(name, names, 1)
+    hint = f", did you mean {similar[0]!r}?" if similar else ""
     return f"{hint} (allowed: {', '.join(sorted(names)) or 'none'})"

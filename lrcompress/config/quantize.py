@@ -1,4 +1,4 @@
-"""How weights are quantized."""
+"""Settings of `quantize`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ WEIGHTS = ("int8", "int4")
 
 
 class QuantizeSettings(Section):
-    """Weight-only quantization of every linear but the output layer, by torchao."""
+    """Weight-only quantization by torchao of all linears except the output layer."""
 
     weights: Literal["int8", "int4"] = Field(
         "int8",
-        description="int8, one scale for each row; or int4, one for 32 entries, where the machine "
-        "has it.",
+        description="int8: one scale for each row; int4: one scale for 32 weights, if the machine "
+        "supports it.",
     )

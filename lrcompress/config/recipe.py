@@ -1,4 +1,4 @@
-"""YAML, flags or keyword arguments -> one checked, frozen Recipe; the only reader of user input."""
+"""Reads YAML files, flags and keyword arguments into validated settings and recipes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ from lrcompress.runtime.safe_parsing import read_yaml
 from lrcompress.runtime.sanitize import shortened
 
 DEFAULT_KEEP_RATIO = 0.8
-# mistakes that one sentence names, and characters of a refused value in it
-REASONS, SHOWN = 5, 200
+# limits of an error message: mistakes that it names, and characters of a refused value
+MAX_REASONS, MAX_VALUE_LENGTH = 5, 200
+# turns the path of a key, such as "factorize.rank", into the word that the user wrote for it
+KeyToWords = Callable[[str], str]
 
 
 class Recipe(Section):
-    """A whole run: `lrcompress run RECIPE OUT`."""
+    """The recipe of `lrcompress run` and `lrcompress sweep`."""
 
     model: ModelSettings
     calibration: CalibrationSettings = CalibrationSettings()
@@ -49,7 +51,7 @@ class Recipe(Section):
 
 
 class ScalingRecipe(Section):
-    """A ladder of models trained from scratch: `lrcompress scaling RECIPE OUT`."""
+    """The recipe of `lrcompress scaling`: a ladder of models that are trained from scratch."""
 
     pretrain: PretrainSettings = PretrainSettings()
     scaling: ScalingSettings
@@ -64,8 +66,8 @@ class ScalingRecipe(Section):
         return self
 
 
-# what a command can set that no recipe has
-BESIDE: dict[str, type[Section]] = {
+# sections of commands that are not part of a recipe
+COMMAND_SECTIONS: dict[str, type[Section]] = {
     "ffn_bench": FFNBenchSettings,
     "model_bench": ModelBenchSettings,
     "quantize": QuantizeSettings,
@@ -73,112 +75,122 @@ BESIDE: dict[str, type[Section]] = {
 
 
 def sections(*names: str) -> dict[str, type[Section]]:
-    """Name -> kind of the recipe's sections, and of those beside it."""
+    """Name -> class of the sections `names`, of recipes and of commands."""
     fields = Recipe.model_fields | ScalingRecipe.model_fields
-    kinds = {name: field.annotation for name, field in fields.items()}
-    return {name: (kinds | BESIDE)[name] for name in names}  # type: ignore[misc]
+    classes = {name: field.annotation for name, field in fields.items()} | COMMAND_SECTIONS
+    return {name: classes[name] for name in names}  # type: ignore[misc]
 
 
-def flags(kind: type[Section]) -> dict[str, str]:
-    """Name as a flag or keyword argument -> field of the section."""
+def flags(section: type[Section]) -> dict[str, str]:
+    """Name of the flag or keyword argument -> name of the field, for all fields of `section`."""
     return {
         str((info.json_schema_extra or {}).get("flag", name)): name  # type: ignore[union-attr]
-        for name, info in kind.model_fields.items()
+        for name, info in section.model_fields.items()
     }
 
 
 def sections_from_flat(
-    kinds: Mapping[str, type[Section]],
+    classes: Mapping[str, type[Section]],
     values: Mapping[str, Any],
-    say: Callable[[str], str] = str,
+    key_to_words: KeyToWords = str,
 ) -> dict[str, Any]:
-    """Flags or keyword arguments -> checked sections by their recipe keys.
+    """Flags or keyword arguments -> validated sections, by the keys of `classes`.
 
     Raises InputError for a name that no section has, and for values that a section refuses.
     """
-    known = {flag for kind in kinds.values() for flag in flags(kind)}
+    known_flags = {flag for section in classes.values() for flag in flags(section)}
     for name in values:
-        if name not in known:
-            raise InputError(f"{say(name)}: unknown{allowed_words(name, known)}")
-    return {section: _section(kind, values, say) for section, kind in kinds.items()}
+        if name not in known_flags:
+            raise InputError(f"{key_to_words(name)}: unknown{allowed_words(name, known_flags)}")
+    return {key: _section(section, values, key_to_words) for key, section in classes.items()}
 
 
-def _section(kind: type[Section], values: Mapping[str, Any], say: Callable[[str], str]) -> Section:
-    names = flags(kind)
-    words = {field: flag for flag, field in names.items()}
-    given = {field: values[flag] for flag, field in names.items() if flag in values}
+def _section(
+    section: type[Section], values: Mapping[str, Any], key_to_words: KeyToWords
+) -> Section:
+    field_of = flags(section)
+    flag_of = {field: flag for flag, field in field_of.items()}
+    field_values = {field: values[flag] for flag, field in field_of.items() if flag in values}
 
-    def said(path: str) -> str:
+    def path_to_words(path: str) -> str:
         field, _, item = path.partition(".")
-        flag = say(words.get(field, field))
-        return flag if item.isdigit() or not item else f"{flag}.{item}"  # one of a list, or a key
+        words = key_to_words(flag_of.get(field, field))
+        is_list_index = item.isdigit()
+        return f"{words}.{item}" if item and not is_list_index else words
 
-    return checked(kind, given, said)
+    return checked(section, field_values, path_to_words)
 
 
 S = TypeVar("S", bound=BaseModel)
 
 
-def checked(kind: type[S], values: Mapping[str, Any], say: Callable[[str], str] = str) -> S:
-    """`values` as a `kind`; raises one InputError that names every refused key and the remedy.
+def checked(model: type[S], values: Mapping[str, Any], key_to_words: KeyToWords = str) -> S:
+    """`values` as an instance of `model`.
 
-    `say` turns a key's path into the words of its source, such as a flag.
+    Raises one InputError that names up to MAX_REASONS refused keys and the remedy for each.
     """
     try:
-        return kind.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        reasons = [_explain(kind, dict(e), say) for e in error.errors()[:REASONS]]
+        mistakes = error.errors()[:MAX_REASONS]
+        reasons = [_explain(model, dict(mistake), key_to_words) for mistake in mistakes]
         more = error.error_count() - len(reasons)
         raise InputError("; ".join(reasons) + (f"; and {more} more" if more else "")) from None
 
 
-def _explain(kind: type[BaseModel], error: dict[str, Any], say: Callable[[str], str]) -> str:
+def _explain(model: type[BaseModel], error: dict[str, Any], key_to_words: KeyToWords) -> str:
+    """One mistake, as pydantic describes it, in words."""
     path = ".".join(str(part) for part in error["loc"])
+    words = key_to_words(path)
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        fields = _fields_at(kind, error["loc"][:-1])
-        return f"{say(path)}: unknown key{allowed_words(str(error['loc'][-1]), fields)}"
+        fields = _fields_at(model, error["loc"][:-1])
+        return f"{words}: unknown key{allowed_words(str(error['loc'][-1]), fields)}"
     if error["type"] == "missing":
-        return f"{say(path)}: required"
+        return f"{words}: required"
     if error["type"] == "value_error":
-        return f"{say(path)}: {message}" if path else message
-    given = shortened(repr(error["input"]), SHOWN)
-    return f"{say(path)}: {message[0].lower()}{message[1:]}, not {given}"
+        return f"{words}: {message}" if path else message
+    value = shortened(repr(error["input"]), MAX_VALUE_LENGTH)
+    return f"{words}: {message[0].lower()}{message[1:]}, not {value}"
 
 
-def _fields_at(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """The fields of the model that stands at `path` inside `model`; none if there is no model."""
     for part in path:
-        annotation = kind.model_fields[part].annotation
+        annotation = model.model_fields[part].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
-        kind = annotation
-    return list(kind.model_fields)
+        model = annotation
+    return list(model.model_fields)
 
 
 def read_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe in a YAML file, with KEY=VALUE overrides of dotted keys."""
+    """The recipe in a YAML file, after overrides KEY=VALUE, where KEY is like factorize.rank.
+
+    Raises InputError if the file is missing or not YAML, and for every mistake in it.
+    """
     return _read(path, overrides, Recipe)
 
 
-def read_scaling(path: Path, overrides: Iterable[str] = ()) -> ScalingRecipe:
-    """The same of a ladder's recipe."""
+def read_scaling_recipe(path: Path, overrides: Iterable[str] = ()) -> ScalingRecipe:
+    """As `read_recipe`, for the recipe of a scaling study."""
     return _read(path, overrides, ScalingRecipe)
 
 
-def read_any(path: Path, overrides: Iterable[str] = ()) -> Recipe | ScalingRecipe:
-    """The same of either kind: a recipe with a section `scaling` is a ladder's."""
-    read = read_scaling if "scaling" in _values(path) else read_recipe
+def read_any_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe | ScalingRecipe:
+    """As `read_recipe`; a file with a section `scaling` is the recipe of a scaling study."""
+    read = read_scaling_recipe if "scaling" in _read_values(path) else read_recipe
     return read(path, overrides)
 
 
-def _read(path: Path, overrides: Iterable[str], kind: type[S]) -> S:
-    values = _values(path)
+def _read(path: Path, overrides: Iterable[str], recipe_type: type[S]) -> S:
+    values = _read_values(path)
     for override in overrides:
         _override(values, override)
-    return checked(kind, values)
+    return checked(recipe_type, values)
 
 
-def _values(path: Path) -> dict[str, Any]:
+def _read_values(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"recipe {str(path)!r} does not exist: give a YAML file")
     try:
@@ -191,6 +203,7 @@ def _values(path: Path) -> dict[str, Any]:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
+    """Applies one KEY=VALUE to `values`, in place."""
     key, equals, text = override.partition("=")
     if not equals:
         raise InputError(f"--set {override!r} has no '=': write --set factorize.keep_ratio=0.6")
@@ -206,5 +219,5 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def to_yaml(recipe: Section) -> str:
-    """The resolved recipe, every key written out; reading it back gives an equal recipe."""
+    """The recipe as YAML with every key, defaults included; reading it gives an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

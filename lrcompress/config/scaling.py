@@ -1,4 +1,4 @@
-"""The ladder of a scaling study: which models are trained from scratch, and how long."""
+"""Settings of a scaling study: which models are trained from scratch, and for how long."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from lrcompress.config.base import Section
-from lrcompress.config.field_types import Names, size_name, variant_name
+from lrcompress.config.field_types import NameList, size_name, variant_name
 
 
 class SizeSettings(Section):
-    """One size of the ladder: what is not set is the recipe's `pretrain` section's."""
+    """One model size; other settings come from the recipe's section `pretrain`."""
 
-    seeds: int = Field(1, ge=1, description="Models of each variant, with seeds from 0.")
-    learning_rate: float | None = Field(None, gt=0, description="Peak rate at this size.")
+    seeds: int = Field(
+        1, ge=1, description="Number of models of each variant, with seeds 0, 1, ..."
+    )
+    learning_rate: float | None = Field(None, gt=0, description="Peak learning rate at this size.")
 
 
 class ScalingSettings(Section):
-    """Every size with every variant and seed, at equal tokens per parameter."""
+    """A study of every size with every variant and seed, at equal tokens per parameter."""
 
     sizes: dict[Annotated[str, AfterValidator(size_name)], SizeSettings] = Field(
-        min_length=3, description="Preset, or folder with a config.json -> seeds, learning_rate."
+        min_length=3,
+        description="Preset, or folder with a config.json -> its seeds and learning_rate.",
     )
     variants: dict[Annotated[str, AfterValidator(variant_name)], dict[str, Any]] = Field(
-        description="Name -> keys of pretrain that differ; the dense models are there anyway.",
+        description="Name -> keys of pretrain that differ; the dense models are always trained.",
         min_length=1,
     )
     tokens_per_parameter: float = Field(
@@ -32,26 +35,28 @@ class ScalingSettings(Section):
     )
     counted: Literal["own", "dense"] = Field(
         "own",
-        description="Whose parameters these are: each model's own, or those of the dense model.",
+        description="Which parameters count: those of each model (own), or of the dense model.",
     )
     equal_flops: dict[str, str] = Field(
-        {}, description="Variant -> variant whose training FLOPs at each size it is held to."
+        {}, description="Variant -> variant whose training FLOPs it gets at each size."
     )
-    test: Names = Field(
+    test: NameList = Field(
         (),
-        description="Texts to measure on; default is the part for testing of the training texts.",
+        description="Texts to measure on; default is the test part of the training texts.",
     )
-    test_sequences: int = Field(64, ge=1, description="Sequences of text to measure on.")
-    measurements: int = Field(8, ge=1, description="Measurements and checkpoints in each training.")
-    resamples: int = Field(1000, ge=50, description="Of the bootstrap intervals.")
+    test_sequences: int = Field(64, ge=1, description="Sequences of the test texts to measure on.")
+    measurements: int = Field(
+        8, ge=1, description="Measurements, each with a checkpoint, in each training."
+    )
+    resamples: int = Field(1000, ge=50, description="Resamples for the bootstrap intervals.")
     speed_repeats: int = Field(
         5, ge=0, description="Measurements of training speed at the largest size; 0 for none."
     )
 
     @model_validator(mode="after")
-    def _names(self) -> Self:
+    def _check_names(self) -> Self:
         for pair in self.equal_flops.items():
             for name in pair:
                 if name not in self.variants:
-                    raise ValueError(f"equal_flops: {name!r} is none of the variants")
+                    raise ValueError(f"equal_flops: {name!r} is not one of the variants")
         return self

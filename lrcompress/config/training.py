@@ -1,4 +1,4 @@
-"""How a model is trained: a compressed one towards the dense, and a new one on text."""
+"""Settings of training: a compressed model towards its dense teacher, or a new model on text."""
 
 from __future__ import annotations
 
@@ -8,52 +8,65 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from lrcompress.config.base import Section
-from lrcompress.config.field_types import Names
+from lrcompress.config.field_types import NameList
 
 
 class TrainingSettings(Section):
-    """What every training on text has."""
+    """Settings that finetuning and pretraining share."""
 
-    data: Names = Field(
+    data: NameList = Field(
         (),
-        description="Texts to train on, as for calibration; never the test text.",
+        description="Texts to train on, written as for calibration; never the test text.",
     )
     max_steps: int = Field(200, ge=1, description="Optimizer steps.")
     batch_size: int = Field(
-        2, ge=1, description="Sequences in an optimizer step, over all processes and passes."
+        2, ge=1, description="Sequences in an optimizer step, in all processes and passes together."
     )
     gradient_accumulation: int = Field(
-        1, ge=1, description="Forward passes that a process splits its share of a step into."
+        1, ge=1, description="Forward passes of each process in an optimizer step."
     )
     shard: bool = Field(
         False,
         description="Split parameters, gradients and optimizer state over the processes (FSDP2).",
     )
     gradient_checkpointing: bool = Field(
-        False, description="Compute activations again in the backward pass instead of keeping them."
+        False, description="Recompute activations in the backward pass, which saves memory."
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of the products in training; auto: bfloat16 on CUDA, else float32."
+        "auto", description="Precision of matrix products; auto: bfloat16 on CUDA, else float32."
     )
     train_length: int | None = Field(
         None, ge=2, description="Tokens in a sequence; default 512, or the model's maximum if less."
     )
-    learning_rate: float = Field(1e-4, gt=0, description="Peak rate of AdamW.")
-    warm_up: float = Field(0.1, ge=0, lt=1, description="Share of the steps with a rising rate.")
-    weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")
-    beta2: float = Field(0.999, gt=0, lt=1, description="Memory of AdamW's squared gradients.")
-    held_out: int = Field(8, ge=1, description="Sequences on which the best step is chosen.")
-    eval_every: int = Field(20, ge=1, description="Steps between measurements and checkpoints.")
-    patience: int | None = Field(
-        None, ge=1, description="Measurements without improvement after which to stop."
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    warm_up: float = Field(
+        0.1, ge=0, lt=1, description="Share of the steps in which the rate rises."
     )
-    tensorboard: str | None = Field(None, description="Folder for TensorBoard's logs.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Chooses the sequences and their order.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
+    beta2: float = Field(
+        0.999, gt=0, lt=1, description="AdamW's decay of the mean of squared gradients."
+    )
+    held_out: int = Field(
+        8, ge=1, description="Held-out sequences, on which the best step is chosen."
+    )
+    eval_every: int = Field(
+        20, ge=1, description="Steps from one measurement, with its checkpoint, to the next."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Stop after this number of measurements without improvement."
+    )
+    tensorboard: str | None = Field(None, description="Folder for TensorBoard logs.")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed for the choice and the order of sequences."
+    )
 
-    def _whole(self, asked: Mapping[str, bool]) -> Self:
-        """Refuses what is `asked` for of things that a sharded model cannot do."""
-        for name in (name for name, wanted in asked.items() if wanted and self.shard):
-            raise ValueError(f"{name} needs whole layers in every process: leave it or shard out")
+    def _refuse_with_shard(self, in_use: Mapping[str, bool]) -> Self:
+        """Raises ValueError if the model is sharded and a setting that prevents this is in use."""
+        for name, used in in_use.items():
+            if used and self.shard:
+                raise ValueError(
+                    f"{name} needs whole layers in every process: leave it or shard out"
+                )
         return self
 
 
@@ -61,49 +74,53 @@ class FinetuneSettings(TrainingSettings):
     """Training of a compressed model towards its dense teacher."""
 
     teacher: str | None = Field(
-        None, description="Dense model to learn from; default is the one that was compressed."
+        None, description="Dense model to learn from; default is the model that was compressed."
     )
     teacher_cache: str | None = Field(
         None,
-        description="Folder that keeps the teacher's likeliest tokens, so that it runs once.",
+        description="Folder that stores the teacher's most likely tokens, so that it runs once.",
     )
-    teacher_top_k: int = Field(64, ge=1, description="Likeliest tokens kept at a position.")
-    temperature: float = Field(1.0, gt=0, description="Softens both distributions.")
+    teacher_top_k: int = Field(
+        64, ge=1, description="Most likely tokens to store for each position."
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="Temperature of both distributions; higher is softer."
+    )
     cross_entropy: float = Field(
-        0.0, ge=0, description="Weight of the language-model loss beside the divergence."
+        0.0, ge=0, description="Weight of the language-model loss, added to the divergence."
     )
     hidden_states: float = Field(
-        0.0, ge=0, description="Weight of the relative squared error of every block's output."
+        0.0, ge=0, description="Weight of the relative squared error of the output of every block."
     )
     train: Literal["factors", "norms", "all", "lora"] = Field(
         "factors",
-        description="factors: compressed layers; norms: and norms; all: everything; lora: adapters "
-        "on the compressed layers.",
+        description="What is trained. factors: compressed layers; norms: these and norms; all: "
+        "everything; lora: adapters on the compressed layers.",
     )
     lora_rank: int = Field(8, ge=1, description="Rank of the adapters.")
     parametrization: Literal["auto", "balanced", "stored"] = Field(
         "auto",
-        description="What trains of a low-rank layer. balanced: two factors that share its "
-        "singular values, packed again at the end; stored: what is stored; auto: balanced, or "
-        "stored where the model is sharded.",
+        description="What is trained of a low-rank layer. balanced: two factors that share its "
+        "singular values, converted to the stored form at the end; stored: the stored tensors; "
+        "auto: stored if the model is sharded, else balanced.",
     )
     self_guided: Literal["off", "full", "reduced"] = Field(
         "off",
-        description="Let the dense weights carry the low-rank layers at first; reduced: in some "
-        "steps only.",
+        description="Mix the dense weights into the low-rank layers; their share falls from 1 to 0 "
+        "over the first half of the steps. reduced: only in some of these steps.",
     )
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _check(self) -> Self:
         if self.teacher_cache is not None and self.hidden_states:
             raise ValueError("teacher_cache keeps no hidden states: leave it or hidden_states out")
-        whole = {
+        needs_whole_layers = {
             "train lora": self.train == "lora",
             "parametrization balanced": self.parametrization == "balanced",
             "self_guided": self.self_guided != "off",
             "teacher_cache": self.teacher_cache is not None,
         }
-        return self._whole(whole)
+        return self._refuse_with_shard(needs_whole_layers)
 
     @property
     def balances(self) -> bool:
@@ -117,54 +134,62 @@ class PretrainSettings(TrainingSettings):
     """Training of a new model from scratch, dense or low-rank."""
 
     source: str = Field(
-        "llama-8m", description="config.json, a folder with one, or a preset such as llama-8m."
+        "llama-8m", description="A config.json, a folder with one, or a preset such as llama-8m."
     )
     tokenizer: str | None = Field(
         None, description="Folder or hub id; without one, a tokenizer is trained on the data."
     )
     vocab_size: int = Field(
-        4096, ge=257, description="Tokens of a tokenizer that is trained: byte-level BPE."
+        4096, ge=257, description="Tokens of the trained tokenizer, which is byte-level BPE."
     )
-    device: str = Field("auto", description="cpu, cuda, ...; auto takes a GPU if there is one.")
+    device: str = Field("auto", description="cpu, cuda, ...; auto uses a GPU if there is one.")
     keep_ratio: float | None = Field(
-        None, gt=0, le=1, description="Share of the FFN parameters kept; without it all are dense."
+        None,
+        gt=0,
+        le=1,
+        description="Share of the FFN parameters to keep; default is a dense model.",
     )
-    dense_first: int = Field(1, ge=0, description="Leave the FFNs of this many first blocks dense.")
+    dense_first: int = Field(
+        1, ge=0, description="Leave the FFNs of this number of first blocks dense."
+    )
     rank_multiple: int = Field(8, ge=1, description="Ranks are multiples of this.")
     self_guided: Literal["off", "full", "reduced"] = Field(
         "off",
-        description="Let trained dense weights carry the low-rank layers at first; reduced: in "
-        "some steps only.",
+        description="Mix dense weights, which are trained too, into the low-rank layers; their "
+        "share falls from 1 to 0 over the first half of the steps. reduced: only in some of these "
+        "steps.",
     )
     dense_share: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Share of the steps in which the model is dense, before its FFNs are "
-        "factorized: a warm start.",
+        description="Share of the steps in which the model is still dense, before its FFNs are "
+        "factorized (warm start).",
     )
     batch_size: int = Field(
-        8, ge=1, description="Sequences in an optimizer step, over all processes and passes."
+        8, ge=1, description="Sequences in an optimizer step, in all processes and passes together."
     )
-    learning_rate: float = Field(1e-3, gt=0, description="Peak rate of AdamW.")
-    weight_decay: float = Field(0.1, ge=0, description="Of AdamW.")
-    beta2: float = Field(0.95, gt=0, lt=1, description="Memory of AdamW's squared gradients.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.1, ge=0, description="Weight decay of AdamW.")
+    beta2: float = Field(
+        0.95, gt=0, lt=1, description="AdamW's decay of the mean of squared gradients."
+    )
 
     @model_validator(mode="after")
-    def _guided(self) -> Self:
-        if self.self_guided != "off" and self.keep_ratio is None:
+    def _check(self) -> Self:
+        guided = self.self_guided != "off"
+        if guided and self.keep_ratio is None:
             raise ValueError("self_guided needs low-rank layers: give keep_ratio")
         if self.dense_share and self.keep_ratio is None:
-            raise ValueError("dense_share is of a low-rank model: give keep_ratio")
+            raise ValueError("dense_share needs low-rank layers: give keep_ratio")
         if self.dense_share and not 0 < self.dense_steps < self.max_steps:
             raise ValueError(
                 f"dense_share {self.dense_share:g} of {self.max_steps} steps leaves no "
                 f"measurement, each {self.eval_every} steps, on both sides: set eval_every to less"
             )
-        guided = self.self_guided != "off"
-        return self._whole({"self_guided": guided, "dense_share": self.dense_share > 0})
+        return self._refuse_with_shard({"self_guided": guided, "dense_share": self.dense_share > 0})
 
     @property
     def dense_steps(self) -> int:
-        """Steps before the factorization, to a whole measurement."""
+        """Steps before the factorization, rounded to a multiple of `eval_every`."""
         return round(self.dense_share * self.max_steps / self.eval_every) * self.eval_every

@@ -1,0 +1,1 @@
+"""Compression algorithms on matrices and parameter counts alone: no model, no transformers."""

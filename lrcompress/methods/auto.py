@@ -1,4 +1,4 @@
-"""Narrowing and low rank together: the default method."""
+"""Narrowing and low rank combined: the default method."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lrcompress.methods.types import FFN, ChannelOrder
 
 @dataclass(frozen=True)
 class Auto(FisherSVD):
-    """Narrowing and two-sided truncation of what is left: the policy chooses per FFN.
+    """Narrows with `Nystrom`, then truncates what is left with `FisherSVD`.
 
-    All of their errors estimate the rise of the loss, so that dense, narrowed, low rank, and
-    narrowed and low rank compare at one multiplier.
+    All errors estimate the rise of the loss. So the policy can choose for each FFN between dense,
+    narrowed, low rank, and both.
     """
 
     narrows: ClassVar[bool] = True
@@ -25,7 +25,7 @@ class Auto(FisherSVD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._nystrom()
+        self._nystrom()  # checks `ridge`
 
     def _nystrom(self) -> Nystrom:
         return Nystrom(

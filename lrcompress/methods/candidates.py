@@ -1,4 +1,4 @@
-"""What a method could do to each FFN, as exact parameter counts against estimated losses."""
+"""Lists what a method could do to each FFN: exact parameter counts and estimated losses."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from lrcompress.methods.types import FFN, Form, LinearSpec, Method
 from lrcompress.runtime.errors import InputError
 
 # widths, as shares of all channels, at which narrowing and low rank are combined
-COMBINED_WIDTHS = (0.85, 0.7, 0.55, 0.4)
+COMBINED_WIDTH_SHARES = (0.85, 0.7, 0.55, 0.4)
 
 
 @dataclass(frozen=True)
 class CandidateGrid:
-    """Which ranks and widths are considered: multiples, or exactly one rank."""
+    """Which ranks and widths are considered: multiples of `multiple`, or exactly one `rank`."""
 
     form: Form
     multiple: int
     rank: int | None = None
 
     def ranks(self, linear: LinearSpec) -> list[int]:
-        """Ascending ranks of `linear` that save parameters."""
-        every = (
+        """Ranks of `linear` that save parameters, ascending."""
+        grid = (
             [self.rank]
             if self.rank is not None
             else range(min(self.multiple, linear.full_rank), linear.full_rank, self.multiple)
         )
-        return [r for r in every if 1 <= r < linear.full_rank and linear.saves(r, self.form)]
+        return [
+            rank for rank in grid if 1 <= rank < linear.full_rank and linear.saves(rank, self.form)
+        ]
 
     def widths(self, width: int) -> list[int]:
         """Widths below `width`, descending."""
@@ -41,9 +43,11 @@ class CandidateGrid:
 def list_candidates(
     ffn: FFN, method: Method, grid: CandidateGrid, errors: bool
 ) -> tuple[Candidates, Tensor | None]:
-    """The choices of one FFN, and its channels in the order in which narrowing keeps them.
+    """The candidates of one FFN, and its channels in the order in which narrowing keeps them.
 
-    Without `errors` those that take a decomposition are left out as NaN.
+    The order has shape (width,); it is None where the FFN is not narrowed. Without `errors` the
+    errors of ranks are NaN, which saves their decompositions. Raises InputError where the method
+    can only narrow and the FFN is incomplete.
     """
     if not method.truncates and ffn.down is None:
         raise InputError(
@@ -63,10 +67,10 @@ def _narrowed_shapes(
 ) -> tuple[list[WidthOption], Tensor]:
     assert ffn.down is not None
     order = method.order(ffn)
-    full = ffn.down.in_features
+    full_width = ffn.down.in_features
+    combined = {_nearest_multiple(s * full_width, grid.multiple) for s in COMBINED_WIDTH_SHARES}
     shapes = []
-    combined = {_rounded(share * full, grid.multiple) for share in COMBINED_WIDTHS}
-    for width in grid.widths(full):
+    for width in grid.widths(full_width):
         if method.truncates and errors and width in combined:
             narrowed = method.narrow(ffn, order.channels[:width])
             curves = _curves(narrowed, method, grid, errors)
@@ -76,7 +80,7 @@ def _narrowed_shapes(
     return shapes, order.channels
 
 
-def _rounded(value: float, multiple: int) -> int:
+def _nearest_multiple(value: float, multiple: int) -> int:
     return multiple * round(value / multiple)
 
 
@@ -86,20 +90,23 @@ def _curves(ffn: FFN, method: Method, grid: CandidateGrid, errors: bool) -> Iter
             yield _dense_curve(linear)
             continue
         ranks = grid.ranks(linear)
-        counts = [linear.parameters(rank, grid.form) for rank in ranks]
-        found = [float("nan")] * len(ranks)
+        parameters = [linear.parameters(rank, grid.form) for rank in ranks]
+        rank_errors = [float("nan")] * len(ranks)
         if errors:
             weight, statistics = ffn.weights[linear.name], ffn.statistics[linear.name]
-            found = method.error_curve(weight, statistics)[ranks].tolist()
+            rank_errors = method.error_curve(weight, statistics)[ranks].tolist()
         yield RankCurve(
-            linear.name,
-            np.array([*ranks, 0]),
-            np.array([*counts, linear.dense_parameters]),
-            np.array([*found, 0.0]),
+            name=linear.name,
+            ranks=np.array([*ranks, 0]),
+            parameters=np.array([*parameters, linear.dense_parameters]),
+            errors=np.array([*rank_errors, 0.0]),
         )
 
 
 def _dense_curve(linear: LinearSpec) -> RankCurve:
     return RankCurve(
-        linear.name, np.array([0]), np.array([linear.dense_parameters]), np.array([0.0])
+        name=linear.name,
+        ranks=np.array([0]),
+        parameters=np.array([linear.dense_parameters]),
+        errors=np.array([0.0]),
     )

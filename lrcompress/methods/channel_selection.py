@@ -1,4 +1,4 @@
-"""Which intermediate channels of an FFN to keep, and how down_proj makes up for the others."""
+"""Chooses the intermediate channels of an FFN to keep, and folds the others into down_proj."""
 
 from __future__ import annotations
 
@@ -8,112 +8,116 @@ from torch import Tensor
 from lrcompress.methods.linalg import to_float64
 from lrcompress.methods.types import ChannelOrder
 
-# channels taken between two updates of the full matrices, and the candidates they come from:
-# within the candidates every step is exact, so only a channel from outside can be missed
-STEP = 32
-POOL = 96
-# a channel whose residual is this small against its own second moment is reconstructed already
-EXHAUSTED = 1e-9
-# the matrices are cut to the channels that are left when these are fewer than this share
-SHRINK = 0.8
+# channels chosen between two updates of the full matrices, and candidates from which they are
+# chosen: among the candidates every step is exact, so only a channel outside can be missed
+CHANNELS_PER_UPDATE = 32
+POOL_SIZE = 96
+# a channel with a smaller residual, relative to its second moment, is already reconstructed
+RESIDUAL_TOLERANCE = 1e-9
+# chosen channels are cut out of the matrices when the others are fewer than this share
+COMPACT_BELOW = 0.8
 
 
 def order_channels(second_moment: Tensor, metric: Tensor) -> ChannelOrder:
-    """Greedy column selection of C = E h hᵀ in the metric M = W_downᵀ G W_down.
+    """All channels in a greedy order: the one that lowers the error most comes first.
 
-    With the channels J kept and the others reconstructed from them, the error is tr(M D), D the
-    residual C - C_J C_JJ⁻¹ C_Jᵀ. Keeping channel j next lowers it by exactly
-    (D M D)_jj / D_jj; the largest gain goes first (pivoted Cholesky in the metric M).
-    Both matrices have shape (width, width); D is updated in steps of several channels.
+    `second_moment` C = E h hᵀ and `metric` M = W_downᵀ G W_down have shape (width, width). With the
+    channels J kept and the others reconstructed from them, the error is tr(M D), where D is the
+    residual C - C_J C_JJ⁻¹ C_Jᵀ. Keeping channel j as well lowers the error by exactly
+    (D M D)_jj / D_jj (pivoted Cholesky in the metric M). D is updated for several channels at once.
     """
     D, M = to_float64(second_moment).clone(), to_float64(metric)
-    floor = EXHAUSTED * D.diagonal().clamp_min(torch.finfo(D.dtype).tiny)
-    spread = ((D @ M) * D).sum(1)  # diag(D M D)
-    names = torch.arange(len(D), device=D.device)
-    left = torch.ones(len(D), dtype=torch.bool, device=D.device)
+    floor = RESIDUAL_TOLERANCE * D.diagonal().clamp_min(torch.finfo(D.dtype).tiny)
+    dmd = ((D @ M) * D).sum(1)  # diag(D M D)
+    channels = torch.arange(len(D), device=D.device)  # the channel of each row of D
+    remaining = torch.ones(len(D), dtype=torch.bool, device=D.device)
     order: list[Tensor] = []
     errors = [float((M * D).sum())]
-    while bool(left.any()):
-        pool, outside = _candidates(D, spread, left, floor)
-        picked, lowered = _pick(D, M, pool, floor, outside)
-        if not len(picked):
+    while bool(remaining.any()):
+        pool, best_outside = _pool(D, dmd, remaining, floor)
+        chosen, gains = _choose(D, M, pool, floor, best_outside)
+        if not len(chosen):
             break
-        order.append(names[picked])
-        for gain in lowered:
+        order.append(channels[chosen])
+        for gain in gains:
             errors.append(max(errors[-1] - gain, 0.0))
-        left[picked] = False
-        spread = _take_out(D, M, spread, picked)
-        if int(left.sum()) < SHRINK * len(D):  # rows of kept channels are zero: drop them
-            D, M = D[left][:, left], M[left][:, left]
-            spread, floor, names = spread[left], floor[left], names[left]
-            left = left[left]
-    rest = names[left]  # reconstructed by the kept ones without error
+        remaining[chosen] = False
+        dmd = _project_out(D, M, dmd, chosen)
+        if int(remaining.sum()) < COMPACT_BELOW * len(D):  # rows of chosen channels are zero
+            D, M = D[remaining][:, remaining], M[remaining][:, remaining]
+            dmd, floor, channels = dmd[remaining], floor[remaining], channels[remaining]
+            remaining = remaining[remaining]
+    rest = channels[remaining]  # the chosen channels reconstruct these without error
     tail = [errors[-1]] * (len(rest) - 1) + [0.0] if len(rest) else []
     errors = [*errors, *tail] if tail else [*errors[:-1], 0.0]
     return ChannelOrder(torch.cat([*order, rest]), torch.tensor(errors, dtype=torch.float64))
 
 
-def _candidates(D: Tensor, spread: Tensor, left: Tensor, floor: Tensor) -> tuple[Tensor, float]:
-    """The channels with the largest gains, and the largest gain that is not among them."""
-    gains = torch.where(D.diagonal() > floor, spread / D.diagonal().clamp_min(floor), 0.0)
-    top = torch.where(left, gains, -1.0).topk(min(POOL + 1, len(gains)))
-    pool = top.indices[:POOL]
-    return pool[left[pool]], float(top.values[-1])
+def _pool(D: Tensor, dmd: Tensor, remaining: Tensor, floor: Tensor) -> tuple[Tensor, float]:
+    """The channels with the largest gains, and the largest gain of a channel outside this pool."""
+    gains = torch.where(D.diagonal() > floor, dmd / D.diagonal().clamp_min(floor), 0.0)
+    top = torch.where(remaining, gains, -1.0).topk(min(POOL_SIZE + 1, len(gains)))
+    pool = top.indices[:POOL_SIZE]
+    return pool[remaining[pool]], float(top.values[-1])
 
 
-def _pick(
-    D: Tensor, M: Tensor, pool: Tensor, floor: Tensor, outside: float
+def _choose(
+    D: Tensor, M: Tensor, pool: Tensor, floor: Tensor, best_outside: float
 ) -> tuple[Tensor, list[float]]:
-    """Up to STEP channels of `pool`, greedy and exact within it; and the gain of each.
+    """Up to CHANNELS_PER_UPDATE channels of `pool` with their gains, greedy and exact in the pool.
 
-    Ends early where a channel outside the pool may gain more than the best inside.
+    Stops where a channel outside the pool may gain more than the best in the pool.
     """
     rows = D[pool]
-    R, S, least = rows[:, pool].clone(), rows @ M @ rows.T, floor[pool]
-    picked: list[int] = []
-    lowered: list[float] = []
+    R, S, pool_floor = rows[:, pool].clone(), rows @ M @ rows.T, floor[pool]
+    chosen: list[int] = []
+    chosen_gains: list[float] = []
     free = torch.ones(len(pool), dtype=torch.bool, device=D.device)
-    for _ in range(min(STEP, len(pool))):
+    for _ in range(min(CHANNELS_PER_UPDATE, len(pool))):
         diagonal = R.diagonal()
-        usable = free & (diagonal > least)
+        usable = free & (diagonal > pool_floor)
         if not bool(usable.any()):
             break
-        # rounding may take gains below zero, where channels that are out would win
-        gains = (S.diagonal() / diagonal.clamp_min(least)).clamp_min(0)
+        # rounding may give negative gains: then the -1 of unusable channels could win
+        gains = (S.diagonal() / diagonal.clamp_min(pool_floor)).clamp_min(0)
         j = int(torch.where(usable, gains, -1.0).argmax())
-        if picked and float(gains[j]) < outside:
+        if chosen and float(gains[j]) < best_outside:
             break
-        picked.append(int(pool[j]))
-        lowered.append(float(gains[j]))
+        chosen.append(int(pool[j]))
+        chosen_gains.append(float(gains[j]))
         free[j] = False
         d, s, pivot = R[:, j].clone(), S[:, j].clone(), float(R[j, j])
         R -= torch.outer(d, d) / pivot
         S += torch.outer(d, d) * (float(s[j]) / pivot**2)
         S -= (torch.outer(d, s) + torch.outer(s, d)) / pivot
-    return torch.tensor(picked, device=D.device, dtype=torch.long), lowered
+    return torch.tensor(chosen, device=D.device, dtype=torch.long), chosen_gains
 
 
-def _take_out(D: Tensor, M: Tensor, spread: Tensor, picked: Tensor) -> Tensor:
-    """Removes what `picked` reconstructs from D, in place; returns the new diag(D M D).
+def _project_out(D: Tensor, M: Tensor, dmd: Tensor, chosen: Tensor) -> Tensor:
+    """Subtracts from D, in place, what `chosen` reconstructs; returns the new diag(D M D).
 
-    With Q Qᵀ = D_J D_JJ⁻¹ D_Jᵀ the residual becomes D - Q Qᵀ, and its diag(D M D) follows from
-    V = D M Q without a product of two full matrices.
+    With Q Qᵀ = D_J D_JJ⁻¹ D_Jᵀ the residual becomes D - Q Qᵀ. The new diag(D M D) follows from
+    V = D M Q, without a product of two full matrices.
     """
-    sizes = D.diagonal()[picked].sqrt()  # these may differ by many decades
-    rows = D[picked] / sizes[:, None]
-    block = rows[:, picked] / sizes
+    sizes = D.diagonal()[chosen].sqrt()  # scaling by these keeps Cholesky accurate
+    rows = D[chosen] / sizes[:, None]
+    block = rows[:, chosen] / sizes
     Q = torch.linalg.solve_triangular(torch.linalg.cholesky(block), rows, upper=False).T
     MQ = M @ Q
     V, inner = D @ MQ, Q.T @ MQ
     D.addmm_(Q, Q.T, alpha=-1)
-    left: Tensor = spread - 2 * (V * Q).sum(1) + ((Q @ inner) * Q).sum(1)
-    return left.clamp_min(0)
+    updated: Tensor = dmd - 2 * (V * Q).sum(1) + ((Q @ inner) * Q).sum(1)
+    return updated.clamp_min(0)
 
 
-def folded(weight: Tensor, second_moment: Tensor, channels: Tensor, damping: float) -> Tensor:
-    """down_proj (out, width) of `channels` J (kept,) alone: W_J + W_K C_KJ (C_JJ + ridge)⁻¹.
+def fold_into_down(
+    weight: Tensor, second_moment: Tensor, channels: Tensor, damping: float
+) -> Tensor:
+    """The weight (out, kept) of down_proj that reads only `channels` J (kept,).
 
-    The other channels K are reconstructed from those of J in least squares, damped towards zero.
+    It is W_J + W_K C_KJ (C_JJ + ridge I)⁻¹, for the `weight` W (out, width) and the second moment
+    C (width, width): ridge regression reconstructs the other channels K from J. The ridge is
+    `damping` times the mean of the diagonal of C_JJ.
     """
     W, C = to_float64(weight), to_float64(second_moment)
     others = torch.ones(len(C), dtype=torch.bool, device=C.device)
@@ -122,7 +126,7 @@ def folded(weight: Tensor, second_moment: Tensor, channels: Tensor, damping: flo
     mean = block.diagonal().mean()
     block.diagonal().add_(damping * mean if mean > 0 else torch.ones_like(mean))
     lower, failed = torch.linalg.cholesky_ex(block)
-    if bool(failed):  # singular but for rounding
+    if bool(failed):  # numerically singular
         solution: Tensor = torch.linalg.solve(block, right.T)
     else:
         solution = torch.cholesky_solve(right.T, lower)

@@ -1,4 +1,4 @@
-"""The decompositions of a model's linears: one serves the ranks of many plans."""
+"""Reuses the decomposition of a linear for the ranks of many plans."""
 
 from __future__ import annotations
 
@@ -8,26 +8,30 @@ from lrcompress.methods.types import FFN, Decomposition, Factors, LinearSpec, Me
 
 
 class DecompositionCache:
-    """Of the linears of one model by one method.
+    """Decompositions of the linears of one model by one method.
 
-    With `keep` each is made once for all plans, at the cost of its memory; without, none is kept.
-    `saved` are the seconds that making them again would have taken.
+    With `keep`, decompositions stay in memory and serve later plans; without it, each one is
+    computed again. `saved` counts the seconds that reuse has saved.
     """
 
     def __init__(self, method: Method, keep: bool = False) -> None:
         self.method, self.keep, self.saved = method, keep, 0.0
-        self._kept: dict[tuple[str, tuple[int, ...]], list[tuple[Decomposition, float]]] = {}
+        # (linear, weight shape) -> decompositions, and the seconds that each took
+        self._cache: dict[tuple[str, tuple[int, ...]], list[tuple[Decomposition, float]]] = {}
 
     def factors(self, ffn: FFN, linear: LinearSpec, rank: int) -> Factors:
-        """Of `linear` as it is in `ffn`, where equal shapes have to mean equal weights."""
+        """Factors of `linear` with its weight in `ffn`.
+
+        The cache key is the name and the shape: weights of one name and shape must be equal.
+        """
         weight = ffn.weights[linear.name]
-        known = self._kept.setdefault((linear.name, tuple(weight.shape)), [])
-        for decomposition, seconds in known:
+        cached = self._cache.setdefault((linear.name, tuple(weight.shape)), [])
+        for decomposition, seconds in cached:
             if decomposition.serves(rank):
                 self.saved += seconds
                 return decomposition.factors(weight, rank)
         started = time.perf_counter()
-        made = self.method.decompose(weight, ffn.statistics[linear.name], rank)
+        decomposition = self.method.decompose(weight, ffn.statistics[linear.name], rank)
         if self.keep:
-            known.append((made, time.perf_counter() - started))
-        return made.factors(weight, rank)
+            cached.append((decomposition, time.perf_counter() - started))
+        return decomposition.factors(weight, rank)

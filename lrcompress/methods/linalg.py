@@ -1,6 +1,6 @@
-"""Numerics: square roots of moments and truncated decompositions in scaled metrics.
+"""Numerics: square roots of moments, truncated SVD in weighted norms, and pivoted factors.
 
-Everything here computes in float64, on the device of its input where that device has float64.
+Everything computes in float64, on the device of the input where that device has float64.
 """
 
 from __future__ import annotations
@@ -17,6 +17,13 @@ from lrcompress.methods.types import Factors
 
 # diagonal entries of a pivoted QR below this share of the first count as zero
 RANK_TOLERANCE = 1e-13
+# the randomized range finder is cheaper than a full eigh from this size on, up to this share of
+# the full rank
+RANDOMIZED_MINIMUM = 1024
+RANDOMIZED_SHARE = 0.125
+# extra columns and power iterations of the randomized range finder
+OVERSAMPLING = 32
+POWER_STEPS = 6
 
 
 def to_float64(matrix: Tensor) -> Tensor:
@@ -27,7 +34,7 @@ def to_float64(matrix: Tensor) -> Tensor:
 
 
 def damped(moment: Tensor, damping: float) -> Tensor:
-    """moment + damping * mean(diag(moment)) * I: positive definite for any non-zero moment."""
+    """moment + damping * mean(diag(moment)) * I: positive definite; I if the moment is zero."""
     mean = moment.diagonal().mean()
     if mean == 0:
         return torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
@@ -37,19 +44,19 @@ def damped(moment: Tensor, damping: float) -> Tensor:
 
 
 def shrunk(moment: Tensor, shrinkage: float) -> Tensor:
-    """(1 - shrinkage) moment + shrinkage diag(moment): what features have in common counts less."""
+    """(1 - shrinkage) moment + shrinkage diag(moment): scales the correlations down."""
     if shrinkage == 0:
         return moment
-    found = (1 - shrinkage) * moment
-    found.diagonal().copy_(moment.diagonal())
-    return found
+    result = (1 - shrinkage) * moment
+    result.diagonal().copy_(moment.diagonal())
+    return result
 
 
 def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """metric^1/2 and metric^-1/2 of a symmetric positive definite matrix, by eigh.
+    """metric^1/2 and metric^-1/2 of a symmetric positive definite matrix (n, n), by eigh.
 
-    Eigenvalues are floored at float64 rounding of the largest, so a nearly singular metric gives
-    large, finite inverses.
+    Eigenvalues have a lower limit, the rounding error of the largest: a nearly singular metric
+    gives a large but finite inverse.
     """
     values, vectors = torch.linalg.eigh(metric)
     root = values.clamp_min(_floor(values)).sqrt()
@@ -57,16 +64,17 @@ def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _floor(values: Tensor) -> float:
-    top = float(values.max())
-    return top * len(values) * torch.finfo(values.dtype).eps if top > 0 else 1.0
+    """Eigenvalues below this are rounding errors of the largest; 1 where all are zero."""
+    largest = float(values.max())
+    return largest * len(values) * torch.finfo(values.dtype).eps if largest > 0 else 1.0
 
 
 class WeightedNorm:
-    """A metric M, as a symmetric positive definite matrix (n, n) or its diagonal (n,).
+    """The norm ‖W‖² = tr(Wᵀ M W), M a symmetric positive definite matrix (n, n) or diagonal (n,).
 
-    Its root L, with L Lᵀ = M, is taken once: any root gives the same factors, as two of them
-    differ by an orthogonal matrix on the right. It is the Cholesky factor, or the symmetric root
-    where rounding would make that one fail or its inverse overflow.
+    The root L with L Lᵀ = M is computed once. Any root gives the same factors, because two roots
+    differ by an orthogonal matrix on the right. L is the Cholesky factor; where rounding would
+    make Cholesky fail or its inverse overflow, L is the symmetric square root.
     """
 
     def __init__(self, matrix: Tensor) -> None:
@@ -74,30 +82,30 @@ class WeightedNorm:
 
     @cached_property
     def _root(self) -> tuple[Tensor, Tensor | None]:
-        """L, and its inverse where L is not triangular; the roots of a diagonal as vectors."""
+        """L, and its inverse where L is not triangular. Vectors where M is a diagonal."""
         matrix = self.matrix
         if matrix.ndim == 1:
             root = matrix.clamp_min(_floor(matrix)).sqrt()
             return root, 1 / root
         lower, failed = torch.linalg.cholesky_ex(matrix)
-        least = _floor(matrix.diagonal())
-        if not bool(failed) and float(lower.diagonal().min()) ** 2 > least:
+        floor = _floor(matrix.diagonal())
+        if not bool(failed) and float(lower.diagonal().min()) ** 2 > floor:
             return lower, None
         return roots(matrix)
 
-    def after(self, W: Tensor) -> Tensor:
-        """W times the metric."""
+    def multiply_right(self, W: Tensor) -> Tensor:
+        """W M, for W of shape (k, n)."""
         matrix = self.matrix.to(W.device)
-        scaled: Tensor = W * matrix if matrix.ndim == 1 else W @ matrix
-        return scaled
+        product: Tensor = W * matrix if matrix.ndim == 1 else W @ matrix
+        return product
 
-    def scaled(self, W: Tensor) -> Tensor:
-        """Lᵀ W."""
+    def scale(self, W: Tensor) -> Tensor:
+        """Lᵀ W, for W of shape (n, k)."""
         root = self._root[0].to(W.device)
         return root[:, None] * W if root.ndim == 1 else root.T @ W
 
-    def both(self, U: Tensor) -> tuple[Tensor, Tensor]:
-        """L⁻ᵀ U and L U."""
+    def unscale(self, U: Tensor) -> tuple[Tensor, Tensor]:
+        """L⁻ᵀ U and L U, for U of shape (n, k)."""
         root, inverse = self._root
         root = root.to(U.device)
         if root.ndim == 1:
@@ -109,27 +117,30 @@ class WeightedNorm:
 
 @dataclass(frozen=True)
 class TruncatedSVD:
-    """The leading terms of W (out, in), ordered by what each adds to the fit in a metric.
+    """The k leading singular terms of W (out, in) in a weighted norm, largest first.
 
-    Truncation is a projection of W: L_r R_rᵀ W, or W R_r L_rᵀ where W is `turned` (out > in).
-    `left` L and `right` R are (min(out, in), k), so that W itself need not be kept.
-    `energies[i]` is the squared singular value of term i and `total` the squared norm of W in the
-    metric: truncation at rank r has squared error total - sum(energies[:r]) (Eckart-Young).
+    Truncation is a projection of W: L_r R_rᵀ W, or W R_r L_rᵀ if `transposed` (out > in). `left` L
+    and `right` R have shape (min(out, in), k), so that W need not stay in memory.
+    `energies[i]` is the squared singular value of term i, and `total` is the squared norm of W.
+    Truncation at rank r has the squared error total - sum(energies[:r]) (Eckart-Young).
     """
 
     left: Tensor
     right: Tensor
     energies: Tensor
     total: float
-    turned: bool
+    transposed: bool
 
     def serves(self, rank: int) -> bool:
         """Whether `decompose` for that rank alone would give the same terms."""
-        size, known = self.left.shape
-        return rank == known or (known == size and not is_randomized(size, rank))
+        size, terms = self.left.shape
+        return rank == terms or (terms == size and not is_randomized(size, rank))
 
     def factors(self, weight: Tensor, rank: int) -> Factors:
-        """The first `rank` terms of W, the `weight` decomposed; A and B share each term's norm."""
+        """Factors from the first `rank` terms; `weight` is the matrix that was decomposed.
+
+        Row i of A and column i of B get the same norm.
+        """
         A, B = self._terms(to_float64(weight), rank)
         balance = (A.norm(dim=1) / B.norm(dim=0)).sqrt()
         balance = torch.where(balance.isfinite() & (balance > 0), balance, 1.0)
@@ -138,9 +149,10 @@ class TruncatedSVD:
 
     def _terms(self, W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         left, right = self.left[:, :rank], self.right[:, :rank]
-        return (left.T, W @ right) if self.turned else (right.T @ W, left)
+        return (left.T, W @ right) if self.transposed else (right.T @ W, left)
 
     def error(self, rank: int) -> float:
+        """Squared error of truncation at `rank`."""
         return max(self.total - float(self.energies[:rank].sum()), 0.0)
 
 
@@ -150,21 +162,28 @@ def decompose(
     output_metric: WeightedNorm | None = None,
     rank: int | None = None,
 ) -> TruncatedSVD:
-    """Terms of W (out, in) ordered by ‖G^1/2 (W - BA) X^1/2‖², X the input, G the output metric.
+    """The SVD of W (out, in) that minimizes ‖G^1/2 (W - BA) X^1/2‖² at every rank.
 
-    None stands for the identity. Only the eigenproblem of the smaller side is solved, and only
-    that side's metric needs a root L. For
-    out <= in: Lᵀ W X Wᵀ L = U S² Uᵀ with L Lᵀ = G, and the best approximation is L⁻ᵀ U Uᵀ Lᵀ W.
-    Otherwise: Lᵀ Wᵀ G W L = V S² Vᵀ with L Lᵀ = X, and W L V Vᵀ L⁻¹. With `rank` far below the
-    full rank the leading terms come from a randomized range finder instead of a full eigh.
+    X (in, in) is the input metric, G (out, out) the output metric; None stands for the identity.
+    Only the eigenproblem of the smaller side is solved, and only that side's metric needs a root L.
+    out <= in: Lᵀ W X Wᵀ L = U S² Uᵀ with L Lᵀ = G; the best approximation is L⁻ᵀ U Uᵀ Lᵀ W.
+    out > in: Lᵀ Wᵀ G W L = V S² Vᵀ with L Lᵀ = X; the best approximation is W L V Vᵀ L⁻¹.
+    With a `rank` far below the full rank, the leading terms come from a randomized range finder
+    instead of a full eigh.
     """
-    W, wide, narrow, turned = _sides(weight, input_metric, output_metric)
-    gram = _gram(W, wide, narrow)
+    W, column_metric, row_metric, transposed = _sides(weight, input_metric, output_metric)
+    gram = _gram(W, column_metric, row_metric)
     energies, U = leading_eigenpairs(gram, rank)
     left, right = U, U
-    if narrow is not None:
-        left, right = narrow.both(U)
-    return TruncatedSVD(left, right, energies, float(gram.trace()), turned)
+    if row_metric is not None:
+        left, right = row_metric.unscale(U)
+    return TruncatedSVD(
+        left=left,
+        right=right,
+        energies=energies,
+        total=float(gram.trace()),
+        transposed=transposed,
+    )
 
 
 def spectrum(
@@ -172,34 +191,35 @@ def spectrum(
     input_metric: WeightedNorm | None = None,
     output_metric: WeightedNorm | None = None,
 ) -> Tensor:
-    """The energies of all terms of `decompose`, without the terms: a third of the work."""
-    W, wide, narrow, _ = _sides(weight, input_metric, output_metric)
-    energies: Tensor = torch.linalg.eigvalsh(_gram(W, wide, narrow))
+    """All energies of `decompose`, descending, without the terms: a third of the work."""
+    W, column_metric, row_metric, _ = _sides(weight, input_metric, output_metric)
+    energies: Tensor = torch.linalg.eigvalsh(_gram(W, column_metric, row_metric))
     return energies.flip(0).clamp_min(0)
 
 
 def _sides(
     weight: Tensor, X: WeightedNorm | None, G: WeightedNorm | None
 ) -> tuple[Tensor, WeightedNorm | None, WeightedNorm | None, bool]:
-    """W with no more rows than columns, the columns' metric, the rows', and whether W is turned."""
+    """W or Wᵀ with no more rows than columns, its column and row metrics, and whether it is Wᵀ."""
     W = to_float64(weight)
     if W.shape[0] <= W.shape[1]:
         return W, X, G, False
     return W.T, G, X, True
 
 
-def _gram(W: Tensor, wide: WeightedNorm | None, narrow: WeightedNorm | None) -> Tensor:
-    """Lᵀ W M Wᵀ L, M the columns' metric and L the root of the rows'."""
-    scaled = W if narrow is None else narrow.scaled(W)
-    return (scaled if wide is None else wide.after(scaled)) @ scaled.T
+def _gram(W: Tensor, column_metric: WeightedNorm | None, row_metric: WeightedNorm | None) -> Tensor:
+    """Lᵀ W M Wᵀ L, with M the column metric and L the root of the row metric."""
+    scaled = W if row_metric is None else row_metric.scale(W)
+    return (scaled if column_metric is None else column_metric.multiply_right(scaled)) @ scaled.T
 
 
 @dataclass(frozen=True)
 class Pivoted:
-    """B A = C [I Z] Pᵀ: `columns` C (out, r) are r columns of the product itself.
+    """The product B A in the form C [I Z] Pᵀ.
 
-    `coefficients` Z (r, in - r) give the other columns from them; `order` (in,) lists the pivot
-    columns first, then the rest.
+    `columns` C (out, r) are r columns of the product, the pivots. `coefficients` Z (r, in - r) make
+    the other columns from them. `order` (in,) is the permutation P: the indices of the pivots, then
+    of the other columns.
     """
 
     columns: Tensor
@@ -208,12 +228,12 @@ class Pivoted:
 
 
 def pivot(A: Tensor, B: Tensor, scale: Tensor | None = None) -> Pivoted:
-    """Factors (A (r, in), B (out, r)) -> the same product with r(out + in - r) numbers.
+    """Converts A (r, in) and B (out, r) to the pivoted form, which has r(out + in - r) numbers.
 
-    The pivots come from a rank-revealing QR with column pivoting of A, which keeps the
-    coefficients small (PIFA, arXiv 2505.02443, stores rows in the same way). `scale` (in,) are
-    sizes of the inputs, positive: then it is what the coefficients make of inputs of such sizes,
-    over the pivots' own, that is kept small. So rounding does little, and large inputs are pivots.
+    The pivots come from a rank-revealing QR of A with column pivoting, which keeps the coefficients
+    small (PIFA, arXiv 2505.02443, stores rows in the same way). `scale` (in,) holds the positive
+    sizes of the inputs. With it, coefficients are small relative to these sizes and large inputs
+    become pivots, so that rounding the stored numbers changes the outputs little.
     """
     rank = A.shape[0]
     sizes = torch.ones(A.shape[1]) if scale is None else scale
@@ -221,37 +241,27 @@ def pivot(A: Tensor, B: Tensor, scale: Tensor | None = None) -> Pivoted:
     factor = (to_float64(A).cpu() * sizes).numpy()
     R, order = scipy.linalg.qr(factor, mode="r", pivoting=True)
     diagonal = abs(R.diagonal())
-    full = int((diagonal > RANK_TOLERANCE * diagonal[0]).sum())  # of a weight of lower rank
-    coefficients = np.zeros((rank, A.shape[1] - rank))
-    coefficients[:full] = scipy.linalg.solve_triangular(R[:full, :full], R[:full, rank:])
-    chosen = torch.from_numpy(order.astype("int64"))
-    product = to_float64(B).cpu() @ to_float64(A).cpu()[:, chosen[:rank]]
-    unscaled = torch.from_numpy(coefficients) * sizes[chosen[:rank], None] / sizes[chosen[rank:]]
-    return Pivoted(product, unscaled, chosen)
-
-
-# below this share of the full rank the randomized range finder is cheaper than a full eigh
-RANDOMIZED_SHARE = 0.125
-
-
-RANDOMIZED_MINIMUM = 1024
-
-
-OVERSAMPLING = 32
-
-
-POWER_STEPS = 6
+    true_rank = int((diagonal > RANK_TOLERANCE * diagonal[0]).sum())
+    scaled = np.zeros((rank, A.shape[1] - rank))
+    scaled[:true_rank] = scipy.linalg.solve_triangular(
+        R[:true_rank, :true_rank], R[:true_rank, rank:]
+    )
+    permutation = torch.from_numpy(order.astype("int64"))
+    pivots, others = permutation[:rank], permutation[rank:]
+    columns = to_float64(B).cpu() @ to_float64(A).cpu()[:, pivots]
+    coefficients = torch.from_numpy(scaled) * sizes[pivots, None] / sizes[others]
+    return Pivoted(columns, coefficients, permutation)
 
 
 def is_randomized(size: int, rank: int) -> bool:
-    """Whether the `rank` leading eigenpairs of `size` come from the randomized method."""
+    """Whether `rank` eigenpairs of a (size, size) matrix come from the randomized method."""
     return size >= RANDOMIZED_MINIMUM and rank <= RANDOMIZED_SHARE * size
 
 
 def leading_eigenpairs(gram: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (descending, not negative) and eigenvectors (n, k) of a PSD matrix.
+    """Eigenvalues (k,), descending and >= 0, and eigenvectors (n, k) of a PSD matrix (n, n).
 
-    All n of them, or the `rank` leading ones by the randomized method where that pays.
+    All of them (k = n), or the `rank` leading ones where the randomized method is cheaper.
     """
     if rank is not None and is_randomized(len(gram), rank):
         return randomized_eigenpairs(gram, rank)
@@ -262,9 +272,9 @@ def leading_eigenpairs(gram: Tensor, rank: int | None = None) -> tuple[Tensor, T
 def randomized_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The `rank` leading eigenpairs by subspace iteration (Halko, Martinsson, Tropp 2011).
 
-    With these many power steps the error left over is within 1 % of the best one even for a
-    flat spectrum, the worst case; the energies are those of the vectors that were found, so
-    the error computed from them is exact.
+    With POWER_STEPS steps the truncation error is within 1 % of the optimum even for a flat
+    spectrum, the worst case. The eigenvalues belong to the vectors that are returned, so an error
+    computed from them is exact. The random numbers have a fixed seed.
     """
     generator = torch.Generator(device=gram.device).manual_seed(0)
     columns = rank + OVERSAMPLING

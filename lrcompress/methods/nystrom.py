@@ -1,15 +1,14 @@
-"""Fewer intermediate channels, the others reconstructed from them in down_proj."""
+"""Narrowing: keeps some intermediate channels of an FFN; down_proj reconstructs the others."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lrcompress.methods.channel_selection import folded, order_channels
+from lrcompress.methods.channel_selection import fold_into_down, order_channels
 from lrcompress.methods.linalg import shrunk, to_float64
 from lrcompress.methods.svd import OUTPUT_SHRINKAGE, SHRINKAGE, check_shrinkage
 from lrcompress.methods.types import (
@@ -25,12 +24,14 @@ from lrcompress.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class Nystrom:
-    """MoDeGPT's FFN module (arXiv 2408.09632) with channels chosen in the metric of the loss.
+    """MoDeGPT's FFN module (arXiv 2408.09632), with channels chosen by estimated loss.
 
-    With C the second moment of down_proj's input h, J the channels kept and h ~ C_J C_JJ⁻¹ h_J,
-    down_proj becomes W_down C_J C_JJ⁻¹ and gate and up lose the rows of the others. Channels go
-    by the loss that they save, M = W_downᵀ G W_down with G of down_proj's output (`two_sided`),
-    or by the error of the FFN's output, G = I. Both moments are shrunk as those of `fisher` are.
+    Let C be the second moment of down_proj's input h, and J the kept channels. With
+    h ~ C_J C_JJ⁻¹ h_J, down_proj becomes W_down C_J C_JJ⁻¹, and gate and up lose the rows of the
+    other channels. The metric for choosing channels is M = W_downᵀ G W_down. If `two_sided`, G is
+    the gradient moment of down_proj's output, and errors estimate the rise of the loss. Otherwise
+    G = I, and errors are squared errors of the FFN's output. Both moments are shrunk as in
+    `FisherSVD`.
     """
 
     requires: ClassVar[frozenset[Statistic]] = frozenset({"second_moment", "gradient_moment"})
@@ -61,10 +62,11 @@ class Nystrom:
         """All channels of `ffn`, in the order in which they are kept."""
         down, statistics = _down(ffn)
         weight = to_float64(ffn.weights[down.name])
-        scaled, gradient = weight, statistics.gradient_moment
+        scaled = weight
         if self.two_sided:
-            assert gradient is not None
-            scaled = shrunk(to_float64(gradient), self.output_shrinkage) @ weight
+            assert statistics.gradient_moment is not None
+            gradient_moment = to_float64(statistics.gradient_moment)
+            scaled = shrunk(gradient_moment, self.output_shrinkage) @ weight
         return order_channels(self._second_moment(statistics), weight.T @ scaled)
 
     def _second_moment(self, statistics: Statistics) -> Tensor:
@@ -72,23 +74,31 @@ class Nystrom:
         return shrunk(to_float64(statistics.second_moment), self.shrinkage)
 
     def narrow(self, ffn: FFN, channels: Tensor) -> FFN:
-        """`ffn` with `channels` (kept,) alone, and the statistics of what is left."""
-        down, statistics = _down(ffn)
-        assert statistics.second_moment is not None
-        weights, biases, moments = dict(ffn.weights), dict(ffn.biases), dict(ffn.statistics)
-        second_moment = self._second_moment(statistics)
-        weights[down.name] = folded(weights[down.name], second_moment, channels, self.ridge)
-        kept = statistics.second_moment[channels][:, channels]
-        moments[down.name] = replace(statistics, second_moment=kept)
+        """`ffn` with only `channels` (width,): its weights, biases and statistics."""
+        down, down_statistics = _down(ffn)
+        assert down_statistics.second_moment is not None
+        weights, biases, statistics = dict(ffn.weights), dict(ffn.biases), dict(ffn.statistics)
+        weights[down.name] = fold_into_down(
+            weights[down.name], self._second_moment(down_statistics), channels, self.ridge
+        )
+        statistics[down.name] = replace(
+            down_statistics, second_moment=down_statistics.second_moment[channels][:, channels]
+        )
         for linear in ffn.linears:
             if linear.role != "down":
                 rows = _rows(linear, channels)
                 weights[linear.name] = weights[linear.name][rows]
                 bias = biases[linear.name]
                 biases[linear.name] = None if bias is None else bias[rows]
-                moments[linear.name] = _of_rows(moments, linear, rows)
-        specs = tuple(linear.narrowed(len(channels)) for linear in ffn.linears)
-        return FFN(ffn.name, specs, weights, biases, moments, ffn.whole)
+                statistics[linear.name] = _output_rows(statistics[linear.name], rows)
+        return FFN(
+            name=ffn.name,
+            linears=tuple(linear.narrowed(len(channels)) for linear in ffn.linears),
+            weights=weights,
+            biases=biases,
+            statistics=statistics,
+            whole=ffn.whole,
+        )
 
 
 def _down(ffn: FFN) -> tuple[LinearSpec, Statistics]:
@@ -98,13 +108,13 @@ def _down(ffn: FFN) -> tuple[LinearSpec, Statistics]:
 
 
 def _rows(linear: LinearSpec, channels: Tensor) -> Tensor:
-    """Output rows that make `channels`: a fused gate_up has two halves."""
+    """Rows of the weight of `linear` that compute `channels`: two for each in a fused gate_up."""
     if linear.role != "gate_up":
         return channels
     return torch.cat([channels, channels + linear.out_features // 2])
 
 
-def _of_rows(moments: Mapping[str, Statistics], linear: LinearSpec, rows: Tensor) -> Statistics:
-    gradient = moments[linear.name].gradient_moment
-    kept = None if gradient is None else gradient[rows][:, rows]
-    return replace(moments[linear.name], gradient_moment=kept)
+def _output_rows(statistics: Statistics, rows: Tensor) -> Statistics:
+    """`statistics` of a linear of which only the output `rows` stay."""
+    moment = statistics.gradient_moment
+    return replace(statistics, gradient_moment=None if moment is None else moment[rows][:, rows])

@@ -1,4 +1,4 @@
-"""What could be done to every FFN, what is to be, and the interface of rank policies."""
+"""Candidates for each FFN, the plan chosen among them, and the interface of rank policies."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankCurve:
-    """The options of one linear: exact parameter count and estimated loss at each rank.
+    """Exact parameter count and estimated loss of one linear at each rank; arrays (options,).
 
-    Ranks ascend; the last option, rank 0 in the array, is to stay dense at no loss.
+    Ranks ascend. The last option, with 0 in `ranks`, is the dense linear, which has no loss.
     """
 
     name: str
@@ -27,9 +27,9 @@ class RankCurve:
 
 @dataclass(frozen=True)
 class WidthOption:
-    """One width of an FFN: what narrowing to it costs, and the options of its linears then.
+    """One width of an FFN: the estimated loss of narrowing to it, and the curves of its linears.
 
-    `width` is None where all channels stay.
+    `width` is None where all channels stay. `curves` are in the order of the FFN's linears.
     """
 
     width: int | None
@@ -39,9 +39,10 @@ class WidthOption:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Every way in which a method could shrink one FFN.
+    """Every way in which a method could compress one FFN.
 
-    `factor` is what probes of its block cost over their estimates.
+    `ffn` is its name, `linears` its linears before compression, and `shapes` its widths.
+    `factor` is the measured loss of probes of its block, divided by their estimated loss.
     """
 
     ffn: str
@@ -56,7 +57,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be kept: one rank for every linear, or a share of the selected parameters."""
+    """Exactly one of: a rank for every linear, or the share of the selected parameters to keep."""
 
     rank: int | None = None
     keep_ratio: float | None = None
@@ -64,13 +65,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """Linear name -> rank, FFN name -> width. What is absent stays dense, or wide."""
+    """Linear name -> rank, and FFN name -> width. Absent linears stay dense, absent FFNs full."""
 
     ranks: Mapping[str, int] = field(default_factory=dict)
     widths: Mapping[str, int] = field(default_factory=dict)
 
     def spec(self, linear: LinearSpec) -> LinearSpec:
-        """`linear` with the shape that it has under this plan."""
+        """`linear` with its shape under this plan."""
         width = self.widths.get(linear.ffn)
         return linear if width is None else linear.narrowed(width)
 
@@ -82,10 +83,13 @@ class Plan:
 class Allocator(Protocol):
     """A rank policy: a frozen dataclass whose fields are its recipe keys.
 
-    It sees parameter counts and estimated losses only. Where `needs_errors` is false the
-    errors may be missing (NaN) for methods that would have to compute them.
+    It sees only parameter counts and estimated losses. If `needs_errors` is false, the errors of
+    ranks are NaN.
     """
 
     needs_errors: ClassVar[bool]
 
-    def allocate(self, choices: Sequence[Candidates], budget: Budget) -> Plan: ...
+    def allocate(self, candidates: Sequence[Candidates], budget: Budget) -> Plan:
+        """The plan for the FFNs of a model, one of `candidates` for each. Raises InputError where
+        the policy cannot meet such a budget."""
+        ...

@@ -1,4 +1,4 @@
-"""Truncated SVD in three metrics of the input: none, diagonal, and the full second moment."""
+"""Truncated SVD in weighted norms: plain, diagonal, whitened, and two-sided (Fisher)."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lrcompress.methods.linalg import (
 from lrcompress.methods.types import FFN, ChannelOrder, Statistic, Statistics
 from lrcompress.runtime.errors import InputError
 
-# of the moments of inputs and of output gradients; chosen on text apart from all that is reported
+# defaults for the moments of inputs and of output gradients, tuned on text that no report uses
 SHRINKAGE, OUTPUT_SHRINKAGE = 0.1, 0.6
 
 
 @dataclass(frozen=True)
 class ScaledSVD:
-    """min over rank-r matrices of ‖G^1/2 (W - BA) X^1/2‖²; subclasses say what X and G are."""
+    """Minimizes ‖G^1/2 (W - BA) X^1/2‖² over rank-r matrices BA; subclasses define X and G."""
 
     requires: ClassVar[frozenset[Statistic]] = frozenset()
     narrows: ClassVar[bool] = False
@@ -36,11 +36,11 @@ class ScaledSVD:
     estimates_loss: ClassVar[bool] = False
 
     def metric(self, statistics: Statistics) -> WeightedNorm | None:
-        """X of shape (in, in), or its diagonal (in,); None for the identity."""
+        """The input metric X (in, in), or its diagonal (in,); None for the identity."""
         return None
 
     def output_metric(self, statistics: Statistics) -> WeightedNorm | None:
-        """G of shape (out, out); None for the identity."""
+        """The output metric G (out, out); None for the identity."""
         return None
 
     def order(self, ffn: FFN) -> ChannelOrder:
@@ -50,13 +50,13 @@ class ScaledSVD:
         raise TypeError(f"{type(self).__name__} keeps all channels")
 
     def error_curve(self, weight: Tensor, statistics: Statistics) -> Tensor:
-        """Squared error in the metrics at every rank 0 .. min(out, in)."""
+        """Squared error in the metrics at every rank 0 .. min(out, in); float64."""
         energies = spectrum(weight, self.metric(statistics), self.output_metric(statistics))
         tails = energies.flip(0).cumsum(0).flip(0)
         return torch.cat([tails, tails.new_zeros(1)])
 
     def decompose(self, weight: Tensor, statistics: Statistics, rank: int) -> TruncatedSVD:
-        """The terms of W (out, in) in the metrics: its factors are the best ones of their rank.
+        """The SVD of W (out, in) in the metrics: its factors are optimal at their rank.
 
         Raises InputError where rank is not in 1 .. min(out, in).
         """
@@ -67,14 +67,14 @@ class ScaledSVD:
 
 @dataclass(frozen=True)
 class PlainSVD(ScaledSVD):
-    """X = I: the nearest low-rank matrix, whatever the layer's input looks like."""
+    """X = G = I: the low-rank matrix nearest to W, without regard to the layer's input."""
 
 
 @dataclass(frozen=True)
 class DiagonalSVD(ScaledSVD):
     """X = diag(E x²)^alpha: input channels weighted by their size (ASVD, arXiv 2312.05821).
 
-    ASVD scales W by (mean |x|)^alpha; here the root mean square stands for the mean size.
+    ASVD scales W by (mean |x|)^alpha; here the root mean square replaces the mean of |x|.
     """
 
     requires: ClassVar[frozenset[Statistic]] = frozenset({"second_moment"})
@@ -96,10 +96,10 @@ class DiagonalSVD(ScaledSVD):
 
 @dataclass(frozen=True)
 class WhitenedSVD(ScaledSVD):
-    """X = E x xᵀ: least squared error of the layer's output (SVD-LLM, arXiv 2403.07378).
+    """X = E x xᵀ, G = I: least squared error of the layer's output (SVD-LLM, arXiv 2403.07378).
 
-    Damping is added to the diagonal of X relative to its mean, which keeps the square root
-    defined for a rank-deficient X; no Cholesky factorization is involved.
+    `damping` times the mean of the diagonal of X is added to the diagonal. So a rank-deficient X
+    has a square root as well.
     """
 
     requires: ClassVar[frozenset[Statistic]] = frozenset({"second_moment"})
@@ -110,15 +110,15 @@ class WhitenedSVD(ScaledSVD):
 
     @cached_property
     def _metrics(self) -> WeakIdKeyDictionary:
-        """By moment: the same one comes again for gate, up and every width."""
+        """moment -> its metrics: gate, up and every width use the same moment tensor."""
         return WeakIdKeyDictionary()
 
     def _metric(self, moment: Tensor, damping: float, shrinkage: float = 0.0) -> WeightedNorm:
-        known: dict[tuple[float, float], WeightedNorm]
-        known = self._metrics.setdefault(moment, {})  # type: ignore[no-untyped-call]
-        if (key := (damping, shrinkage)) not in known:
-            known[key] = WeightedNorm(damped(shrunk(to_float64(moment), shrinkage), damping))
-        return known[key]
+        cached: dict[tuple[float, float], WeightedNorm]
+        cached = self._metrics.setdefault(moment, {})  # type: ignore[no-untyped-call]
+        if (key := (damping, shrinkage)) not in cached:
+            cached[key] = WeightedNorm(damped(shrunk(to_float64(moment), shrinkage), damping))
+        return cached[key]
 
     def metric(self, statistics: Statistics) -> WeightedNorm:
         return self._metric(_second_moment(statistics), self.damping)
@@ -126,15 +126,16 @@ class WhitenedSVD(ScaledSVD):
 
 @dataclass(frozen=True)
 class FisherSVD(WhitenedSVD):
-    """X = E x xᵀ and G = E g gᵀ: least estimated rise of the loss itself.
+    """X = E x xᵀ and G = E g gᵀ: least estimated rise of the loss.
 
-    g is what `drawn_scores` of the logits are by the chain rule in the layer's output, so G
-    Kronecker X is the layer's Fisher matrix in K-FAC's factorization (arXiv 1503.05671), and the
-    squared error is twice the second-order estimate of the divergence from the dense model's
-    predictions: comparable from one linear to another. `whitened` is the one-sided case G = I.
+    g is the gradient of the layer's output, from `sample_score_gradients` of the logits by the
+    chain rule. G ⊗ X is then the layer's Fisher matrix in K-FAC's factorization
+    (arXiv 1503.05671). The squared error is twice the second-order estimate of the divergence from
+    the dense model's predictions, so errors of different linears compare. `WhitenedSVD` is the
+    one-sided case G = I.
 
-    Both moments are shrunk towards their diagonals (as Ledoit and Wolf 2004 do with covariances):
-    correlations of other text than the calibration's are weaker.
+    Both moments are shrunk towards their diagonals (as Ledoit and Wolf 2004 do with covariances),
+    because correlations on other text are weaker than on the calibration text.
     """
 
     requires: ClassVar[frozenset[Statistic]] = frozenset({"second_moment", "gradient_moment"})

@@ -1,4 +1,4 @@
-"""The nouns that stages exchange, and the interfaces of methods and rank policies."""
+"""Data that calibration, methods and compression exchange, and the interface of methods."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Form = Literal["factored", "pivoted"]
 class LinearSpec:
     """One linear layer that may be factorized: y = W x (+ b), W of shape (out, in).
 
-    Linears of one `ffn` belong together; those of one `input_group` read the same input. Where the
-    FFN is one of several experts, each of which reads some of the tokens, `mixture` names all.
+    `ffn` names the FFN of the linear. Linears of one `input_group` read the same input. If the FFN
+    is an expert of a mixture, which reads only some of the tokens, `mixture` names the mixture.
     """
 
     name: str
@@ -51,7 +51,7 @@ class LinearSpec:
         return self.in_features * self.out_features / (self.in_features + self.out_features)
 
     def parameters(self, rank: int | None, form: Form) -> int:
-        """Exact count at `rank`, or dense where that is None; bias included.
+        """Exact parameter count at `rank`, or of the dense linear if `rank` is None; with bias.
 
         The factored form stores r(m + n) numbers, the pivoted form r(m + n - r).
         """
@@ -61,6 +61,7 @@ class LinearSpec:
         return rank * (self.in_features + self.out_features) - saved + self.bias_parameters
 
     def saves(self, rank: int, form: Form) -> bool:
+        """Whether the low-rank form has fewer parameters than the dense linear."""
         return self.parameters(rank, form) < self.dense_parameters
 
     def narrowed(self, width: int) -> LinearSpec:
@@ -72,11 +73,11 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration measured about one linear.
+    """Calibration statistics of one linear.
 
-    `second_moment` is the mean of x xᵀ over calibration tokens, shape (in, in);
-    `gradient_moment` that of g gᵀ, shape (out, out), g being what `drawn_scores` of a whole sample
-    are by the chain rule in the linear's output.
+    `second_moment` (in, in) is the mean of x xᵀ over calibration tokens. `gradient_moment`
+    (out, out) is the mean of g gᵀ, where g is the gradient of the linear's output, from
+    `sample_score_gradients` of the logits of a whole sample.
     """
 
     second_moment: Tensor | None = None
@@ -85,9 +86,9 @@ class Statistics:
 
 @dataclass(frozen=True)
 class FFN:
-    """The linears of one FFN with weights W (out, in), biases and statistics by linear name.
+    """The selected linears of one FFN; weights W (out, in), biases and statistics by linear name.
 
-    `whole` says that none of the FFN's linears was left out of the selection.
+    `whole` says that all linears of the FFN are selected.
     """
 
     name: str
@@ -99,9 +100,9 @@ class FFN:
 
     @property
     def down(self) -> LinearSpec | None:
-        """The linear that reads the intermediate channels, if all that make them are here."""
-        found = [linear for linear in self.linears if linear.role == "down"]
-        return found[0] if found and self.whole else None
+        """down_proj, which reads the intermediate channels; None if the FFN is not whole."""
+        downs = [linear for linear in self.linears if linear.role == "down"]
+        return downs[0] if downs and self.whole else None
 
     @property
     def dense_parameters(self) -> int:
@@ -112,8 +113,8 @@ class FFN:
 class Factors:
     """W ~ B A with A of shape (rank, in) and B of shape (out, rank).
 
-    `error` and `energy` are ‖W - BA‖² and ‖W‖² in the metric of the method that made them,
-    `spectrum` the squared singular values of W there, descending, as many as are known.
+    `error` and `energy` are ‖W - BA‖² and ‖W‖² in the metric of the method. `spectrum` (k,) holds
+    the k largest squared singular values of W in that metric, descending.
     """
 
     A: Tensor
@@ -125,10 +126,10 @@ class Factors:
 
 @dataclass(frozen=True)
 class ChannelOrder:
-    """Intermediate channels in the order in which they are kept.
+    """Intermediate channels (width,) in the order in which they are kept.
 
-    `errors[k]` is the estimated loss with the first k kept and the others reconstructed from
-    them; it has one entry more than `channels`.
+    `errors` (width + 1,) holds at k the estimated loss when the first k channels are kept and the
+    others are reconstructed from them.
     """
 
     channels: Tensor
@@ -136,23 +137,25 @@ class ChannelOrder:
 
 
 class Decomposition(Protocol):
-    """Of one weight W (out, in) by one method: what factors of many ranks are taken from."""
+    """A decomposition of one weight W (out, in), which gives factors of one or more ranks."""
 
     def serves(self, rank: int) -> bool:
-        """Whether a decomposition for that rank alone would give the same factors, bit for bit."""
+        """Whether factors at `rank` equal those of a decomposition for it alone, bit for bit."""
         ...
 
     def factors(self, weight: Tensor, rank: int) -> Factors:
-        """The factors of W, which is given again so that nothing of its size has to be kept."""
+        """Factors at `rank`; `weight` is W again, so that the decomposition need not hold it."""
         ...
 
 
 class Method(Protocol):
     """A compression method: a frozen dataclass whose fields are its recipe keys.
 
-    `narrows`: it chooses intermediate channels to keep, through `order` and `narrow`.
-    `truncates`: it replaces linears by low-rank factors, through `error_curve` and `decompose`.
-    `estimates_loss`: its squared errors are twice an estimate of the divergence from dense.
+    `requires`: the statistics that it needs.
+    `narrows`: it chooses intermediate channels to keep, with `order` and `narrow`.
+    `truncates`: it replaces linears by low-rank factors, with `error_curve` and `decompose`.
+    `estimates_loss`: its squared errors are twice an estimate of the divergence from the dense
+    model.
     """
 
     requires: ClassVar[frozenset[Statistic]]
@@ -167,9 +170,13 @@ class Method(Protocol):
         ...
 
     def decompose(self, weight: Tensor, statistics: Statistics, rank: int) -> Decomposition:
-        """What serves `rank`, and any other rank that it can."""
+        """A decomposition of W (out, in) that serves at least `rank`."""
         ...
 
-    def order(self, ffn: FFN) -> ChannelOrder: ...
+    def order(self, ffn: FFN) -> ChannelOrder:
+        """All channels of `ffn`, in the order in which they are kept."""
+        ...
 
-    def narrow(self, ffn: FFN, channels: Tensor) -> FFN: ...
+    def narrow(self, ffn: FFN, channels: Tensor) -> FFN:
+        """`ffn` with only `channels` (width,): its weights, biases and statistics."""
+        ...

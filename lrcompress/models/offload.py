@@ -45,7 +45,7 @@ class OffloadedModel:
             )
         bare = skeleton(source.source, None, source.trust_remote_code)
         prefix, _ = find_blocks(bare)
-        device = distributed.own_device(source.device)
+        device = distributed.local_device(source.device)
         if device == "auto":
             device = "cuda:0" if torch.cuda.is_available() else "cpu"
         places = dict.fromkeys(_outside(bare, prefix), checked_device(device)) | {prefix: "disk"}

@@ -1,4 +1,4 @@
-"""Writing that leaves either the old or the new state, and the templates of what is written."""
+"""Atomic writes: after a failure or a kill, a path holds its old or its new state, never a mix."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from lrcompress.runtime.paths import check_free
 if TYPE_CHECKING:
     from torch import Tensor
 
-# of Linux' renameat2: paths are relative to the working directory; the two change names
+# arguments of Linux' renameat2: paths are relative to the working directory; swap two names
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
 def writing(out: Path, replace: bool = False) -> Iterator[Path]:
-    """A hidden folder beside `out` that takes its name when the block ends well.
+    """A hidden folder beside `out` that is renamed to `out` when the block succeeds.
 
-    Whatever goes wrong, `out` is as it was: complete or absent; with `replace` an older folder
-    gives way only then. Raises MachineError where the disk is full or cannot be written.
+    After an error `out` is as it was before. With `replace`, a folder at `out` is replaced at the
+    end; without it, raises InputError if `out` exists. Raises MachineError if the disk is full or
+    cannot be written.
     """
     if not replace:
         check_free(out)
     try:
-        with parents(out):
+        with parent_folders(out):
             _clear_abandoned(out)
-            partial = _hidden(out)
+            partial = _hidden_folder(out)
             try:
                 yield partial
                 partial.chmod(0o755)
@@ -41,20 +42,20 @@ def writing(out: Path, replace: bool = False) -> Iterator[Path]:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except Exception as error:
-        if why := _write_failure(error):
+        if reason := _write_failure(error):
             raise MachineError(
-                f"could not write {str(out)!r}: {why}; nothing was left there"
+                f"could not write {str(out)!r}: {reason}; nothing was left there"
             ) from error
         raise
 
 
 @contextmanager
-def parents(path: Path) -> Iterator[None]:
-    """Makes the folders that `path` is to be in; an error removes those that were made for it."""
-    above = path.absolute().parents
-    created = [folder for folder in above if not folder.exists()]
+def parent_folders(path: Path) -> Iterator[None]:
+    """Creates the parent folders of `path`; after an error, removes those that it created."""
+    folders = path.absolute().parents
+    created = [folder for folder in folders if not folder.exists()]
     try:
-        above[0].mkdir(parents=True, exist_ok=True)
+        folders[0].mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
         for folder in created:
@@ -63,27 +64,29 @@ def parents(path: Path) -> Iterator[None]:
         raise
 
 
-def _hidden(out: Path) -> Path:
-    """A new folder beside `out` that `_clear_abandoned` knows."""
+def _hidden_folder(out: Path) -> Path:
+    """A new folder beside `out`, with a name that `_clear_abandoned` recognizes."""
     prefix = f".{out.name}.{os.getpid()}."
     return Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=out.absolute().parent))
 
 
 def discard(folder: Path, out: Path) -> None:
-    """Removes what was kept of the work on `out`. A kill leaves all of it or, under a name that
-    nobody goes on from, a part."""
+    """Removes `folder`, the unfinished work on `out`, if it exists.
+
+    It is renamed first, so that a kill never leaves a part of it under a name that is resumed.
+    """
     if folder.is_dir():
-        doomed = _hidden(out)
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        trash = _hidden_folder(out)
+        folder.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def _take_place(partial: Path, out: Path, replace: bool) -> None:
     if not replace:
-        check_free(out)  # another process may have been here
+        check_free(out)  # another process may have written it in the meantime
     if not out.exists():
         partial.rename(out)
-    elif not _exchanged(partial, out):
+    elif not _exchange_names(partial, out):
         old = partial.with_suffix(".old")
         out.rename(old)
         try:
@@ -94,15 +97,17 @@ def _take_place(partial: Path, out: Path, replace: bool) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _exchanged(one: Path, other: Path) -> bool:
-    """Whether the two folders have changed names, in one step; False where the system cannot."""
-    exchange = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
-    paths = (AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
-    return exchange is not None and exchange(*paths) == 0
+def _exchange_names(first: Path, second: Path) -> bool:
+    """Swaps the names of two folders in one step; False where the system cannot do this."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if renameat2 is None:
+        return False
+    failed = renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE)
+    return not failed
 
 
 def _clear_abandoned(out: Path) -> None:
-    """Removes hidden folders of processes that were killed while they wrote `out`."""
+    """Removes the hidden folders of processes that were killed while they wrote `out`."""
     for folder in out.absolute().parent.glob(f".{out.name}.*"):
         pid = folder.name.removeprefix(f".{out.name}.").partition(".")[0]
         if not pid.isdigit() or _is_running(int(pid)):
@@ -124,29 +129,27 @@ def _is_running(pid: int) -> bool:
 
 
 @contextmanager
-def keeping(what: str) -> Iterator[None]:
-    """Around the writing of what the same command goes on from when it is given again.
+def writing_state(description: str) -> Iterator[None]:
+    """Around code that writes the state from which an interrupted command resumes.
 
-    Raises MachineError, which names `what`, where the disk is full or cannot be written.
+    Raises MachineError with the `description` of the state if the disk is full or cannot be
+    written.
     """
     try:
         yield
     except Exception as error:
-        if why := _write_failure(error):
+        if reason := _write_failure(error):
+            remedy = "free some space" if "full" in reason else "correct this"
             raise MachineError(
-                f"could not keep {what}: {why}; {_remedy(why)}, then the same command goes on"
+                f"could not keep {description}: {reason}; {remedy}, then the same command goes on"
             ) from error
         raise
-
-
-def _remedy(why: str) -> str:
-    return "free some space" if "full" in why else "mend that"
 
 
 def replace_tensors(
     file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file in one rename; its folder is made if it is missing."""
+    """Writes a safetensors file atomically; creates its folder if it is missing."""
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -159,18 +162,17 @@ def replace_tensors(
 
 
 def _write_failure(error: Exception) -> str | None:
-    """Why nothing could be written, if that is what `error` says; libraries have classes of their
-    own for it."""
+    """Why a file could not be written; None if `error` is of another kind."""
     if isinstance(error, InputError | MachineError):
         return None
-    why = machine_fault_reason(error)
-    return why or (" ".join(str(error).split()) if isinstance(error, OSError) else None)
+    reason = machine_fault_reason(error)
+    return reason or (" ".join(str(error).split()) if isinstance(error, OSError) else None)
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Writes `file` in one rename. Raises MachineError where it cannot be written."""
+    """Writes a text file atomically, in UTF-8. Raises MachineError if it cannot be written."""
     partial = file.with_name(f".{file.name}.partial")
-    partial.unlink(missing_ok=True)  # a link of that name would be written through
+    partial.unlink(missing_ok=True)  # if it is a link, writing would change its target
     try:
         partial.write_text(text, "utf-8")
         partial.replace(file)

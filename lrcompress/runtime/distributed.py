@@ -1,7 +1,7 @@
-"""The processes of one run under torchrun: their devices, their shares, what they agree on.
+"""The processes of one run under torchrun: devices, shares of the work, results and errors.
 
-torchrun tells each process its place in environment variables. Nothing here imports torch before
-a process group is needed, so that the command line can ask who speaks.
+torchrun gives each process its rank in environment variables. Nothing here imports torch until a
+process group is needed, so the command line can find the main process without importing torch.
 """
 
 from __future__ import annotations
@@ -25,116 +25,129 @@ if TYPE_CHECKING:
 S = TypeVar("S")
 T = TypeVar("T")
 
-# a dead process is torchrun's to find: this is for one that is only slow
-TIMEOUT = timedelta(hours=2)
+# long, for slow processes: torchrun itself detects dead ones
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 # commands that share their work between processes
 SHARED_COMMANDS = ("factorize", "finetune", "pretrain")
+# true in the main process while `run_on_main` runs a function that no other process runs
+MAIN_RUNS_ALONE = ContextVar("main_runs_alone", default=False)
 
 
 class MainProcessFailedError(Exception):
-    """The run failed, and the main process says why; this process ends with `code`."""
+    """The run failed, and the main process reports the error; this process exits with `code`."""
 
     def __init__(self, code: int) -> None:
-        super().__init__(f"the main process says what failed (exit code {code})")
+        super().__init__(f"the main process reports what failed (exit code {code})")
         self.code = code
 
 
-# set while the main process does something by itself
-ALONE = ContextVar("alone", default=False)
-
-
 def world_size() -> int:
-    return 1 if ALONE.get() else int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of processes that share the work; 1 inside `run_on_main`."""
+    return 1 if MAIN_RUNS_ALONE.get() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """The number of this process."""
+    """The number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
-    """Whether this process writes and speaks for all."""
+    """Whether this process writes files and messages for all processes."""
     return rank() == 0
 
 
 def check_command(name: str | None) -> None:
-    """Raises InputError where a command would run once in each process."""
+    """Raises InputError where every process would run the whole command."""
     if world_size() > 1 and name not in SHARED_COMMANDS:
         raise InputError(f"{name} runs in one process: start it without torchrun")
 
 
-def share(batch_size: int, passes: int) -> int:
-    """Sequences in one forward pass of one process, of the `batch_size` in an optimizer step."""
-    parts = world_size() * passes
-    if batch_size % parts:
+def sequences_per_pass(batch_size: int, passes: int) -> int:
+    """Sequences in one forward pass of one process.
+
+    An optimizer step has `batch_size` sequences in all processes together, and each process makes
+    `passes` forward passes in a step. Raises InputError where they do not divide `batch_size`.
+    """
+    total_passes = world_size() * passes
+    if batch_size % total_passes:
         raise InputError(
             f"a batch size of {batch_size} cannot be shared by {world_size()} processes with "
-            f"{passes} forward passes each: use a multiple of {parts}, such as "
-            f"--batch-size {-(-batch_size // parts) * parts}"
+            f"{passes} forward passes each: use a multiple of {total_passes}, such as "
+            f"--batch-size {-(-batch_size // total_passes) * total_passes}"
         )
-    return batch_size // parts
+    return batch_size // total_passes
 
 
 def shard_of(items: Sequence[T]) -> Sequence[T]:
-    """Those of `items` that this process does; the others do the others."""
+    """The items that this process works on; every item belongs to exactly one process."""
     return items[rank() :: world_size()]
 
 
 def map_sharded(
-    items: Sequence[S], work: Callable[[S], T], progress: Progress, what: str
+    items: Sequence[S], work: Callable[[S], T], progress: Progress, description: str
 ) -> list[T]:
-    """`work` of each item, done by one process for all of them, which get all results in order.
+    """`work` of every item, in the order of `items`, in every process.
 
-    Results are sent: tensors have to be on the CPU. Errors as in `run_on_all`.
+    Each item is computed by one process and its result is sent to the others: tensors have to be
+    on the CPU. Raises what `run_on_all` raises.
     """
-    own = shard_of(items)
-    found = run_on_all(lambda: [work(item) for item in progress(own, what, len(own))])
+    shard = shard_of(items)
+    results = run_on_all(lambda: [work(item) for item in progress(shard, description, len(shard))])
     if world_size() == 1:
-        return found
+        return results
     import torch.distributed as dist
 
-    parts: list[list[T]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(parts, found)
-    return [parts[index % world_size()][index // world_size()] for index in range(len(items))]
+    by_rank: list[list[T]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(by_rank, results)
+    return [by_rank[index % world_size()][index // world_size()] for index in range(len(items))]
 
 
-def add_up(sums: dict[str, Tensor], zeros: Callable[[str], Tensor]) -> None:
-    """Makes `sums` those over all processes, in place; `zeros` gives one that a process lacks."""
+def all_reduce_sums(sums: dict[str, Tensor], zeros: Callable[[str], Tensor]) -> None:
+    """Adds up `sums` over all processes, in place.
+
+    `zeros` makes the tensor for a name that this process lacks and another process has.
+    """
     if world_size() == 1:
         return
     import torch.distributed as dist
 
-    known: list[list[str]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(known, list(sums))
-    for name in sorted({name for names in known for name in names}):
+    names_by_rank: list[list[str]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(names_by_rank, list(sums))
+    for name in sorted({name for names in names_by_rank for name in names}):
         if name not in sums:
             sums[name] = zeros(name)
         dist.all_reduce(sums[name])
 
 
-def own_device(device: str) -> str:
-    """The device of this process where several run; otherwise `device` as it is."""
+def local_device(device: str) -> str:
+    """The device of this process if there are several processes; otherwise `device` unchanged.
+
+    Raises InputError where `device` names one GPU, or there are more processes than GPUs.
+    """
     if world_size() == 1 or device == "cpu":
         return device
     import torch
 
     if device != "auto":
         raise InputError(
-            f"device {device!r} is one for {world_size()} processes: use --device auto"
+            f"device {device!r} cannot serve {world_size()} processes: use --device auto"
         )
     if not torch.cuda.is_available():
         return "cpu"
-    found, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if here > found:
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > gpus:
         raise InputError(
-            f"{here} processes on a machine with {found} GPUs: use --nproc-per-node {found}"
+            f"{processes} processes on a machine with {gpus} GPUs: use --nproc-per-node {gpus}"
         )
     return f"cuda:{os.environ['LOCAL_RANK']}"
 
 
 @contextmanager
-def group(device: str) -> Iterator[None]:
-    """Connects the processes; what fails inside leaves them connected, for `end_after_main`."""
+def process_group(device: str) -> Iterator[None]:
+    """Connects the processes inside the block.
+
+    An error leaves them connected, because `exit_after_main` needs the connection.
+    """
     connected = world_size() == 1 or _is_connected()
     if not connected:
         _connect(device)
@@ -155,84 +168,92 @@ def _connect(device: str) -> None:
     import torch
     import torch.distributed as dist
 
-    cuda = device != "cpu" and torch.cuda.is_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
-    own = run_on_all(lambda: own_device(device))
-    if own.startswith("cuda"):
-        torch.cuda.set_device(own)
+    uses_cuda = device != "cpu" and torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if uses_cuda else "gloo"
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    process_device = run_on_all(lambda: local_device(device))
+    if process_device.startswith("cuda"):
+        torch.cuda.set_device(process_device)
 
 
 def run_on_all(function: Callable[[], T]) -> T:
-    """What `function` gives here, once it has ended well in every process.
+    """The result of `function` in this process, after it succeeded in every process.
 
-    Where it raised InputError or MachineError in any, the main process raises it, and the others
-    SaidElsewhereError. Any other error ends its own process, and torchrun then ends the rest.
+    If it raises InputError or MachineError in any process, the main process raises this error and
+    the others raise MainProcessFailedError. Any other error ends its own process, and torchrun
+    then ends the others.
     """
     if world_size() == 1:
         return function()
-    value, fault = _attempt(function)
+    value, error = _attempt(function)
     import torch.distributed as dist
 
-    faults: list[Exception | None] = [None] * world_size()
-    dist.all_gather_object(faults, fault)
-    _raise_first(faults)
+    errors: list[Exception | None] = [None] * world_size()
+    dist.all_gather_object(errors, error)
+    _raise_first(errors)
     return value  # type: ignore[return-value]
 
 
 def run_on_main(function: Callable[[], T]) -> T:
-    """What `function` gives in the main process, for all of them; it runs in no other.
+    """The result of `function` in the main process, sent to all; no other process runs it.
 
-    What it calls sees one process, so that it does not wait for the others. Errors are those of
-    `run_on_all`.
+    Inside `function` the world size is 1, so that nothing waits for the other processes. Raises
+    what `run_on_all` raises.
     """
     if world_size() == 1:
         return function()
     import torch.distributed as dist
 
-    found = [copy_context().run(_alone, function) if is_main() else (None, None)]
-    dist.broadcast_object_list(found, src=0)
-    value, fault = found[0]
-    _raise_first([fault])
+    outcome = [copy_context().run(_attempt_alone, function) if is_main() else (None, None)]
+    dist.broadcast_object_list(outcome, src=0)
+    value, error = outcome[0]
+    _raise_first([error])
     return value  # type: ignore[return-value]
 
 
 def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """The result of `function`, or the error that is sent to the other processes."""
     try:
         return function(), None
-    except (InputError, MachineError, MainProcessFailedError) as error:
-        # as plain text: a cause may be too large to send, or not loadable elsewhere
-        return None, error if isinstance(error, MainProcessFailedError) else type(error)(str(error))
+    except MainProcessFailedError as error:
+        return None, error
+    except (InputError, MachineError) as error:
+        return None, type(error)(str(error))  # without its cause, which may not unpickle elsewhere
 
 
-def _alone(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    ALONE.set(True)
+def _attempt_alone(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    MAIN_RUNS_ALONE.set(True)
     return _attempt(function)
 
 
-def _raise_first(faults: list[Exception | None]) -> None:
-    said = [fault for fault in faults if isinstance(fault, InputError | MachineError)]
-    if said:
-        raise (
-            said[0]
-            if is_main()
-            else MainProcessFailedError(2 if isinstance(said[0], InputError) else 1)
-        )
+def _raise_first(errors: list[Exception | None]) -> None:
+    reported = [error for error in errors if isinstance(error, InputError | MachineError)]
+    if not reported:
+        return
+    if is_main():
+        raise reported[0]
+    raise MainProcessFailedError(2 if isinstance(reported[0], InputError) else 1)
 
 
-def end_after_main(code: int) -> NoReturn:
-    """Ends this process when the main one has ended, so that torchrun does not end it too early."""
+def exit_after_main(code: int) -> NoReturn:
+    """Exits after the main process has exited.
+
+    An earlier exit would make torchrun end the main process before it has reported the error.
+    """
     import torch
     import torch.distributed as dist
 
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which has seen the same end
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun, when the main process exits
     with suppress(RuntimeError, ValueError):
-        dist.recv(torch.zeros(1), src=0)  # it sends nothing: its end is what is waited for
-    end(code)
+        dist.recv(torch.zeros(1), src=0)  # nothing is sent: it fails when the main process exits
+    exit_process(code)
 
 
-def end(code: int) -> NoReturn:
-    """Ends this process: at once where it is connected to others, because gloo may abort it for a
-    lost connection while Python takes itself down."""
+def exit_process(code: int) -> NoReturn:
+    """Exits with `code`; at once if connected to other processes.
+
+    During an ordinary exit of Python, gloo may abort the process for a lost connection.
+    """
     if world_size() == 1 or not _is_connected():
         raise SystemExit(code)
     sys.stdout.flush()
@@ -240,17 +261,19 @@ def end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def check_shared(folder: Path) -> None:
-    """Makes `folder`. Raises InputError where a process on another machine does not see it."""
+def make_shared_folder(folder: Path) -> None:
+    """Creates `folder`. Raises InputError where a process on another machine does not see it."""
 
     def check() -> None:
         if not folder.is_dir():
-            raise InputError(f"{str(folder.parent)!r} is not one folder for all machines: share it")
+            raise InputError(
+                f"{str(folder.parent)!r} is not one folder on all machines: use a shared folder"
+            )
 
     run_on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     run_on_all(check)
 
 
 def barrier() -> None:
-    """Returns when every process has come here."""
+    """Waits until every process has called it."""
     run_on_all(lambda: None)

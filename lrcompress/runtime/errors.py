@@ -1,4 +1,4 @@
-"""Errors that a command shows as one sentence, and the reasons of those that the machine causes."""
+"""Errors that a command shows as one sentence, and the reasons for faults of the machine."""
 
 from __future__ import annotations
 
@@ -12,24 +12,20 @@ if TYPE_CHECKING:
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used: one sentence that names the value and the remedy."""
+    """User input is invalid: one sentence that names the value and the remedy."""
 
 
 class NotFiniteError(InputError):
-    """What a model computes in its own precision is not finite; it may be in a wider one."""
+    """A model gives NaN or infinity in its own precision; a wider precision may help."""
 
 
 class MachineError(RuntimeError):
     """The machine failed (disk full, no memory): one sentence that says what and where."""
 
 
-MEMORY = "out of memory"
-
-
-UNWRITTEN = "a file could not be written to its end"
-
-
-REASONS = {
+OUT_OF_MEMORY = "out of memory"
+INCOMPLETE_WRITE = "a file could not be written to its end"
+REASON_BY_ERRNO = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file would be larger than the system allows (ulimit -f)",
@@ -37,29 +33,25 @@ REASONS = {
     errno.EIO: "the disk reports an error",
     errno.EMFILE: "too many files are open (ulimit -n)",
     errno.ENFILE: "too many files are open on this system",
-    errno.ENOMEM: MEMORY,
+    errno.ENOMEM: OUT_OF_MEMORY,
 }
-
-
-# what libraries say that have no class, and no number, of their own for it
-WORDS = {
-    "out of memory": MEMORY,
-    "can't allocate memory": MEMORY,
-    "std::bad_alloc": MEMORY,
-    "size calculation overflowed": MEMORY,
+# parts of messages of libraries that raise neither an exception class nor an errno for the fault
+REASON_BY_MESSAGE = {
+    "out of memory": OUT_OF_MEMORY,
+    "can't allocate memory": OUT_OF_MEMORY,
+    "std::bad_alloc": OUT_OF_MEMORY,
+    "size calculation overflowed": OUT_OF_MEMORY,
     "can't start new thread": "no thread can be started (out of memory, or ulimit -u)",
-    "No space left": REASONS[errno.ENOSPC],
-    "Too many open files": REASONS[errno.EMFILE],
-    "PytorchStreamWriter": UNWRITTEN,
-    "inline_container": UNWRITTEN,
+    "No space left": REASON_BY_ERRNO[errno.ENOSPC],
+    "Too many open files": REASON_BY_ERRNO[errno.EMFILE],
+    "PytorchStreamWriter": INCOMPLETE_WRITE,
+    "inline_container": INCOMPLETE_WRITE,
 }
-
-
-NUMBER = re.compile(r"(?:os error |\[Errno )(\d+)")
+ERRNO_IN_MESSAGE = re.compile(r"(?:os error |\[Errno )(\d+)")
 
 
 def validation_reason(error: ValidationError) -> str:
-    """The first mistake that pydantic found, as "field: reason"."""
+    """The first mistake that pydantic reports, as "field: reason"."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
@@ -68,23 +60,24 @@ def validation_reason(error: ValidationError) -> str:
 
 
 def machine_fault_reason(error: BaseException) -> str | None:
-    """What of the machine failed, of `error` or what it came from; None if nothing did."""
-    for one in _chain(error):
-        found = MEMORY if isinstance(one, MemoryError) else _reason_of(one)
-        if found:
-            return found
+    """The fault of the machine that `error` or one of its causes reports; None if there is none."""
+    for cause in _causes(error):
+        reason = OUT_OF_MEMORY if isinstance(cause, MemoryError) else _reason_of(cause)
+        if reason:
+            return reason
     return None
 
 
 def _reason_of(error: BaseException) -> str | None:
     text = str(error)
-    said = NUMBER.search(text)
+    match = ERRNO_IN_MESSAGE.search(text)
     number = error.errno if isinstance(error, OSError) else None
-    found = REASONS.get(number or (int(said[1]) if said else 0))
-    return found or next((why for words, why in WORDS.items() if words in text), None)
+    reason = REASON_BY_ERRNO.get(number or (int(match[1]) if match else 0))
+    return reason or next((why for part, why in REASON_BY_MESSAGE.items() if part in text), None)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """`error`, its cause, the cause of that, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""One process at a time for each output, by a lock that the system takes back from a dead one."""
+"""One process at a time for each output, by a lock that ends with its process."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lrcompress.runtime.atomic_io import parents
+from lrcompress.runtime.atomic_io import parent_folders
 from lrcompress.runtime.distributed import run_on_main
 from lrcompress.runtime.errors import InputError, MachineError, machine_fault_reason
 from lrcompress.runtime.paths import check_free
 
-INSIDE = ".lock"  # of a folder that a command works in
+LOCK_FILE = ".lock"  # in a folder that a command fills
 
 
 @contextmanager
 def beside(out: Path | None, replace: bool = False) -> Iterator[None]:
-    """Around all work on `out`, a folder that is written when the work is done, if one is.
+    """Locks `out`, a folder that is written at the end of the work, by a file beside it.
 
-    Raises InputError at once where another process is at it, or where it exists and is not to be
-    replaced. Under torchrun the main process holds the lock for all.
+    Does nothing if `out` is None. Raises InputError at once if another process holds the lock, or
+    if `out` exists and `replace` is false. Under torchrun the main process holds the lock for all.
     """
     if out is None:
         yield
@@ -34,21 +34,21 @@ def beside(out: Path | None, replace: bool = False) -> Iterator[None]:
 
 @contextmanager
 def inside(out: Path) -> Iterator[None]:
-    """The same for a folder that is made first and filled, stage by stage."""
-    with _held(out.absolute() / INSIDE, out):
+    """Locks `out`, a folder that is filled during the work, by a file inside it."""
+    with _held(out.absolute() / LOCK_FILE, out):
         yield
 
 
 @contextmanager
 def _held(file: Path, out: Path) -> Iterator[None]:
-    with parents(file):
+    with parent_folders(file):
         lock = FileLock(file, blocking=False)
         run_on_main(lambda: _take(lock, out))
         try:
             yield
         finally:
             if lock.is_locked:
-                with suppress(OSError):  # before the release: nobody else's yet
+                with suppress(OSError):  # before the release, while no other process can hold it
                     file.unlink()
                 lock.release()
 
@@ -61,5 +61,5 @@ def _take(lock: FileLock, out: Path) -> None:
             f"another process is writing {str(out)!r}: wait for it, or choose another folder"
         ) from None
     except OSError as error:
-        why = machine_fault_reason(error) or " ".join(str(error).split())
-        raise MachineError(f"could not write {str(out)!r}: {why}") from error
+        reason = machine_fault_reason(error) or " ".join(str(error).split())
+        raise MachineError(f"could not write {str(out)!r}: {reason}") from error

@@ -1,4 +1,4 @@
-"""The memory that the process holds, and the largest that it held while something ran."""
+"""Resident memory of this process, now and at its peak; from Linux' /proc."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-RESET_PEAK = "5"
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+RESET_PEAK = "5"  # written to clear_refs, it sets VmHWM back to VmRSS
 
 
 @dataclass
 class Memory:
-    """Resident bytes at the `start`, and at the `peak`; None where the system does not tell."""
+    """Resident bytes at the `start` of a block and at its `peak`; None outside Linux."""
 
     start: int | None = None
     peak: int | None = None
@@ -25,10 +25,10 @@ class Memory:
 
 @contextmanager
 def peak_memory() -> Iterator[Memory]:
-    """Fills `peak` when the block ends. Linux only: elsewhere both stay None."""
+    """Measures the block; `peak` is set when the block ends."""
     memory = Memory()
     with suppress(OSError):
-        CLEAR.write_text(RESET_PEAK)
+        CLEAR_REFS.write_text(RESET_PEAK)
         memory.start = _status("VmRSS:")
     yield memory
     if memory.start is not None:
@@ -36,11 +36,11 @@ def peak_memory() -> Iterator[Memory]:
 
 
 def resident() -> int:
-    """Bytes of memory that the process holds now; 0 where the system does not tell."""
+    """Bytes of memory that the process holds now; 0 outside Linux."""
     return (_status("VmRSS:") or 0) if STATUS.is_file() else 0
 
 
 def _status(field: str) -> int | None:
-    """Bytes."""
+    """A field of /proc/self/status, in bytes; None if it is missing."""
     lines = (line.split() for line in STATUS.read_text().splitlines())
     return next((int(line[1]) * 1024 for line in lines if line and line[0] == field), None)

@@ -1,4 +1,4 @@
-"""Installed packages: versions that decide results, and optional ones that a command needs."""
+"""Versions of installed packages, and checks for optional ones."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from lrcompress.runtime.errors import InputError
 
 
 def versions() -> dict[str, str]:
-    """Of the software that decides results; Python's, because `pydoc` texts are its own."""
+    """Package -> version of the software that results depend on.
+
+    Python is one of them, because the `pydoc` texts come from it.
+    """
     packages = ("lrcompress", "lm-eval", "torch", "transformers")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def require_extra(package: str, extra: str) -> None:
-    """Raises InputError where a package of the optional dependencies `extra` is not installed."""
+    """Raises InputError if `package`, of the optional dependencies `extra`, is not installed."""
     if importlib.util.find_spec(package) is None:
         raise InputError(f"{extra} needs {package}: pip install 'lrcompress[{extra}]'")

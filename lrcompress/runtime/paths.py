@@ -1,4 +1,4 @@
-"""Paths that users give: checked before anything is read or written."""
+"""Checks of paths from user input, and safe file names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lrcompress.runtime.errors import InputError
 
 
 def check_free(out: Path) -> None:
-    """Raises InputError if something stands at `out`, or its parent is no folder to write to."""
+    """Raises InputError if `out` exists, or if its parent is not a writable folder."""
     if out.exists() or out.is_symlink():
         raise InputError(f"output {str(out)!r} exists: choose another folder, or remove it")
     parent = next(p for p in out.absolute().parents if p.exists())
@@ -21,18 +21,18 @@ def check_free(out: Path) -> None:
 
 
 def is_inside(path: str) -> bool:
-    """Whether `path`, taken below a folder, stays there, links aside."""
-    parts = PurePath(path)
-    return not parts.is_absolute() and ".." not in parts.parts
+    """Whether the relative `path` stays inside the folder that it starts from; ignores links."""
+    pure = PurePath(path)
+    return not pure.is_absolute() and ".." not in pure.parts
 
 
 def user_path(text: str) -> Path:
-    """`text` as a path, with ~ as the user's folder; InputError where nothing could be there."""
+    """`text` as a path, with ~ expanded. Raises InputError if no file can have this path."""
     try:
         path = Path(text).expanduser()
         path.stat()
-    except (RuntimeError, ValueError) as error:  # no such user, a character of no path
-        raise InputError(f"{text!r} is no path ({error}): give another") from None
+    except (RuntimeError, ValueError) as error:  # unknown user, or a NUL character
+        raise InputError(f"{text!r} is not a path ({error}): give another") from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise InputError(f"{text[:80]!r}… is too long for a path: give another") from None
@@ -40,28 +40,28 @@ def user_path(text: str) -> Path:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises InputError where an entry of `folder` is a link: what is written or removed below it
-    would be somewhere else."""
+    """Raises InputError if an entry of `folder` is a link: writing to it or removing below it
+    would change files elsewhere."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.is_symlink():
             raise InputError(
-                f"{str(entry)!r} is a link, and a run writes into its own folder alone: put what "
-                "it leads to in its place, or choose another folder"
+                f"{str(entry)!r} is a link, and a run writes only inside its own folder: replace "
+                "the link by its target, or choose another folder"
             )
 
 
 def safe_name(text: str) -> str:
-    """`text` as a part of a path: other characters than those of plain words become _."""
+    """`text` as a file name: characters other than letters, digits and +=.,- become _."""
     return re.sub(r"[^\w+=.,-]", "_", text).strip(".")[:120] or "_"
 
 
 def unique_file_names(names: Iterable[str]) -> dict[str, str]:
-    """Each with a name for a file or folder of its own: where alike, with numbers."""
-    found: dict[str, str] = {}
-    for one in names:
-        place, number = safe_name(one), 1
-        while place in found.values():
+    """Name -> file name; names with equal safe names get a number at the end."""
+    file_names: dict[str, str] = {}
+    for name in names:
+        file_name, number = safe_name(name), 1
+        while file_name in file_names.values():
             number += 1
-            place = f"{safe_name(one)}-{number}"
-        found[one] = place
-    return found
+            file_name = f"{safe_name(name)}-{number}"
+        file_names[name] = file_name
+    return file_names

@@ -1,4 +1,4 @@
-"""How work in progress is shown: the interface of progress displays and messages."""
+"""Interfaces by which long work reports its progress and messages."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ T = TypeVar("T")
 
 
 class Status(str):
-    """A unit of work that says how the whole stands; `Progress` shows the latest."""
+    """An item of work whose text describes the state; a `Progress` shows the latest one."""
 
     __slots__ = ()
 
 
 class Progress(Protocol):
-    """Wraps an iterable and reports how far its consumption has come."""
+    """Wraps `items` and reports how many of `total` have been consumed."""
 
     def __call__(
         self, items: Iterable[T], description: str, total: int | None = None
@@ -27,8 +27,8 @@ def silent(items: Iterable[T], description: str, total: int | None = None) -> It
     return items
 
 
-Say = Callable[[str], None]  # tells the user one sentence before the work starts
+ShowMessage = Callable[[str], None]  # shows the user one sentence
 
 
-def unsaid(sentence: str) -> None:
-    """The `Say` that tells nothing."""
+def show_nothing(sentence: str) -> None:
+    """The `ShowMessage` that ignores the sentence."""

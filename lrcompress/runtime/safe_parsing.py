@@ -1,4 +1,4 @@
-"""YAML and JSON that others may have written: plain data of bounded size, or one reason why not."""
+"""Reads untrusted YAML and JSON as plain data of limited size."""
 
 from __future__ import annotations
 
@@ -9,91 +9,94 @@ from typing import Any
 
 import yaml
 
-# characters of a YAML text, and values in it, where an alias counts as all that it stands for
-LONGEST, MOST = 200_000, 100_000
-# what PyYAML raises for a text that it cannot read
-UNREADABLE = (
+# limits of a YAML text: characters, and values after its aliases are expanded
+MAX_CHARACTERS, MAX_VALUES = 200_000, 100_000
+# exceptions that PyYAML raises for invalid texts
+YAML_READ_ERRORS = (
     yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError,
     RecursionError,
 )  # fmt: skip
-# an integer of more digits is read as a float, which is infinite in the end
-DIGITS = 300
-# half of a character that takes two: with its other half it is one, alone no file can hold it
-HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+# a JSON integer with more digits becomes a float, which is infinite from 309 digits on
+MAX_INTEGER_DIGITS = 300
+# escape of a surrogate: valid in a pair, but UTF-8 cannot encode a single one
+SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_yaml(text: str) -> Any:
-    """The data in a YAML text, of the kinds that JSON has: no objects of Python are made.
+    """The data in a YAML text, of JSON's types only: never creates Python objects.
 
-    Raises ValueError with the reason where it is no YAML, has other kinds, or aliases that contain
-    themselves or stand for more than MOST values.
+    Raises ValueError with the reason if the text is not YAML, is too long, has values of other
+    types, or has aliases that contain themselves or expand to more than MAX_VALUES values.
     """
-    if len(text) > LONGEST:
-        raise ValueError(f"it has more than {LONGEST:,} characters")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"it has more than {MAX_CHARACTERS:,} characters")
     try:
         node = yaml.compose(text, yaml.SafeLoader)
-        if node is not None and _values(node, {}) > MOST:
-            raise ValueError(f"its aliases stand for more than {MOST:,} values")
-        found = yaml.safe_load(text)
-        _check(found)
-        return found
+        if node is not None and _value_count(node, {}) > MAX_VALUES:
+            raise ValueError(f"its aliases stand for more than {MAX_VALUES:,} values")
+        data = yaml.safe_load(text)
+        _check_plain(data)
+        return data
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except UNREADABLE as error:
+    except YAML_READ_ERRORS as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
-def _values(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values `node` stands for; no more work than the text is long."""
-    if id(node) not in known:
-        known[id(node)] = MOST + 1  # of one that contains itself
-        known[id(node)] = 1 + sum(_values(part, known) for part in _parts(node))
-    return known[id(node)]
+def _value_count(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Number of values in `node` after aliases are expanded.
+
+    `counts` holds the results by id of node, so that each node is counted once.
+    """
+    if id(node) not in counts:
+        counts[id(node)] = MAX_VALUES + 1  # for an alias inside the node itself
+        counts[id(node)] = 1 + sum(_value_count(child, counts) for child in _children(node))
+    return counts[id(node)]
 
 
-def _parts(node: yaml.Node) -> list[yaml.Node]:
+def _children(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
-        return [part for pair in node.value for part in pair]
+        return [child for pair in node.value for child in pair]
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
 def read_json(text: str) -> Any:
-    """The data in a JSON text, whose integers fit a float or are one.
+    """The data in a JSON text; integers of more than MAX_INTEGER_DIGITS digits become floats.
 
-    Raises ValueError with the reason where it is no JSON, nested too deeply, or has text that no
-    file can hold.
+    Raises ValueError with the reason if the text is not JSON, is nested too deeply, or has text
+    that UTF-8 cannot encode.
     """
     try:
-        found = json.loads(text, parse_int=_number)
-        if HALF_PAIR.search(text):
-            _check(found)
+        data = json.loads(text, parse_int=_number)
+        if SURROGATE_ESCAPE.search(text):
+            _check_plain(data)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    return found
+    return data
 
 
-def _check(value: Any) -> None:
-    """Raises ValueError for what JSON has not, and for text that no file can hold."""
+def _check_plain(value: Any) -> None:
+    """Raises ValueError for types that JSON lacks, and for text that UTF-8 cannot encode."""
     if isinstance(value, dict):
-        for part in (*value.keys(), *value.values()):
-            _check(part)
+        for child in (*value.keys(), *value.values()):
+            _check_plain(child)
     elif isinstance(value, list):
-        for part in value:
-            _check(part)
+        for child in value:
+            _check_plain(child)
     elif isinstance(value, str):
-        if any("\ud800" <= one <= "\udfff" for one in value):
+        if any("\ud800" <= char <= "\udfff" for char in value):
             raise ValueError("it has a half of a character")
     elif not isinstance(value, int | float | None):
         raise ValueError(f"it has a {type(value).__name__}: put it into quotes")
 
 
 def _number(digits: str) -> int | float:
-    return int(digits) if len(digits) <= DIGITS else float(digits)
+    return int(digits) if len(digits) <= MAX_INTEGER_DIGITS else float(digits)
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises ValueError with the reason where it holds none."""
-    found = read_json(file.read_text("utf-8"))
-    if not isinstance(found, dict):
+    """The object in a JSON file. Raises ValueError with the reason if the file holds none."""
+    data = read_json(file.read_text("utf-8"))
+    if not isinstance(data, dict):
         raise ValueError("no object")
-    return found
+    return data

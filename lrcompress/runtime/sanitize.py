@@ -1,24 +1,23 @@
-"""Text from outside as it may be shown: nothing in it moves a cursor, hides or breaks a line."""
+"""Makes text from outside safe to show: no control characters, limited length."""
 
 from __future__ import annotations
 
 import unicodedata
 
-# characters of a message, at most
-LONGEST = 2000
+MAX_MESSAGE_LENGTH = 2000  # characters
 
 
 def printable(text: str) -> str:
-    """`text` with escapes for what is no printable character: controls, line ends, half pairs."""
-    return "".join(one if _is_shown(one) else _escaped(one) for one in text)
+    """`text` with every unprintable character escaped: controls, line ends, lone surrogates."""
+    return "".join(char if _is_printable(char) else _escaped(char) for char in text)
 
 
-def shortened(text: str, longest: int = LONGEST) -> str:
-    """`text`, or its beginning where it is longer."""
-    return text if len(text) <= longest else f"{text[:longest]}…"
+def shortened(text: str, max_length: int = MAX_MESSAGE_LENGTH) -> str:
+    """`text`, or its first `max_length` characters and "…" if it is longer."""
+    return text if len(text) <= max_length else f"{text[:max_length]}…"
 
 
-def _is_shown(character: str) -> bool:
+def _is_printable(character: str) -> bool:
     return character.isprintable() or unicodedata.category(character) == "Zs"
 
 

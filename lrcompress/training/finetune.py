@@ -56,7 +56,7 @@ def finetune_to(
     InputError if `out` exists and is not to be replaced, where text, teacher or checkpoint do not
     fit, and where training diverged; the best weights before that are saved.
     """
-    with distributed.group(source.device):
+    with distributed.process_group(source.device):
         shown = progress if distributed.is_main() else silent
         run = Finetuning(source, settings, shown, load_teacher)
         return run.whole(out, resume, replace)

@@ -59,7 +59,7 @@ def placement(source: ModelSettings, shard: bool) -> dict[str, Any]:
     Raises InputError for mixtures of experts that would be split.
     """
     if not shard:
-        return {"device": distributed.own_device(source.device)}
+        return {"device": distributed.local_device(source.device)}
     bare = skeleton(source.source, source.gguf_file, source.trust_remote_code)
     if has_experts(bare):
         raise InputError(

@@ -86,7 +86,7 @@ class TrainingJob(ABC):
         run = work / run_on_main(
             lambda: fingerprints.digest([*self.inputs(), text.mark], self.stage)[:16]
         )
-        distributed.check_shared(run)
+        distributed.make_shared_folder(run)
         try:
             return run_on_all(lambda: self.trained(model, text, run))
         except InputError:
@@ -105,7 +105,7 @@ def _refuse_divergence(done: Trained, out: Path) -> None:
 
 def check_settings(settings: TrainingSettings, device: str, command: str) -> None:
     """Raises InputError for what cannot work on this machine, before anything is loaded."""
-    distributed.share(settings.batch_size, settings.gradient_accumulation)
+    distributed.sequences_per_pass(settings.batch_size, settings.gradient_accumulation)
     if settings.shard:
         fsdp.check_processes(command, device)
     if settings.tensorboard is not None:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lrcompress.config import TrainingSettings
-from lrcompress.runtime.distributed import run_on_main, share
+from lrcompress.runtime.distributed import run_on_main, sequences_per_pass
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress
 from lrcompress.training.callbacks import ProgressCallback, tensorboard
@@ -122,7 +122,9 @@ def _arguments(
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=settings.max_steps,
-        per_device_train_batch_size=share(settings.batch_size, settings.gradient_accumulation),
+        per_device_train_batch_size=sequences_per_pass(
+            settings.batch_size, settings.gradient_accumulation
+        ),
         per_device_eval_batch_size=1,  # Trainer weighs batches alike, whatever they hold
         gradient_accumulation_steps=settings.gradient_accumulation,
         activation_checkpointing=settings.gradient_checkpointing,

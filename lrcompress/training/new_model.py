@@ -165,7 +165,7 @@ def _truncation(settings: PretrainSettings) -> FactorizeSettings:
 
 
 def _device(asked: str) -> str:
-    own = distributed.own_device(asked)
+    own = distributed.local_device(asked)
     if own == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return checked_device(own)

@@ -42,7 +42,7 @@ def pretrain_to(
     config, tokenizer or text do not fit, and where training diverged; the best weights before
     that are saved.
     """
-    with distributed.group(settings.device):
+    with distributed.process_group(settings.device):
         shown = progress if distributed.is_main() else silent
         return Pretraining(settings, shown).whole(out, resume, replace=False)
 

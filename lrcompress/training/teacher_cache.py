@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lrcompress.layers.model_state import evaluation_mode
-from lrcompress.runtime.atomic_io import keeping, replace_tensors
+from lrcompress.runtime.atomic_io import replace_tensors, writing_state
 from lrcompress.runtime.progress import Progress, silent
 
 # sequences in a file: what an interruption loses
@@ -47,7 +47,7 @@ class TeacherCache:
                 blocks = tokens[number * CHUNK : (number + 1) * CHUNK]
                 found = [self._predictions(teacher, block) for block in blocks]
                 stacked = {key: torch.stack([f[key] for f in found]) for key in (IDS, LOG_PROBS)}
-                with keeping(f"the teacher's predictions in {str(self.folder)!r}"):
+                with writing_state(f"the teacher's predictions in {str(self.folder)!r}"):
                     replace_tensors(self._file(number), stacked)
 
     def read(self, sequence: int) -> dict[str, Tensor]:

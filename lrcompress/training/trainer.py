@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lrcompress.runtime.atomic_io import keeping
+from lrcompress.runtime.atomic_io import writing_state
 from lrcompress.training.fsdp import ShardingTrainer
 from lrcompress.training.losses import token_loss
 from lrcompress.training.teacher_cache import TeacherCache
@@ -83,7 +83,7 @@ class TextTrainer(ShardingTrainer):
             self._load_best_model()
 
     def _save_checkpoint(self, *arguments: Any, **keywords: Any) -> None:
-        with keeping(f"a checkpoint in {self.args.output_dir!r}"), _own_names(self.model):
+        with writing_state(f"a checkpoint in {self.args.output_dir!r}"), _own_names(self.model):
             super()._save_checkpoint(*arguments, **keywords)
 
 

@@ -123,5 +123,5 @@ def test_every_process_ends_and_the_main_one_says_why(jobs: Jobs, name: str, wor
     )
     assert main[0] == "InputError"
     assert words in main[1]
-    assert other[0] == "SaidElsewhereError"
+    assert other[0] == "MainProcessFailedError"
     assert not (jobs.folder / name).exists()

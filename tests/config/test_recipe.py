@@ -19,8 +19,8 @@ RECIPES = sorted(Path("recipes").glob("*.yaml"))
 def test_shipped_recipes_are_valid(file: Path) -> None:
     result = invoke("check", file)
     assert result.exit_code == 0, result.output
-    found = yaml.safe_load(result.stdout)
-    assert found["factorize"]["method"] if "factorize" in found else found["scaling"]["sizes"]
+    recipe = yaml.safe_load(result.stdout)
+    assert recipe["factorize"]["method"] if "factorize" in recipe else recipe["scaling"]["sizes"]
 
 
 def test_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from lrcompress.reporting import report
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.report import Report
 from lrcompress.runtime.errors import InputError
-from lrcompress.runtime.safe_parsing import MOST, read_json, read_yaml
+from lrcompress.runtime.safe_parsing import MAX_VALUES, read_json, read_yaml
 from lrcompress.runtime.sanitize import printable
 from lrcompress.workflows.scaling import report as scaling_report
 from lrcompress.workflows.scaling.report import ScalingReport
@@ -246,7 +246,7 @@ def test_paths_stay_in_the_folders_that_they_name(dense: Path, tmp_path: Path) -
     assert "has no GGUF file" in sentence("inspect", dense, "--gguf-file", "../x.gguf")
     for file in ("/etc/hosts", "../../x.gguf"):
         assert "leads out of its package" in sentence("inspect", f"package:torch/{file}")
-    assert "is no path" in sentence("inspect", "~nobody-of-that-name/model")
+    assert "is not a path" in sentence("inspect", "~nobody-of-that-name/model")
     assert "too long" in sentence("inspect", "/" + "a" * 5000)
     assert "no package '__main__'" in sentence("eval", dense, "--perplexity", "package:__main__")
 
@@ -299,9 +299,9 @@ MERGED = "a0: &a0 {k: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 
     [
         ("model: !!python/object/apply:os.mkdir [BROKEN]", "could not determine a constructor"),
         ("model: !!python/name:os.system", "could not determine a constructor"),
-        (BOMB, f"stand for more than {MOST:,} values"),
-        (MERGED, f"stand for more than {MOST:,} values"),
-        ("model: &a {source: *a}", f"stand for more than {MOST:,} values"),
+        (BOMB, f"stand for more than {MAX_VALUES:,} values"),
+        (MERGED, f"stand for more than {MAX_VALUES:,} values"),
+        ("model: &a {source: *a}", f"stand for more than {MAX_VALUES:,} values"),
         (_nested(2000), "nested too deeply"),
         ("model: {source: 2001-01-01}", "it has a date: put it into quotes"),
         ("model: {source: 2001-99-99}", "month must be in 1..12"),

@@ -46,17 +46,17 @@ def model(
 ) -> list[Candidates]:  # fmt: skip
     """Blocks whose weight in the loss grows by `growth` from one to the next."""
     grid = CandidateGrid(form, multiple, rank)
-    found = []
+    ffns = []
     for block in range(blocks):
         specs = (linear(block, "up", bias), linear(block, "down", bias))
         curves = tuple(curve(spec, grid, growth**block) for spec in specs)
-        found.append(Candidates(f"{block}", specs, (WidthOption(None, 0.0, curves),)))
-    return found
+        ffns.append(Candidates(f"{block}", specs, (WidthOption(None, 0.0, curves),)))
+    return ffns
 
 
 def narrowing(blocks: int = 30) -> list[Candidates]:
     """Widths alone, linears dense."""
-    found = []
+    ffns = []
     for block in range(blocks):
         specs = (linear(block, "up"), linear(block, "down"))
         shapes = []
@@ -68,12 +68,12 @@ def narrowing(blocks: int = 30) -> list[Candidates]:
             ]
             lost = 0.0 if width is None else 1.2**block * (1 - width / 1536) ** 2
             shapes.append(WidthOption(width, lost, tuple(dense)))
-        found.append(Candidates(f"{block}", specs, tuple(shapes)))
-    return found
+        ffns.append(Candidates(f"{block}", specs, tuple(shapes)))
+    return ffns
 
 
-def kept(choices: list[Candidates], plan: Plan, form: Form) -> float:
-    linears = [spec for ffn in choices for spec in ffn.linears]
+def kept_share(candidates: list[Candidates], plan: Plan, form: Form) -> float:
+    linears = [spec for ffn in candidates for spec in ffn.linears]
     spent = sum(plan.parameters(spec, form) for spec in linears)
     return spent / sum(spec.dense_parameters for spec in linears)
 
@@ -83,22 +83,22 @@ def kept(choices: list[Candidates], plan: Plan, form: Form) -> float:
 @pytest.mark.parametrize("keep_ratio", [0.9, 0.8, 0.6, 0.32, 0.1])
 @pytest.mark.parametrize("bias", [False, True])
 def test_keep_ratio_is_met(policy: str, form: Form, keep_ratio: float, bias: bool) -> None:
-    choices = model(form=form, bias=bias)
+    candidates = model(form=form, bias=bias)
     plan = pkgutil.resolve_name(ALLOCATORS[policy])().allocate(
-        choices, Budget(keep_ratio=keep_ratio)
+        candidates, Budget(keep_ratio=keep_ratio)
     )
-    assert kept(choices, plan, form) == pytest.approx(keep_ratio, rel=0.005)
+    assert kept_share(candidates, plan, form) == pytest.approx(keep_ratio, rel=0.005)
     assert all(rank % 8 == 0 for rank in plan.ranks.values())
 
 
 @pytest.mark.parametrize("policy", ALLOCATORS)
 @pytest.mark.parametrize("keep_ratio", [0.9, 0.6, 0.4])
 def test_widths_meet_the_budget(policy: str, keep_ratio: float) -> None:
-    choices = narrowing()
+    candidates = narrowing()
     plan = pkgutil.resolve_name(ALLOCATORS[policy])().allocate(
-        choices, Budget(keep_ratio=keep_ratio)
+        candidates, Budget(keep_ratio=keep_ratio)
     )
-    assert kept(choices, plan, "pivoted") == pytest.approx(keep_ratio, rel=0.005)
+    assert kept_share(candidates, plan, "pivoted") == pytest.approx(keep_ratio, rel=0.005)
     assert plan.ranks == {}
     assert plan.widths
 
@@ -117,13 +117,13 @@ def test_same_choices_same_plan_and_more_budget_keeps_more(policy: str) -> None:
     for keep_ratio in (0.2, 0.4, 0.6, 0.8):
         plans = [allocator.allocate(model(), Budget(keep_ratio=keep_ratio)) for _ in range(2)]
         assert plans[0] == plans[1]
-        ratios.append(kept(model(), plans[0], "pivoted"))
+        ratios.append(kept_share(model(), plans[0], "pivoted"))
     assert ratios == sorted(ratios)
 
 
 def test_loss_aware_spends_where_it_matters() -> None:
-    choices = model(4, growth=8.0)
-    plan = LossAware().allocate(choices, Budget(keep_ratio=0.5))
+    candidates = model(4, growth=8.0)
+    plan = LossAware().allocate(candidates, Budget(keep_ratio=0.5))
     ranks = [plan.ranks.get(f"{block}.up", SIZE[0]) for block in range(4)]
     assert ranks == sorted(ranks)
     assert ranks[0] < ranks[-1]
@@ -131,11 +131,11 @@ def test_loss_aware_spends_where_it_matters() -> None:
 
 def test_loss_aware_is_no_worse_than_any_exchange() -> None:
     """No transfer of budget between two linears lowers the loss: the optimum by brute force."""
-    choices = model(2, multiple=64, growth=3.0)
-    curves = [curve for ffn in choices for curve in ffn.shapes[0].curves]
-    budget = 0.5 * sum(ffn.dense_parameters for ffn in choices)
-    decisions = LossAware().decide(choices, budget)
-    found = sum(decision.error for decision in decisions)
+    candidates = model(2, multiple=64, growth=3.0)
+    curves = [curve for ffn in candidates for curve in ffn.shapes[0].curves]
+    budget = 0.5 * sum(ffn.dense_parameters for ffn in candidates)
+    decisions = LossAware().decide(candidates, budget)
+    error = sum(decision.error for decision in decisions)
     spent = sum(decision.parameters for decision in decisions)
     assert spent <= budget
     best = min(
@@ -143,15 +143,15 @@ def test_loss_aware_is_no_worse_than_any_exchange() -> None:
         for index in np.ndindex(*(len(c.ranks) for c in curves))
         if sum(c.parameters[i] for c, i in zip(curves, index, strict=True)) <= spent
     )
-    assert found == pytest.approx(best, rel=1e-9)
+    assert error == pytest.approx(best, rel=1e-9)
 
 
 def test_floor_keeps_a_share_of_every_ffn() -> None:
-    choices = model(4, growth=50.0)
-    bare = LossAware().allocate(choices, Budget(keep_ratio=0.5))
-    held = LossAware(floor=0.3).allocate(choices, Budget(keep_ratio=0.5))
-    assert kept(choices[:1], bare, "pivoted") < 0.2
-    assert kept(choices[:1], held, "pivoted") >= 0.3
+    candidates = model(4, growth=50.0)
+    bare = LossAware().allocate(candidates, Budget(keep_ratio=0.5))
+    held = LossAware(floor=0.3).allocate(candidates, Budget(keep_ratio=0.5))
+    assert kept_share(candidates[:1], bare, "pivoted") < 0.2
+    assert kept_share(candidates[:1], held, "pivoted") >= 0.3
 
 
 def test_loss_aware_refuses_a_rank() -> None:
@@ -172,8 +172,8 @@ def test_one_rank_for_all() -> None:
 
 @pytest.mark.parametrize("rank", [419, 576])
 def test_rank_that_saves_nothing_stays_dense(rank: int) -> None:
-    choices = model(2, "factored", rank=rank)  # break-even: 576 * 1536 / 2112 = 418.9
-    assert Uniform().allocate(choices, Budget(rank=rank)) == Plan()
+    candidates = model(2, "factored", rank=rank)  # break-even: 576 * 1536 / 2112 = 418.9
+    assert Uniform().allocate(candidates, Budget(rank=rank)) == Plan()
 
 
 def test_pivoted_form_has_no_break_even_below_full_rank() -> None:

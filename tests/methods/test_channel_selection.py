@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.methods.auto import Auto
-from lrcompress.methods.channel_selection import folded, order_channels
+from lrcompress.methods.channel_selection import fold_into_down, order_channels
 from lrcompress.methods.linalg import shrunk
 from lrcompress.methods.nystrom import Nystrom
 from lrcompress.methods.types import FFN, LinearSpec, Statistics
@@ -26,7 +26,7 @@ def moments(width: int, out: int, samples: int = 2000) -> tuple[Tensor, Tensor]:
 def measured(C: Tensor, M: Tensor, channels: Tensor) -> float:
     """tr(M D) with D the residual after reconstruction from `channels`, computed directly."""
     fold = torch.zeros_like(C)
-    fold[:, channels] = folded(torch.eye(len(C)), C, channels, 1e-14)
+    fold[:, channels] = fold_into_down(torch.eye(len(C)), C, channels, 1e-14)
     rest = torch.eye(len(C), dtype=C.dtype) - fold
     return float((M * (rest @ C @ rest.T)).sum())
 
@@ -34,15 +34,15 @@ def measured(C: Tensor, M: Tensor, channels: Tensor) -> float:
 @pytest.mark.parametrize("width", [20, 150, 300])
 def test_errors_are_those_of_the_channels(width: int) -> None:
     C, M = moments(width, 16)
-    found = order_channels(C, M)
-    assert sorted(found.channels.tolist()) == list(range(width))
-    assert found.errors.shape == (width + 1,)
-    assert bool((found.errors.diff() <= 0).all())
-    assert float(found.errors[0]) == pytest.approx(float((M * C).sum()))
-    assert found.errors[-1] == 0
-    for kept in (1, width // 3, width - 2):
-        expected = measured(C, M, found.channels[:kept])
-        assert float(found.errors[kept]) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    order = order_channels(C, M)
+    assert sorted(order.channels.tolist()) == list(range(width))
+    assert order.errors.shape == (width + 1,)
+    assert bool((order.errors.diff() <= 0).all())
+    assert float(order.errors[0]) == pytest.approx(float((M * C).sum()))
+    assert order.errors[-1] == 0
+    for count in (1, width // 3, width - 2):
+        expected = measured(C, M, order.channels[:count])
+        assert float(order.errors[count]) == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
 def tiny_ffn(width: int, out: int) -> FFN:
@@ -68,16 +68,16 @@ def test_the_estimated_error_of_an_ffn_is_the_measured_one(
     """Order and reconstruction are of the same shrunk moments."""
     ffn = tiny_ffn(24, 8)
     method = kind(shrinkage=shrinkage, output_shrinkage=output_shrinkage)
-    found, down = method.order(ffn), ffn.statistics["down"]
+    order, down = method.order(ffn), ffn.statistics["down"]
     X, G = down.second_moment, down.gradient_moment
     assert X is not None
     assert G is not None
-    for kept in (5, 12, 20):
-        channels = found.channels[:kept]
+    for count in (5, 12, 20):
+        channels = order.channels[:count]
         rest = ffn.weights["down"].double()
         rest[:, channels] -= method.narrow(ffn, channels).weights["down"]
         error = shrunk(G, output_shrinkage) @ rest @ shrunk(X, shrinkage) @ rest.T
-        assert float(found.errors[kept]) == pytest.approx(float(error.trace()), rel=1e-3)
+        assert float(order.errors[count]) == pytest.approx(float(error.trace()), rel=1e-3)
 
 
 def test_as_good_as_the_plain_greedy_loop() -> None:
@@ -98,23 +98,23 @@ def test_channels_that_copy_others_come_last_and_cost_nothing() -> None:
     C, M = moments(30, 8)
     twice = torch.cat([torch.cat([C, C], 1), torch.cat([C, C], 1)])
     metric = torch.cat([torch.cat([M, M], 1), torch.cat([M, M], 1)])
-    found = order_channels(twice, metric)
-    assert len({int(c) % 30 for c in found.channels[:30]}) == 30
-    assert float(found.errors[30]) <= 1e-6 * float(found.errors[0])
+    order = order_channels(twice, metric)
+    assert len({int(c) % 30 for c in order.channels[:30]}) == 30
+    assert float(order.errors[30]) <= 1e-6 * float(order.errors[0])
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
 def test_degenerate_moments_are_ordered(scale: float) -> None:
     C, M = moments(20, 8)
-    found = order_channels(C * scale, M)
-    assert sorted(found.channels.tolist()) == list(range(20))
-    assert bool(found.errors.isfinite().all())
+    order = order_channels(C * scale, M)
+    assert sorted(order.channels.tolist()) == list(range(20))
+    assert bool(order.errors.isfinite().all())
 
 
 def test_constant_and_silent_channels() -> None:
     C, M = moments(20, 8)
     C[3], C[:, 3] = 0, 0
-    found = order_channels(C, M)
-    assert int(found.channels[-1]) == 3
-    fold = folded(torch.eye(len(C)), C, found.channels[:10], 1e-6)
+    order = order_channels(C, M)
+    assert int(order.channels[-1]) == 3
+    fold = fold_into_down(torch.eye(len(C)), C, order.channels[:10], 1e-6)
     assert bool(fold.isfinite().all())

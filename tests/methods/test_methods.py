@@ -37,14 +37,14 @@ def problem(shape: tuple[int, int], samples: int = 400) -> tuple[Tensor, Statist
 
 
 def factors_of(method: Any, weight: Tensor, statistics: Statistics, rank: int) -> Factors:
-    found: Factors = method.decompose(weight, statistics, rank).factors(weight, rank)
-    return found
+    factors: Factors = method.decompose(weight, statistics, rank).factors(weight, rank)
+    return factors
 
 
 def measured_error(method: Any, statistics: Statistics, difference: Tensor) -> float:
     """‖G^1/2 D X^1/2‖² in the method's metrics, computed directly."""
     X, G = method.metric(statistics), method.output_metric(statistics)
-    right = difference if X is None else X.after(difference)
+    right = difference if X is None else X.multiply_right(difference)
     left = difference if G is None else G.matrix @ difference
     return float((left * right).sum())
 
@@ -101,10 +101,11 @@ def test_same_input_same_factors(method: Any) -> None:
 @each_shape
 def test_one_decomposition_serves_every_rank(method: Any, shape: tuple[int, int]) -> None:
     weight, statistics = problem(shape)
-    one = method.decompose(weight, statistics, 3)
+    decomposition = method.decompose(weight, statistics, 3)
     for rank in range(1, min(shape) + 1):
-        assert one.serves(rank)
-        shared, alone = one.factors(weight, rank), factors_of(method, weight, statistics, rank)
+        assert decomposition.serves(rank)
+        shared = decomposition.factors(weight, rank)
+        alone = factors_of(method, weight, statistics, rank)
         assert torch.equal(shared.A, alone.A)
         assert torch.equal(shared.B, alone.B)
         assert (shared.error, shared.energy) == (alone.error, alone.energy)
@@ -133,9 +134,9 @@ def test_degenerate_moments_give_finite_factors(method: Any, shape: tuple[int, i
     X, G = statistics.second_moment, statistics.gradient_moment
     assert X is not None
     assert G is not None
-    one = torch.zeros_like(X)
-    one[3, 3] = 2.0
-    for moment in (torch.zeros_like(X), one, X * 1e30, X * 1e-30, torch.ones_like(X)):
+    single_entry = torch.zeros_like(X)
+    single_entry[3, 3] = 2.0
+    for moment in (torch.zeros_like(X), single_entry, X * 1e30, X * 1e-30, torch.ones_like(X)):
         scale = float(moment.abs().max())
         case = Statistics(moment, G * scale)
         factors = factors_of(method, weight, case, 4)
@@ -208,15 +209,15 @@ def test_shrinkage_helps_on_text_that_was_not_measured() -> None:
     errors = {}
     for shrinkage in (0.0, 0.3):
         method = FisherSVD(shrinkage=shrinkage, output_shrinkage=shrinkage)
-        found = []
+        sample_errors = []
         for seed in range(5):
             g = torch.Generator().manual_seed(seed)
             x, y = (torch.randn(size + 16, size, generator=g).double() for _ in range(2))
             few = Statistics(x.T @ x / len(x), y.T @ y / len(y))
             factors = factors_of(method, weight, few, 16)
             difference = weight - factors.B @ factors.A
-            found.append(float((difference @ true * difference).sum()))
-        errors[shrinkage] = sum(found)
+            sample_errors.append(float((difference @ true * difference).sum()))
+        errors[shrinkage] = sum(sample_errors)
     assert errors[0.3] < 0.9 * errors[0.0]
 
 
@@ -237,12 +238,14 @@ def singular(size: int) -> torch.Tensor:
 def test_a_root_and_its_inverse_belong_to_the_metric(kind: str) -> None:
     moment = problem((8, 8))[1].second_moment
     assert moment is not None
-    given = {"diagonal": moment.diagonal().double(), "plain": moment, "singular": singular(8)}[kind]
-    matrix = torch.diag(given) if given.ndim == 1 else given.double()
-    metric, eye = WeightedNorm(given), torch.eye(8, dtype=torch.float64)
-    left, right = metric.both(eye)
+    stored = {"diagonal": moment.diagonal().double(), "plain": moment, "singular": singular(8)}[
+        kind
+    ]
+    matrix = torch.diag(stored) if stored.ndim == 1 else stored.double()
+    metric, eye = WeightedNorm(stored), torch.eye(8, dtype=torch.float64)
+    left, right = metric.unscale(eye)
     torch.testing.assert_close(right @ right.T, matrix)
-    torch.testing.assert_close(right.T, metric.scaled(eye))
+    torch.testing.assert_close(right.T, metric.scale(eye))
     torch.testing.assert_close(left.T @ right, eye, rtol=1e-6, atol=1e-6)
 
 
@@ -267,14 +270,16 @@ def test_randomized_range_finder_is_as_good_as_the_exact_one(
 def test_pivoted_form_is_the_same_product(rank: int) -> None:
     weight, statistics = problem((24, 16))
     factors = factors_of(WhitenedSVD(), weight, statistics, rank)
-    found = pivot(factors.A, factors.B)
-    assert found.columns.shape == (24, rank)
-    assert found.coefficients.shape == (rank, 16 - rank)
+    pivoted = pivot(factors.A, factors.B)
+    assert pivoted.columns.shape == (24, rank)
+    assert pivoted.coefficients.shape == (rank, 16 - rank)
     product = torch.empty(24, 16, dtype=torch.float64)
-    product[:, found.order] = torch.cat([found.columns, found.columns @ found.coefficients], dim=1)
+    product[:, pivoted.order] = torch.cat(
+        [pivoted.columns, pivoted.columns @ pivoted.coefficients], dim=1
+    )
     torch.testing.assert_close(product, factors.B @ factors.A, rtol=1e-9, atol=1e-9)
-    assert sorted(found.order.tolist()) == list(range(16))
-    assert float(found.coefficients.abs().max()) < 10
+    assert sorted(pivoted.order.tolist()) == list(range(16))
+    assert float(pivoted.coefficients.abs().max()) < 10
 
 
 def test_pivots_for_the_sizes_of_the_inputs_bear_rounding_better() -> None:
@@ -283,17 +288,17 @@ def test_pivots_for_the_sizes_of_the_inputs_bear_rounding_better() -> None:
     sizes = torch.exp(1.5 * torch.randn(48, generator=generator, dtype=torch.float64))
     A, B = (torch.randn(*shape, generator=generator).double() for shape in ((12, 48), (32, 12)))
     x = sizes * torch.randn(500, 48, generator=generator)
-    error, kept = {}, {}
+    error, pivot_size = {}, {}
     for name, scale in (("plain", None), ("scaled", sizes.clamp_min(sizes.median()))):
-        found = pivot(A, B, scale)
-        whole = torch.cat([found.columns, found.columns @ found.coefficients], dim=1)
-        torch.testing.assert_close(whole[:, found.order.argsort()], B @ A)
-        C, Z = _rounded(found.columns), _rounded(found.coefficients)
-        y = (x[:, found.order[:12]] + x[:, found.order[12:]] @ Z.T) @ C.T
+        pivoted = pivot(A, B, scale)
+        whole = torch.cat([pivoted.columns, pivoted.columns @ pivoted.coefficients], dim=1)
+        torch.testing.assert_close(whole[:, pivoted.order.argsort()], B @ A)
+        C, Z = _rounded(pivoted.columns), _rounded(pivoted.coefficients)
+        y = (x[:, pivoted.order[:12]] + x[:, pivoted.order[12:]] @ Z.T) @ C.T
         error[name] = float((y - x @ A.T @ B.T).norm() / (x @ A.T @ B.T).norm())
-        kept[name] = float(sizes[found.order[:12]].median())
+        pivot_size[name] = float(sizes[pivoted.order[:12]].median())
     assert error["scaled"] < 0.8 * error["plain"]
-    assert kept["scaled"] > kept["plain"]
+    assert pivot_size["scaled"] > pivot_size["plain"]
 
 
 def _rounded(weight: torch.Tensor) -> torch.Tensor:

@@ -273,7 +273,7 @@ def test_every_process_ends_and_the_main_one_says_why(runs: Runs, name: str, wor
     main, other = (runs.seen(name, rank)["error"] for rank in (0, 1))
     assert main[0] == "InputError"
     assert words in main[1]
-    assert other[0] == "SaidElsewhereError"
+    assert other[0] == "MainProcessFailedError"
     assert not (runs.folder / name).exists()
 
 
@@ -306,29 +306,29 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
 
 
 def test_a_step_is_shared(told: Told) -> None:
-    assert distributed.share(8, 2) == 4
+    assert distributed.sequences_per_pass(8, 2) == 4
     with pytest.raises(InputError, match="multiple of 3, such as --batch-size 9"):
-        distributed.share(8, 3)
+        distributed.sequences_per_pass(8, 3)
     told(4, 2)
-    assert distributed.share(8, 2) == 1
+    assert distributed.sequences_per_pass(8, 2) == 1
     with pytest.raises(InputError, match=r"4 processes.*--batch-size 12"):
-        distributed.share(9, 1)
+        distributed.sequences_per_pass(9, 1)
 
 
 def test_a_process_has_its_own_device(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert distributed.own_device("cuda:1") == "cuda:1"
+    assert distributed.local_device("cuda:1") == "cuda:1"
     told(4, 2)
-    assert distributed.own_device("cpu") == "cpu"
+    assert distributed.local_device("cpu") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert distributed.own_device("auto") == "cpu"
+    assert distributed.local_device("auto") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert distributed.own_device("auto") == "cuda:1"
+    assert distributed.local_device("auto") == "cuda:1"
     with pytest.raises(InputError, match="--device auto"):
-        distributed.own_device("cuda:1")
+        distributed.local_device("cuda:1")
     told(4, 4)
     with pytest.raises(InputError, match="4 processes on a machine with 2 GPUs"):
-        distributed.own_device("auto")
+        distributed.local_device("auto")
 
 
 def test_what_cannot_be_shared_is_said(factorized: Path, tmp_path: Path, told: Told) -> None:

@@ -27,8 +27,8 @@ class TokenSums:
 
     def add_up(self, sizes: dict[str, int], dtype: torch.dtype, device: torch.device) -> None:
         """Sums over all processes in place of those of this one; `sizes` are features by key."""
-        distributed.add_up(self.of, lambda key: zeros(sizes[key], dtype, device))
-        distributed.add_up(self.tokens, lambda _: torch.zeros((), dtype=torch.int64))
+        distributed.all_reduce_sums(self.of, lambda key: zeros(sizes[key], dtype, device))
+        distributed.all_reduce_sums(self.tokens, lambda _: torch.zeros((), dtype=torch.int64))
 
     def filled_up(self, key: str, mixture: Sequence[str], size: int, alike: bool) -> Tensor:
         """The sum of `key`, filled up to as many tokens as features by its mixture's mean.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lrcompress.methods.plan import Candidates, RankCurve, WidthOption
 from lrcompress.methods.types import LinearSpec
-from lrcompress.runtime.atomic_io import keeping, replace_tensors, replace_text
+from lrcompress.runtime.atomic_io import replace_tensors, replace_text, writing_state
 
 ARRAYS = ("ranks", "parameters", "errors")  # of a Curve
 FORMAT = {"format": "pt"}  # without it transformers refuses a file
@@ -38,7 +38,7 @@ class Activations:
         return states
 
     def write(self, block: int, sample: int, states: Tensor) -> None:
-        with keeping(f"hidden states in {str(self.folder)!r}"):
+        with writing_state(f"hidden states in {str(self.folder)!r}"):
             replace_tensors(self._file(block, sample), {"states": states.contiguous()})
 
     def drop(self, block: int) -> None:
@@ -69,7 +69,7 @@ class BlockFiles:
 
     def write(self, block: int, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """The record comes last: where it is, the block is finished."""
-        with keeping(f"block {block} in {str(self.folder)!r}"):
+        with writing_state(f"block {block} in {str(self.folder)!r}"):
             replace_tensors(self.weights(block), weights, FORMAT)
             replace_text(self._record(block), json.dumps(record))
 
@@ -88,7 +88,7 @@ class BlockFiles:
             ],
             "channels": {name: order.tolist() for name, order in channels.items()},
         }
-        with keeping(f"the choices of block {block} in {str(self.folder)!r}"):
+        with writing_state(f"the choices of block {block} in {str(self.folder)!r}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_text(self._choices(block), json.dumps(content))
 

@@ -44,7 +44,7 @@ from lrcompress.methods.types import LinearSpec
 from lrcompress.models.offload import OffloadedModel
 from lrcompress.runtime.distributed import is_main, run_on_all, shard_of, world_size
 from lrcompress.runtime.errors import InputError
-from lrcompress.runtime.progress import Progress, Say
+from lrcompress.runtime.progress import Progress, ShowMessage
 
 
 class StreamingCompressor:
@@ -56,7 +56,7 @@ class StreamingCompressor:
         source: OffloadedModel,
         work: Path,
         progress: Progress,
-        say: Say,
+        say: ShowMessage,
     ) -> None:
         self.recipe, self.source, self.work, self.progress = recipe, source, work, progress
         self.settings, self.started = recipe.factorize, time.perf_counter()

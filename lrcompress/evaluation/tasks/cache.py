@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.checkpoint.fingerprints import STAGES, add_tensors
-from lrcompress.runtime.atomic_io import keeping
+from lrcompress.runtime.atomic_io import writing_state
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.paths import safe_name, user_path
 from lrcompress.runtime.safe_parsing import read_object
@@ -80,7 +80,7 @@ class Entry:
     def write(self, result: Mapping[str, Any]) -> None:
         """In one rename. Raises MachineError where the disk is full or cannot be written."""
         partial_file = self.file.with_suffix(f".{os.getpid()}.partial")
-        with keeping(f"the results of tasks in {str(self.file.parent)!r}"):
+        with writing_state(f"the results of tasks in {str(self.file.parent)!r}"):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             try:
                 partial_file.write_text(json.dumps({"key": self.key, "result": result}), "utf-8")
@@ -91,7 +91,7 @@ class Entry:
     def answers(self) -> Path:
         """lm-eval's data base of the answers of an interrupted task; a damaged one is removed."""
         found = self.file.with_suffix(".db")
-        with keeping(f"the answers to tasks in {str(found.parent)!r}"):
+        with writing_state(f"the answers to tasks in {str(found.parent)!r}"):
             found.parent.mkdir(parents=True, exist_ok=True)
         try:
             with closing(sqlite3.connect(found)) as base:

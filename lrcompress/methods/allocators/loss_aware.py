@@ -1,4 +1,4 @@
-"""One budget for the whole model, spent where it saves the most loss."""
+"""One parameter budget for the whole model, spent where it saves the most loss."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ import numpy as np
 from lrcompress.methods.plan import Budget, Candidates, Plan, RankCurve, WidthOption
 from lrcompress.runtime.errors import InputError
 
-# halvings of the multiplier's bracket, in log space
-BISECTIONS = 44
-# shares kept from which on the factors of probes count in full, and down to which not at all
-TRUSTED, DISTRUSTED = 0.8, 0.4
-# loss of leaving all out, as a share of the largest that is estimated: above rounding alone
-PRIOR = 1e-9
+# the multiplier's logarithm is searched this far on both sides of log(loss / parameters)
+LOG_BRACKET = 60.0
+BISECTION_STEPS = 44
+# multipliers, relative to the bisected one, whose decisions compete for the rest of the budget
+MULTIPLIER_GRID = tuple(2.0**power for power in range(9, -27, -1))
+# keep ratio from which on probe factors are trusted fully, and up to which they are not used
+FULL_TRUST_KEEP_RATIO, NO_TRUST_KEEP_RATIO = 0.8, 0.4
+# prior loss of leaving out a whole linear, relative to the largest estimate: above rounding errors
+PRIOR_LOSS_SHARE = 1e-9
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One way to shrink one FFN: its width, its ranks (0: dense), what it costs and loses."""
+    """One way to compress one FFN, with its parameter count and its estimated loss.
+
+    `width` is None where all channels stay, and a rank is 0 where the linear stays dense.
+    """
 
     width: int | None
     ranks: tuple[int, ...]
@@ -30,30 +36,34 @@ class Decision:
 
 
 class FFNOptions:
-    """The decisions open to one FFN; those of shapes without a rank to choose are made once.
+    """Finds the best decision for one FFN at any multiplier.
 
-    `floor` is the least share of its parameters that any linear keeps.
+    No linear keeps less than the share `floor` of its parameters. Shapes without a rank to choose
+    have one decision each, whatever the multiplier; these decisions are made once.
     """
 
-    def __init__(self, ffn: Candidates, floor: float) -> None:
-        self.ffn, self.floor = ffn, floor
-        self.open = [shape for shape in ffn.shapes if _has_ranks(shape)]
-        settled = [shape for shape in ffn.shapes if not _has_ranks(shape)]
-        self.settled = [self._decide(shape, 0.0) for shape in settled]
-        self.errors = np.array([decision.error for decision in self.settled])
-        self.parameters = np.array([decision.parameters for decision in self.settled])
+    def __init__(self, candidates: Candidates, floor: float) -> None:
+        self.candidates, self.floor = candidates, floor
+        self._ranked_shapes = [shape for shape in candidates.shapes if _has_ranks(shape)]
+        fixed_shapes = [shape for shape in candidates.shapes if not _has_ranks(shape)]
+        self._fixed = [self._decide(shape, 0.0) for shape in fixed_shapes]
+        self._fixed_errors = np.array([decision.error for decision in self._fixed])
+        self._fixed_parameters = np.array([decision.parameters for decision in self._fixed])
 
     def best(self, multiplier: float) -> Decision:
-        """That with the least (estimated loss + multiplier x parameters)."""
-        found = [self._decide(shape, multiplier) for shape in self.open]
-        if self.settled:
-            best = int(np.argmin(self.errors + multiplier * self.parameters))
-            found.append(self.settled[best])
-        return min(found, key=lambda decision: decision.error + multiplier * decision.parameters)
+        """The decision with the least (estimated loss + multiplier x parameters)."""
+        decisions = [self._decide(shape, multiplier) for shape in self._ranked_shapes]
+        if self._fixed:
+            costs = self._fixed_errors + multiplier * self._fixed_parameters
+            decisions.append(self._fixed[int(np.argmin(costs))])
+        return min(
+            decisions, key=lambda decision: decision.error + multiplier * decision.parameters
+        )
 
     def _decide(self, shape: WidthOption, multiplier: float) -> Decision:
+        """The best rank of each linear at the width of `shape`."""
         error, parameters, ranks = shape.error, 0, []
-        for linear, curve in zip(self.ffn.linears, shape.curves, strict=True):
+        for linear, curve in zip(self.candidates.linears, shape.curves, strict=True):
             allowed = curve.parameters >= self.floor * linear.dense_parameters
             errors = np.where(allowed, curve.errors, np.inf)
             best = int(np.argmin(errors + multiplier * curve.parameters))
@@ -65,12 +75,12 @@ class FFNOptions:
 
 @dataclass(frozen=True)
 class LossAware:
-    """Every FFN takes the option with the least (estimated loss + multiplier x parameters).
+    """Every FFN takes the decision with the least (estimated loss + multiplier x parameters).
 
-    The multiplier is bisected to the budget: at equal multipliers no parameter could save more
-    loss anywhere else (Everett 1963). What the last step leaves of the budget goes to single
-    FFNs, as long as one of their options fits. `floor` is the least share of its parameters
-    that any linear keeps.
+    The multiplier is bisected until the model meets the budget: at equal multipliers no parameter
+    could save more loss in another FFN (Everett 1963). The rest of the budget goes to single FFNs,
+    as long as one of their larger decisions fits. No linear keeps less than the share `floor` of
+    its parameters.
     """
 
     needs_errors: ClassVar[bool] = True
@@ -80,138 +90,156 @@ class LossAware:
         if not 0 <= self.floor < 1:
             raise InputError(f"floor {self.floor} is not in [0, 1)")
 
-    def allocate(self, choices: Sequence[Candidates], budget: Budget) -> Plan:
+    def allocate(self, candidates: Sequence[Candidates], budget: Budget) -> Plan:
+        """The plan for `budget`. Raises InputError where the budget is a rank."""
         if budget.keep_ratio is None:
             raise InputError("loss_aware needs a budget to share out: give --keep-ratio")
-        total = sum(ffn.dense_parameters for ffn in choices)
-        corrected = _corrected(choices, budget.keep_ratio)
-        decisions = self.decide(_steadied(corrected), budget.keep_ratio * total)
+        total = sum(ffn.dense_parameters for ffn in candidates)
+        corrected = _with_probe_factors(candidates, budget.keep_ratio)
+        decisions = self.decide(_with_prior_loss(corrected), budget.keep_ratio * total)
         ranks = {
             curve.name: rank
-            for ffn, decision in zip(choices, decisions, strict=True)
+            for ffn, decision in zip(candidates, decisions, strict=True)
             for curve, rank in zip(_curves(ffn, decision), decision.ranks, strict=True)
             if rank
         }
         widths = {
             ffn.ffn: decision.width
-            for ffn, decision in zip(choices, decisions, strict=True)
+            for ffn, decision in zip(candidates, decisions, strict=True)
             if decision.width is not None
         }
         return Plan(ranks, widths)
 
-    def decide(self, choices: Sequence[Candidates], parameters: float) -> list[Decision]:
-        """One decision for each FFN, together at most `parameters` where that is possible."""
-        total = sum(ffn.dense_parameters for ffn in choices)
-        unit = float(np.log(_largest_error(choices) / total or 1.0))
-        low, high = unit - 60.0, unit + 60.0  # log of the multiplier, in any unit of loss
-        menus = [FFNOptions(ffn, self.floor) for ffn in choices]
-        tight, loose = _at(menus, np.exp(high)), _at(menus, np.exp(low))
-        if _spent(loose) <= parameters:
-            return loose
-        for _ in range(BISECTIONS):
+    def decide(self, candidates: Sequence[Candidates], parameters: float) -> list[Decision]:
+        """One decision for each FFN; together at most `parameters` where that is possible."""
+        total = sum(ffn.dense_parameters for ffn in candidates)
+        center = float(np.log(_largest_error(candidates) / total or 1.0))
+        low, high = center - LOG_BRACKET, center + LOG_BRACKET  # logarithms of the multiplier
+        options = [FFNOptions(ffn, self.floor) for ffn in candidates]
+        smallest, largest = _best(options, np.exp(high)), _best(options, np.exp(low))
+        if _total_parameters(largest) <= parameters:
+            return largest
+        for _ in range(BISECTION_STEPS):
             middle = (low + high) / 2
-            found = _at(menus, np.exp(middle))
-            if _spent(found) > parameters:
-                low, loose = middle, found
+            decisions = _best(options, np.exp(middle))
+            if _total_parameters(decisions) > parameters:
+                low = middle
             else:
-                high, tight = middle, found
-        return _spend_rest(menus, tight, parameters, np.exp(high))
+                high, smallest = middle, decisions
+        return _spend_rest(options, smallest, parameters, np.exp(high))
 
 
 def _has_ranks(shape: WidthOption) -> bool:
     return any(len(curve.ranks) > 1 for curve in shape.curves)
 
 
-def _at(menus: Sequence[FFNOptions], multiplier: float) -> list[Decision]:
-    return [menu.best(multiplier) for menu in menus]
+def _best(options: Sequence[FFNOptions], multiplier: float) -> list[Decision]:
+    return [ffn_options.best(multiplier) for ffn_options in options]
 
 
 def _spend_rest(
-    menus: Sequence[FFNOptions], tight: list[Decision], budget: float, multiplier: float
+    options: Sequence[FFNOptions], decisions: list[Decision], budget: float, multiplier: float
 ) -> list[Decision]:
-    """`tight` with single FFNs moved to larger options while one fits, best first."""
-    filled = list(tight)
-    # looser multipliers give each FFN its larger options
-    loosened = [
-        [menu.best(multiplier * 2.0**-step / 8) for step in range(-12, 24)] for menu in menus
+    """`decisions` with larger ones for single FFNs as long as one fits into `budget`.
+
+    Each step takes the one that saves the most loss for each parameter that it adds.
+    """
+    decisions = list(decisions)
+    grid = [
+        [ffn_options.best(multiplier * factor) for factor in MULTIPLIER_GRID]
+        for ffn_options in options
     ]
     while True:
-        left = budget - _spent(filled)
+        remaining = budget - _total_parameters(decisions)
         moves = [
-            ((now.error - option.error) / (option.parameters - now.parameters), i, option)
-            for i, (now, options) in enumerate(zip(filled, loosened, strict=True))
-            for option in (*options, *_one_step(menus[i].ffn, now))
-            if 0 < option.parameters - now.parameters <= left and option.error <= now.error
+            ((now.error - larger.error) / (larger.parameters - now.parameters), index, larger)
+            for index, (now, ffn_grid) in enumerate(zip(decisions, grid, strict=True))
+            for larger in (*ffn_grid, *_next_larger(options[index].candidates, now))
+            if 0 < larger.parameters - now.parameters <= remaining and larger.error <= now.error
         ]
         if not moves:
-            return filled
-        _, i, option = max(moves, key=lambda move: move[:2])
-        filled[i] = option
+            return decisions
+        _, index, larger = max(moves, key=lambda move: move[:2])
+        decisions[index] = larger
 
 
-def _one_step(ffn: Candidates, now: Decision) -> Iterator[Decision]:
-    """`now` with one linear at its next larger option, or all channels at the next width."""
+def _next_larger(ffn: Candidates, now: Decision) -> Iterator[Decision]:
+    """`now` with one linear at its next larger rank; and, if all are dense, the next width."""
     shapes = {shape.width: shape for shape in ffn.shapes}
-    shape = shapes[now.width]
-    for i, (curve, rank) in enumerate(zip(shape.curves, now.ranks, strict=True)):
+    for i, (curve, rank) in enumerate(zip(shapes[now.width].curves, now.ranks, strict=True)):
         at = int(np.flatnonzero(curve.ranks == rank)[0])
         if at + 1 < len(curve.ranks):
             yield Decision(
-                now.width,
-                (*now.ranks[:i], int(curve.ranks[at + 1]), *now.ranks[i + 1 :]),
-                now.parameters + int(curve.parameters[at + 1] - curve.parameters[at]),
-                now.error + float(curve.errors[at + 1] - curve.errors[at]),
+                width=now.width,
+                ranks=(*now.ranks[:i], int(curve.ranks[at + 1]), *now.ranks[i + 1 :]),
+                parameters=now.parameters + int(curve.parameters[at + 1] - curve.parameters[at]),
+                error=now.error + float(curve.errors[at + 1] - curve.errors[at]),
             )
-    wider = [w for w in shapes if w is not None and now.width is not None and w > now.width]
+    wider = [
+        width
+        for width in shapes
+        if width is not None and now.width is not None and width > now.width
+    ]
     if wider and not any(now.ranks):
-        after = shapes[min(wider)]
-        counts = sum(int(curve.parameters[-1]) for curve in after.curves)
-        yield Decision(after.width, now.ranks, counts, after.error)
+        shape = shapes[min(wider)]
+        parameters = sum(int(curve.parameters[-1]) for curve in shape.curves)
+        yield Decision(shape.width, now.ranks, parameters, shape.error)
 
 
 def _curves(ffn: Candidates, decision: Decision) -> tuple[RankCurve, ...]:
     return next(shape.curves for shape in ffn.shapes if shape.width == decision.width)
 
 
-def _corrected(choices: Sequence[Candidates], keep_ratio: float) -> list[Candidates]:
-    """Estimates times the factors, which are of changes as small as where most is kept."""
-    trust = min(max((keep_ratio - DISTRUSTED) / (TRUSTED - DISTRUSTED), 0.0), 1.0)
-    return [_scaled(ffn, ffn.factor**trust) for ffn in choices]
+def _with_probe_factors(candidates: Sequence[Candidates], keep_ratio: float) -> list[Candidates]:
+    """`candidates` with errors times `factor`, which is trusted fully at high keep ratios only.
+
+    Probes measure small changes. They say little about the large changes at low keep ratios.
+    """
+    trust = (keep_ratio - NO_TRUST_KEEP_RATIO) / (FULL_TRUST_KEEP_RATIO - NO_TRUST_KEEP_RATIO)
+    trust = min(max(trust, 0.0), 1.0)
+    return [_scaled(ffn, ffn.factor**trust) for ffn in candidates]
 
 
 def _scaled(ffn: Candidates, factor: float) -> Candidates:
-    def shape(one: WidthOption) -> WidthOption:
-        curves = tuple(replace(curve, errors=curve.errors * factor) for curve in one.curves)
-        return WidthOption(one.width, one.error * factor, curves)
+    shapes = tuple(
+        WidthOption(
+            width=shape.width,
+            error=shape.error * factor,
+            curves=tuple(replace(curve, errors=curve.errors * factor) for curve in shape.curves),
+        )
+        for shape in ffn.shapes
+    )
+    return replace(ffn, shapes=shapes)
 
-    return replace(ffn, shapes=tuple(map(shape, ffn.shapes)))
 
+def _with_prior_loss(candidates: Sequence[Candidates]) -> tuple[Candidates, ...]:
+    """`candidates` with a small loss for every parameter left out, below all real estimates.
 
-def _steadied(choices: Sequence[Candidates]) -> tuple[Candidates, ...]:
-    """With a loss for every parameter left out, far below what can be estimated: where the text is
-    too short to tell options apart, the budget is still used, in equal shares."""
-    total = sum(ffn.dense_parameters for ffn in choices)
-    unit = PRIOR * (_largest_error(choices) or 1.0) / total
+    Where the calibration text is too short to tell decisions apart, the budget is then still
+    spent, in equal shares.
+    """
+    total = sum(ffn.dense_parameters for ffn in candidates)
+    unit = PRIOR_LOSS_SHARE * (_largest_error(candidates) or 1.0) / total
     return tuple(
-        replace(ffn, shapes=tuple(_with_prior(ffn, shape, unit) for shape in ffn.shapes))
-        for ffn in choices
+        replace(ffn, shapes=tuple(_shape_with_prior(ffn, shape, unit) for shape in ffn.shapes))
+        for ffn in candidates
     )
 
 
-def _with_prior(ffn: Candidates, shape: WidthOption, unit: float) -> WidthOption:
-    found = []
+def _shape_with_prior(ffn: Candidates, shape: WidthOption, unit: float) -> WidthOption:
+    curves = []
     for linear, curve in zip(ffn.linears, shape.curves, strict=True):
         dense = linear.dense_parameters
         prior = unit * (dense - curve.parameters) ** 2 / dense
-        found.append(replace(curve, errors=curve.errors + prior))
-    return replace(shape, curves=tuple(found))
+        curves.append(replace(curve, errors=curve.errors + prior))
+    return replace(shape, curves=tuple(curves))
 
 
-def _largest_error(choices: Sequence[Candidates]) -> float:
-    shapes = [shape for ffn in choices for shape in ffn.shapes]
+def _largest_error(candidates: Sequence[Candidates]) -> float:
+    shapes = [shape for ffn in candidates for shape in ffn.shapes]
     curves = [float(curve.errors.max()) for shape in shapes for curve in shape.curves]
     return max([*curves, *(shape.error for shape in shapes)])
 
 
-def _spent(decisions: Sequence[Decision]) -> int:
+def _total_parameters(decisions: Sequence[Decision]) -> int:
     return sum(decision.parameters for decision in decisions)

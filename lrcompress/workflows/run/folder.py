@@ -71,7 +71,7 @@ class RunFolder(WorkFolder):
         return not (self.out / RECIPE).is_file() or self.has_other_recipe()
 
     def _are_ours(self, names: set[str]) -> bool:
-        ours = {locks.INSIDE, RECIPE, STAGES, *self.reports}
+        ours = {locks.LOCK_FILE, RECIPE, STAGES, *self.reports}
         ours |= partial_names(ours)
         for stage, folder in MODEL_FOLDERS.items():
             if self._stage_file(stage).is_file():  # otherwise a user put the folder there

@@ -25,13 +25,9 @@ from lrcompress.reporting.report import Report
 from lrcompress.reporting.tables import labels
 from lrcompress.runtime import locks
 from lrcompress.runtime.paths import unique_file_names
-from lrcompress.runtime.progress import Progress, Say, silent, unsaid
+from lrcompress.runtime.progress import Progress, ShowMessage, show_nothing, silent
 from lrcompress.training.finetune import check_settings, finetune_to
 from lrcompress.workflows.run.folder import RunFolder
-
-# settings that leave the metrics as they are
-DETAILS = ("compared_windows", "prompts", "continuation_tokens")
-NO_INPUT = (*DETAILS, "task_cache")
 
 
 def run(
@@ -56,7 +52,9 @@ def run(
 class Run:
     """One recipe over one folder."""
 
-    def __init__(self, recipe: Recipe, out: Path, progress: Progress, say: Say = unsaid) -> None:
+    def __init__(
+        self, recipe: Recipe, out: Path, progress: Progress, say: ShowMessage = show_nothing
+    ) -> None:
         self.recipe, self.progress, self.say = recipe, progress, say
         self.folder = RunFolder(recipe, out)
         self._loaded: dict[ModelSettings, Loaded] = {}
@@ -159,7 +157,7 @@ class Run:
             model: list[Any] = [self._model_inputs(stage), self.folder.model_state(stage)]
         else:
             model = fingerprints.model_inputs(source)
-        return [settings.model_dump(mode="json", exclude={*NO_INPUT}), texts, model]
+        return [settings.cache_key(), texts, model]
 
     def _metrics(self, tasks: Tasks | None) -> list[Metric]:
         """The quality of every model, then their speeds; kept ones where inputs are equal."""
@@ -178,7 +176,7 @@ class Run:
         """Kept ones where inputs are equal; empty where the recipe asks for none."""
         if not (self.recipe.evaluate.compared_windows or self.recipe.evaluate.prompts):
             return Differences()
-        settings = self.recipe.evaluate.model_dump(mode="json", include={*DETAILS})
+        settings = self.recipe.evaluate.details_cache_key()
         inputs = [settings, *map(self._metric_inputs, self._compared)]
         return self.folder.cached("details", inputs, Differences, self._compare)
 

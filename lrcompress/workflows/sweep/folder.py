@@ -40,12 +40,12 @@ class SweepFolder(WorkFolder):
     results = POINTS
 
     def _are_ours(self, names: set[str]) -> bool:
-        ours = {RECIPE, POINTS, figures.FOLDER, locks.INSIDE, *self.reports}
+        ours = {RECIPE, POINTS, figures.FOLDER, locks.LOCK_FILE, *self.reports}
         ours |= partial_names(ours)
         half_written = f".{figures.FOLDER}."
         if any(name not in ours and not name.startswith(half_written) for name in names):
             return False
-        return POINTS in names or names <= {locks.INSIDE}
+        return POINTS in names or names <= {locks.LOCK_FILE}
 
     def dense_point(
         self, name: str, inputs: list[Any], make: Callable[[], SweepPoint]

@@ -40,9 +40,6 @@ from lrcompress.workflows.sweep.point import DENSE, SweepPoint, label
 from lrcompress.workflows.sweep.report import SweepReport
 from lrcompress.workflows.sweep.variants import Variant, variants
 
-# settings that leave a point's metrics as they are, or that a sweep does not use
-NO_INPUT = ("baseline", "compared_windows", "prompts", "continuation_tokens", "task_cache")
-
 
 def sweep(recipe: Recipe, out: Path, progress: Progress = silent) -> list[SweepPoint]:
     """Measures every point of `recipe.sweep`, writes the report to `out`, and returns the points.
@@ -144,7 +141,7 @@ class SweepRunner:
         recipe, evaluate = self.recipe, self.recipe.evaluate
         texts = [fingerprints.data_state(spec) for spec in (*evaluate.perplexity, *evaluate.tasks)]
         texts.append(fingerprints.folder_state(evaluate.data_dir))
-        measuring = evaluate.model_dump(mode="json", exclude={*NO_INPUT})
+        measuring = evaluate.cache_key(include_baseline=False)
         return [
             recipe.model.model_dump(),
             fingerprints.model_state(recipe.model),

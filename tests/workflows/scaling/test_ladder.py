@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from lrcompress.config.recipe import ScalingRecipe, read_any, read_scaling
+from lrcompress.config.recipe import ScalingRecipe, read_any_recipe, read_scaling_recipe
 from lrcompress.runtime.errors import InputError
 from lrcompress.workflows.scaling.ladder import ladder_models
 from tests.tiny import byte_tokenizer
 
 
 def test_models_of_one_ladder_have_equal_tokens_per_parameter(ladder: Path) -> None:
-    recipe = read_scaling(ladder)
+    recipe = read_scaling_recipe(ladder)
     models = {model.name: model for model in ladder_models(recipe, byte_tokenizer())}
     assert len(models) == 4 * 3
     for name, model in models.items():
@@ -31,7 +31,7 @@ def test_models_of_one_ladder_have_equal_tokens_per_parameter(ladder: Path) -> N
 
 
 def test_a_warm_start_costs_what_both_parts_cost(ladder: Path) -> None:
-    recipe = read_scaling(ladder)
+    recipe = read_scaling_recipe(ladder)
     warm = {"low": {"keep_ratio": 0.5}, "warm": {"keep_ratio": 0.5, "dense_share": 0.5}}
     update = {"variants": warm, "equal_flops": {}, "counted": "dense"}
     scaling = recipe.scaling.model_copy(update=update)
@@ -54,7 +54,7 @@ def test_a_warm_start_costs_what_both_parts_cost(ladder: Path) -> None:
 
 @pytest.mark.parametrize("file", ["recipes/scaling.yaml", "recipes/scaling-tiny.yaml"])
 def test_shipped_recipes_have_three_sizes_or_more(file: str) -> None:
-    recipe = read_any(Path(file))
+    recipe = read_any_recipe(Path(file))
     assert isinstance(recipe, ScalingRecipe)
     models = ladder_models(recipe, byte_tokenizer())
     assert len({model.size for model in models}) >= 3
@@ -62,10 +62,10 @@ def test_shipped_recipes_have_three_sizes_or_more(file: str) -> None:
 
 
 def test_a_limit_of_flops_below_the_shortest_training_is_refused(ladder: Path) -> None:
-    recipe = read_scaling(
+    recipe = read_scaling_recipe(
         ladder, ["scaling.equal_flops={low: guided}", "scaling.tokens_per_parameter=0.001"]
     )
     assert ladder_models(recipe, byte_tokenizer())  # low trains fewer FLOPs than guided in 2 steps
-    recipe = read_scaling(ladder, ["scaling.tokens_per_parameter=0.001"])
+    recipe = read_scaling_recipe(ladder, ["scaling.tokens_per_parameter=0.001"])
     with pytest.raises(InputError, match=r"guided at .* needs more FLOPs than low even in 2 steps"):
         ladder_models(recipe, byte_tokenizer())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lrcompress.config.recipe import read_scaling
+from lrcompress.config.recipe import read_scaling_recipe
 from lrcompress.models.loading import load_tokenizer
 from lrcompress.training.trainer import TextTrainer
 from lrcompress.workflows.scaling import study as scaling_study
@@ -54,7 +54,7 @@ def test_nothing_is_trained_twice(
 ) -> None:
     before = {name: (study / name).read_bytes() for name in FORMATS}
     monkeypatch.setattr(TextTrainer, "training_step", None)  # would fail if it were called
-    assert len(scaling_study.scaling(read_scaling(ladder), study)) == 12
+    assert len(scaling_study.scaling(read_scaling_recipe(ladder), study)) == 12
     assert {name: (study / name).read_bytes() for name in FORMATS} == before
 
 
@@ -62,7 +62,7 @@ def test_an_interrupted_study_goes_on_and_shards_add_up(
     ladder: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     less = ("variants={low: {keep_ratio: 0.5}}", "equal_flops={}", "speed_repeats=0")
-    out, recipe = tmp_path / "out", read_scaling(ladder, [f"scaling.{key}" for key in less])
+    out, recipe = tmp_path / "out", read_scaling_recipe(ladder, [f"scaling.{key}" for key in less])
     with monkeypatch.context() as patch:
         interrupt(patch, TextTrainer, "training_step", 8)
         with pytest.raises(KeyboardInterrupt):
@@ -88,7 +88,7 @@ def test_wrong_settings_are_named(ladder: Path, study: Path, tmp_path: Path, tex
         (("--set", "pretrain.shard=true"), "out", "scaling --shard I/N"),
         (("--set", "scaling.variants.low.seed=3"), "out", "scaling.variants.low.seed"),
         (("--set", "scaling.variants.low.keep_ratio=2"), "out", "scaling.variants.low.keep_ratio"),
-        (("--set", "scaling.equal_flops={guided: none}"), "out", "none of the variants"),
+        (("--set", "scaling.equal_flops={guided: none}"), "out", "not one of the variants"),
         (
             ("--set", "scaling.sizes={nowhere: {}, b: {}, c: {}}"),
             "out",

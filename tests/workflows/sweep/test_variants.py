@@ -37,7 +37,7 @@ def test_wrong_settings_are_named(source: Path) -> None:
     with pytest.raises(InputError, match=r"x\.include: it holds for all variants"):
         list(variants(sweep_recipe(source, variants={"x": {"include": ["a"]}})))
     for name in ("dense", "a/b"):
-        with pytest.raises(InputError, match="is no name"):
+        with pytest.raises(InputError, match="is not a valid name"):
             sweep_recipe(source, variants={name: {"method": "svd"}})
     with pytest.raises(InputError, match="unknown, choose from svd"):
         sweep_recipe(source, methods=["none"])
