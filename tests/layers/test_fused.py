@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import lrcompress
 from lrcompress.checkpoint.export.dense import to_stock
 from lrcompress.layers.ffn_layouts import find_ffns
-from lrcompress.layers.fused import FUSED, Shared
+from lrcompress.layers.fused import FUSED, SharedInput
 from lrcompress.layers.lowrank import compressed_layers
 from lrcompress.layers.optimize import optimize
 from tests.tiny import FAMILIES, byte_tokenizer, logits, tiny_model, tokens
@@ -136,7 +136,7 @@ def test_gate_and_up_read_their_input_once() -> None:
     with torch.no_grad():
         joined = mlp(x)
     gate, up = seen
-    assert isinstance(gate, Shared)
+    assert isinstance(gate, SharedInput)
     assert gate is up
     first, second = gate.inner
     assert _memory(first) == _memory(second)  # parts of one product
@@ -210,10 +210,11 @@ def test_copied_and_merged_while_optimized(form: str) -> None:
     torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("length", [5, 12])  # few tokens are rows in memory, many columns
 @pytest.mark.parametrize("form", ["factored", "pivoted"])
-def test_compiles_as_one_graph(form: str) -> None:
+def test_compiles_as_one_graph(form: str, length: int) -> None:
     model = low_rank("llama", form)
-    mlp, x = model.model.layers[0].mlp, torch.randn(2, 5, 32)
+    mlp, x = model.model.layers[0].mlp, torch.randn(2, length, 32)
     with torch.no_grad():
         expected = mlp(x)
         optimize(model)
