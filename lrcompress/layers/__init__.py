@@ -1,1 +1,1 @@
-"""Low-rank layers, and how to find, replace, run and optimize the FFN layers of a model in memory."""
+"""Low-rank layers, and finding, replacing, running and optimizing FFN layers in memory."""

@@ -29,7 +29,7 @@ EXPERT_LIST = "ffns"
 
 
 class Expert(nn.Module):
-    """One gated FFN, down(gating(gate_up(x))); gate and up are one matrix, x is (tokens, hidden)."""
+    """One gated FFN, down(gating(gate_up(x))), x (tokens, hidden); gate and up are one matrix."""
 
     def __init__(self, gate_up: nn.Parameter, down: nn.Parameter, gating: Any) -> None:
         super().__init__()

@@ -155,7 +155,7 @@ def test_it_cannot_be_had(
     if not torch.cuda.is_available():
         four = invoke("quantize", low_rank, "--out", tmp_path / "out", "--weights", "int4")
         assert four.exit_code == 1, four.output
-        assert "int4 weights are not to be had on this machine" in four.output
+        assert "int4 weights are not available on this machine" in four.output
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for source, more in ((low_rank, ()), (quantized, ())):
