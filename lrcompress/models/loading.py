@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from lrcompress.config import ModelSettings
 from lrcompress.models.preflight import check_folder, meta_model
 from lrcompress.runtime.errors import InputError, MachineError, machine_fault_reason
+from lrcompress.runtime.packages import package_folder
 from lrcompress.runtime.paths import is_inside, user_path
 
 Loaded = tuple[Any, Any]  # a model and its tokenizer
@@ -62,13 +62,10 @@ def _package_file(source: str) -> Path:
     name, _, file = source.removeprefix(PACKAGE_PREFIX).partition("/")
     if not is_inside(file):
         raise InputError(f"model {source!r} leads out of its package: name a file inside")
-    try:
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    except ValueError:  # a module without a spec, such as __main__
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
+    folder = package_folder(name)
+    if folder is None:
         raise InputError(f"model {source!r}: no Python package {name!r} is installed here")
-    return Path(spec.submodule_search_locations[0]) / file
+    return folder / file
 
 
 def _local_folder(path: Path, source: str, gguf_file: str | None) -> Location:

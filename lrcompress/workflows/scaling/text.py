@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrcompress.config.recipe import ScalingRecipe
 from lrcompress.data.corpora import Use, read_corpus
-from lrcompress.data.ngram_overlap import TOLERATED, ngram_hashes
+from lrcompress.data.ngram_overlap import TOLERATED_OVERLAP, ngram_hashes
 from lrcompress.data.packing import interleave, token_blocks
 from lrcompress.runtime.errors import InputError
 
@@ -40,7 +40,7 @@ def scaling_text(recipe: ScalingRecipe, tokenizer: Any, sequences: int, length: 
     for spec, part in zip(tests, parts, strict=True):
         found = ngram_hashes([part])
         seen = float(np.isin(found, known, assume_unique=True).mean()) if len(found) else 0.0
-        if seen > TOLERATED:
+        if seen > TOLERATED_OVERLAP:
             raise InputError(
                 f"{seen:.1%} of the test text {spec!r} is in the text that is trained on: name "
                 "another text as scaling.test"
@@ -51,7 +51,7 @@ def scaling_text(recipe: ScalingRecipe, tokenizer: Any, sequences: int, length: 
 def _blocks(specs: Sequence[str], use: Use, tokenizer: Any, sequences: int, length: int) -> Tensor:
     share = -(-sequences // len(specs))
     parts = [
-        token_blocks(read_corpus(spec, use), tokenizer, share, length, ORDER, fewer=True)
+        token_blocks(read_corpus(spec, use), tokenizer, share, length, ORDER, allow_fewer=True)
         for spec in specs
     ]
     return interleave(parts)[:sequences]
