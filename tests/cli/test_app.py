@@ -212,7 +212,7 @@ def _wrong(tmp_path: Path, dense: Path) -> dict[str, tuple[list[object], str]]:
     return {
         "missing folder": (factorize(*keep, model="./nowhere"), "'./nowhere' does not exist"),
         "missing gguf": (factorize(*keep, model="no.gguf"), "'no.gguf' does not exist"),
-        "hub offline": (factorize(*keep, model="some/model"), "hub did not give it"),
+        "hub offline": (factorize(*keep, model="some/model"), "cannot be loaded from the hub"),
         "no config": (factorize(*keep, model=tmp_path / "hollow"), "has no config.json"),
         "not causal": (factorize(*keep, model=t5), "cannot be loaded"),
         "unknown type": (factorize(*keep, model=alien), "alien"),

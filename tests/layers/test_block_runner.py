@@ -1,4 +1,4 @@
-"""Drawn scores have the Fisher matrix of the predictions as second moment."""
+"""Sampled score gradients have the Fisher matrix of the predictions as second moment."""
 
 from __future__ import annotations
 
