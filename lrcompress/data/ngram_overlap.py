@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lrcompress.runtime.errors import InputError
@@ -65,7 +66,7 @@ def ngram_hashes(rows: Iterable[Tensor]) -> np.ndarray:
     The first token of each row is left out, because it may be BOS.
     """
     flat = (row.reshape(-1, row.shape[-1]) for row in rows)
-    chunks = (chunk for row in flat for chunk in row.split(ROWS_PER_CHUNK) if len(chunk))
+    chunks = (chunk for row in flat for chunk in torch.split(row, ROWS_PER_CHUNK) if len(chunk))
     hashes = [_hashes(chunk.numpy()[:, 1:]).ravel() for chunk in chunks]
     return _distinct(np.concatenate(hashes)) if hashes else np.empty(0, np.uint64)
 
