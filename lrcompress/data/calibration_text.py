@@ -29,7 +29,7 @@ def calibration_tokens(
     """
     if tokenizer is None:
         raise InputError(
-            "calibration needs a tokenizer and the model has none: add the tokenizer's files to "
+            "calibration reads text, but the model has no tokenizer: add the tokenizer's files to "
             "its folder (in Python: pass tokenizer=), or use --method svd, which reads no text"
         )
     length = sequence_length(model, settings.seq_len)

@@ -37,7 +37,7 @@ def training_text(
     texts are too short. `command` is named in the error.
     """
     if tokenizer is None:
-        raise InputError(f"{command} needs a tokenizer and the model has none: add its files")
+        raise InputError(f"{command} reads text, but the model has no tokenizer: add its files")
     length = sequence_length(model, settings.train_length)
     if settings.train_length is None:
         length = min(length, DEFAULT_TRAIN_LENGTH)
