@@ -1,7 +1,9 @@
-"""Tiny random models of every family, and a byte tokenizer: seconds for the whole suite."""
+"""Tiny random models of every family, a byte tokenizer, and helpers that use both."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +110,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "granitemoe": MIXTURE,
 }
 
-# each with its own router, shared experts or names in files; what is longest to try is here
+# more families, each with its own router, shared experts or parameter names; for slow tests
 SPARSE = MIXTURE | {"n_routed_experts": EXPERTS, "n_group": 1, "topk_group": 1}
 LATENT = {
     "q_lora_rank": 16,
@@ -180,13 +182,15 @@ def byte_tokenizer(bos: bool = False) -> Any:
 
 
 def tokens(count: int = 2, length: int = 24, seed: int = 1) -> torch.Tensor:
+    """Random token ids (count, length)."""
     return torch.randint(1, 257, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
 def logits(model: Any) -> torch.Tensor:
+    """The logits (samples, length, vocabulary) of `model` for `tokens()`."""
     with torch.no_grad():
-        found: torch.Tensor = model(input_ids=tokens()).logits
-    return found
+        output: torch.Tensor = model(input_ids=tokens()).logits
+    return output
 
 
 def saved_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
@@ -194,3 +198,48 @@ def saved_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
     tiny_model(family, **changes).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+QUICK_FINETUNE: dict[str, Any] = {
+    "data": ["pydoc"], "max_steps": 12, "train_length": 64, "held_out": 4, "eval_every": 4,
+    "learning_rate": 3e-3,
+}  # fmt: skip
+
+
+def finetuned(source: Path, out: Path, **settings: Any) -> dict[str, Any]:
+    """The record of a short finetuning of `source`, with `settings` over QUICK_FINETUNE."""
+    from lrcompress.config import FinetuneSettings, ModelSettings
+    from lrcompress.training.finetune import finetune_to
+
+    checked = FinetuneSettings(**(QUICK_FINETUNE | settings))
+    return finetune_to(ModelSettings(source=str(source)), checked, out)
+
+
+def assert_loads_without_lrcompress(
+    source: Path, folder: Path, arguments: str, tolerance: float
+) -> None:
+    """A process that cannot import lrcompress gets the logits of `source` from `folder`.
+
+    `arguments` is the source text of more arguments of from_pretrained.
+    """
+    import lrcompress
+
+    expected = folder.parent / "expected.pt"
+    torch.save(logits(lrcompress.load(source)[0]), expected)
+    script = f"""
+import sys
+sys.modules["lrcompress"] = None
+import torch
+torch.set_num_threads(1)
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, {arguments})
+tokens = torch.randint(1, 257, (2, 24), generator=torch.Generator().manual_seed(1))
+with torch.no_grad():
+    difference = (model(input_ids=tokens).logits - torch.load({str(expected)!r})).abs().max()
+assert difference <= {tolerance}, difference
+"""
+    environment = {"HF_MODULES_CACHE": str(folder.parent / "modules"), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment
+    )
+    assert process.returncode == 0, process.stderr

@@ -154,7 +154,7 @@ class AnchoredWalk:
         name = linears[0].name
         fit = RidgeFit(f"the input of {name}")
         for hidden, target in zip(self.streams.compressed, dense, strict=True):
-            fit.add(self.streams.read_by(name, index, hidden), target.inputs[name])
+            fit.add(self.streams.input_of(name, index, hidden), target.inputs[name])
         weights, statistics = dict(ffn.weights), dict(ffn.statistics)
         moment = fit.second_moment()
         eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)

@@ -25,13 +25,13 @@ from lrcompress.compression.replace_layers import LinearResult, apply_plan
 from lrcompress.compression.result import Counts, Factorization, counts, probed, warnings_of
 from lrcompress.config import CalibrationSettings, FactorizeSettings, RefineSettings
 from lrcompress.config.recipe import sections, sections_from_flat
-from lrcompress.layers.experts import LIST
+from lrcompress.layers.experts import EXPERT_LIST
 from lrcompress.layers.ffn_layouts import find_ffns, select
 from lrcompress.layers.lowrank import compressed_layers, install, is_linear
 from lrcompress.layers.model_info import parameter_count
 from lrcompress.layers.model_state import in_float32
 from lrcompress.layers.moe import unpacked
-from lrcompress.layers.nonfinite import unsound
+from lrcompress.layers.nonfinite import nonfinite_weights
 from lrcompress.methods.plan import Plan
 from lrcompress.methods.types import LinearSpec
 from lrcompress.models.hf_quantizer import record_layout
@@ -113,7 +113,7 @@ class Compressor:
         with unpacked(self.model):
             linears = select(self.model, settings.include, settings.exclude, settings.dense_first)
             check_weights(self.model, linears)
-        if (weight := next(unsound(self.model), None)) is not None:
+        if (weight := next(nonfinite_weights(self.model), None)) is not None:
             raise InputError(f"{weight} is not finite: get an intact copy")
         if settings.sequential == "anchored":
             _refuse_experts(linears)
@@ -216,7 +216,7 @@ def _refuse_experts(linears: Iterable[LinearSpec]) -> None:
         raise InputError(
             "--sequential anchored cannot fit mixtures of experts, which read other tokens once "
             "the blocks before them are compressed: use --sequential independent, or leave them "
-            f"out with --exclude '*.{LIST}.*'"
+            f"out with --exclude '*.{EXPERT_LIST}.*'"
         )
 
 

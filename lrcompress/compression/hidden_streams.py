@@ -28,7 +28,7 @@ class HiddenStreams(BlockRunner):
         It is as large as what it is added to, so that rounding in low precision does not hide it.
         """
         module = self.model.get_submodule(name)
-        plain = self.run(block, self.compressed[0], gives=(name,))
+        plain = self.run(block, self.compressed[0], outputs_of=(name,))
         shift = torch.maximum(plain.outputs[name].abs().mean(), plain.output.abs().mean())
         hook = module.register_forward_hook(lambda _, __, output: output + shift)
         try:

@@ -1,0 +1,1 @@
+"""From the name of a text to token blocks, windows and fingerprints."""

@@ -1,4 +1,4 @@
-"""The text that calibration reads, as blocks of tokens."""
+"""Builds the token blocks that calibration reads."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lrcompress.layers.model_info import sequence_length
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, silent
 
-# samples where the user names no number: writing them costs more than reading them
-READ_SAMPLES, WRITTEN_SAMPLES = 50, 20
+# numbers of samples where the user gives none; text written by the model costs more time
+DEFAULT_SAMPLES, DEFAULT_GENERATED_SAMPLES = 50, 20
 
 
 def calibration_tokens(
@@ -23,53 +23,58 @@ def calibration_tokens(
 ) -> tuple[Tensor, Fingerprint]:
     """Calibration tokens for `model`, shape (num_samples, seq_len), and their fingerprint.
 
-    Several texts give equal shares, one sample after the other in turn. Where the settings name
-    no number of samples, a text that holds fewer than the default gives all that it has.
+    Several texts give equal numbers of samples, which alternate. Where the settings have no number
+    of samples, a text that is too short for its share of the default gives what it has. Raises
+    InputError without a tokenizer, and where a text is too short.
     """
     if tokenizer is None:
         raise InputError(
-            "calibration reads text and the model has no tokenizer: add the tokenizer's files to "
-            "its folder (in Python: pass tokenizer=), or use --method svd, which reads none"
+            "calibration reads text, but the model has no tokenizer: add the tokenizer's files to "
+            "its folder (in Python: pass tokenizer=), or use --method svd, which reads no text"
         )
     length = sequence_length(model, settings.seq_len)
-    parts = [
-        _blocks(spec, model, tokenizer, share, length, settings, progress)
-        for spec, share in _shares(settings)
-    ]
-    blocks = interleave(parts)
+    blocks = interleave(
+        [
+            sampled_blocks(model, bos_token(tokenizer), count, length, settings.seed, progress)
+            if spec == SELF
+            else _text_blocks(spec, tokenizer, settings, count, length)
+            for spec, count in _sample_counts(settings)
+        ]
+    )
     return blocks, fingerprint(settings.data, blocks, settings.seed)
 
 
 def read_blocks(model: Any, tokenizer: Any, settings: CalibrationSettings) -> list[Tensor]:
-    """The blocks (samples, seq_len) that calibration will read; what the model would write is
-    left out, so that a skeleton will do as `model`."""
+    """The blocks (samples, seq_len) that calibration will read, one tensor for each text.
+
+    Text that the model itself would write is left out, so `model` needs no weights.
+    """
     length = sequence_length(model, settings.seq_len)
     return [
-        _blocks(spec, model, tokenizer, share, length, settings, silent)
-        for spec, share in _shares(settings)
+        _text_blocks(spec, tokenizer, settings, count, length)
+        for spec, count in _sample_counts(settings)
         if spec != SELF
     ]
 
 
-def _shares(settings: CalibrationSettings) -> list[tuple[str, int]]:
+def _sample_counts(settings: CalibrationSettings) -> list[tuple[str, int]]:
     """SPEC and number of samples of each text."""
-    count, texts = settings.num_samples, settings.data
-    count = count or (WRITTEN_SAMPLES if set(texts) == {SELF} else READ_SAMPLES)
-    if count < len(texts):
-        raise InputError(f"{len(texts)} texts cannot share {count} samples: raise --num-samples")
-    return [(spec, len(range(index, count, len(texts)))) for index, spec in enumerate(texts)]
+    total, texts = settings.num_samples, settings.data
+    total = total or (DEFAULT_GENERATED_SAMPLES if set(texts) == {SELF} else DEFAULT_SAMPLES)
+    if total < len(texts):
+        raise InputError(f"{len(texts)} texts cannot share {total} samples: raise --num-samples")
+    return [(spec, len(range(index, total, len(texts)))) for index, spec in enumerate(texts)]
 
 
-def _blocks(
-    spec: str,
-    model: Any,
-    tokenizer: Any,
-    count: int,
-    length: int,
-    settings: CalibrationSettings,
-    progress: Progress,
+def _text_blocks(
+    spec: str, tokenizer: Any, settings: CalibrationSettings, count: int, length: int
 ) -> Tensor:
-    if spec == SELF:
-        return sampled_blocks(model, bos_token(tokenizer), count, length, settings.seed, progress)
-    corpus, fewer = read_corpus(spec, "calibration"), settings.num_samples is None
-    return token_blocks(corpus, tokenizer, count, length, settings.seed, fewer)
+    """`count` blocks of one text, (samples, length); or fewer where the user gave no number."""
+    return token_blocks(
+        read_corpus(spec, "calibration"),
+        tokenizer,
+        count,
+        length,
+        settings.seed,
+        allow_fewer=settings.num_samples is None,
+    )

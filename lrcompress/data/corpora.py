@@ -1,9 +1,8 @@
-"""Texts by SPEC: files, hub data sets, and the text that every Python ships."""
+"""Reads texts by SPEC: files, hub data sets, Python's own texts, sources of packages."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,23 +10,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.packages import package_folder
 from lrcompress.runtime.safe_parsing import read_json
 
 Use = Literal["calibration", "test"]
 
+# SPEC of the help topics that every Python installation has
 EMBEDDED = "pydoc"
-# sources of installed packages
+# SPEC prefix of the sources of an installed package, and the name of the standard library there
 PACKAGE = "package"
 STANDARD_LIBRARY = "python"
-# text that the model writes: for calibration alone
+# SPEC of text that the model itself writes, for calibration only
 SELF = "self"
-# where the parts of the embedded text end, as shares of its characters
+# part -> where it ends, as a share of the characters of the embedded text
 EMBEDDED_PARTS = {"calibration": 0.65, "validation": 0.75, "test": 1.0}
-# the same of the files of a package
+# part -> where it ends, as a share of the files of a package
 SOURCE_PARTS = {"calibration": 0.9, "validation": 0.95, "test": 1.0}
-# characters of a paragraph that no two parts of the embedded text may share
-REPEATED = 80
-# name -> hub path, config, test split
+# paragraphs with at least this many characters may not be in two parts
+MIN_UNIQUE_PARAGRAPH = 80
+# SPEC name -> hub path, config, test split
 NAMED_DATASETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
     "c4": ("allenai/c4", "en", "validation"),
@@ -37,28 +38,31 @@ DEFAULT_FIELD = "text"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents and where they came from. Iterating may read from disk or network."""
+    """The documents of the text `spec`. Iterating may read from disk or network."""
 
     spec: str
     documents: Iterable[str]
 
 
 def read_corpus(spec: str, use: Use) -> Corpus:
-    """The documents that SPEC names.
+    """The documents that SPEC names, which is one of:
 
-    SPEC is FILE.txt, FILE.jsonl[:field], `pydoc` (the calibration or the test part of CPython's
-    texts, by `use`; pydoc:calibration, pydoc:validation and pydoc:test name one), package:NAME (the
-    sources of an installed package, in the same parts: package:NAME:test), or a hub data set
-    name[:config[:split[:field]]]. Raises InputError where it cannot be read.
+    - FILE.txt or FILE.jsonl[:field];
+    - pydoc, the help topics of CPython. `use` decides the part; pydoc:calibration,
+      pydoc:validation and pydoc:test name one;
+    - package:NAME, the sources of an installed package, in the same parts (package:NAME:test);
+    - name[:config[:split[:field]]], a hub data set.
+
+    Raises InputError where the text cannot be read.
     """
     name, _, rest = spec.partition(":")
     if spec == SELF:
-        raise InputError("data 'self' is for calibration alone: name a text to measure on")
+        raise InputError("data 'self' is for calibration only: name a text to measure on")
     if name == EMBEDDED:
         return Corpus(spec, _embedded(rest or use))
     if name == PACKAGE:
         package, _, part = rest.partition(":")
-        return Corpus(spec, _sources(package, part or use))
+        return Corpus(spec, _package_sources(package, part or use))
     if name.endswith(".jsonl"):
         return Corpus(spec, _read_jsonl(Path(name), rest or DEFAULT_FIELD))
     if name.endswith(".txt") or Path(name).exists():
@@ -68,81 +72,85 @@ def read_corpus(spec: str, use: Use) -> Corpus:
 
 def _check_part(name: str, part: str) -> None:
     if part not in EMBEDDED_PARTS:
-        known = ", ".join(f"{name}:{one}" for one in EMBEDDED_PARTS)
-        raise InputError(f"data '{name}:{part}' is unknown: use one of {known}")
+        choices = ", ".join(f"{name}:{choice}" for choice in EMBEDDED_PARTS)
+        raise InputError(f"data '{name}:{part}' is unknown: use one of {choices}")
 
 
-def _sources(package: str, part: str) -> Iterator[str]:
-    """The Python files of a package, without paragraphs that stood in one before.
+def _package_sources(package: str, part: str) -> Iterator[str]:
+    """The Python files of one part of a package, without repeated paragraphs.
 
-    A file's part is decided by the hash of its path, and a repeated paragraph goes to the file that
-    comes first, so that no two parts share one.
+    The hash of a file's path decides its part. A paragraph stays only in the first file that has
+    it, so that parts share no text.
     """
     _check_part(f"{PACKAGE}:{package}", part)
-    root = _package_folder(package)
-    known: set[int] = set()
+    root = _package_root(package)
+    seen: set[int] = set()
     for file in sorted(root.rglob("*.py")):
         path = file.relative_to(root).as_posix()
-        if "site-packages" in path or not (text := _decoded(file)):
+        if "site-packages" in path or not (text := _read_utf8(file)):
             continue
-        kept = [p for p in text.split("\n\n") if len(p) < REPEATED or _is_new(known, hash(p))]
+        paragraphs = [
+            paragraph
+            for paragraph in text.split("\n\n")
+            if len(paragraph) < MIN_UNIQUE_PARAGRAPH or _add_if_new(seen, hash(paragraph))
+        ]
         if _part_of(path) == part:
-            yield "\n\n".join(kept)
+            yield "\n\n".join(paragraphs)
 
 
-def _is_new(known: set[int], mark: int) -> bool:
-    size = len(known)
-    known.add(mark)
-    return len(known) > size
+def _add_if_new(values: set[int], value: int) -> bool:
+    """Adds `value`; returns whether it was new."""
+    size = len(values)
+    values.add(value)
+    return len(values) > size
 
 
 def _part_of(path: str) -> str:
-    place = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4]) / 2**32
-    return next(name for name, share in SOURCE_PARTS.items() if place < share)
+    """The part of a package's file, by a hash of its path that is uniform in [0, 1)."""
+    position = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4]) / 2**32
+    return next(name for name, share in SOURCE_PARTS.items() if position < share)
 
 
-def _decoded(file: Path) -> str:
-    """Empty where it is no UTF-8."""
+def _read_utf8(file: Path) -> str:
+    """The text of a file; empty where it is not UTF-8."""
     try:
         return file.read_text("utf-8").strip()
     except UnicodeDecodeError:
         return ""
 
 
-def _package_folder(package: str) -> Path:
+def _package_root(package: str) -> Path:
     if package == STANDARD_LIBRARY:
         return Path(sysconfig.get_paths()["stdlib"])
-    try:
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    except ValueError:  # a module without a spec, such as __main__
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
+    folder = package_folder(package)
+    if folder is None:
         raise InputError(
             f"data 'package:{package}': no package {package!r} is installed here: install it, or "
             "use package:python, the standard library"
         )
-    return Path(spec.submodule_search_locations[0])
+    return folder
 
 
 def _embedded(part: str) -> list[str]:
+    """The topics of one part. A repeated paragraph stays only in the first part that has it."""
     _check_part(EMBEDDED, part)
     from pydoc_data.topics import topics  # type: ignore[import-not-found,unused-ignore]
 
     documents = [topics[name] for name in sorted(topics)]
     total, end = sum(map(len, documents)), 0
     parts: dict[str, list[str]] = {name: [] for name in EMBEDDED_PARTS}
-    homes: dict[str, str] = {}  # paragraph -> the first part that holds it
+    first_part: dict[str, str] = {}  # by paragraph: some topics contain others, of other parts
     for document in documents:
         end += len(document)
-        inside = next(name for name, share in EMBEDDED_PARTS.items() if end <= share * total)
-        kept = [p for p in document.split("\n\n") if len(p) < REPEATED or _home(homes, p, inside)]
-        parts[inside].append("\n\n".join(kept))
+        current = next(name for name, share in EMBEDDED_PARTS.items() if end <= share * total)
+        paragraphs = [
+            paragraph
+            for paragraph in document.split("\n\n")
+            if len(paragraph) < MIN_UNIQUE_PARAGRAPH
+            or first_part.setdefault(paragraph, current) == current
+        ]
+        parts[current].append("\n\n".join(paragraphs))
     return parts[part]
-
-
-def _home(homes: dict[str, str], paragraph: str, part: str) -> bool:
-    """Whether `paragraph` is of `part`: some topics hold others whole, in other parts."""
-    return homes.setdefault(paragraph, part) == part
 
 
 def _read_text(path: Path) -> str:
@@ -162,10 +170,10 @@ def _read_text(path: Path) -> str:
 
 def _read_jsonl(path: Path, field: str) -> list[str]:
     lines = [line for line in _read_text(path).split("\n") if line.strip()]
-    return [_field_of(path, number, line, field) for number, line in enumerate(lines, 1)]
+    return [_field_of_line(path, number, line, field) for number, line in enumerate(lines, 1)]
 
 
-def _field_of(path: Path, number: int, line: str, field: str) -> str:
+def _field_of_line(path: Path, number: int, line: str, field: str) -> str:
     try:
         row = read_json(line)
     except ValueError as error:
@@ -179,24 +187,25 @@ def _field_of(path: Path, number: int, line: str, field: str) -> str:
     return row[field]  # type: ignore[no-any-return]
 
 
-def _hub_documents(name: str, parts: list[str], use: Use) -> Iterable[str]:
-    path, config, test = NAMED_DATASETS.get(name, (name, None, "test"))
-    given: list[str | None] = [*parts, None, None, None]
-    config, field = given[0] or config, given[2] or DEFAULT_FIELD
-    split = given[1] or ("train" if use == "calibration" else test)
+def _hub_documents(name: str, options: list[str], use: Use) -> Iterable[str]:
+    """The documents of a hub data set; `options` are up to three of config, split and field."""
+    path, config, test_split = NAMED_DATASETS.get(name, (name, None, "test"))
+    padded: list[str | None] = [*options, None, None, None]
+    config, field = padded[0] or config, padded[2] or DEFAULT_FIELD
+    split = padded[1] or ("train" if use == "calibration" else test_split)
     from datasets import load_dataset
 
     try:
         rows = load_dataset(path, config, split=split, streaming=True)
-        texts = _texts(rows, name, field)
-        if name == "wikitext2":  # its rows are lines of one text
+        texts = _field_of_rows(rows, name, field)
+        if name == "wikitext2":  # its rows are the lines of one text
             return ["\n\n".join(texts)]
         return texts
     except (OSError, ValueError, RuntimeError) as error:
-        raise _unreachable(name, error) from error
+        raise _hub_error(name, error) from error
 
 
-def _texts(rows: Any, name: str, field: str) -> Iterator[str]:
+def _field_of_rows(rows: Any, name: str, field: str) -> Iterator[str]:
     try:
         for row in rows:
             if field not in row:
@@ -206,10 +215,10 @@ def _texts(rows: Any, name: str, field: str) -> Iterator[str]:
                 )
             yield row[field]
     except (OSError, RuntimeError) as error:
-        raise _unreachable(name, error) from error
+        raise _hub_error(name, error) from error
 
 
-def _unreachable(name: str, error: Exception) -> InputError:
+def _hub_error(name: str, error: Exception) -> InputError:
     reason = str(error).strip().split("\n")[0][:200]
     return InputError(
         f"no file {name!r} exists and the hub gave no data set of that name ({reason}): give "

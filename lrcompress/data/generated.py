@@ -1,8 +1,8 @@
-"""Text that the model itself writes: calibration data for a model whose own data is not at hand.
+"""Calibration text that the model itself writes, for models whose training data is not available.
 
-Sampled from the model at temperature 1, it has the model's domains in the model's proportions
-(Williams et al. 2024, arXiv 2410.17170, compare it with web text), and on it the gradients of
-the loss are those of the true Fisher matrix, not of the empirical one.
+Sampled at temperature 1, the text has the domains of the model's training data in about the same
+proportions (Williams et al. 2024, arXiv 2410.17170, compare it with web text). The gradients of the
+loss on it give the true Fisher matrix, not the empirical one.
 """
 
 from __future__ import annotations
@@ -20,41 +20,46 @@ from lrcompress.layers.nonfinite import explain_nonfinite
 from lrcompress.runtime.errors import InputError, NotFiniteError
 from lrcompress.runtime.progress import Progress
 
-# documents written at a time, and their length: a step costs more the longer a document has become
-BATCH = 64
-DOCUMENT = 256
-MINIMUM = 8
+DOCUMENTS_PER_BATCH = 64
+# tokens of a document at most: each further token of a longer document costs more time
+MAX_DOCUMENT_LENGTH = 256
+MIN_BLOCK_LENGTH = 8
 
 
 @torch.no_grad()
 def sampled_blocks(
     model: Any, bos: int | None, num_samples: int, seq_len: int, seed: int, progress: Progress
 ) -> Tensor:
-    """Token blocks (num_samples, seq_len) of packed documents, each begun with a random token.
+    """Token blocks (num_samples, seq_len) of packed documents that each start with a random token.
 
-    With `bos` every document, and so every block, starts with it. Equal seeds give equal text
-    on one machine. Raises InputError where blocks are too short or the model's output is no
-    number.
+    With `bos` every document, and so every block, starts with `bos` and then the random token.
+    Equal seeds give equal text on one machine. Raises InputError where blocks are too short, and
+    NotFiniteError where the model's logits are not finite.
     """
-    length = min(DOCUMENT, seq_len)
-    if length < MINIMUM:
-        raise InputError(f"blocks of {seq_len} tokens are too short to write: use --seq-len 8")
-    each = -(-seq_len // length)
-    documents = each * num_samples
+    length = min(MAX_DOCUMENT_LENGTH, seq_len)
+    if length < MIN_BLOCK_LENGTH:
+        raise InputError(
+            f"blocks of {seq_len} tokens are too short for text that the model writes: use "
+            f"--seq-len {MIN_BLOCK_LENGTH} or more"
+        )
+    documents_per_block = -(-seq_len // length)
+    count = documents_per_block * num_samples
     generator = torch.Generator().manual_seed(seed)
-    batches = -(-documents // BATCH)
-    with evaluation_mode(model), _plain_sampling(model), torch.random.fork_rng():
+    starts = range(0, count, DOCUMENTS_PER_BATCH)
+    with evaluation_mode(model), _unmodified_sampling(model), torch.random.fork_rng():
         torch.manual_seed(seed)
-        written = [
-            _write(model, min(BATCH, documents - index * BATCH), length, bos, generator)
-            for index in progress(range(batches), "Writing calibration text", batches)
+        batches = [
+            _write(model, min(DOCUMENTS_PER_BATCH, count - start), length, bos, generator)
+            for start in progress(starts, "Writing calibration text", len(starts))
         ]
-    return torch.cat(written).view(num_samples, each * length)[:, :seq_len].contiguous()
+    packed = torch.cat(batches).view(num_samples, documents_per_block * length)
+    return packed[:, :seq_len].contiguous()
 
 
 def _write(
     model: Any, count: int, length: int, bos: int | None, generator: torch.Generator
 ) -> Tensor:
+    """`count` documents of `length` tokens, (count, length)."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     start = torch.randint(vocabulary, (count, 1), generator=generator)
     if bos is not None:
@@ -65,18 +70,21 @@ def _write(
             f"the model's logits are not finite, {explain_nonfinite(model, start)}"
         )
     mask = torch.ones_like(start)
-    found: Tensor = model.generate(input_ids=start, attention_mask=mask, max_length=length)
-    return found.cpu()
+    documents: Tensor = model.generate(input_ids=start, attention_mask=mask, max_length=length)
+    return documents.cpu()
 
 
 @contextmanager
-def _plain_sampling(model: Any) -> Iterator[None]:
-    """The model's distribution as it is: no penalty, no cut, no end before the length."""
-    own = model.generation_config
+def _unmodified_sampling(model: Any) -> Iterator[None]:
+    """Inside, `generate` samples from the model's own distribution up to the full length.
+
+    No temperature, penalty, top-k or top-p changes it, and no end token ends a document.
+    """
+    original = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0
     )
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = original

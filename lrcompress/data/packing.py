@@ -1,4 +1,4 @@
-"""Text becomes tokens: packed blocks, and what identifies them."""
+"""Packs the tokens of a text into blocks of one length, and fingerprints the blocks."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from lrcompress.data.corpora import Corpus
 from lrcompress.data.ngram_overlap import Sketch, ngram_hashes, sketch
 from lrcompress.runtime.errors import InputError
 
-# tokens read for every token asked for, so that the seed has something to choose from, and how
-# many are read at most for that: beyond it a large set is read no further than it is needed
-OVERDRAW, OVERDRAWN = 8, 2**24
+# tokens read for each token needed, so that the seed can choose among blocks
+OVERDRAW_FACTOR = 8
+# with more tokens than this, a corpus is only read as far as needed
+MAX_OVERDRAWN_TOKENS = 2**24
 
 
 @dataclass(frozen=True)
 class Fingerprint:
     """Identifies the tokens that a stage used: equal hashes mean equal tokens in equal order.
 
-    `sketch` is a sample of them, by which another text that holds them is found out.
+    `data` names the texts; `sketch` is a sample of the n-grams, by which an overlap with another
+    text can be measured.
     """
 
     data: str
@@ -45,10 +47,10 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def bos_token(tokenizer: Any) -> int | None:
-    """The id that `tokenizer` itself puts in front of a text, or None if it puts none."""
-    ids, bare = tokenizer("a")["input_ids"], encode(tokenizer, "a")
+    """The id that `tokenizer` puts in front of every text, or None."""
+    ids, text_ids = tokenizer("a")["input_ids"], encode(tokenizer, "a")
     bos = tokenizer.bos_token_id
-    return bos if bos is not None and len(ids) > len(bare) and ids[0] == bos else None
+    return bos if bos is not None and len(ids) > len(text_ids) and ids[0] == bos else None
 
 
 def token_blocks(
@@ -57,25 +59,26 @@ def token_blocks(
     num_samples: int,
     seq_len: int,
     seed: int,
-    fewer: bool = False,
+    allow_fewer: bool = False,
 ) -> Tensor:
-    """Packed token blocks, shape (num_samples, seq_len), chosen by `seed` without overlap.
+    """Packed token blocks (num_samples, seq_len) that do not overlap, chosen by `seed`.
 
-    Documents follow one another with the EOS token between them. Every block starts with BOS
-    where the tokenizer uses one. Raises InputError where there is too little text; where `fewer`
-    will do, one block is enough.
+    Documents are joined with the EOS token between them. Every block starts with BOS where the
+    tokenizer uses one. Raises InputError where there is too little text; with `allow_fewer` one
+    block is enough.
     """
     bos = bos_token(tokenizer)
     length = seq_len if bos is None else seq_len - 1
-    wanted = num_samples * length
-    stream = _token_stream(corpus, tokenizer, max(wanted, min(OVERDRAW * wanted, OVERDRAWN)))
+    needed = num_samples * length
+    overdrawn = min(OVERDRAW_FACTOR * needed, MAX_OVERDRAWN_TOKENS)
+    stream = _token_stream(corpus, tokenizer, max(needed, overdrawn))
     available = len(stream) // length
-    least = 1 if fewer else num_samples
-    if available < least:
+    minimum = 1 if allow_fewer else num_samples
+    if available < minimum:
         remedy = f"at most --num-samples {available}" if available else "a shorter --seq-len"
         raise InputError(
-            f"{corpus.spec!r} holds {len(stream)} tokens, {least} of the samples of "
-            f"{seq_len} need {least * length}: give more text, or {remedy}"
+            f"{corpus.spec!r} holds {len(stream)} tokens, {minimum} samples of {seq_len} "
+            f"need {minimum * length}: give more text, or {remedy}"
         )
     num_samples = min(num_samples, available)
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
@@ -85,33 +88,41 @@ def token_blocks(
     return blocks
 
 
-def interleave(parts: Sequence[Tensor]) -> Tensor:
-    """Blocks (samples, length) of several texts, one of each after the other while they last."""
-    turns = range(max(map(len, parts)))
-    return torch.stack([part[turn] for turn in turns for part in parts if turn < len(part)])
+def interleave(texts: Sequence[Tensor]) -> Tensor:
+    """Joins the blocks (samples, length) of several texts: first of each, second of each, ..."""
+    longest = max(map(len, texts))
+    return torch.stack([text[i] for i in range(longest) for text in texts if i < len(text)])
 
 
 def fingerprint(specs: Sequence[str], blocks: Tensor, seed: int) -> Fingerprint:
-    """Of the blocks (samples, length) that were taken from the texts `specs`."""
+    """The fingerprint of blocks (samples, length) from the texts `specs`."""
     samples, length = blocks.shape
-    mark, sample = token_hash(blocks), sketch(ngram_hashes([blocks]))
-    return Fingerprint(",".join(specs), samples, length, seed, blocks.numel(), mark, sample)
+    return Fingerprint(
+        data=",".join(specs),
+        num_samples=samples,
+        seq_len=length,
+        seed=seed,
+        tokens=blocks.numel(),
+        sha256=token_hash(blocks),
+        sketch=sketch(ngram_hashes([blocks])),
+    )
 
 
 def token_hash(tokens: Tensor) -> str:
-    """SHA-256 of token ids, whatever their shape."""
+    """SHA-256 of token ids; it does not depend on their shape."""
     return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _token_stream(corpus: Corpus, tokenizer: Any, enough: int) -> Tensor:
-    """At least `enough` tokens, if the corpus has them, (tokens,); read document by document."""
-    parts: list[np.ndarray] = []
+def _token_stream(corpus: Corpus, tokenizer: Any, minimum: int) -> Tensor:
+    """Token ids (tokens,) of whole documents, until they are at least `minimum`."""
+    documents: list[np.ndarray] = []
     count = 0
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for index, document in enumerate(corpus.documents):
         ids = (separator if index else []) + encode(tokenizer, document)
-        parts.append(np.array(ids, dtype=np.int32))  # lists of numbers would take eight times that
+        documents.append(np.array(ids, dtype=np.int32))  # a list would take 8 times the memory
         count += len(ids)
-        if count >= enough:
+        if count >= minimum:
             break
-    return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, np.int32)).long()
+    stream = np.concatenate(documents) if documents else np.empty(0, np.int32)
+    return torch.from_numpy(stream).long()

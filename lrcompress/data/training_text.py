@@ -1,4 +1,4 @@
-"""The text that training reads, as blocks of tokens."""
+"""Builds the token blocks that training reads."""
 
 from __future__ import annotations
 
@@ -13,40 +13,63 @@ from lrcompress.data.packing import fingerprint, interleave, token_blocks
 from lrcompress.layers.model_info import sequence_length
 from lrcompress.runtime.errors import InputError
 
-TRAIN_LENGTH = 512
+# tokens of a sequence where the user gives no length
+DEFAULT_TRAIN_LENGTH = 512
 
 
 @dataclass(frozen=True)
 class TrainingText:
-    """Blocks (sequences, length), the held-out ones first, and what identifies them."""
+    """Token blocks (sequences, length), the held-out ones first.
+
+    `fingerprint` identifies them in lrcompress.json: sequences, length, sha256 and sketch.
+    """
 
     tokens: Tensor
-    mark: dict[str, Any]
+    fingerprint: dict[str, Any]
 
 
 def training_text(
     model: Any, tokenizer: Any, settings: TrainingSettings, command: str
 ) -> TrainingText:
-    """As many sequences as the steps need, or as many whole steps as the texts hold; those are then
-    read more than once.
+    """As many sequences as the steps need, or as many whole steps as the texts hold.
+
+    Training reads the latter more than once. Raises InputError without a tokenizer, and where the
+    texts are too short. `command` is named in the error.
     """
     if tokenizer is None:
-        raise InputError(f"{command} reads text and the model has no tokenizer: add its files")
+        raise InputError(f"{command} reads text, but the model has no tokenizer: add its files")
     length = sequence_length(model, settings.train_length)
     if settings.train_length is None:
-        length = min(length, TRAIN_LENGTH)
-    each = settings.batch_size
-    wanted = settings.held_out + settings.max_steps * each
-    share = -(-wanted // len(settings.data))
-    corpora = [read_corpus(spec, "calibration") for spec in settings.data]
-    parts = [token_blocks(c, tokenizer, share, length, settings.seed, fewer=True) for c in corpora]
-    blocks = interleave(parts)[:wanted]
-    if len(blocks) < settings.held_out + each:
+        length = min(length, DEFAULT_TRAIN_LENGTH)
+    batch_size = settings.batch_size
+    needed = settings.held_out + settings.max_steps * batch_size
+    share = -(-needed // len(settings.data))
+    texts = [
+        token_blocks(
+            read_corpus(spec, "calibration"),
+            tokenizer,
+            share,
+            length,
+            settings.seed,
+            allow_fewer=True,
+        )
+        for spec in settings.data
+    ]
+    blocks = interleave(texts)[:needed]
+    if len(blocks) < settings.held_out + batch_size:
         raise InputError(
             f"{', '.join(settings.data)}: {len(blocks)} sequences of {length} tokens are too few "
             f"to hold {settings.held_out} out: give more text, or a smaller --held-out"
         )
-    blocks = blocks[: len(blocks) - (len(blocks) - settings.held_out) % each]
-    mark = fingerprint(settings.data, blocks, settings.seed)
-    text = {"sequences": mark.num_samples, "length": length, "sha256": mark.sha256}
-    return TrainingText(blocks, text | {"sketch": mark.sketch.to_dict()})
+    incomplete_step = (len(blocks) - settings.held_out) % batch_size
+    blocks = blocks[: len(blocks) - incomplete_step]
+    identity = fingerprint(settings.data, blocks, settings.seed)
+    return TrainingText(
+        blocks,
+        {
+            "sequences": identity.num_samples,
+            "length": length,
+            "sha256": identity.sha256,
+            "sketch": identity.sketch.to_dict(),
+        },
+    )

@@ -11,7 +11,7 @@ from lrcompress.config import EvaluateSettings
 from lrcompress.config.recipe import Recipe
 from lrcompress.data.calibration_text import read_blocks
 from lrcompress.data.corpora import SELF, read_corpus
-from lrcompress.data.ngram_overlap import TOLERATED, Sketch, ngram_hashes, overlap_share
+from lrcompress.data.ngram_overlap import TOLERATED_OVERLAP, Sketch, ngram_hashes, overlap_share
 from lrcompress.data.training_text import training_text
 from lrcompress.data.windows import corpus_windows
 from lrcompress.layers.model_info import sequence_length
@@ -90,7 +90,7 @@ def reads_text(recipe: Recipe) -> bool:
 
 
 def _refuse(spec: str, share: float, what: str) -> None:
-    if share > TOLERATED:
+    if share > TOLERATED_OVERLAP:
         raise InputError(
             f"{share:.1%} of the evaluated text {spec!r} is in the text that {what}: evaluate "
             "another text, or make the model from another"

@@ -1,0 +1,1 @@
+"""Low-rank layers, and finding, replacing, running and optimizing FFN layers in memory."""

@@ -1,4 +1,7 @@
-"""The blocks of a model, each run by itself as the model runs it."""
+"""Runs single transformer blocks of a model, with the arguments that the model gives them.
+
+Also draws the output gradients whose second moment is the Fisher matrix, and passes them backward.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,25 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lrcompress.layers.ffn_layouts import find_blocks
 from lrcompress.runtime.errors import InputError
 
-Extras = tuple[tuple[Any, ...], dict[str, Any]]
+# a block's arguments beside the hidden states: positional ones and keywords
+BlockArguments = tuple[tuple[Any, ...], dict[str, Any]]
 Forward = Callable[..., Any]
-# what blocks may be given that is no tensor: anything else could carry state from block to block
-PLAIN = (type(None), bool, int, float, str)
+# types of block arguments, beside tensors, that cannot carry state from one block to the next
+STATELESS_TYPES = (type(None), bool, int, float, str)
+# tokens whose softmax is in memory at a time
+TOKENS_PER_CHUNK = 128
 
 
-class _Reached(Exception):  # noqa: N818
-    """Ends a forward pass at the point of interest."""
+class _ForwardStopped(Exception):  # noqa: N818
+    """Ends a forward pass early, once the hook has what it needs."""
 
 
 @dataclass
 class BlockOutput:
-    """One pass of one sample through a block: its output, and what some linears read and gave."""
+    """One pass of one sample through a block.
+
+    `output` is (1, length, width); `inputs` and `outputs` are those of some linears, by name.
+    """
 
     output: Tensor
     inputs: dict[str, Tensor]
@@ -34,220 +43,230 @@ class BlockOutput:
 
 
 class BlockRunner:
-    """The blocks of `model`, and what each is given beside hidden states: masks and positions.
+    """Runs the blocks of `model` one at a time, in `dtype` (by default the model's own).
 
-    That is found with two of the `tokens` (samples, length); the first block alone has to hold its
-    weights for it. Raises InputError unless every block is given the same for every sample. Hidden
-    states are computed in `dtype`, by default the model's own.
+    The arguments beside the hidden states (masks, positions) are recorded with two of the `tokens`
+    (samples, length); only the first block needs its weights in memory for this. Raises InputError
+    unless every block gets equal arguments for both samples.
     """
 
     def __init__(self, model: Any, tokens: Tensor, dtype: torch.dtype | None = None) -> None:
         self.model, self.dtype = model, dtype
         self.blocks = list(find_blocks(model)[1])
-        self.gives_tuple = self._gives_tuple(tokens[0])
-        self.extras = self._extras(tokens[0])
+        self.returns_tuple = self._returns_tuple(tokens[0])
+        self.arguments = self._record_arguments(tokens[0])
         if len(tokens) > 1:
-            self._check(self._extras(tokens[1]))
+            self._check_equal(self._record_arguments(tokens[1]))
 
-    def _cast(self, found: Any) -> Any:
+    def _cast(self, values: Any) -> Any:
         if self.dtype is None:
-            return found
+            return values
         return tree_map_only(
-            Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t, found
+            Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t, values
         )
 
     def embedded(self, sample: Tensor) -> Tensor:
-        """The hidden states (1, length, width) in front of the first block."""
+        """The hidden states (1, length, width) in front of the first block, of tokens (length,)."""
         return self._cast(self._first_call(sample)[0])  # type: ignore[no-any-return]
 
-    def _first_call(self, sample: Tensor) -> tuple[Tensor, Extras]:
-        found: list[tuple[Tensor, Extras]] = []
+    def _first_call(self, sample: Tensor) -> tuple[Tensor, BlockArguments]:
+        """Hidden states and other arguments of the first block; no block is run."""
+        calls: list[tuple[Tensor, BlockArguments]] = []
 
-        def stop(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            found.append(_split(arguments, keywords))
-            raise _Reached
+        def record(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            calls.append(_split(arguments, keywords))
+            raise _ForwardStopped
 
-        hook = self.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        hook = self.blocks[0].register_forward_pre_hook(record, with_kwargs=True)
         try:
             self._run_base(sample)
-        except _Reached:
+        except _ForwardStopped:
             pass
         finally:
             hook.remove()
-        return found[0]
+        return calls[0]
 
     def _run_base(self, sample: Tensor) -> None:
         self.model.base_model(input_ids=sample[None].to(self.model.device), use_cache=False)
 
     @torch.no_grad()
-    def _gives_tuple(self, sample: Tensor) -> bool:
+    def _returns_tuple(self, sample: Tensor) -> bool:
         hidden, (arguments, keywords) = self._first_call(sample)
         return not isinstance(self.blocks[0](hidden, *arguments, **keywords), Tensor)
 
     @torch.no_grad()
-    def _extras(self, sample: Tensor) -> dict[int, Extras]:
-        found: dict[int, Extras] = {}
+    def _record_arguments(self, sample: Tensor) -> dict[int, BlockArguments]:
+        recorded: dict[int, BlockArguments] = {}
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
-                hook = self._recorder(index, found)
+                hook = self._recorder(index, recorded)
                 stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            with self._passing_on():
+            with self._identity_blocks():
                 self._run_base(sample)
-        return found
+        return recorded
 
-    def _recorder(self, index: int, found: dict[int, Extras]) -> Callable[..., None]:
+    def _recorder(self, index: int, recorded: dict[int, BlockArguments]) -> Callable[..., None]:
         def record(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            found[index] = self._cast(_split(arguments, keywords)[1])
+            recorded[index] = self._cast(_split(arguments, keywords)[1])
 
         return record
 
-    def _check(self, other: dict[int, Extras]) -> None:
+    def _check_equal(self, other: dict[int, BlockArguments]) -> None:
         for index in range(len(self.blocks)):
-            if index not in self.extras or not _equal(self.extras[index], other[index]):
+            if index not in self.arguments or not _equal(self.arguments[index], other[index]):
                 raise InputError(
-                    f"block {index} is given more than its hidden states, or is passed over: "
+                    f"block {index} gets arguments that differ between samples, or is not called: "
                     "leave out --refine, --sequential anchored and --streaming for this family"
                 )
 
     @contextmanager
-    def _passing_on(self, last: Tensor | None = None) -> Iterator[None]:
-        """The blocks do nothing; the last gives `last`, if that is there."""
+    def _identity_blocks(self, last_output: Tensor | None = None) -> Iterator[None]:
+        """Inside, blocks return their input; the last returns `last_output` where it is given."""
 
-        def passing(index: int, _: Forward) -> Forward:
-            def run(*arguments: Any, **keywords: Any) -> Any:
+        def make_identity(index: int, _: Forward) -> Forward:
+            def forward(*arguments: Any, **keywords: Any) -> Any:
                 hidden = _split(arguments, keywords)[0]
-                if last is not None and index == len(self.blocks) - 1:
-                    hidden = last
-                return (hidden,) if self.gives_tuple else hidden
+                if last_output is not None and index == len(self.blocks) - 1:
+                    hidden = last_output
+                return (hidden,) if self.returns_tuple else hidden
 
-            return run
+            return forward
 
-        with replaced_forwards(self.blocks, passing):
+        with replaced_forwards(self.blocks, make_identity):
             yield
 
     def run(
-        self, block: int, hidden: Tensor, reads: Sequence[str] = (), gives: Sequence[str] = ()
+        self,
+        block: int,
+        hidden: Tensor,
+        inputs_of: Sequence[str] = (),
+        outputs_of: Sequence[str] = (),
     ) -> BlockOutput:
-        """Block number `block` on one sample's hidden states (1, length, width).
+        """Runs block number `block` on one sample's hidden states (1, length, width).
 
-        The inputs of the linears that `reads` names are kept, and the outputs of those in `gives`.
+        The result holds the inputs of the linears in `inputs_of`, and the outputs of those in
+        `outputs_of`, by name.
         """
-        seen = BlockOutput(hidden, {}, {})
+        result = BlockOutput(hidden, {}, {})
         with ExitStack() as stack:
-            for name in {*reads, *gives}:
-                hook = _keep(seen, name, name in reads, name in gives)
+            for name in {*inputs_of, *outputs_of}:
+                hook = _linear_recorder(result, name, name in inputs_of, name in outputs_of)
                 stack.callback(self.model.get_submodule(name).register_forward_hook(hook).remove)
-            arguments, keywords = self.extras[block]
+            arguments, keywords = self.arguments[block]
             output = self.blocks[block](hidden, *arguments, **keywords)
-        seen.output = output if isinstance(output, Tensor) else output[0]
-        return seen
+        result.output = output if isinstance(output, Tensor) else output[0]
+        return result
 
-    def read_by(self, name: str, block: int, hidden: Tensor) -> Tensor:
-        """What the linear `name` of a block reads; the block is run no further."""
-        found: list[Tensor] = []
+    def input_of(self, name: str, block: int, hidden: Tensor) -> Tensor:
+        """The input of the linear `name` in a block; the block stops there."""
+        inputs: list[Tensor] = []
 
-        def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            found.append(arguments[0])
-            raise _Reached
+        def record(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            inputs.append(arguments[0])
+            raise _ForwardStopped
 
-        hook = self.model.get_submodule(name).register_forward_pre_hook(stop)
+        hook = self.model.get_submodule(name).register_forward_pre_hook(record)
         try:
             self.run(block, hidden)
-        except _Reached:
+        except _ForwardStopped:
             pass
         finally:
             hook.remove()
-        return found[0]
+        return inputs[0]
 
     @torch.enable_grad()
     def score_gradient(self, hidden: Tensor, sample: Tensor, seed: int) -> Tensor:
-        """The gradient in `hidden`, the output of the last block, by the chain rule from
-        `sample_score_gradients`."""
+        """`sample_score_gradients` of the logits, passed back to `hidden`, the output of the last
+        block (1, length, width) for the tokens `sample` (length,)."""
         leaf = hidden.detach().requires_grad_(True)
-        with self._passing_on(leaf):
+        with self._identity_blocks(leaf):
             logits = logits_of(self.model, sample[None])
-            return torch.autograd.grad(logits, leaf, sample_score_gradients(logits.detach(), seed))[
-                0
-            ]
+            score_gradients = sample_score_gradients(logits.detach(), seed)
+            return torch.autograd.grad(logits, leaf, score_gradients)[0]
 
     @torch.enable_grad()
     def input_gradient(self, block: int, hidden: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient with respect to a block's input, from that to its output."""
+        """The gradient with respect to the input `hidden` of a block, from that of its output."""
         leaf = hidden.detach().requires_grad_(True)
         output = self.run(block, leaf).output
         return torch.autograd.grad(output, leaf, gradient)[0]
 
 
 def logits_of(model: Any, sample: Tensor) -> Tensor:
-    """(length, vocabulary) of one sample (1, length)."""
+    """Logits (length, vocabulary) of one sample of tokens (1, length)."""
     logits: Tensor = model(input_ids=sample.to(model.device), use_cache=False).logits[0]
     return logits
 
 
 @contextmanager
 def replaced_forwards(
-    blocks: Sequence[nn.Module], make: Callable[[int, Forward], Forward]
+    blocks: Sequence[nn.Module], make_forward: Callable[[int, Forward], Forward]
 ) -> Iterator[None]:
-    """`make` gives the `forward` of each block from its number and its own `forward`."""
-    before = [vars(block).get("forward") for block in blocks]  # accelerate sets one of its own
+    """Inside, block `index` runs `make_forward(index, its own forward)` as its `forward`."""
+    # accelerate may have set a `forward` on the instance
+    instance_forwards = [vars(block).get("forward") for block in blocks]
     for index, block in enumerate(blocks):
-        block.forward = make(index, block.forward)
+        block.forward = make_forward(index, block.forward)
     try:
         yield
     finally:
-        for block, forward in zip(blocks, before, strict=True):
+        for block, forward in zip(blocks, instance_forwards, strict=True):
             del block.forward
             if forward is not None:
                 block.forward = forward
 
 
-def _split(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Tensor, Extras]:
-    """The hidden states that a block is given, and the rest."""
+def _split(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Tensor, BlockArguments]:
+    """Separates the hidden states from a block's other arguments."""
     if arguments:
         return arguments[0], (arguments[1:], dict(keywords))
     others = {key: value for key, value in keywords.items() if key != "hidden_states"}
     return keywords["hidden_states"], ((), others)
 
 
-def _equal(first: Extras, second: Extras) -> bool:
-    ones, others = tree_leaves(first), tree_leaves(second)
-    return len(ones) == len(others) and all(map(_same, ones, others))
+def _equal(first: BlockArguments, second: BlockArguments) -> bool:
+    first_leaves, second_leaves = tree_leaves(first), tree_leaves(second)
+    return len(first_leaves) == len(second_leaves) and all(
+        map(_equal_values, first_leaves, second_leaves)
+    )
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and bool((one == other).all())
-    return isinstance(one, PLAIN) and one == other
+def _equal_values(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and bool((first == second).all())
+    return isinstance(first, STATELESS_TYPES) and first == second
 
 
-def _keep(seen: BlockOutput, name: str, reads: bool, gives: bool) -> Callable[..., None]:
+def _linear_recorder(
+    result: BlockOutput, name: str, record_input: bool, record_output: bool
+) -> Callable[..., None]:
     def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        if reads:
-            seen.inputs[name] = arguments[0]
-        if gives:
-            seen.outputs[name] = output.clone()  # some families add to it in place
+        if record_input:
+            result.inputs[name] = arguments[0]
+        if record_output:
+            result.outputs[name] = output.clone()  # some families change it in place later
 
     return hook
 
 
-# tokens whose predictions are held at a time
-ROWS = 128
-
-
 def sample_score_gradients(logits: Tensor, seed: int) -> Tensor:
-    """A random u for every token of `logits` (tokens, vocabulary), with E u uᵀ = diag(p) - p pᵀ.
+    """Draws a random u for every token of `logits` (tokens, vocabulary), E u uᵀ = diag(p) - p pᵀ.
 
-    p are the model's own predictions, the softmax of the logits, and diag(p) - p pᵀ is their Fisher
-    matrix, the Hessian of the divergence from them. So what u becomes by the chain rule in some
-    layer's output has that output's Fisher matrix as second moment. The gradient of a label drawn
-    from p has it too (Martens and Grosse 2015, arXiv 1503.05671, section 5), but tells of one
-    label; u = z - p sum(z), z normal with variance p, tells of all. The gradient of the text's own
-    label (the empirical Fisher matrix) weighs most the tokens that surprise the model most.
+    p = softmax(logits) are the model's own predictions, and diag(p) - p pᵀ is their Fisher matrix:
+    the Hessian of the KL divergence from p. Passed backward to the output of any layer, u therefore
+    has that output's Fisher matrix as its second moment. The gradient of one label drawn from p has
+    the same second moment (Martens and Grosse 2015, arXiv 1503.05671, section 5) with more noise;
+    here u = z - p sum(z), with z normal of variance p, covers all labels at once. The gradient of
+    the text's own label (the empirical Fisher matrix) would give most weight to the tokens that the
+    model predicts worst.
     """
     generator = torch.Generator(logits.device).manual_seed(seed)
     scores = torch.empty_like(logits)
-    for rows, found in zip(torch.split(logits, ROWS), torch.split(scores, ROWS), strict=True):
-        p = rows.float().softmax(-1)
+    chunks = zip(
+        torch.split(logits, TOKENS_PER_CHUNK), torch.split(scores, TOKENS_PER_CHUNK), strict=True
+    )
+    for logits_chunk, scores_chunk in chunks:
+        p = logits_chunk.float().softmax(-1)
         z = torch.empty_like(p).normal_(generator=generator) * p.sqrt()
-        found.copy_(z - p * z.sum(-1, keepdim=True))
+        scores_chunk.copy_(z - p * z.sum(-1, keepdim=True))
     return scores

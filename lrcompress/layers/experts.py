@@ -1,10 +1,10 @@
-"""Mixtures of experts as FFNs of plain linears, each of which may become low-rank by itself.
+"""Mixtures of experts as lists of FFNs with plain linears, which can become low-rank one by one.
 
 transformers keeps the experts of a block in two 3-D parameters: gate_up_proj (experts, 2 channels,
-hidden), gate above up, and down_proj (experts, hidden, channels). Here they are views of these, one
-linear each.
+hidden), with the rows of gate before those of up, and down_proj (experts, hidden, channels). Here
+each expert's linears are views of these parameters.
 
-This file depends on torch alone: `lrcompress export --standalone` ships it beside `lowrank.py`.
+This file imports only torch: `lrcompress export --to standalone` ships it beside `lowrank.py`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# what experts that are computed as here say of themselves; transformers picks its kernels by it
-ORDINARY = {
+# attributes that transformers sets on experts, with the values that `Experts` supports
+SUPPORTED_FLAGS = {
     "has_gate": True,
     "has_bias": False,
     "has_post_expert_norm": False,
     "is_transposed": False,
     "is_concatenated": True,
 }
-LIST = "ffns"
+# the attribute of `Experts` that holds the list; part of parameter names in checkpoints
+EXPERT_LIST = "ffns"
 
 
 class Expert(nn.Module):
-    """One gated FFN: down(gating(gate_up(x))), gate and up in one matrix, x (tokens, hidden)."""
+    """One gated FFN, down(gating(gate_up(x))), x (tokens, hidden); gate and up are one matrix."""
 
     def __init__(self, gate_up: nn.Parameter, down: nn.Parameter, gating: Any) -> None:
         super().__init__()
@@ -41,58 +42,61 @@ class Expert(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts of one mixture, in the place of `fused`, whose weights they begin with.
+    """Replaces the module `fused` of transformers; its linears are views of the fused weights.
 
-    The one-element buffer `down_proj` holds no information: it sits under the fused tensor's own
-    key, so that a loader which does not know this module fails on its shape instead of filling
-    the experts with random weights.
+    The one-element buffer `down_proj` holds no information. It has the fused tensor's own key in
+    a checkpoint, so that a loader which does not know this module fails on the shape instead of
+    filling the experts with random weights.
     """
 
     down_proj: Tensor
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
-        self.shell = (_emptied(fused),)  # in a tuple: no submodule
+        self.shell = (_without_parameters(fused),)  # a tuple, so that it is not a submodule
         gate_up, down = fused.gate_up_proj, fused.down_proj
         assert isinstance(gate_up, nn.Parameter)
         assert isinstance(down, nn.Parameter)
         gating: Any = self.shell[0]._apply_gate
-        experts = zip(_rows(gate_up), _rows(down), strict=True)
-        setattr(self, LIST, nn.ModuleList(Expert(*pair, gating) for pair in experts))
+        weights = zip(_matrices(gate_up), _matrices(down), strict=True)
+        setattr(self, EXPERT_LIST, nn.ModuleList(Expert(*pair, gating) for pair in weights))
         self.register_buffer("down_proj", down.detach().new_zeros(1, 1, 1))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Each token's experts, weighted and summed: hidden_states (tokens, hidden), the others
-        (tokens, experts of a token)."""
-        chosen, every = top_k_index.flatten(), getattr(self, LIST)
-        order = chosen.argsort(stable=True)
-        counts = chosen.bincount(minlength=len(every)).tolist()
-        rows = torch.split(hidden_states[order // top_k_index.shape[1]], counts)
+        """The weighted sum of each token's experts (tokens, hidden).
+
+        `hidden_states` is (tokens, hidden); `top_k_index` and `top_k_weights` are (tokens, k).
+        """
+        experts = getattr(self, EXPERT_LIST)
+        expert_of_row = top_k_index.flatten()  # one row for each token and expert
+        order = expert_of_row.argsort(stable=True)
+        counts = expert_of_row.bincount(minlength=len(experts)).tolist()
+        inputs = torch.split(hidden_states[order // top_k_index.shape[1]], counts)
         outputs = torch.cat(
             [
                 expert(x)
-                for expert, x in zip(every, rows, strict=True)
-                if len(x) or torch.is_grad_enabled()  # all take part in training
+                for expert, x in zip(experts, inputs, strict=True)
+                if len(x) or torch.is_grad_enabled()  # in training every expert gets a gradient
             ]
         )
         weighted = outputs * top_k_weights.flatten()[order, None]
         by_token = weighted[order.argsort()].view(*top_k_index.shape, -1)
         return by_token.sum(1).to(hidden_states.dtype)
 
-    def fused(self) -> nn.Module:
-        """The module of transformers again, of experts whose linears are all dense."""
-        module, every = _emptied(self.shell[0]), list(getattr(self, LIST))
-        for name, part in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
-            weights = [getattr(expert, part).weight for expert in every]
-            wanted = weights[0].requires_grad
-            stacked = nn.Parameter(torch.stack(weights).detach(), requires_grad=wanted)
-            module.register_parameter(name, stacked)
+    def to_fused(self) -> nn.Module:
+        """The module of transformers again; all linears of the experts have to be dense."""
+        module, experts = _without_parameters(self.shell[0]), list(getattr(self, EXPERT_LIST))
+        for fused_name, linear_name in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
+            weights = [getattr(expert, linear_name).weight for expert in experts]
+            stacked = torch.stack(weights).detach()
+            parameter = nn.Parameter(stacked, requires_grad=weights[0].requires_grad)
+            module.register_parameter(fused_name, parameter)
         return module.train(self.training)
 
 
-def _rows(tensor: nn.Parameter) -> list[nn.Parameter]:
+def _matrices(parameter: nn.Parameter) -> list[nn.Parameter]:
     """Views of the matrices of a 3-D parameter."""
-    return [nn.Parameter(one, tensor.requires_grad) for one in tensor.detach()]
+    return [nn.Parameter(matrix, parameter.requires_grad) for matrix in parameter.detach()]
 
 
 def _linear(weight: nn.Parameter) -> nn.Linear:
@@ -102,21 +106,21 @@ def _linear(weight: nn.Parameter) -> nn.Linear:
     return linear
 
 
-def _emptied(fused: nn.Module) -> nn.Module:
-    """A copy of `fused` that has its activation and flags, and no parameters."""
+def _without_parameters(fused: nn.Module) -> nn.Module:
+    """A copy of `fused` with its activation function and flags, but without parameters."""
     shell = copy.copy(fused)
     shell.__dict__["_parameters"] = {}
     return shell
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether `module` is a mixture's experts in two 3-D parameters, as `Experts` takes them."""
-    own = dict(module.named_parameters())
-    if set(own) != {"gate_up_proj", "down_proj"} or any(True for _ in module.buffers()):
+    """Whether `module` holds experts in two 3-D parameters laid out as `Experts` needs them."""
+    parameters = dict(module.named_parameters())
+    if set(parameters) != {"gate_up_proj", "down_proj"} or any(True for _ in module.buffers()):
         return False
-    if any(getattr(module, name, None) is not value for name, value in ORDINARY.items()):
+    if any(getattr(module, name, None) is not value for name, value in SUPPORTED_FLAGS.items()):
         return False
-    gate_up, down = own["gate_up_proj"], own["down_proj"]
+    gate_up, down = parameters["gate_up_proj"], parameters["down_proj"]
     if not (gate_up.ndim == down.ndim == 3 and hasattr(module, "_apply_gate")):
         return False
     experts, hidden, channels = down.shape
@@ -124,5 +128,5 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of the experts of every mixture that `Experts` can take the place of."""
+    """Name and module of all fused experts in `model` that `Experts` can replace."""
     return ((name, module) for name, module in model.named_modules() if is_fused(module))

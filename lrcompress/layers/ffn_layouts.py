@@ -1,4 +1,4 @@
-"""Where each model family keeps the linear layers of its feed-forward networks."""
+"""Finds the linear layers of the feed-forward networks (FFNs), by model family."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from lrcompress.layers.experts import LIST, Experts, fused_experts
+from lrcompress.layers.experts import EXPERT_LIST, Experts, fused_experts
 from lrcompress.layers.lowrank import LowRankLinear, is_compressed, is_linear, linear_shape
 from lrcompress.layers.model_info import parameter_count, refuse_quantized
 from lrcompress.methods.types import LinearSpec, Role
 from lrcompress.runtime.errors import InputError
 
-# Layouts: paths inside a block -> role. A family with new names is one more row.
+# paths inside a block -> role; a model family with new names is one more row
 LAYOUTS: tuple[dict[str, Role], ...] = (
     # llama, mistral, qwen2, qwen3, gemma 1-3, granite, smollm3, olmo2/3, stablelm, cohere, ...
     {"mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down"},
@@ -37,7 +37,7 @@ LAYOUTS: tuple[dict[str, Role], ...] = (
     {"ffn.up_proj": "up", "ffn.down_proj": "down"},
     # lfm2
     {"feed_forward.w1": "gate", "feed_forward.w3": "up", "feed_forward.w2": "down"},
-    # what every token reads beside its experts: qwen2_moe; glm4_moe, deepseek, dots1, ...; hunyuan
+    # experts that every token uses: qwen2_moe; glm4_moe, deepseek, dots1, ...; hunyuan
     *(
         {f"mlp.{name}.{role}_proj": role for role in ("gate", "up", "down")}
         for name in ("shared_expert", "shared_experts", "shared_mlp")
@@ -45,13 +45,16 @@ LAYOUTS: tuple[dict[str, Role], ...] = (
     # granitemoeshared
     {"shared_mlp.input_linear": "gate_up", "shared_mlp.output_linear": "down"},
 )
-# paths inside an expert
-EXPERT: dict[str, Role] = {"gate_up": "gate_up", "down": "down"}
+# paths inside an `Expert` -> role
+EXPERT_LAYOUT: dict[str, Role] = {"gate_up": "gate_up", "down": "down"}
 
 
 @dataclass(frozen=True)
 class FFNLinears:
-    """The FFN linears of a model, and the names of the expert tensors that are none of them."""
+    """The FFN linears of a model.
+
+    `experts` are the names of expert weights that are 3-D tensors and not linears.
+    """
 
     linears: tuple[LinearSpec, ...]
     experts: tuple[str, ...]
@@ -60,22 +63,23 @@ class FFNLinears:
 def find_ffns(model: nn.Module) -> FFNLinears:
     """Every FFN linear of every transformer block, dense or already low-rank, in order.
 
-    Those of experts are linears of a model that is `unpacked`, or where some are low-rank.
+    The linears of experts are included in a model that is `unpacked`, and in mixtures with
+    low-rank linears.
     """
     linears = tuple(linears_of(model, range(len(find_blocks(model)[1]))))
     return FFNLinears(linears, tuple(_expert_tensors(model)))
 
 
 def linears_of(model: nn.Module, blocks: Iterable[int]) -> Iterator[LinearSpec]:
-    """The FFN linears of some of the blocks, by number."""
-    prefix, every = find_blocks(model)
+    """The FFN linears of the blocks with these numbers."""
+    prefix, modules = find_blocks(model)
     for index in blocks:
-        yield from _block_linears(every[index], f"{prefix}.{index}", index)
-        yield from _expert_linears(every[index], f"{prefix}.{index}", index)
+        yield from _block_linears(modules[index], f"{prefix}.{index}", index)
+        yield from _expert_linears(modules[index], f"{prefix}.{index}", index)
 
 
 def ffn_parameters(model: nn.Module) -> int:
-    """Parameters of the FFN linears, those of fused experts included."""
+    """Number of parameters of the FFN linears and of fused experts."""
     linears = (model.get_submodule(spec.name) for spec in find_ffns(model).linears)
     fused = (module for _, module in fused_experts(model))
     return sum(parameter_count(module) for module in (*linears, *fused))
@@ -87,12 +91,12 @@ def select(
     exclude: Sequence[str] = (),
     dense_first: int = 0,
 ) -> tuple[LinearSpec, ...]:
-    """The linears to factorize: the FFNs', or those that `include` names, less `exclude`.
+    """The linears to factorize: all FFN linears, or those that match `include`, without `exclude`.
 
     Patterns are shell-style and match whole module names (`*.down_proj`, `model.layers.3.*`).
-    `include` reaches every linear inside the blocks, so that an unknown family can be named by
-    hand; the first `dense_first` blocks are left out. Raises InputError where a pattern matches
-    nothing, where nothing is left, and where the model is compressed or quantized.
+    `include` can match every linear inside the blocks, so that models of unknown families can be
+    factorized too. The first `dense_first` blocks stay dense. Raises InputError where a pattern
+    matches nothing, where no linear remains, and where the model is compressed or quantized.
     """
     refuse_quantized(model, "factorize it before it is quantized")
     if is_compressed(model):
@@ -103,19 +107,22 @@ def select(
     finding = find_ffns(model)
     linears = _included(model, finding, include) if include else finding.linears
     _check_patterns(exclude, "exclude", [spec.name for spec in linears])
-    chosen = tuple(
+    selected = tuple(
         spec
         for spec in linears
         if spec.block >= dense_first and not any(fnmatchcase(spec.name, p) for p in exclude)
     )
-    if not chosen:
-        raise InputError(_nothing_left(model, finding, bool(linears)))
-    return chosen
+    if not selected:
+        raise InputError(_nothing_selected(model, finding, bool(linears)))
+    return selected
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the decoder's blocks: the ModuleList of num_hidden_layers entries
-    with the most parameters. Raises InputError where there is none."""
+    """Name and modules of the decoder's blocks.
+
+    They are the ModuleList of num_hidden_layers entries that has the most parameters. Raises
+    InputError where there is none.
+    """
     config: Any = model.config
     depth = config.get_text_config(decoder=True).num_hidden_layers
     lists = {
@@ -146,9 +153,9 @@ def _block_linears(block: nn.Module, prefix: str, index: int) -> Iterator[Linear
 def _expert_linears(block: nn.Module, prefix: str, index: int) -> Iterator[LinearSpec]:
     for path, module in block.named_modules(prefix=prefix):
         if isinstance(module, Experts):
-            for number, expert in enumerate(module.get_submodule(LIST).children()):
-                ffn = f"{path}.{LIST}.{number}"
-                for child, role in EXPERT.items():
+            for number, expert in enumerate(module.get_submodule(EXPERT_LIST).children()):
+                ffn = f"{path}.{EXPERT_LIST}.{number}"
+                for child, role in EXPERT_LAYOUT.items():
                     name = f"{ffn}.{child}"
                     group = name if role == "down" else ffn
                     spec = _spec(expert.get_submodule(child), name, index, role, group, ffn)
@@ -162,62 +169,74 @@ def _is_any_linear(module: nn.Module) -> bool:
 def _spec(module: nn.Module, name: str, block: int, role: Role, group: str, ffn: str) -> LinearSpec:
     out_features, in_features = linear_shape(module)
     bias = module.bias is not None
-    return LinearSpec(name, block, role, in_features, out_features, bias, group, ffn)
+    return LinearSpec(
+        name=name,
+        block=block,
+        role=role,
+        in_features=in_features,
+        out_features=out_features,
+        bias=bias,
+        input_group=group,
+        ffn=ffn,
+    )
 
 
 def _included(
     model: nn.Module, finding: FFNLinears, include: Sequence[str]
 ) -> tuple[LinearSpec, ...]:
-    known = {spec.name: spec for spec in finding.linears}
+    """The linears inside the blocks that match `include`."""
+    ffn_specs = {spec.name: spec for spec in finding.linears}
     prefix, blocks = find_blocks(model)
-    every: dict[str, LinearSpec] = {}
+    specs: dict[str, LinearSpec] = {}
     for index, block in enumerate(blocks):
         for path, module in block.named_modules():
             if _is_any_linear(module):
                 name = f"{prefix}.{index}.{path}"
-                every[name] = known.get(name) or _unknown(module, name, index)
-    _check_patterns(include, "include", every)
-    return tuple(s for n, s in every.items() if any(fnmatchcase(n, p) for p in include))
+                specs[name] = ffn_specs.get(name) or _guessed_spec(module, name, index)
+    _check_patterns(include, "include", specs)
+    return tuple(spec for name, spec in specs.items() if any(fnmatchcase(name, p) for p in include))
 
 
-def _unknown(module: nn.Module, name: str, block: int) -> LinearSpec:
+def _guessed_spec(module: nn.Module, name: str, block: int) -> LinearSpec:
+    """The spec of a linear that no layout lists: an FFN by itself, with a role by its shape."""
     out_features, in_features = linear_shape(module)
     role: Role = "down" if out_features < in_features else "up"
     return _spec(module, name, block, role, group=name, ffn=name)
 
 
 def _check_patterns(
-    patterns: Sequence[str], what: str, names: Sequence[str] | dict[str, Any]
+    patterns: Sequence[str], option: str, names: Sequence[str] | dict[str, Any]
 ) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             example = next(iter(names), "none")
             raise InputError(
-                f"{what} pattern {pattern!r} matches no linear layer: names look like {example!r}"
+                f"{option} pattern {pattern!r} matches no linear layer: names look like {example!r}"
             )
 
 
 def _expert_tensors(model: nn.Module) -> Iterator[str]:
-    """Fused expert weights are parameters of three dimensions, which no linear owns."""
+    """Names of fused expert weights: parameters of three dimensions."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3 and "expert" in name:
             yield name
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether the model has mixtures of experts, of whichever layout and form."""
-    lists = any(isinstance(module, Experts) for module in model.modules())
-    return lists or any(True for _ in _expert_tensors(model))
+    """Whether the model has mixtures of experts, fused or as lists of linears."""
+    unfused = any(isinstance(module, Experts) for module in model.modules())
+    return unfused or any(True for _ in _expert_tensors(model))
 
 
-def _nothing_left(model: Any, finding: FFNLinears, found: bool) -> str:
-    if found:
-        return "nothing is left to factorize: --exclude and --dense-first take every linear away"
+def _nothing_selected(model: Any, finding: FFNLinears, has_linears: bool) -> str:
+    """The error text for a selection without linears."""
+    if has_linears:
+        return "nothing is left to factorize: --exclude and --dense-first exclude every linear"
     if finding.experts:
         return (
             f"unsupported model: the feed-forward weights of {model.config.model_type!r} are "
             f"mixture-of-experts tensors ({finding.experts[0]} and {len(finding.experts) - 1} "
-            "more) with biases, transposed or otherwise not laid out as lrcompress factorizes them"
+            "more) with biases, transposed or otherwise not laid out as lrcompress needs them"
         )
     return (
         f"unsupported model: no feed-forward linears known for {model.config.model_type!r}: name "

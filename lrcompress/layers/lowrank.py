@@ -1,11 +1,12 @@
-"""Low-rank and narrowed linear layers, and the swap between them and a model's dense layers.
+"""Low-rank and narrowed linear layers, and their exchange with the dense layers of a model.
 
-This file and `experts.py` depend on torch and transformers alone: `lrcompress export --standalone`
-ships both, as they are, inside checkpoints that load without lrcompress.
+This file and `experts.py` import only torch and transformers: `lrcompress export --to standalone`
+copies both into checkpoints that load without lrcompress.
 """
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -14,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .experts import LIST, Experts, fused_experts
+from .experts import EXPERT_LIST, Experts, fused_experts
 
 
 class LowRankLinear(nn.Module, ABC):
-    """y = W x + bias with W (out, in) of rank r; subclasses say how W is stored.
+    """y = W x + bias with W (out, in) of rank r; each subclass stores W in its own way.
 
-    What is stored are plain `nn.Linear` children, so quantizers and adapters find them. The
-    one-element buffer `weight` holds no information: it sits under the dense layer's own key,
-    so that a loader which does not know this layer fails on its shape instead of filling the
-    model with random weights.
+    The factors are `nn.Linear` children, so that quantizers and adapters find them. The one-element
+    buffer `weight` holds no information. It has the dense layer's own key in a checkpoint, so that
+    a loader which does not know this layer fails on the shape instead of filling the model with
+    random weights. `tensor_options` are the device and dtype of the new tensors.
     """
 
     form: ClassVar[str]
@@ -35,14 +36,14 @@ class LowRankLinear(nn.Module, ABC):
         out_features: int,
         rank: int,
         dense_type: type[nn.Module],
-        **place: Any,
+        **tensor_options: Any,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
         self.dense_type = dense_type
-        self.register_buffer("weight", torch.zeros(1, **place))
+        self.register_buffer("weight", torch.zeros(1, **tensor_options))
 
     @property
     @abstractmethod
@@ -50,19 +51,19 @@ class LowRankLinear(nn.Module, ABC):
 
     @abstractmethod
     def product(self) -> Tensor:
-        """W (out, in), in float32 or better."""
+        """W (out, in), in float32 or a more precise dtype."""
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
     def to_dense(self) -> nn.Module:
-        """The stock layer with the same weight, in the dtype of this one."""
+        """The stock layer of class `dense_type` with the same weight, in the dtype of this one."""
         weight = self.product().detach().to(self.weight.dtype)
         return dense_layer(self.dense_type, weight, self.bias).train(self.training)
 
 
 class FactoredLinear(LowRankLinear):
-    """W = B A: A is (rank x in), B is (out x rank); r(out + in) numbers."""
+    """W = B A with A (rank, in) and B (out, rank): r(out + in) parameters."""
 
     form = "factored"
 
@@ -73,11 +74,11 @@ class FactoredLinear(LowRankLinear):
         rank: int,
         bias: bool,
         dense_type: type[nn.Module] = nn.Linear,
-        **place: Any,
+        **tensor_options: Any,
     ) -> None:
-        super().__init__(in_features, out_features, rank, dense_type, **place)
-        self.A = nn.Linear(in_features, rank, bias=False, **place)
-        self.B = nn.Linear(rank, out_features, bias=bias, **place)
+        super().__init__(in_features, out_features, rank, dense_type, **tensor_options)
+        self.A = nn.Linear(in_features, rank, bias=False, **tensor_options)
+        self.B = nn.Linear(rank, out_features, bias=bias, **tensor_options)
 
     @property
     def bias(self) -> Tensor | None:
@@ -93,10 +94,11 @@ class FactoredLinear(LowRankLinear):
 
 
 class PivotedLinear(LowRankLinear):
-    """W = C [I Z] Pᵀ: C (out x rank) are columns of W, Z (rank x (in - rank)) gives the others.
+    """W = C [I Z] Pᵀ with C (out, rank), the pivot columns of W, and Z (rank, in - rank).
 
-    `order` (in,) lists the inputs of the pivot columns first, then the rest. r(out + in - r)
-    numbers and as many multiplications.
+    C Z are the other columns of W, and P is a permutation: `order` (in,) lists the inputs of the
+    pivot columns first, then the others. r(out + in - r) parameters, and as many multiplications
+    for a token.
     """
 
     form = "pivoted"
@@ -109,12 +111,12 @@ class PivotedLinear(LowRankLinear):
         rank: int,
         bias: bool,
         dense_type: type[nn.Module] = nn.Linear,
-        **place: Any,
+        **tensor_options: Any,
     ) -> None:
-        super().__init__(in_features, out_features, rank, dense_type, **place)
-        self.Z = nn.Linear(in_features - rank, rank, bias=False, **place)
-        self.C = nn.Linear(rank, out_features, bias=bias, **place)
-        order = torch.arange(in_features, dtype=torch.int32, device=place.get("device"))
+        super().__init__(in_features, out_features, rank, dense_type, **tensor_options)
+        self.Z = nn.Linear(in_features - rank, rank, bias=False, **tensor_options)
+        self.C = nn.Linear(rank, out_features, bias=bias, **tensor_options)
+        order = torch.arange(in_features, dtype=torch.int32, device=tensor_options.get("device"))
         self.register_buffer("order", order)
 
     @property
@@ -134,12 +136,17 @@ class PivotedLinear(LowRankLinear):
 
 
 class NarrowedLinear(nn.Linear):
-    """A linear layer of an FFN with fewer channels than the config says; otherwise a stock one."""
+    """An nn.Linear of an FFN with fewer intermediate channels than the model's config says."""
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool, dense_type: type[nn.Module], **p: Any
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dense_type: type[nn.Module],
+        **tensor_options: Any,
     ) -> None:
-        super().__init__(in_features, out_features, bias=bias, **p)
+        super().__init__(in_features, out_features, bias=bias, **tensor_options)
         self.dense_type = dense_type
 
     def to_dense(self) -> nn.Module:
@@ -153,16 +160,16 @@ FORMS: dict[str, type[FactoredLinear] | type[PivotedLinear]] = {
 NARROWED = "narrowed"
 
 
-def dense_layer(kind: type[nn.Module], weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A stock layer of class `kind` (nn.Linear or one of its kind, or Conv1D) from W (out, in)."""
+def dense_layer(dense_type: type[nn.Module], weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A stock layer from W (out, in); `dense_type` is nn.Linear, a subclass of it, or Conv1D."""
     out_features, in_features = weight.shape
     weight = weight.detach()
     with torch.device("meta"):
-        if issubclass(kind, Conv1D):
-            layer: nn.Module = kind(out_features, in_features)
+        if issubclass(dense_type, Conv1D):
+            layer: nn.Module = dense_type(out_features, in_features)
             weight = weight.T
         else:
-            layer = kind(in_features, out_features, bias=bias is not None)
+            layer = dense_type(in_features, out_features, bias=bias is not None)
     layer.weight = nn.Parameter(weight.contiguous())
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone())
@@ -170,12 +177,12 @@ def dense_layer(kind: type[nn.Module], weight: Tensor, bias: Tensor | None) -> n
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """A dense linear: nn.Linear and its kind, or Conv1D."""
+    """Whether `module` is a dense linear: nn.Linear, a subclass of it, or Conv1D."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear in any form, whichever way its class stores the weight."""
+    """(out, in) of a linear, dense or compressed; Conv1D stores its weight as (in, out)."""
     if isinstance(module, LowRankLinear):
         return module.out_features, module.in_features
     rows, columns = module.weight.shape  # type: ignore[misc]
@@ -183,20 +190,21 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of a dense linear as W (out, in); a view."""
+    """The weight of a dense linear as W (out, in), without a copy."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
 
 
 def compressed_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear | NarrowedLinear]]:
+    """Name and module of every low-rank or narrowed layer in `model`."""
     for name, module in model.named_modules():
         if isinstance(module, LowRankLinear | NarrowedLinear):
             yield name, module
 
 
 def is_compressed(model: Any) -> bool:
-    """Whether any layer is low-rank or narrowed, in a standalone export too."""
+    """Whether any layer of `model` is low-rank or narrowed; recognizes standalone exports too."""
     return any(compressed_layers(model)) or hasattr(model.config, "low_rank_modules")
 
 
@@ -209,51 +217,55 @@ def install(model: nn.Module, name: str, layer: nn.Module) -> None:
 def empty_like(
     dense: nn.Module, form: str, shape: tuple[int, int], rank: int | None
 ) -> LowRankLinear | NarrowedLinear:
-    """An uninitialized layer of `form` and W (out, in) in the place and dtype of `dense`."""
+    """An uninitialized layer of `form` and `shape` (out, in), with device and dtype of `dense`.
+
+    `rank` is needed for every form but "narrowed".
+    """
     out_features, in_features = shape
     weight, bias = dense.weight, dense.bias is not None
     assert isinstance(weight, Tensor)
-    place = {"device": weight.device, "dtype": weight.dtype}
+    tensor_options = {"device": weight.device, "dtype": weight.dtype}
     if form == NARROWED:
-        return NarrowedLinear(in_features, out_features, bias, type(dense), **place)
+        return NarrowedLinear(in_features, out_features, bias, type(dense), **tensor_options)
     assert rank is not None
-    return FORMS[form](in_features, out_features, rank, bias, type(dense), **place)
+    return FORMS[form](in_features, out_features, rank, bias, type(dense), **tensor_options)
 
 
 def layout(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Module name -> {form, shape, rank} of every compressed layer: what a checkpoint keeps."""
-    found: dict[str, dict[str, Any]] = {}
+    """Module name -> {form, shape, rank} of every compressed layer, as checkpoints record it."""
+    records: dict[str, dict[str, Any]] = {}
     for name, layer in compressed_layers(model):
         shape = {"shape": list(linear_shape(layer))}
         if isinstance(layer, LowRankLinear):
-            found[name] = {"form": layer.form, "rank": layer.rank} | shape
+            records[name] = {"form": layer.form, "rank": layer.rank} | shape
         else:
-            found[name] = {"form": NARROWED} | shape
-    return found
+            records[name] = {"form": NARROWED} | shape
+    return records
 
 
 def rebuild(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
-    """Swaps empty layers into a dense skeleton as `layout` recorded them.
+    """Replaces dense layers of `model` by the empty compressed layers that `layout` recorded.
 
-    Raises ValueError naming the module when a record does not fit the model.
+    Raises ValueError with the module's name where a record does not fit the model.
     """
     prefix = getattr(model, "base_model_prefix", "") + "."
-    # a base model has no prefix in its names; a model with a head has one
-    spelled = {name: (name, name.removeprefix(prefix), prefix + name) for name in modules}
-    _unpack(model, (spelling for spellings in spelled.values() for spelling in spellings))
+    # module names start with the prefix in a model with a head, and without it in a base model
+    candidates = {name: (name, name.removeprefix(prefix), prefix + name) for name in modules}
+    _unpack_experts(model, itertools.chain.from_iterable(candidates.values()))
     for name, record in modules.items():
-        found = next((s for s in spelled[name] if _has_linear(model, s)), None)
-        if found is None:
+        path = next((path for path in candidates[name] if _has_linear(model, path)), None)
+        if path is None:
             raise ValueError(f"low-rank record for {name!r}: the model has no such linear layer")
-        dense = model.get_submodule(found)
-        install(model, found, empty_like(dense, *_checked(name, record, linear_shape(dense))))
+        dense = model.get_submodule(path)
+        form, shape, rank = _checked(name, record, linear_shape(dense))
+        install(model, path, empty_like(dense, form, shape, rank))
 
 
-def _unpack(model: nn.Module, linears: Iterable[str]) -> None:
-    """Makes the mixtures of experts that `linears` are in lists of linears."""
-    wanted = {name.partition(f".{LIST}.")[0] for name in linears}
+def _unpack_experts(model: nn.Module, linears: Iterable[str]) -> None:
+    """Replaces fused experts by `Experts` where one of `linears` names a linear of an expert."""
+    mixtures = {name.partition(f".{EXPERT_LIST}.")[0] for name in linears}
     for name, fused in list(fused_experts(model)):
-        if name in wanted:
+        if name in mixtures:
             install(model, name, Experts(fused))
 
 
@@ -265,16 +277,17 @@ def _has_linear(model: nn.Module, name: str) -> bool:
 
 
 def _checked(
-    name: str, record: Mapping[str, Any], limit: tuple[int, int]
+    name: str, record: Mapping[str, Any], dense_shape: tuple[int, int]
 ) -> tuple[str, tuple[int, int], int | None]:
+    """(form, shape, rank) of a record; ValueError where they are invalid for the dense layer."""
     form, shape, rank = record.get("form"), record.get("shape"), record.get("rank")
-    wrong = f"low-rank record for {name!r}: "
+    subject = f"low-rank record for {name!r}: "
     if form != NARROWED and form not in FORMS:
-        raise ValueError(f"{wrong}unknown form {form!r}")
+        raise ValueError(f"{subject}unknown form {form!r}")
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)):
-        raise ValueError(f"{wrong}shape {shape!r} is not [out, in]")
-    if not all(1 <= n <= most for n, most in zip(shape, limit, strict=True)):
-        raise ValueError(f"{wrong}shape {shape!r} does not fit into {list(limit)}")
+        raise ValueError(f"{subject}shape {shape!r} is not [out, in]")
+    if not all(1 <= n <= limit for n, limit in zip(shape, dense_shape, strict=True)):
+        raise ValueError(f"{subject}shape {shape!r} does not fit into {list(dense_shape)}")
     if form != NARROWED and (type(rank) is not int or not 1 <= rank <= min(shape)):
-        raise ValueError(f"{wrong}rank {rank!r} is not in 1..{min(shape)}")
+        raise ValueError(f"{subject}rank {rank!r} is not in 1..{min(shape)}")
     return form, (shape[0], shape[1]), rank

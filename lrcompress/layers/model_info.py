@@ -1,4 +1,4 @@
-"""What a model's own numbers say: its parameter count and the lengths and modes it runs in."""
+"""Facts about a loaded model: parameters, bytes, maximum length, kind, and quantization."""
 
 from __future__ import annotations
 
@@ -9,47 +9,55 @@ from torch import Tensor, nn
 from lrcompress.layers.lowrank import is_compressed
 from lrcompress.runtime.errors import InputError
 
+# tokens of a sequence where the user gives no length
 DEFAULT_LENGTH = 1024
-POSITIONS = ("max_position_embeddings", "max_seq_len", "n_positions")
+# config keys for the maximum number of positions; families differ
+MAXIMUM_LENGTH_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions")
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Parameters of the model, tied ones once."""
+    """Number of parameters of the model; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def embedding_count(model: Any) -> int:
-    """Parameters of the token embedding and the output layer, tied ones once."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    weights = {id(end.weight): end.weight for end in ends if end is not None}
+    """Number of parameters of the token embedding and the output layer; tied ones count once."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {id(layer.weight): layer.weight for layer in layers if layer is not None}
     return sum(int(weight.numel()) for weight in weights.values())
 
 
 def maximum_length(model: Any) -> int | None:
-    """Positions that the model has, under any of the names that families give it."""
+    """The maximum sequence length in tokens; None where the config has none."""
     config = model.config.get_text_config(decoder=True)
-    found = (getattr(config, name, None) for name in POSITIONS)
-    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+    limits = (getattr(config, key, None) for key in MAXIMUM_LENGTH_KEYS)
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
-def sequence_length(model: Any, wanted: int | None) -> int:
-    """`wanted` tokens, or 1024 or the model's maximum. InputError where wanted exceeds that."""
+def sequence_length(model: Any, requested: int | None) -> int:
+    """The number of tokens to use: `requested`, or by default 1024 or the model's maximum if lower.
+
+    Raises InputError where `requested` exceeds the model's maximum.
+    """
     limit = maximum_length(model)
-    if wanted is None:
+    if requested is None:
         return min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
-    if limit is not None and wanted > limit:
-        raise InputError(f"a length of {wanted} tokens exceeds the model's maximum of {limit}")
-    return wanted
+    if limit is not None and requested > limit:
+        raise InputError(f"a length of {requested} tokens exceeds the model's maximum of {limit}")
+    return requested
 
 
 def model_kind(model: Any, trained: bool = False) -> str:
-    """What a model is called in a report."""
+    """The name of the model's kind in reports, such as "dense" or "quantized finetuned".
+
+    `trained` tells a finetuned model from a factorized one.
+    """
     name = ("finetuned" if trained else "factorized") if is_compressed(model) else "dense"
     return f"quantized {name}" if is_quantized(model) else name
 
 
 def is_quantized(model: Any) -> bool:
-    """Whether transformers' loader, or `lrcompress quantize`, left quantized weights in it."""
+    """Whether the weights of `model` are quantized, as loaded or by `lrcompress quantize`."""
     return getattr(model, "hf_quantizer", None) is not None
 
 
@@ -63,11 +71,12 @@ def refuse_quantized(model: Any, remedy: str) -> None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, tied ones once; of a quantized one, what it consists of."""
+    """Bytes of all parameters; tied ones count once, quantized ones with their scales."""
     return sum(map(_bytes, model.parameters()))
 
 
 def _bytes(tensor: Tensor) -> int:
+    # a quantized tensor is a subclass that consists of ordinary tensors
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return sum(_bytes(getattr(tensor, name)) for name in names)

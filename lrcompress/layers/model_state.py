@@ -1,4 +1,4 @@
-"""Changes to a model that end with a block of code: its mode, precision and gradients."""
+"""Context managers that change the mode, precision or gradients of a model for a while."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout inside; every module's own mode is restored after."""
+    """Inside, every module is in evaluation mode (no dropout); afterwards modes are restored."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -23,30 +23,30 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_float32(block: nn.Module) -> Iterator[None]:
-    """Weights of lower precision in float32; those that did not change come back bit for bit."""
-    before = [
+    """Inside, float16 and bfloat16 weights are float32; unchanged ones come back bit for bit."""
+    original_dtypes = [
         (tensor, tensor.dtype)
         for tensor in (*block.parameters(), *block.buffers())
         if tensor.dtype in (torch.float16, torch.bfloat16)
     ]
     try:
-        for tensor, _ in before:
+        for tensor, _ in original_dtypes:
             tensor.data = tensor.data.float()
         yield
     finally:
-        for tensor, dtype in before:
+        for tensor, dtype in original_dtypes:
             tensor.data = tensor.data.to(dtype)
 
 
 @contextmanager
 def requires_grad_restored(module: nn.Module) -> Iterator[None]:
-    """At the end every parameter of `module` requires a gradient as it did before, or does not."""
-    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    """At the end every parameter of `module` gets back its value of `requires_grad`."""
+    original_flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:
         yield
     finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
+        for parameter, flag in original_flags:
+            parameter.requires_grad_(flag)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Models whose experts are linears for a while, or as long as some of them are low-rank."""
+"""Replaces the fused experts of a model by lists of linears, for a while or for good."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lrcompress.layers.lowrank import compressed_layers, install
 
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
-    """Inside, every expert is an FFN of linears; the weights are those of the fused tensors.
+    """Inside, every expert is an FFN of linears that are views of the fused weights.
 
-    After it, mixtures of which nothing was compressed are fused again, and after an error all.
+    At the end mixtures without compressed linears are fused again; after an error all of them are.
     """
     fused = unpack(model)
     try:
@@ -26,20 +26,20 @@ def unpacked(model: nn.Module) -> Iterator[None]:
         raise
     for name, module in fused.items():
         if any(compressed_layers(model.get_submodule(name))):
-            _own_memory(model.get_submodule(name))
+            _copy_views(model.get_submodule(name))
         else:
             install(model, name, module)
 
 
-def _own_memory(experts: nn.Module) -> None:
-    """What stayed dense is no view any more, so that the fused tensors are freed."""
+def _copy_views(experts: nn.Module) -> None:
+    """Copies the weights that are still views, so that the memory of the fused ones is freed."""
     for parameter in experts.parameters():
         if parameter.untyped_storage().nbytes() > parameter.nbytes:
             parameter.data = parameter.data.clone()
 
 
 def unpack(model: nn.Module) -> dict[str, nn.Module]:
-    """Puts `Experts` in the place of fused ones, which are returned by name."""
+    """Replaces all fused experts by `Experts`; returns the fused modules by name."""
     fused = dict(fused_experts(model))
     for name, module in fused.items():
         install(model, name, Experts(module))

@@ -1,4 +1,4 @@
-"""Where a number that is none comes from: which weight has it, or which module computes it."""
+"""Finds the weight or module that first gives NaN or infinity."""
 
 from __future__ import annotations
 
@@ -12,38 +12,42 @@ from torch.utils._pytree import tree_leaves
 
 
 def explain_nonfinite(model: Any, tokens: Tensor) -> str:
-    """Why the logits of `tokens` (1, length) are not finite, and the remedy."""
-    weight = next(unsound(model), None)
+    """The cause of NaN or infinity in the logits of `tokens` (1, length), and the remedy.
+
+    The text continues a sentence such as "the logits are not finite, ...".
+    """
+    weight = next(nonfinite_weights(model), None)
     if weight is not None:
-        return f"as {weight} is not finite: get an intact copy"
+        return f"because {weight} is not finite: get an intact copy"
     module = _first_overflow(model, tokens)
     where = "" if module is None else f", first in the output of {module}"
-    return f"which numbers of its precision cannot hold{where}: use --dtype float32"
+    return f"because a value overflows the precision of the model{where}: use --dtype float32"
 
 
-def unsound(model: nn.Module) -> Iterator[str]:
-    """Names of weights with a number that is none: of those that are here and not quantized."""
+def nonfinite_weights(model: nn.Module) -> Iterator[str]:
+    """Names of weights with NaN or infinity; quantized and offloaded weights are not examined."""
     for name, parameter in model.named_parameters():
-        here = type(parameter) is nn.Parameter and not parameter.is_meta
-        if here and not bool(parameter.isfinite().all()):
+        readable = type(parameter) is nn.Parameter and not parameter.is_meta
+        if readable and not bool(parameter.isfinite().all()):
             yield name
 
 
 @torch.no_grad()
 def _first_overflow(model: Any, tokens: Tensor) -> str | None:
-    found: list[str] = []
+    """The name of the first module whose output has NaN or infinity."""
+    names: list[str] = []
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def look(_: nn.Module, __: Any, output: Any) -> None:
+    def checker(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def check(_: nn.Module, __: Any, output: Any) -> None:
             tensors = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-            if not found and not all(bool(one.isfinite().all()) for one in tensors):
-                found.append(name)
+            if not names and not all(bool(tensor.isfinite().all()) for tensor in tensors):
+                names.append(name)
 
-        return look
+        return check
 
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             if name:
-                hooks.callback(module.register_forward_hook(watch(name)).remove)
+                hooks.callback(module.register_forward_hook(checker(name)).remove)
         model(input_ids=tokens.to(model.device), use_cache=False)
-    return found[0] if found else None
+    return names[0] if names else None

@@ -16,24 +16,24 @@ from lrcompress.layers.fused import (
     Fused,
     FusedFactored,
     FusedPivoted,
-    Packed,
-    SharesInput,
-    is_bare,
+    PackedWeights,
+    ShareInputHook,
+    are_stock_linears,
 )
 from lrcompress.layers.lowrank import LowRankLinear, is_linear
 
-# FFNs whose intermediate channels are made by the other linears, each channel by itself
-WHOLE = ({"gate", "up", "down"}, {"gate_up", "down"}, {"up", "down"})
+# roles of FFNs that compute each intermediate channel by itself, so that channels may be reordered
+PERMUTABLE_ROLES = ({"gate", "up", "down"}, {"gate_up", "down"}, {"up", "down"})
 
 
 def optimize(model: nn.Module) -> ExitStack:
     """Makes the compressed FFNs of `model` run faster, in place, with the same outputs.
 
-    Gate and up read their input by one product, or after one gather; the order of the pivots of
-    down is absorbed by the rows of gate and up; sums are part of products. Names, shapes, training
-    and saving stay as they were; from_pretrained gives a model that is not optimized. Layers with
-    adapters, quantized or offloaded weights are left as they are. What is returned puts everything
-    back, bit for bit, at its `close()` or as a context: `with optimize(model): ...`.
+    Gate and up share one product, or one gather, for their input; the rows of gate and up are put
+    into the order of down's pivots; sums become part of products. Names, shapes, training and
+    saving do not change; a saved model loads without being optimized. Layers with adapters and
+    layers with quantized or offloaded weights stay as they are. The returned ExitStack restores
+    the model bit for bit, by its `close()` or as a context: `with optimize(model): ...`.
     """
     linears = find_ffns(model).linears
     with ExitStack() as undo, torch.no_grad():
@@ -44,115 +44,134 @@ def optimize(model: nn.Module) -> ExitStack:
 
 
 def optimize_ffn(ffn: nn.Module, linears: Mapping[str, nn.Module], undo: ExitStack) -> None:
-    """One FFN, whose linears are given by role; what puts it back goes onto `undo`."""
+    """Optimizes one FFN with the `linears` by role; `undo` gets the callbacks that restore it."""
     for role, layer in linears.items():
-        if type(layer) in FUSED and _is_plain(layer):
+        if type(layer) in FUSED and _reads_own_weights(layer):
             _fuse(layer, role, undo)  # type: ignore[arg-type]
     down = linears.get("down")
     if isinstance(down, FusedPivoted) and _can_permute(ffn, linears, down.in_features):
-        _absorb(down, [layer for role, layer in linears.items() if role != "down"], undo)
+        _absorb_order(down, [layer for role, layer in linears.items() if role != "down"], undo)
     gate, up = linears.get("gate"), linears.get("up")
     if isinstance(gate, Fused) and isinstance(up, Fused):
-        packed = None
-        if isinstance(gate, FusedFactored) and isinstance(up, FusedFactored):
-            packed = _packed(gate.A, up.A, undo)
-        places = {layer: name for name, layer in ffn.named_children()}
-        hook = SharesInput({places[gate]: gate, places[up]: up}, packed)
-        undo.callback(ffn.register_forward_pre_hook(hook).remove)
+        _share_input(ffn, gate, up, undo)
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether the layer's own forward pass reads its weights, and no loader brings them first."""
-    if any(hasattr(module, "_hf_hook") for module in layer.modules()):
+def _share_input(ffn: nn.Module, gate: Fused, up: Fused, undo: ExitStack) -> None:
+    packed = None
+    if isinstance(gate, FusedFactored) and isinstance(up, FusedFactored):
+        packed = _pack(gate.A, up.A, undo)
+    names = {layer: name for name, layer in ffn.named_children()}
+    hook = ShareInputHook({names[gate]: gate, names[up]: up}, packed)
+    undo.callback(ffn.register_forward_pre_hook(hook).remove)
+
+
+def _reads_own_weights(layer: nn.Module) -> bool:
+    """Whether the layer computes with ordinary weights that are always in memory."""
+    if any(hasattr(module, "_hf_hook") for module in layer.modules()):  # accelerate offloads it
         return False
-    matrices = list(layer.children())
-    return is_bare(*matrices) if matrices else type(layer.weight) is nn.Parameter
+    children = list(layer.children())
+    return are_stock_linears(*children) if children else type(layer.weight) is nn.Parameter
 
 
 def _fuse(layer: LowRankLinear, role: str, undo: ExitStack) -> None:
-    plain = type(layer)
-    layer.__class__ = FUSED[plain]
-    about = {"position": int(role == "up"), "ends": role == "down"}
-    about |= {"absorbed": False, "bare": True}
-    layer.__dict__.update(about)
+    original_class = type(layer)
+    layer.__class__ = FUSED[original_class]
+    attributes = {
+        "shared_index": int(role == "up"),
+        "is_ffn_output": role == "down",
+        "order_absorbed": False,
+        "has_stock_linears": True,
+    }
+    layer.__dict__.update(attributes)
 
-    def back() -> None:
-        layer.__class__ = plain
-        for name in about:
+    def restore() -> None:
+        layer.__class__ = original_class
+        for name in attributes:
             del layer.__dict__[name]
 
-    undo.callback(back)
-    _by_columns(_outer(layer).weight, undo)
+    undo.callback(restore)
+    _make_column_major(_outer(layer).weight, undo)
 
 
 def _outer(layer: nn.Module) -> nn.Linear:
-    """The matrix of a fused layer that gives its output."""
+    """The second matrix of a fused layer, which computes its output."""
     assert isinstance(layer, FusedFactored | FusedPivoted)
     return layer.B if isinstance(layer, FusedFactored) else layer.C
 
 
-def _by_columns(weight: Tensor, undo: ExitStack) -> None:
-    """Lays the columns of a tall matrix (out, rank) behind each other in memory, where its product
-    with one token then takes half the time: on the CPU in float32."""
+def _make_column_major(weight: Tensor, undo: ExitStack) -> None:
+    """Stores a tall float32 matrix (out, rank) on the CPU column by column: its product with one
+    token then takes half the time."""
     rows, columns = weight.shape
     if weight.is_cpu and weight.dtype == torch.float32 and rows > columns:
         weight.data = weight.data.t().contiguous().t()
-        undo.callback(_by_rows, weight)
+        undo.callback(_make_row_major, weight)
 
 
-def _can_permute(ffn: nn.Module, linears: Mapping[str, nn.Module], width: int) -> bool:
-    """Whether nothing but these linears knows one intermediate channel from another."""
-    own = {id(p) for layer in linears.values() for p in (*layer.parameters(), *layer.buffers())}
-    others = (t for t in (*ffn.parameters(), *ffn.buffers()) if id(t) not in own)
+def _can_permute(ffn: nn.Module, linears: Mapping[str, nn.Module], channels: int) -> bool:
+    """Whether the intermediate channels may be reordered: only these linears depend on the order.
+
+    Any other tensor of the FFN with a dimension of `channels` could depend on it too.
+    """
+    in_linears = {
+        id(tensor)
+        for layer in linears.values()
+        for tensor in (*layer.parameters(), *layer.buffers())
+    }
+    others = (t for t in (*ffn.parameters(), *ffn.buffers()) if id(t) not in in_linears)
     return (
-        set(linears) in WHOLE
-        and all(isinstance(m, Fused) or (is_linear(m) and _is_plain(m)) for m in linears.values())
-        and not any(width in tensor.shape for tensor in others)
+        set(linears) in PERMUTABLE_ROLES
+        and all(
+            isinstance(layer, Fused) or (is_linear(layer) and _reads_own_weights(layer))
+            for layer in linears.values()
+        )
+        and not any(channels in tensor.shape for tensor in others)
     )
 
 
-def _absorb(down: FusedPivoted, makers: Sequence[nn.Module], undo: ExitStack) -> None:
-    """The linears that make the channels make them in the order that `down` reads them in."""
+def _absorb_order(down: FusedPivoted, producers: Sequence[nn.Module], undo: ExitStack) -> None:
+    """Permutes the outputs of `producers` (gate and up) so that `down` needs no gather."""
     order = down.order.clone()
-    _permute_channels(makers, order.long())
+    _permute_outputs(producers, order.long())
     down.order.copy_(torch.arange(len(order)))
-    down.absorbed = True
+    down.order_absorbed = True
 
-    def back() -> None:
-        _permute_channels(makers, order.long().argsort())
+    def restore() -> None:
+        _permute_outputs(producers, order.long().argsort())
         down.order.copy_(order)
 
-    undo.callback(back)
+    undo.callback(restore)
 
 
 @torch.no_grad()
-def _permute_channels(makers: Sequence[nn.Module], order: Tensor) -> None:
-    for weight, dim in (found for maker in makers for found in _channels(maker)):
+def _permute_outputs(layers: Sequence[nn.Module], order: Tensor) -> None:
+    for weight, dim in (pair for layer in layers for pair in _output_tensors(layer)):
         halves = weight.shape[dim] // len(order)  # two where gate and up are one matrix
-        whole = torch.cat([order + half * len(order) for half in range(halves)])
-        weight.copy_(weight.index_select(dim, whole))
+        indices = torch.cat([order + half * len(order) for half in range(halves)])
+        weight.copy_(weight.index_select(dim, indices))
 
 
-def _channels(maker: nn.Module) -> Iterator[tuple[Tensor, int]]:
-    """What has a row, or an entry, for each output: with the dimension of the outputs."""
-    if isinstance(maker, FusedFactored | FusedPivoted):
-        maker = _outer(maker)
-    weight, bias = maker.weight, maker.bias
+def _output_tensors(layer: nn.Module) -> Iterator[tuple[Tensor, int]]:
+    """The weight and the bias that compute the outputs, each with the dimension of the outputs."""
+    if isinstance(layer, FusedFactored | FusedPivoted):
+        layer = _outer(layer)
+    weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
-    yield weight, 1 if isinstance(maker, Conv1D) else 0
+    yield weight, 1 if isinstance(layer, Conv1D) else 0
     if isinstance(bias, Tensor):
         yield bias, 0
 
 
-def _packed(first: nn.Linear, second: nn.Linear, undo: ExitStack) -> Packed:
-    """Moves the weights behind each other in memory; each stays a parameter of its own."""
-    whole = torch.cat([first.weight.detach(), second.weight.detach()])
-    for linear, part in zip((first, second), whole.tensor_split([len(first.weight)]), strict=True):
-        linear.weight.data = part
-        undo.callback(_by_rows, linear.weight)
-    return Packed(whole, len(first.weight), (first, second))
+def _pack(first: nn.Linear, second: nn.Linear, undo: ExitStack) -> PackedWeights:
+    """Stores both weights in one tensor, one below the other; each stays its own parameter."""
+    stacked = torch.cat([first.weight.detach(), second.weight.detach()])
+    views = stacked.tensor_split([len(first.weight)])
+    for linear, view in zip((first, second), views, strict=True):
+        linear.weight.data = view
+        undo.callback(_make_row_major, linear.weight)
+    return PackedWeights(stacked, len(first.weight), (first, second))
 
 
-def _by_rows(weight: Tensor) -> None:
-    """In memory of its own, row by row."""
+def _make_row_major(weight: Tensor) -> None:
+    """Gives the weight its own memory again, row by row."""
     weight.data = weight.data.clone(memory_format=torch.contiguous_format)

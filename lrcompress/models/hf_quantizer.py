@@ -1,37 +1,35 @@
-"""Teaches `from_pretrained` to rebuild low-rank layers.
+"""Registers two quantizers with which `from_pretrained` rebuilds low-rank layers.
 
-transformers calls a registered quantizer between building a model's skeleton and reading its
-weights, which is the moment at which the dense layers have to give way. Of a checkpoint as
-`factorize` writes it nothing is quantized: once the weights are in, the quantizer detaches itself,
-and what is left is an ordinary model that can be cast, trained and saved. The weights of low-rank
-layers can be quantized as well, by torchao; then transformers' own quantizer for it stays.
+transformers calls a registered quantizer after it has built the model on the meta device and before
+it reads the weights: the moment to replace dense layers. A checkpoint of `factorize` has no
+quantized weights, so its quantizer removes itself once the weights are loaded, and the model is an
+ordinary one that can be cast, trained and saved. Low-rank layers with weights quantized by torchao
+have the second quantizer, which stays on the model as transformers' own does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, TorchAoConfig
 
-from lrcompress.layers.lowrank import PivotedLinear, compressed_layers, layout, rebuild
+from lrcompress.layers.lowrank import layout, rebuild
 from lrcompress.layers.model_info import is_quantized
-from lrcompress.models.safetensors_headers import check_types, stored_tensors
+from lrcompress.models.loaded_weights import check_loaded, check_pivot_orders
+from lrcompress.models.safetensors_headers import check_dtypes, stored_tensors
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.packages import require_extra
 
 QUANT_METHOD = "lowrank"
 QUANTIZED_METHOD = "lowrank_torchao"
-LOW_RANK = (QUANT_METHOD, QUANTIZED_METHOD)
+LOW_RANK_METHODS = (QUANT_METHOD, QUANTIZED_METHOD)
 FORMAT_VERSION = 1
-SUFFIX = ".safetensors"
-READ = "_is_hf_initialized"
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -44,14 +42,17 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules: Mapping[str, Mapping[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
-        **unknown: object,
+        **unknown_keys: object,
     ) -> None:
         records = modules.values() if isinstance(modules, Mapping) else [None]
-        if unknown or not all(isinstance(record, Mapping) for record in records):
-            have = f"no {', '.join(unknown)}" if unknown else "nothing else"
+        if unknown_keys or not all(isinstance(record, Mapping) for record in records):
+            problem = (
+                f"it must not have {', '.join(unknown_keys)}"
+                if unknown_keys
+                else "it must have modules, each with form, shape and rank"
+            )
             raise InputError(
-                "quantization_config of the checkpoint is damaged: it has to have modules, each "
-                f"with form, shape and rank, and {have}: get an intact copy"
+                f"quantization_config of the checkpoint is damaged: {problem}: get an intact copy"
             )
         assert modules is not None
         if format_version != FORMAT_VERSION:
@@ -66,7 +67,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(QUANT_METHOD)
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Swaps low-rank layers into the skeleton, then takes itself off the loaded model."""
+    """Puts low-rank layers into the model before loading, and removes itself afterwards."""
 
     def __init__(self, quantization_config: LowRankConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -81,7 +82,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> nn.Module:
         rebuild(model, self.quantization_config.modules)
         files = [Path(file) for file in checkpoint_files or ()]
-        check_types(stored_tensors(file for file in files if file.suffix == SUFFIX))
+        check_dtypes(stored_tensors(file for file in files if file.suffix == ".safetensors"))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -103,8 +104,10 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
 
 @register_quantization_config(QUANTIZED_METHOD)
 class QuantizedLowRankConfig(TorchAoConfig):  # type: ignore[misc]
-    """`quantization_config` of a checkpoint with low-rank layers and quantized weights: what
-    torchao's has, and what `LowRankConfig` has."""
+    """`quantization_config` of a checkpoint with low-rank layers and quantized weights.
+
+    It has the fields of torchao's config and those of `LowRankConfig`.
+    """
 
     def __init__(
         self,
@@ -112,7 +115,7 @@ class QuantizedLowRankConfig(TorchAoConfig):  # type: ignore[misc]
         modules: Mapping[str, Mapping[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         modules_to_not_convert: list[str] | None = None,
-        **defaults: object,
+        **torchao_defaults: object,
     ) -> None:
         super().__init__(quant_type, modules_to_not_convert)
         self.__dict__ |= vars(LowRankConfig(modules, format_version)) | {
@@ -127,7 +130,7 @@ class QuantizedLowRankConfig(TorchAoConfig):  # type: ignore[misc]
 
 @register_quantizer(QUANTIZED_METHOD)
 class QuantizedLowRankQuantizer(TorchAoHfQuantizer):  # type: ignore[misc]
-    """Swaps low-rank layers into the skeleton, and lets torchao's loader fill them."""
+    """Puts low-rank layers into the model; transformers' quantizer for torchao loads them."""
 
     quantization_config: QuantizedLowRankConfig
 
@@ -136,54 +139,14 @@ class QuantizedLowRankQuantizer(TorchAoHfQuantizer):  # type: ignore[misc]
         super()._process_model_before_weight_loading(model, **kwargs)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        check_orders(model)
+        check_pivot_orders(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
 
-def check_loaded(model: nn.Module) -> None:
-    """Raises InputError that names the module whose weights are not those of a checkpoint: missing,
-    misshapen, no floating point, or an order that is none. What is offloaded is not looked at.
-    """
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            raise InputError(f"{name} is stored as {parameter.dtype}: get an intact copy")
-    # transformers marks the tensors that it read; other ones are random
-    if any(hasattr(parameter, READ) for parameter in model.parameters()):
-        for name, tensor in _expected(model):
-            if not tensor.is_meta and not getattr(tensor, READ, False):
-                raise InputError(
-                    f"{name} is not in the checkpoint, or not in the shape that its config.json "
-                    "records: get an intact copy"
-                )
-    check_orders(model)
-
-
-def _expected(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """What the checkpoint has to hold: compressed layers, and the weights of the model that was
-    saved. A model of another class has a head of its own, which may be new."""
-    for name, layer in compressed_layers(model):
-        for part, tensor in layer.state_dict(keep_vars=True).items():
-            yield f"{name}.{part}", tensor
-    whole = type(model).__name__ in (model.config.architectures or ())
-    yield from (model if whole else model.base_model).named_parameters()
-
-
-def check_orders(model: nn.Module) -> None:
-    """Raises InputError that names the pivoted layer whose order is none."""
-    for name, layer in compressed_layers(model):
-        if isinstance(layer, PivotedLinear) and not layer.order.is_meta:
-            order = layer.order.long().sort().values.cpu()
-            if not torch.equal(order, torch.arange(len(order))):
-                raise InputError(
-                    f"the order of {name} does not name each of its {len(order)} inputs once: get "
-                    "an intact copy"
-                )
-
-
 def record_layout(model: Any) -> None:
-    """Writes the low-rank layers of `model` into its config, so that saving keeps them."""
+    """Records the low-rank layers of `model` in its config, so that it can be saved and loaded."""
     if is_quantized(model):
-        return  # whoever quantized it has recorded both
+        return  # the config of a quantized model already records its low-rank layers
     modules = layout(model)
     if modules:
         model.config.quantization_config = LowRankConfig(modules)

@@ -1,8 +1,7 @@
-"""MODEL on the command line -> a transformers model and its tokenizer."""
+"""Turns the MODEL argument into a transformers model and its tokenizer."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,36 +13,45 @@ import torch
 from lrcompress.config import ModelSettings
 from lrcompress.models.preflight import check_folder, meta_model
 from lrcompress.runtime.errors import InputError, MachineError, machine_fault_reason
+from lrcompress.runtime.packages import package_folder
 from lrcompress.runtime.paths import is_inside, user_path
 
-PACKAGE = "package:"
+Loaded = tuple[Any, Any]  # a model and its tokenizer
+PACKAGE_PREFIX = "package:"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-PANIC = "PanicException"  # of the libraries in Rust, which is no Exception
+# the error of libraries in Rust; it is a BaseException, but not an Exception
+RUST_PANIC = "PanicException"
 
 
 @dataclass(frozen=True)
 class Location:
-    """What transformers' from_pretrained is given: a folder or hub id, and a file for GGUF."""
+    """Where from_pretrained finds a model: a folder or hub id, and the GGUF file in it, if any."""
 
     path: str
     gguf_file: str | None = None
 
     def arguments(self, trust_remote_code: bool) -> dict[str, Any]:
-        found: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        return found | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
+        """Keyword arguments for from_pretrained."""
+        arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if self.gguf_file:
+            arguments["gguf_file"] = self.gguf_file
+        return arguments
 
 
 def locate(source: str, gguf_file: str | None = None) -> Location:
-    """Finds MODEL: a folder, a .gguf file, a hub id, or package:NAME/FILE, a file that an
-    installed Python package ships. Raises InputError where a local path leads nowhere."""
-    path = _package_file(source) if source.startswith(PACKAGE) else user_path(source)
+    """Finds MODEL: a folder, a .gguf file, a hub id, or package:NAME/FILE.
+
+    The last is a file of an installed Python package. Raises InputError where a local path does not
+    exist or is not a model.
+    """
+    path = _package_file(source) if source.startswith(PACKAGE_PREFIX) else user_path(source)
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"model {source!r} is a file: give its folder, or a .gguf file")
         return Location(str(path.parent), path.name)
     if path.is_dir():
         return _local_folder(path, source, gguf_file)
-    if source.startswith((PACKAGE, "/", ".", "~")) or source.endswith(".gguf"):
+    if source.startswith((PACKAGE_PREFIX, "/", ".", "~")) or source.endswith(".gguf"):
         raise InputError(
             f"model {source!r} does not exist: give a folder, a .gguf file or a hub id"
         )
@@ -51,16 +59,13 @@ def locate(source: str, gguf_file: str | None = None) -> Location:
 
 
 def _package_file(source: str) -> Path:
-    name, _, file = source.removeprefix(PACKAGE).partition("/")
+    name, _, file = source.removeprefix(PACKAGE_PREFIX).partition("/")
     if not is_inside(file):
         raise InputError(f"model {source!r} leads out of its package: name a file inside")
-    try:
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    except ValueError:  # a module without a spec, such as __main__
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
+    folder = package_folder(name)
+    if folder is None:
         raise InputError(f"model {source!r}: no Python package {name!r} is installed here")
-    return Path(spec.submodule_search_locations[0]) / file
+    return folder / file
 
 
 def _local_folder(path: Path, source: str, gguf_file: str | None) -> Location:
@@ -76,27 +81,29 @@ def _local_folder(path: Path, source: str, gguf_file: str | None) -> Location:
 
 
 @contextmanager
-def _explained(source: str) -> Iterator[None]:
-    """transformers' many ways to say that a model cannot be loaded -> one InputError."""
+def _load_errors_explained(source: str) -> Iterator[None]:
+    """Turns every error of loading a model into one InputError, or MachineError."""
     try:
         yield
     except (InputError, MachineError, MemoryError, torch.OutOfMemoryError):
         raise
-    except BaseException as error:  # each library has its own
-        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+    except BaseException as error:  # transformers, tokenizers, safetensors, ... raise their own
+        if not isinstance(error, Exception) and type(error).__name__ != RUST_PANIC:
             raise
         if fault := machine_fault_reason(error):
             raise MachineError(f"model {source!r} cannot be loaded: {fault}") from error
         reason = " ".join(str(error).split())
         if "custom code" in reason:
             raise InputError(
-                f"model {source!r} loads by code of its own, which is not run unasked: read the "
-                "code, and if you trust it give --trust-remote-code (trust_remote_code in Python)"
+                f"model {source!r} needs its own code to load, which is not run by default: read "
+                "it, and if you trust it give --trust-remote-code (trust_remote_code in Python)"
             ) from error
         reason = reason[:300] or type(error).__name__
-        local = Path(source).expanduser().exists() or source.startswith(PACKAGE)
-        what = "cannot be loaded" if local else "is no folder here, and the hub did not give it"
-        raise InputError(f"model {source!r} {what}: {reason}") from error
+        local = Path(source).expanduser().exists() or source.startswith(PACKAGE_PREFIX)
+        problem = "cannot be loaded"
+        if not local:
+            problem = "is not a folder here, and cannot be loaded from the hub"
+        raise InputError(f"model {source!r} {problem}: {reason}") from error
 
 
 def load_config(source: str, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -104,7 +111,7 @@ def load_config(source: str, gguf_file: str | None = None, trust_remote_code: bo
     from transformers import AutoConfig
 
     location = locate(source, gguf_file)
-    with _explained(source):
+    with _load_errors_explained(source):
         return AutoConfig.from_pretrained(location.path, **location.arguments(trust_remote_code))
 
 
@@ -119,22 +126,24 @@ def load(
 ) -> tuple[Any, Any]:
     """Loads (model, tokenizer) from a folder, a .gguf file or a hub id.
 
-    A GGUF is de-quantized into an ordinary model. `device` is a torch device or `auto`: GPUs,
-    spread over several by accelerate where one does not hold the model, else the CPU. The
-    tokenizer is None where the folder has none. `placement`, arguments of from_pretrained, takes
-    the place of `device`. Only safetensors and GGUF weights are read.
-    Raises InputError where the model is missing, unsupported, incomplete or damaged.
+    A GGUF file is de-quantized into an ordinary model. `device` is a torch device or `auto`: GPUs
+    where there are any (accelerate spreads a model over several where one is too small), else the
+    CPU. `placement` holds arguments of from_pretrained that replace `device`. The tokenizer is None
+    where the folder has none. Only safetensors and GGUF weights are read. Raises InputError where
+    the model is missing, unsupported, incomplete or damaged.
     """
     source, dtype = str(source), str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     location = locate(source, gguf_file)
-    with _explained(source):
-        model = _load_model(location, dtype, placement or _placement(device), trust_remote_code)
+    with _load_errors_explained(source):
+        model = _model_from_pretrained(
+            location, dtype, placement or _placement(device), trust_remote_code
+        )
         return model, _load_tokenizer(location, trust_remote_code)
 
 
-def _load_model(
+def _model_from_pretrained(
     location: Location, dtype: str, placement: Mapping[str, Any], trust_remote_code: bool
 ) -> Any:
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -149,7 +158,7 @@ def _load_model(
         location.path,
         dtype=torch_dtype(dtype),
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are named and refused below
+        ignore_mismatched_sizes=True,  # the error below names them
         **arguments,
         **placement,
     )
@@ -185,11 +194,10 @@ def checked_device(device: str) -> str:
 
 
 def load_tokenizer(source: str, gguf_file: str | None, trust_remote_code: bool) -> Any:
-    """The tokenizer of MODEL, or in a folder by itself; None where the folder has none."""
-    alone = user_path(source) if gguf_file is None else None
-    found = alone is not None and alone.is_dir()
-    location = Location(str(alone)) if found else locate(source, gguf_file)
-    with _explained(source):
+    """The tokenizer of MODEL or of a folder with only a tokenizer; None where there is none."""
+    is_folder = gguf_file is None and user_path(source).is_dir()
+    location = Location(str(user_path(source))) if is_folder else locate(source, gguf_file)
+    with _load_errors_explained(source):
         return _load_tokenizer(location, trust_remote_code)
 
 
@@ -208,21 +216,21 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def skeleton(source: str, gguf_file: str | None = None, trust_remote_code: bool = False) -> Any:
-    """MODEL on the meta device: its shapes, from the config alone; no weights, no memory."""
+    """MODEL on the meta device, from its config alone: shapes without weights or memory."""
     config = load_config(source, gguf_file, trust_remote_code)
-    with _explained(source):
+    with _load_errors_explained(source):
         return meta_model(config, trust_remote_code)
 
 
-Loaded = tuple[Any, Any]  # a model and its tokenizer
+def load_model(settings: ModelSettings, **overrides: Any) -> Loaded:
+    """Loads (model, tokenizer) by the model section of a recipe.
 
-
-def load_model(settings: ModelSettings, **placement: Any) -> Loaded:
-    """(model, tokenizer) as a recipe's model section describes them, or where `placement` says."""
-    arguments = settings.model_dump() | placement
+    `overrides` are arguments of `load` that replace settings, such as `device` or `placement`.
+    """
+    arguments = settings.model_dump() | overrides
     return load(arguments.pop("source"), **arguments)
 
 
 def with_source(settings: ModelSettings, source: str) -> ModelSettings:
-    """The same loading settings for another model; a GGUF file belongs to its own model."""
+    """The same settings for another model; `gguf_file`, which belongs to the old one, is reset."""
     return settings.model_copy(update={"source": source, "gguf_file": None})

@@ -1,4 +1,4 @@
-"""A model whose blocks stay on disk: the weights of one at a time are in memory."""
+"""A model whose blocks stay on disk; only one block at a time has its weights in memory."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from lrcompress.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class OffloadedModel:
-    """`model` holds the weights outside its blocks; those of a block while it is `resident`.
+    """`model` holds the weights outside its blocks, and those of a block while it is `resident`.
 
-    `weights` gives each weight of a block by name, read from the safetensors files; `prefix` is the
-    name of the list of blocks.
+    `weights` reads the weights of the blocks from disk, by full name; `prefix` is the name of the
+    list of blocks.
     """
 
     model: Any
@@ -35,27 +35,27 @@ class OffloadedModel:
 
     @classmethod
     def load(cls, source: ModelSettings, work: Path) -> Self:
-        """The folder `work` gets the weights that transformers does not store as it computes.
+        """Loads a model folder; `work` gets copies of weights that transformers converts.
 
-        Raises InputError for GGUF, and where the model cannot be loaded.
+        Raises InputError for a GGUF file, and where the model cannot be loaded.
         """
         if locate(source.source, source.gguf_file).gguf_file:
             raise InputError(
                 f"--streaming does not read GGUF, as of {source.source!r}: give a folder"
             )
-        bare = skeleton(source.source, None, source.trust_remote_code)
-        prefix, _ = find_blocks(bare)
+        meta_model = skeleton(source.source, None, source.trust_remote_code)
+        prefix, _ = find_blocks(meta_model)
         device = distributed.local_device(source.device)
         if device == "auto":
             device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        places = dict.fromkeys(_outside(bare, prefix), checked_device(device)) | {prefix: "disk"}
+        device_map = dict.fromkeys(_names_outside(meta_model, prefix), checked_device(device))
         placement = {
-            "device_map": places,
+            "device_map": device_map | {prefix: "disk"},
             "offload_folder": str(work / f"converted-{distributed.rank()}"),
         }
         arguments = source.model_dump(exclude={"source", "gguf_file", "device"})
         model, tokenizer = load(source.source, **arguments, placement=placement)
-        weights = _reader(find_blocks(model)[1])
+        weights = _offloaded_weights(find_blocks(model)[1])
         remove_hook_from_submodules(model)
         del model.hf_device_map
         return cls(model.requires_grad_(False).eval(), tokenizer, weights, prefix)
@@ -67,24 +67,27 @@ class OffloadedModel:
 
     @contextmanager
     def resident(self, index: int) -> Iterator[nn.Module]:
-        """Block number `index` with its weights; then it is as it was, whatever was put in."""
+        """Inside, block number `index` has its weights in memory.
+
+        Afterwards its modules and meta parameters are restored, also where modules were replaced.
+        """
         block = find_blocks(self.model)[1][index]
-        before = {name: module for name, module in block.named_modules() if name}
-        empty = {name: p for name, p in block.named_parameters() if p.is_meta}
+        original_modules = {name: module for name, module in block.named_modules() if name}
+        meta_parameters = {name: p for name, p in block.named_parameters() if p.is_meta}
         try:
-            for name, parameter in empty.items():
+            for name, parameter in meta_parameters.items():
                 weight = self.weights[f"{self.prefix}.{index}.{name}"].to(self.model.device)
                 _set(block, name, nn.Parameter(weight, requires_grad=parameter.requires_grad))
             yield block
         finally:
-            for name, module in before.items():
+            for name, module in original_modules.items():
                 parent, _, child = name.rpartition(".")
                 setattr(block.get_submodule(parent), child, module)
-            for name, parameter in empty.items():
+            for name, parameter in meta_parameters.items():
                 _set(block, name, parameter)
 
     def stored(self, index: int, block: nn.Module) -> dict[str, Tensor]:
-        """The weights of a resident block by the names that a checkpoint has for them."""
+        """The weights of a resident block, by their names in a checkpoint."""
         state = {f"{self.prefix}.{index}.{n}": tensor for n, tensor in block.state_dict().items()}
         stored = revert_weight_conversion(self.model, state)
         return {name: tensor.contiguous() for name, tensor in stored.items()}
@@ -96,24 +99,24 @@ class OffloadedModel:
 
 
 def _set(block: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, own = name.rpartition(".")
-    block.get_submodule(owner).register_parameter(own, parameter)
+    parent, _, child = name.rpartition(".")
+    block.get_submodule(parent).register_parameter(child, parameter)
 
 
-def _outside(model: nn.Module, prefix: str) -> Iterator[str]:
-    """Names of the modules and parameters that together are all but the blocks."""
+def _names_outside(model: nn.Module, prefix: str) -> Iterator[str]:
+    """Names of the modules and parameters that together hold all weights outside the blocks."""
     parent, path = model, ""
-    for part in prefix.split("."):
+    for step in prefix.split("."):
         for name, _ in (*parent.named_children(), *parent.named_parameters(recurse=False)):
-            if name != part:
+            if name != step:
                 yield path + name
-        parent, path = parent.get_submodule(part), f"{path}{part}."
+        parent, path = parent.get_submodule(step), f"{path}{step}."
 
 
-def _reader(blocks: nn.ModuleList) -> Mapping[str, Tensor]:
-    """What accelerate would read the weights of the blocks with."""
+def _offloaded_weights(blocks: nn.ModuleList) -> Mapping[str, Tensor]:
+    """The mapping by which accelerate reads the weights of the blocks from disk."""
     for module in blocks.modules():
-        found = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-        if found is not None:
-            return found.dataset  # type: ignore[no-any-return]
+        weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if weights_map is not None:
+            return weights_map.dataset  # type: ignore[no-any-return]
     raise InputError("the model's blocks hold no weights: there is nothing to stream")

@@ -139,7 +139,7 @@ class Finetuning(TrainingJob):
         if settings.teacher_cache is None:
             return None
         kept = (settings.teacher_top_k, settings.temperature, autocast(self.teacher, settings))
-        inputs = [fingerprints.model_inputs(self.dense), text.mark["sha256"], kept]
+        inputs = [fingerprints.model_inputs(self.dense), text.fingerprint["sha256"], kept]
         folder = Path(settings.teacher_cache) / fingerprints.digest(inputs, "teacher")[:16]
         cache = TeacherCache(folder, *kept)
         missing = run_on_main(lambda: cache.missing(len(text.tokens)))

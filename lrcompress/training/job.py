@@ -61,7 +61,7 @@ class TrainingJob(ABC):
             run_on_main(lambda: discard(work, out))
         done = self._trained(model, text, work, out)
         asked = {"settings": self.settings.model_dump(mode="json")}
-        record |= self.described() | {self.record_key: asdict(done) | asked | text.mark}
+        record |= self.described() | {self.record_key: asdict(done) | asked | text.fingerprint}
         state = fsdp.whole_state(model)
         saved = run_on_main(
             lambda: save_checkpoint(model, tokenizer, out, record, replace, state=state)
@@ -84,7 +84,7 @@ class TrainingJob(ABC):
     def _trained(self, model: Any, text: TrainingText, work: Path, out: Path) -> Trained:
         """Checkpoints are in a folder of `work` that is this run's alone."""
         run = work / run_on_main(
-            lambda: fingerprints.digest([*self.inputs(), text.mark], self.stage)[:16]
+            lambda: fingerprints.digest([*self.inputs(), text.fingerprint], self.stage)[:16]
         )
         distributed.make_shared_folder(run)
         try:

@@ -91,7 +91,7 @@ def test_non_finite_loss_raises() -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(
-        InputError, match=r"'x' is nan, as model.layers.1.mlp.down_proj.weight is not"
+        InputError, match=r"'x' is nan, because model.layers.1.mlp.down_proj.weight is not"
     ):
         perplexity("dense", model, byte_tokenizer(), Corpus("x", [TEXT]), 32)
 

@@ -1,11 +1,11 @@
-"""Drawn scores have the Fisher matrix of the predictions as second moment."""
+"""Sampled score gradients have the Fisher matrix of the predictions as second moment."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lrcompress.layers.block_runner import ROWS, sample_score_gradients
+from lrcompress.layers.block_runner import TOKENS_PER_CHUNK, sample_score_gradients
 
 DRAWS = 20_000
 
@@ -30,11 +30,11 @@ def test_squares_are_twice_the_divergence_of_a_small_change() -> None:
 
 
 def test_the_seed_decides_and_tokens_differ() -> None:
-    logits = torch.randn(3, 7).repeat(ROWS, 1)  # more rows than are held at a time
+    logits = torch.randn(3, 7).repeat(TOKENS_PER_CHUNK, 1)  # more tokens than one chunk
     first, again, other = (sample_score_gradients(logits, seed) for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert not bool((first == other).any())
-    assert len({tuple(row) for row in first[::3].tolist()}) == ROWS
+    assert len({tuple(row) for row in first[::3].tolist()}) == TOKENS_PER_CHUNK
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

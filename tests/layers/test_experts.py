@@ -1,4 +1,4 @@
-"""Mixtures of experts: each expert is factorized by the tokens that it reads, or it is refused."""
+"""Mixtures of experts: each expert is factorized by the tokens it reads; others are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from lrcompress.layers.optimize import optimize
 from lrcompress.methods.types import LinearSpec
 from lrcompress.runtime.errors import InputError
 from lrcompress.training.fsdp import placement
-from tests.cli.test_app import _check_in_a_process_without_lrcompress
 from tests.conftest import SMALL, invoke
 from tests.tiny import (
     BLOCKS,
@@ -30,13 +29,14 @@ from tests.tiny import (
     INNER,
     MIXTURES,
     WIDTH,
+    assert_loads_without_lrcompress,
     byte_tokenizer,
+    finetuned,
     logits,
     saved_model,
     tiny_model,
     tokens,
 )
-from tests.training.test_finetune import finetuned
 
 SETTINGS: dict[str, Any] = {"num_samples": 4, "seq_len": 48, "rank_multiple": 2}
 FFN, EXPERT = ["gate", "up", "down"], ["gate_up", "down"] * EXPERTS
@@ -49,11 +49,11 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def small(mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The mixtral, factorized."""
+def factorized_mixture(mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The mixtral of `mixture`, factorized."""
     out = tmp_path_factory.mktemp("small") / "model"
-    asked = ("--keep-ratio", "0.6", "--method", "fisher")
-    result = invoke("factorize", mixture, "--out", out, *asked, *SMALL)
+    flags = ("--keep-ratio", "0.6", "--method", "fisher", *SMALL)
+    result = invoke("factorize", mixture, "--out", out, *flags)
     assert result.exit_code == 0, result.output
     return out
 
@@ -61,13 +61,13 @@ def small(mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("family", MIXTURES)
 def test_every_expert_is_found(family: str) -> None:
     model = tiny_model(family)
-    held = ffn_parameters(model)
+    parameters = ffn_parameters(model)
     with unpacked(model):
         finding = find_ffns(model)
-        assert ffn_parameters(model) == held
+        assert ffn_parameters(model) == parameters
     roles = {"qwen2_moe": (FFN + EXPERT) * 2, "glm4_moe": FFN + FFN + EXPERT}
     assert [spec.role for spec in finding.linears] == roles.get(family, EXPERT * BLOCKS)
-    assert held == sum(spec.dense_parameters for spec in finding.linears)
+    assert parameters == sum(spec.dense_parameters for spec in finding.linears)
     assert not finding.experts
 
 
@@ -75,7 +75,7 @@ def test_every_expert_is_found(family: str) -> None:
 def test_experts_compute_what_the_fused_ones_do(family: str) -> None:
     """And give the same gradients; afterwards the fused ones are back, after an error too."""
     model = tiny_model(family)
-    before = dict(fused_experts(model))
+    fused_before = dict(fused_experts(model))
     expected, gradients = logits(model), _gradients(model)
     with unpacked(model):
         assert not dict(fused_experts(model))
@@ -84,11 +84,11 @@ def test_experts_compute_what_the_fused_ones_do(family: str) -> None:
             scale = float(gradients[name].abs().max())
             torch.testing.assert_close(gradient, gradients[name], rtol=1e-3, atol=1e-4 * scale)
     assert {name: id(module) for name, module in fused_experts(model)} == {
-        name: id(module) for name, module in before.items()
+        name: id(module) for name, module in fused_before.items()
     }
     with pytest.raises(ZeroDivisionError), unpacked(model):
         raise ZeroDivisionError
-    assert dict(fused_experts(model)).keys() == before.keys()
+    assert dict(fused_experts(model)).keys() == fused_before.keys()
 
 
 def _gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ def _gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: gradient.clone() for name, gradient in named.items() if gradient is not None}
 
 
-def test_only_what_is_laid_out_like_experts_is_taken_for_them() -> None:
+def test_only_experts_of_the_supported_layout_are_recognized() -> None:
     (_, module), *_ = fused_experts(tiny_model("mixtral"))
     for flag in ("is_transposed", "has_bias"):
         setattr(module, flag, True)
@@ -117,16 +117,16 @@ def _moments(model: Any, sample: torch.Tensor) -> tuple[tuple[LinearSpec, ...], 
 
 
 def _routed(model: Any, sample: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What the experts of each block read, (tokens, width), and whose tokens they are."""
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    """Of each block the inputs of its experts (tokens, width), and the experts of each token."""
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
     hooks = [
-        module.register_forward_pre_hook(lambda _, given: seen.append((given[0], given[1])))
+        module.register_forward_pre_hook(lambda _, args: calls.append((args[0], args[1])))
         for _, module in fused_experts(model)
     ]
     model(input_ids=sample)
     for hook in hooks:
         hook.remove()
-    return seen
+    return calls
 
 
 @torch.no_grad()
@@ -134,15 +134,15 @@ def test_an_expert_has_the_moments_of_its_own_tokens() -> None:
     model, sample = tiny_model("mixtral", num_experts_per_tok=1), tokens(1, 200)
     routed = _routed(model, sample)
     linears, moments = _moments(model, sample)
-    enough = 0
+    compared = 0
     for number, spec in enumerate(s for s in linears if s.role == "gate_up"):
         hidden, chosen = routed[spec.block]
-        own = hidden[(chosen == number % EXPERTS).any(1)].double()
-        if len(own) >= WIDTH:
-            enough += 1
-            found = moments.statistics(spec).second_moment
-            torch.testing.assert_close(found, own.T @ own / 200, rtol=1e-4, atol=1e-6)
-    assert enough >= 2
+        inputs = hidden[(chosen == number % EXPERTS).any(1)].double()
+        if len(inputs) >= WIDTH:
+            compared += 1
+            moment = moments.statistics(spec).second_moment
+            torch.testing.assert_close(moment, inputs.T @ inputs / 200, rtol=1e-4, atol=1e-6)
+    assert compared >= 2
     assert {name for name, _ in moments.scarce()} != {spec.ffn for spec in linears}
 
 
@@ -155,34 +155,37 @@ def test_an_expert_without_tokens_gets_its_mixtures_mean() -> None:
     empty = {name for name, count in moments.scarce() if count == 0}
     assert len(empty) >= BLOCKS * 5
     for spec in (spec for spec in linears if spec.ffn in empty):
-        found = moments.statistics(spec)
-        assert found.second_moment is not None
-        assert found.gradient_moment is not None
+        statistics = moments.statistics(spec)
+        moment = statistics.second_moment
+        assert moment is not None
+        assert statistics.gradient_moment is not None
         if spec.role == "gate_up":  # as many tokens as inputs, of 3
             hidden = routed[spec.block][0].double()
             mean = hidden.T @ hidden / len(hidden)
-            torch.testing.assert_close(found.second_moment, mean * WIDTH / 3, rtol=1e-4, atol=1e-6)
-        else:  # another expert's channels say how large, and nothing else
-            value = found.second_moment[0, 0]
+            torch.testing.assert_close(moment, mean * WIDTH / 3, rtol=1e-4, atol=1e-6)
+        else:  # the other experts give the scale of the moment, and nothing else
+            value = moment[0, 0]
             assert value > 0
-            assert torch.equal(found.second_moment, value * torch.eye(INNER).double())
+            assert torch.equal(moment, value * torch.eye(INNER).double())
 
 
 @pytest.mark.parametrize("method", ["svd", "asvd", "whitened", "fisher", "nystrom", "auto"])
-def test_few_tokens_are_said_and_do_no_harm(method: str) -> None:
+def test_few_tokens_give_a_warning_and_finite_weights(method: str) -> None:
     model = tiny_model("mixtral", num_experts_per_tok=1, num_experts=8)
-    few: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "num_samples": 1,
         "seq_len": 4,
         "rank_multiple": 2,
         "calibration": "pydoc",
     }
-    done = lrcompress.factorize(model, byte_tokenizer(), keep_ratio=0.6, method=method, **few)
+    result = lrcompress.factorize(
+        model, byte_tokenizer(), keep_ratio=0.6, method=method, **settings
+    )
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
     assert bool(logits(model).isfinite().all())
-    assert done.ffn.keep_ratio == pytest.approx(0.6, abs=0.03)
-    said = "16 of 16 experts were given fewer calibration tokens than they have inputs"
-    assert any(note.startswith(said) for note in done.notes) == (method != "svd")
+    assert result.ffn.keep_ratio == pytest.approx(0.6, abs=0.03)
+    warning = "16 of 16 experts were given fewer calibration tokens than they have inputs"
+    assert any(note.startswith(warning) for note in result.notes) == (method != "svd")
 
 
 @pytest.mark.parametrize("ranks", ["uniform", "loss_aware"])
@@ -190,14 +193,14 @@ def test_few_tokens_are_said_and_do_no_harm(method: str) -> None:
 def test_budgets_are_met_exactly(ranks: str, form: str) -> None:
     model = tiny_model("qwen2_moe")
     dense = parameter_count(model)
-    done = lrcompress.factorize(
+    result = lrcompress.factorize(
         model, byte_tokenizer(), keep_ratio=0.5, method="fisher", ranks=ranks, form=form, **SETTINGS
     )
-    assert done.model.kept == parameter_count(model) < done.model.dense == dense
-    assert done.ffn.keep_ratio == pytest.approx(0.5, abs=0.02)
-    assert done.ffn.kept == ffn_parameters(model)
-    ranks_of = {one.rank for one in done.linears if one.spec.mixture}
-    assert len(ranks_of) > 1  # every matrix of every expert has a rank of its own
+    assert result.model.kept == parameter_count(model) < result.model.dense == dense
+    assert result.ffn.keep_ratio == pytest.approx(0.5, abs=0.02)
+    assert result.ffn.kept == ffn_parameters(model)
+    expert_ranks = {linear.rank for linear in result.linears if linear.spec.mixture}
+    assert len(expert_ranks) > 1  # every matrix of every expert has its own rank
 
 
 def test_experts_can_be_left_out_and_what_is_left_stays_fused(tmp_path: Path) -> None:
@@ -215,7 +218,7 @@ def test_experts_can_be_left_out_and_what_is_left_stays_fused(tmp_path: Path) ->
     assert torch.equal(logits(lrcompress.load(tmp_path / "out")[0]), logits(model))
 
 
-def test_what_fails_leaves_the_model_as_it_was() -> None:
+def test_an_error_leaves_the_model_unchanged() -> None:
     model = tiny_model("mixtral")
     before = logits(model)
     with pytest.raises(InputError, match="rank"):
@@ -234,13 +237,13 @@ def test_optimized_experts_give_the_same() -> None:
 
 
 def test_a_mixture_goes_through_the_commands(
-    mixture: Path, small: Path, text: Path, tmp_path: Path
+    mixture: Path, factorized_mixture: Path, text: Path, tmp_path: Path
 ) -> None:
-    found = json.loads(invoke("inspect", small, "--json").stdout)
-    assert len(found["rows"]) == BLOCKS * EXPERTS * 2
-    assert found["experts"] == []
+    inspection = json.loads(invoke("inspect", factorized_mixture, "--json").stdout)
+    assert len(inspection["rows"]) == BLOCKS * EXPERTS * 2
+    assert inspection["experts"] == []
     result = invoke(
-        "eval", small, "--baseline", mixture, "--no-speed", "--perplexity", text,
+        "eval", factorized_mixture, "--baseline", mixture, "--no-speed", "--perplexity", text,
         "--context-length", "32", "--limit", "2", "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -250,8 +253,9 @@ def test_a_mixture_goes_through_the_commands(
     assert sizes.popitem()[1] < ffn_parameters(model) * 0.61
     assert sizes.popitem()[1] == ffn_parameters(model) > 0
     bench = invoke(
-        "bench", "model", small, "--baseline", mixture, "--prompt-length", "8", "--new-tokens", "2",
-        "--repeats", "3", "--batch-size", "1", "--training-length", "8", "--json",
+        "bench", "model", factorized_mixture, "--baseline", mixture, "--prompt-length", "8",
+        "--new-tokens", "2", "--repeats", "3", "--batch-size", "1", "--training-length", "8",
+        "--json",
     )  # fmt: skip
     assert bench.exit_code == 0, bench.output
 
@@ -261,41 +265,45 @@ def test_a_mixture_goes_through_the_commands(
     [{"train": "all", "learning_rate": 3e-4}, {"train": "lora"}, {"self_guided": "reduced"}],
     ids=str,
 )
-def test_experts_are_finetuned(small: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
-    done = finetuned(small, tmp_path / "tuned", **settings)["finetuned"]
-    assert done["after"] < done["before"]
-    before, after = (lrcompress.load(path)[0].state_dict() for path in (small, tmp_path / "tuned"))
+def test_experts_are_finetuned(
+    factorized_mixture: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    record = finetuned(factorized_mixture, tmp_path / "tuned", **settings)["finetuned"]
+    assert record["after"] < record["before"]
+    before, after = (
+        lrcompress.load(path)[0].state_dict() for path in (factorized_mixture, tmp_path / "tuned")
+    )
     assert after.keys() == before.keys()
     assert any(not torch.equal(after[n], before[n]) for n in after if ".experts.ffns." in n)
 
 
 @pytest.mark.parametrize(
-    ("form", "arguments", "most"),
+    ("form", "arguments", "tolerance"),
     [("dense", "", 1e-4), ("standalone", "trust_remote_code=True", 0)],
 )
 def test_exports_of_a_mixture_load_without_lrcompress(
-    small: Path, tmp_path: Path, form: str, arguments: str, most: float
+    factorized_mixture: Path, tmp_path: Path, form: str, arguments: str, tolerance: float
 ) -> None:
     out = tmp_path / form
-    assert invoke("export", small, "--out", out, f"--{form}").exit_code == 0
-    _check_in_a_process_without_lrcompress(small, out, arguments, most)
+    assert invoke("export", factorized_mixture, "--out", out, "--to", form).exit_code == 0
+    assert_loads_without_lrcompress(factorized_mixture, out, arguments, tolerance)
 
 
 def test_refined_experts_are_no_worse(mixture: Path) -> None:
     model = lrcompress.load(mixture)[0]
-    done = lrcompress.factorize(
+    result = lrcompress.factorize(
         model, byte_tokenizer(), keep_ratio=0.5, refine=True, refine_epochs=2, **SETTINGS
     )
-    assert len(done.refined) == BLOCKS
-    assert all(block.after <= block.before for block in done.refined)
+    assert len(result.refined) == BLOCKS
+    assert all(block.after <= block.before for block in result.refined)
 
 
-def test_what_does_not_serve_experts_says_so(mixture: Path, tmp_path: Path) -> None:
-    asked = ("factorize", mixture, "--out", tmp_path / "out", "--keep-ratio", "0.6", *SMALL)
-    streamed = invoke(*asked, "--streaming", "--calibration", "pydoc")
+def test_settings_that_do_not_support_experts_are_refused(mixture: Path, tmp_path: Path) -> None:
+    command = ("factorize", mixture, "--out", tmp_path / "out", "--keep-ratio", "0.6", *SMALL)
+    streamed = invoke(*command, "--streaming", "--calibration", "pydoc")
     assert streamed.exit_code == 2
     assert "streaming does not factorize mixtures of experts" in streamed.stderr
-    anchored = invoke(*asked, "--sequential", "anchored")
+    anchored = invoke(*command, "--sequential", "anchored")
     assert anchored.exit_code == 2
     assert "anchored cannot fit mixtures of experts" in anchored.stderr
     assert not (tmp_path / "out").exists()

@@ -65,22 +65,21 @@ def test_finds_every_ffn_linear(family: str) -> None:
 def test_round_trip_is_exact(family: str, method: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     dense_count = parameter_count(model)
-    done = lrcompress.factorize(
+    result = lrcompress.factorize(
         model, byte_tokenizer(), keep_ratio=0.6, method=method, rank_multiple=2, **SETTINGS
     )
-    assert done.model.kept == parameter_count(model) < dense_count == done.model.dense
-    assert done.ffn.keep_ratio == pytest.approx(0.6, abs=0.05)  # ranks are multiples of 2 of 32
+    assert result.model.kept == parameter_count(model) < dense_count == result.model.dense
+    assert result.ffn.keep_ratio == pytest.approx(0.6, abs=0.05)  # ranks are multiples of 2 of 32
     lrcompress.save(model, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    changed = [linear for linear in done.linears if linear.form is not None]
+    changed = [linear for linear in result.linears if linear.form is not None]
     assert len(list(compressed_layers(loaded))) == len(changed) > 0
     assert torch.equal(logits(loaded), logits(model))
-    saved = saved_tensors(tmp_path / "out")["parameters"]
-    own = {f"{name}.{b}" for name, _ in compressed_layers(model) for b in ("weight", "order")}
-    own |= {name for name in model.state_dict() if name.endswith("experts.down_proj")}
-    buffers = {n: b for n, b in model.named_buffers() if n in model.state_dict() and n not in own}
-    extra = sum(b.numel() for b in buffers.values())
-    assert saved == parameter_count(model) + extra
+    uncounted = {f"{name}.{b}" for name, _ in compressed_layers(model) for b in ("weight", "order")}
+    uncounted |= {name for name in model.state_dict() if name.endswith("experts.down_proj")}
+    saved_names = model.state_dict().keys() - uncounted
+    buffers = sum(b.numel() for name, b in model.named_buffers() if name in saved_names)
+    assert saved_tensors(tmp_path / "out")["parameters"] == parameter_count(model) + buffers
 
 
 @pytest.mark.parametrize("family", FAMILIES | MIXTURES)
@@ -157,20 +156,25 @@ def test_without_the_import_loading_raises(family: str, tmp_path: Path) -> None:
         "assert not any(m.startswith('lrcompress') for m in sys.modules)\n"
         f"M.from_pretrained({str(tmp_path / 'out')!r})"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 1
-    assert "mismatched" in done.stderr
+    assert process.returncode == 1
+    assert "mismatched" in process.stderr
 
 
-# experts that are transposed and have biases; a gate that multiplies before them
-OTHERWISE = MIXTURE | {"intermediate_size_mlp": INNER, "layer_types": ["full_attention"] * BLOCKS}
+# in gpt_oss experts are transposed and have biases; llama4 scales the inputs of experts
+UNSUPPORTED_MIXTURE = MIXTURE | {
+    "intermediate_size_mlp": INNER,
+    "layer_types": ["full_attention"] * BLOCKS,
+}
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
-def test_other_experts_are_named_and_refused(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MIXTURES, family, OTHERWISE)
+def test_unsupported_experts_are_named_and_refused(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MIXTURES, family, UNSUPPORTED_MIXTURE)
     model = tiny_model(family)
     with unpacked(model), pytest.raises(InputError, match=r"mixture-of-experts tensors \(model\."):
         select(model)

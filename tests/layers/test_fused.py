@@ -1,4 +1,4 @@
-"""Optimized FFNs: the same outputs and gradients, the same checkpoints, and back bit for bit."""
+"""Optimized FFNs: same outputs, gradients and checkpoints; undoing restores them bit for bit."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 import lrcompress
 from lrcompress.checkpoint.export.dense import to_stock
 from lrcompress.layers.ffn_layouts import find_ffns
-from lrcompress.layers.fused import FUSED, Shared
+from lrcompress.layers.fused import FUSED, SharedInput
 from lrcompress.layers.lowrank import compressed_layers
 from lrcompress.layers.optimize import optimize
 from tests.tiny import FAMILIES, byte_tokenizer, logits, tiny_model, tokens
 
 
-def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def low_rank(family: str, form: str = "pivoted", **changes: Any) -> Any:
@@ -44,9 +44,9 @@ def test_every_family_gives_the_same_and_goes_back(family: str, form: str) -> No
     with optimize(model):
         assert fused_layers(model).keys() == dict(compressed_layers(model)).keys()
         assert_close(logits(model), expected)
-        one = model(input_ids=tokens()[:1, :1]).logits  # few tokens take other kernels
+        one_token = model(input_ids=tokens()[:1, :1]).logits  # few tokens take other kernels
     assert not fused_layers(model)
-    assert_close(model(input_ids=tokens()[:1, :1]).logits, one)
+    assert_close(model(input_ids=tokens()[:1, :1]).logits, one_token)
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert torch.equal(logits(model), expected)
@@ -63,21 +63,23 @@ def test_narrowed_and_mixed_ffns(family: str, method: str) -> None:
     assert_close(logits(model), expected)
 
 
-OUTER = {"factored": ("A.weight", "B.weight"), "pivoted": ("Z.weight", "C.weight")}
+FACTORS = {"factored": ("A.weight", "B.weight"), "pivoted": ("Z.weight", "C.weight")}
 
 
 def channel_orders(model: Any) -> dict[str, torch.Tensor]:
-    """Where the outputs of what makes the channels go if they come in the order of down's pivots;
-    both halves of gate and up in one matrix."""
-    found: dict[str, torch.Tensor] = {}
+    """By linear that computes channels: its outputs in the order of down's pivots.
+
+    Where gate and up are one matrix, both halves are in this order.
+    """
+    orders: dict[str, torch.Tensor] = {}
     linears = find_ffns(model).linears
     for down in (spec for spec in linears if spec.role == "down"):
         order = getattr(model.get_submodule(down.name), "order", torch.empty(0)).long()
         for spec in linears:
             if spec.ffn == down.ffn and spec.role != "down":
-                both = torch.cat([order, order + len(order)])
-                found[spec.name] = both if spec.role == "gate_up" else order
-    return found
+                both_halves = torch.cat([order, order + len(order)])
+                orders[spec.name] = both_halves if spec.role == "gate_up" else order
+    return orders
 
 
 @pytest.mark.parametrize("length", [4, 24])  # few tokens are rows in memory, many columns
@@ -91,21 +93,22 @@ def test_gradients_are_the_same(family: str, form: str, length: int) -> None:
         model(input_ids=batch, labels=batch).loss.backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
-    moved = channel_orders(model)
+    orders = channel_orders(model)
     expected = gradients()
     with optimize(model):
-        found = gradients()
-    assert found.keys() == expected.keys()
-    assert all(f"{name}.{own}" in found for name in moved for own in OUTER[form])
-    for name, gradient in found.items():
-        linear, _, own = name.rpartition(".B." if form == "factored" else ".C.")
-        rows = moved[linear] if own and form == "pivoted" and linear in moved else slice(None)
+        actual = gradients()
+    assert actual.keys() == expected.keys()
+    assert all(f"{name}.{factor}" in actual for name in orders for factor in FACTORS[form])
+    for name, gradient in actual.items():
+        linear, is_outer, _ = name.rpartition(".B." if form == "factored" else ".C.")
+        permuted = is_outer and form == "pivoted" and linear in orders
+        rows = orders[linear] if permuted else slice(None)
         assert_close(gradient, expected[name][rows])
 
 
 @pytest.mark.parametrize("form", ["factored", "pivoted"])
 def test_training_and_saving_while_optimized(form: str, tmp_path: Path) -> None:
-    """What is saved loads without being optimized, and holds the steps that were made."""
+    """The saved model loads without being optimized, and has the trained weights."""
     model = low_rank("llama", form)
     names = {name: tensor.shape for name, tensor in model.state_dict().items()}
     undo = optimize(model)
@@ -129,14 +132,14 @@ def test_gate_and_up_read_their_input_once() -> None:
     model = low_rank("llama", "factored")
     optimize(model)
     mlp = model.model.layers[0].mlp
-    seen: list[Any] = []
+    inputs: list[Any] = []
     for linear in (mlp.gate_proj, mlp.up_proj):
-        linear.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        linear.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     x = torch.randn(2, 5, 32)
     with torch.no_grad():
         joined = mlp(x)
-    gate, up = seen
-    assert isinstance(gate, Shared)
+    gate, up = inputs
+    assert isinstance(gate, SharedInput)
     assert gate is up
     first, second = gate.inner
     assert _memory(first) == _memory(second)  # parts of one product
@@ -144,7 +147,7 @@ def test_gate_and_up_read_their_input_once() -> None:
     model.double()  # moves every weight to memory of its own
     with torch.no_grad():
         apart = mlp(x.double())
-        first, second = seen[-1].inner
+        first, second = inputs[-1].inner
     assert _memory(first) != _memory(second)
     assert_close(apart.float(), joined)
 
@@ -161,8 +164,8 @@ def test_the_order_of_pivots_is_absorbed() -> None:
         assert in_order == name.endswith("down_proj")
 
 
-def test_nothing_is_absorbed_across_what_knows_the_channels() -> None:
-    """Such as a norm between the channels and down: its weights have the old order."""
+def test_the_order_is_not_absorbed_where_another_tensor_depends_on_it() -> None:
+    """Such as the weights of a norm between the channels and down."""
     model = low_rank("llama", "pivoted")
     for block in model.model.layers:
         mlp = block.mlp
@@ -185,7 +188,7 @@ def test_adapters_are_left_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("form", ["factored", "pivoted"])
-def test_adapters_that_come_later_are_not_passed_over(form: str) -> None:
+def test_adapters_added_after_optimizing_take_effect(form: str) -> None:
     from lrcompress.training.trainable import with_adapters
 
     model, other = low_rank("llama", form), low_rank("llama", form)
@@ -195,7 +198,7 @@ def test_adapters_that_come_later_are_not_passed_over(form: str) -> None:
         for adapted in (model, other):
             for name, parameter in adapted.named_parameters():
                 if "lora_B" in name and ".down_proj." in name:
-                    parameter.fill_(0.1)  # what LoRA starts from is zero
+                    parameter.fill_(0.1)  # LoRA starts from zero
     assert_close(logits(model), logits(other))
     assert not torch.allclose(logits(model), logits(low_rank("llama", form)), atol=1e-2)
 
@@ -210,10 +213,11 @@ def test_copied_and_merged_while_optimized(form: str) -> None:
     torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("length", [5, 12])  # few tokens are rows in memory, many columns
 @pytest.mark.parametrize("form", ["factored", "pivoted"])
-def test_compiles_as_one_graph(form: str) -> None:
+def test_compiles_as_one_graph(form: str, length: int) -> None:
     model = low_rank("llama", form)
-    mlp, x = model.model.layers[0].mlp, torch.randn(2, 5, 32)
+    mlp, x = model.model.layers[0].mlp, torch.randn(2, length, 32)
     with torch.no_grad():
         expected = mlp(x)
         optimize(model)

@@ -1,4 +1,4 @@
-"""int8 weights: smaller, close, saved and loaded exactly, and refused where they cannot go on."""
+"""int8 weights: small, close to the original, loaded as saved, and refused by other commands."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def test_transformers_alone_loads_it(quantized: Path) -> None:
     assert torch.equal(logits(model), logits(lrcompress.load(quantized)[0]))
 
 
-def test_what_is_stored_is_small(low_rank: Path, quantized: Path) -> None:
-    """A byte for a weight, five for each row's scale and zero point, and the rest as it was."""
+def test_stored_weights_are_small(low_rank: Path, quantized: Path) -> None:
+    """One byte for each weight, five for each row's scale and zero point; the rest is unchanged."""
     model, _ = lrcompress.load(quantized)
-    whole, _ = lrcompress.load(low_rank)
-    head = whole.get_output_embeddings()
-    linears = [m for m in whole.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    original, _ = lrcompress.load(low_rank)
+    head = original.get_output_embeddings()
+    linears = [m for m in original.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     weights = sum(m.weight.numel() for m in linears)
     scales = sum(m.out_features for m in linears)
-    assert weight_bytes(model) == weight_bytes(whole) - 4 * weights + weights + 5 * scales
+    assert weight_bytes(model) == weight_bytes(original) - 4 * weights + weights + 5 * scales
     record = json.loads((quantized / "lrcompress.json").read_text("utf-8"))
     before = json.loads((low_rank / "lrcompress.json").read_text("utf-8"))
     assert record["saved"]["parameters"] == before["saved"]["parameters"]
@@ -84,8 +84,8 @@ def test_a_dense_model_becomes_a_stock_checkpoint(dense: Path, tmp_path: Path) -
     config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
     assert config["quantization_config"]["quant_method"] == "torchao"
     model, _ = lrcompress.load(tmp_path / "out")
-    whole, _ = lrcompress.load(dense)
-    assert (logits(model) - logits(whole)).norm() < 0.05 * logits(whole).norm()
+    original, _ = lrcompress.load(dense)
+    assert (logits(model) - logits(original)).norm() < 0.05 * logits(original).norm()
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert "# Dense" in card
     assert "low-rank" not in card
@@ -137,7 +137,7 @@ def test_eval_and_sweep_show_quantized_models(
         (("quantize",), "start from the model before quantization"),
     ],
 )
-def test_what_cannot_go_on_is_refused(
+def test_other_commands_refuse_quantized_models(
     quantized: Path, tmp_path: Path, command: tuple[str, ...], remedy: str
 ) -> None:
     name, *flags = command
@@ -146,7 +146,7 @@ def test_what_cannot_go_on_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_it_cannot_be_had(
+def test_unavailable_quantization_is_one_sentence(
     low_rank: Path, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = invoke("quantize", low_rank, "--out", tmp_path / "out", "--weights", "int3")
@@ -155,7 +155,7 @@ def test_it_cannot_be_had(
     if not torch.cuda.is_available():
         four = invoke("quantize", low_rank, "--out", tmp_path / "out", "--weights", "int4")
         assert four.exit_code == 1, four.output
-        assert "int4 weights are not to be had on this machine" in four.output
+        assert "int4 weights are not available on this machine" in four.output
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for source, more in ((low_rank, ()), (quantized, ())):
@@ -175,7 +175,7 @@ def test_a_variant_cannot_take_the_name(dense: Path, text: Path, tmp_path: Path)
 
 
 def test_speed_is_measured_as_they_are(quantized: Path) -> None:
-    """What makes layers faster reads weights directly, so quantized ones keep their own forward."""
+    """Optimized layers read weights directly, so quantized layers keep their own forward."""
     model, _ = lrcompress.load(quantized)
     plain = logits(model)
     with lrcompress.optimize(model):

@@ -27,17 +27,7 @@ from lrcompress.training.self_guided import Guidance, guides
 from lrcompress.training.teacher_cache import TeacherCache, others
 from lrcompress.training.trainable import balance, pack
 from tests.conftest import interrupt, invoke
-from tests.tiny import logits, saved_model
-
-QUICK: dict[str, Any] = {
-    "data": ["pydoc"], "max_steps": 12, "train_length": 64, "held_out": 4, "eval_every": 4,
-    "learning_rate": 3e-3,
-}  # fmt: skip
-
-
-def finetuned(source: Path, out: Path, **settings: Any) -> dict[str, Any]:
-    checked = FinetuneSettings(**(QUICK | settings))
-    return finetune.finetune_to(ModelSettings(source=str(source)), checked, out)
+from tests.tiny import QUICK_FINETUNE, finetuned, logits, saved_model
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -228,7 +218,7 @@ def held_out_loss(out: Path, source: Path, record: dict[str, Any]) -> float:
     """The loss of a saved model on the held-out text of its training, measured anew."""
     model, tokenizer = lrcompress.load(str(out), dtype="float32")
     teacher, _ = lrcompress.load(record["source"], dtype="float32")
-    settings = FinetuneSettings(**QUICK)
+    settings = FinetuneSettings(**QUICK_FINETUNE)
     held = training_text(model, tokenizer, settings, "finetune").tokens[: settings.held_out]
     with torch.no_grad():
         pair = [m(input_ids=held).logits[:, :-1].flatten(0, 1) for m in (model, teacher)]
@@ -379,7 +369,10 @@ def test_progress_tells_pace_and_loss(factorized: Path, tmp_path: Path) -> None:
             yield item
 
     finetune.finetune_to(
-        ModelSettings(source=str(factorized)), FinetuneSettings(**QUICK), tmp_path / "out", note
+        ModelSettings(source=str(factorized)),
+        FinetuneSettings(**QUICK_FINETUNE),
+        tmp_path / "out",
+        note,
     )
     assert re.search(r"Training loss \d+\.\d+, [\d,]+ tokens/s, 0:0\d left", said[-1])
     assert len(said) == 12
@@ -389,7 +382,7 @@ def test_no_resume_starts_over(
     factorized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = interrupt(monkeypatch, DistillationTrainer, "training_step", 6)
-    checked = FinetuneSettings(**QUICK)
+    checked = FinetuneSettings(**QUICK_FINETUNE)
     source = ModelSettings(source=str(factorized))
     with pytest.raises(KeyboardInterrupt):
         finetune.finetune_to(source, checked, tmp_path / "out")

@@ -46,7 +46,7 @@ def to_stock(model: Any) -> None:
         _make_dense(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts):
-            install(model, name, module.fused())
+            install(model, name, module.to_fused())
 
 
 def _make_dense(model: Any) -> None:

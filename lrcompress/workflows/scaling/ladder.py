@@ -11,7 +11,7 @@ from typing import Any
 from lrcompress.benchmark import flops
 from lrcompress.config import PretrainSettings
 from lrcompress.config.recipe import ScalingRecipe, checked
-from lrcompress.data.training_text import TRAIN_LENGTH
+from lrcompress.data.training_text import DEFAULT_TRAIN_LENGTH
 from lrcompress.layers.lowrank import compressed_layers
 from lrcompress.layers.model_info import embedding_count, parameter_count, sequence_length
 from lrcompress.runtime.errors import InputError
@@ -144,7 +144,7 @@ class SizedVariant:
     @property
     def length(self) -> int:
         """Tokens in a sequence."""
-        return sequence_length(self.meta_model, self.settings.train_length or TRAIN_LENGTH)
+        return sequence_length(self.meta_model, self.settings.train_length or DEFAULT_TRAIN_LENGTH)
 
     def ladder_model(self, seed: int, tokens: float, limit: LadderModel | None) -> LadderModel:
         """The model that trains on about `tokens`, but with no more FLOPs than `limit`, if given.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrcompress.config.recipe import ScalingRecipe
 from lrcompress.data.corpora import Use, read_corpus
-from lrcompress.data.ngram_overlap import TOLERATED, ngram_hashes
+from lrcompress.data.ngram_overlap import TOLERATED_OVERLAP, ngram_hashes
 from lrcompress.data.packing import interleave, token_blocks
 from lrcompress.runtime.errors import InputError
 
@@ -45,7 +45,7 @@ def scaling_text(recipe: ScalingRecipe, tokenizer: Any, sequences: int, length: 
     training_hashes = ngram_hashes([training])
     for spec, test in zip(test_specs, tests, strict=True):
         overlap = _overlap(ngram_hashes([test]), training_hashes)
-        if overlap > TOLERATED:
+        if overlap > TOLERATED_OVERLAP:
             raise InputError(
                 f"{overlap:.1%} of the test text {spec!r} is in the text that is trained on: name "
                 "another text as scaling.test"
@@ -64,7 +64,7 @@ def _blocks(specs: Sequence[str], use: Use, tokenizer: Any, sequences: int, leng
     """At most `sequences` blocks of `length` tokens, taken from the texts `specs` in turn."""
     share = -(-sequences // len(specs))
     blocks = [
-        token_blocks(read_corpus(spec, use), tokenizer, share, length, ORDER_SEED, fewer=True)
+        token_blocks(read_corpus(spec, use), tokenizer, share, length, ORDER_SEED, allow_fewer=True)
         for spec in specs
     ]
     return interleave(blocks)[:sequences]
