@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from transformers import LlamaForCausalLM
 
 import lrcompress
-from lrcompress.evaluation.tasks.cache import fingerprint
+from lrcompress.evaluation.tasks.cache import model_fingerprint
 from lrcompress.evaluation.tasks.registry import resolve
 from lrcompress.reporting.metric import Metric
 from lrcompress.runtime.errors import InputError
@@ -160,10 +160,10 @@ def test_a_seed_chooses_the_examples(tmp_path: Path) -> None:
 
 
 def examples(task: Path, seed: int) -> list[Any]:
-    from lrcompress.evaluation.tasks.runner import TaskOptions, _ask
+    from lrcompress.evaluation.tasks.runner import TaskOptions, _build_requests
 
     tasks = resolve([str(task)], seed)
-    _ask(tasks.tasks["mine"], tasks, TaskOptions(128, None, 1))
+    _build_requests(tasks.tasks["mine"], tasks.seeds, TaskOptions(128, None, 1))
     return [one.arguments for one in tasks.tasks["mine"].instances]
 
 
@@ -242,15 +242,15 @@ def test_code_beside_a_task_file_counts(tmp_path: Path, passes: list[int]) -> No
     assert len(passes) == 2 * before
 
 
-def test_tokenizer_and_tensors_are_in_the_fingerprint() -> None:
+def test_tokenizer_and_tensors_are_in_the_model_fingerprint() -> None:
     model = tiny_model()
-    mark = fingerprint(model, byte_tokenizer())
+    mark = model_fingerprint(model, byte_tokenizer())
     used = byte_tokenizer()
     used(["a", "bb"], padding=True, truncation=True, max_length=8)
-    assert fingerprint(tiny_model(), used) == mark
-    assert fingerprint(model, byte_tokenizer(bos=True)) != mark
-    assert fingerprint(tiny_model(seed=1), byte_tokenizer()) != mark
-    assert fingerprint(tiny_model().to(torch.bfloat16), byte_tokenizer()) != mark
+    assert model_fingerprint(tiny_model(), used) == mark
+    assert model_fingerprint(model, byte_tokenizer(bos=True)) != mark
+    assert model_fingerprint(tiny_model(seed=1), byte_tokenizer()) != mark
+    assert model_fingerprint(tiny_model().to(torch.bfloat16), byte_tokenizer()) != mark
 
 
 def test_an_added_task_is_computed_alone(tmp_path: Path, passes: list[int]) -> None:
@@ -336,7 +336,7 @@ def test_the_cache_can_be_off_and_is_where_caches_are(
     assert not (tmp_path / "caches").exists()
     lrcompress.evaluate(model, byte_tokenizer(), perplexity=[], speed=False, tasks=[str(task)])
     assert len(list((tmp_path / "caches" / "lrcompress" / "tasks").rglob("mine-*.json"))) == 1
-    with pytest.raises(InputError, match="is no folder to write to: name another"):
+    with pytest.raises(InputError, match="is not a folder that can be written: name another"):
         quality(model, task, cache=task / "under-a-file")
 
 
@@ -475,8 +475,8 @@ def test_a_copy_that_is_not_there_is_no_reason_to_ask_the_hub(
         "hellaswag": r"task 'hellaswag': .* has no copy of its data set .* \(looked for "
         r"hellaswag.jsonl, .*hellaswag.*\)$",
         "arc_easy": r"task 'arc_easy': .*ai2_arc' cannot be read as a data set",
-        "piqa": r"task 'piqa': .*piqa' has not what it needs: 'train' is missing$",
-        "sciq": "task 'sciq': .*sciq' has not what it needs: 'support' is undefined$",
+        "piqa": r"task 'piqa': .*piqa' does not have what it needs: 'train' is missing$",
+        "sciq": "task 'sciq': .*sciq' does not have what it needs: 'support' is undefined$",
         "boolq": "task 'boolq' line 1: needs query",
     }
     for name, sentence in cases.items():
@@ -491,6 +491,6 @@ def test_a_copy_that_is_not_there_is_no_reason_to_ask_the_hub(
 def test_a_task_is_named_once(tmp_path: Path) -> None:
     one = write_rows(tmp_path / "a" / "same.jsonl", ROWS)
     two = write_rows(tmp_path / "b" / "same.jsonl", ROWS)
-    with pytest.raises(InputError, match=r"task 'same' is there twice, as .*a/same.* and .*b/same"):
+    with pytest.raises(InputError, match=r"task 'same' is given twice, as .*a/same.* and .*b/same"):
         resolve([str(one), str(two)])
     assert list(resolve([str(one), str(one)]).tasks) == ["same"]
