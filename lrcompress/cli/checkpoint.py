@@ -14,7 +14,7 @@ from lrcompress.cli.options import JSON, NEW_OUT, SettingsCommand, build_recipe,
 from lrcompress.runtime.errors import MachineError
 
 if TYPE_CHECKING:
-    from lrcompress.checkpoint.verify import Verified
+    from lrcompress.checkpoint.verify import Verification
 
 MODEL = ("model",)
 
@@ -80,7 +80,7 @@ def verify_command(folder: Path, as_json: bool) -> None:
             raise MachineError(f"{one.folder!r} is not what was saved: {one.faults[0].message}")
 
 
-def _show(found: Sequence[Verified]) -> None:
+def _show(found: Sequence[Verification]) -> None:
     for one in found:
         state = "not as they were saved" if one.faults else "as they were saved"
         click.echo(f"{one.folder}: {one.files} files, {one.bytes / 1e6:,.1f} MB, {state}.")

@@ -131,9 +131,9 @@ def test_a_point_is_kept_before_its_checkpoints_go(
     (tmp_path / "points").mkdir()
     with pytest.raises(KeyboardInterrupt):
         folder.point("one", [1], trained)
-    assert fingerprints.read(tmp_path / "points" / "one.json")["inputs"] == fingerprints.digest(
-        [1], "pretrain"
-    )
+    assert fingerprints.read_state(tmp_path / "points" / "one.json")[
+        "inputs"
+    ] == fingerprints.digest([1], "pretrain")
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ class RunFolder:
             replace_text(self.out / RECIPE, to_yaml(self.recipe))
 
     def _is_taken(self) -> bool:
-        return bool(fingerprints.read(self._file("factorize")))
+        return bool(fingerprints.read_state(self._file("factorize")))
 
     def _is_run(self) -> bool:
         if not self.out.is_dir():
@@ -88,11 +88,11 @@ class RunFolder:
     def weights(self, stage: fingerprints.Stage) -> list[list[Any]]:
         """Of the files that decide what the model of a stage computes."""
         folder = self.model(stage)
-        return fingerprints.states([*folder.glob("*.safetensors"), folder / "config.json"])
+        return fingerprints.file_states([*folder.glob("*.safetensors"), folder / "config.json"])
 
     def is_made(self, stage: fingerprints.Stage, inputs: list[Any]) -> bool:
         """Whether the stage made the model that is there, of equal inputs."""
-        known = fingerprints.read(self._file(stage))
+        known = fingerprints.read_state(self._file(stage))
         made = known.get("inputs") == fingerprints.digest(inputs, stage)
         return made and known.get("model") == self.weights(stage)
 
@@ -116,7 +116,7 @@ class RunFolder:
         """What a stage found, of type `kind`, from its file if its inputs are those of the last
         time."""
         known, mark = (
-            fingerprints.read(self._file(stage)),
+            fingerprints.read_state(self._file(stage)),
             fingerprints.digest(inputs, "evaluate", "benchmark"),
         )
         found = TypeAdapter(kind)
@@ -137,7 +137,7 @@ class RunFolder:
     def _write(self, stage: str, content: dict[str, Any]) -> None:
         file = self._file(stage)
         file.parent.mkdir(exist_ok=True)
-        fingerprints.write(file, content)
+        fingerprints.write_state(file, content)
 
     def _file(self, stage: str) -> Path:
         return self.out / STAGES / f"{stage}.json"

@@ -118,7 +118,7 @@ class Run:
     def _making(self, stage: fingerprints.Stage) -> list[Any]:
         """What the model of a stage depends on."""
         if stage == "factorize":
-            return fingerprints.factorizing(self.recipe)
+            return fingerprints.factorize_inputs(self.recipe)
         tuning = self.recipe.finetune
         texts = [fingerprints.data_state(spec) for spec in tuning.data]
         teacher = tuning.teacher and fingerprints.model_inputs(

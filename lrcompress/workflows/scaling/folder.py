@@ -98,11 +98,11 @@ class ScalingFolder:
             work = self.out / WORK / f"{name}-{mark[:16]}"
             with locks.beside(work, replace=True):  # another shard may be at it
                 content = {"inputs": mark, "point": asdict(make(work))}
-                fingerprints.write(self.out / POINTS / f"{name}.json", content)
+                fingerprints.write_state(self.out / POINTS / f"{name}.json", content)
                 discard(work, work)
 
     def _known(self, name: str, inputs: Any) -> ScalingPoint | None:
-        known = fingerprints.read(self.out / POINTS / f"{name}.json")
+        known = fingerprints.read_state(self.out / POINTS / f"{name}.json")
         if known.get("inputs") != fingerprints.digest(inputs, "pretrain"):
             return None
         try:
@@ -114,10 +114,10 @@ class ScalingFolder:
         if self._speeds(inputs) is None:
             found = [asdict(metric) for metric in make()]
             content = {"inputs": fingerprints.digest(inputs, "benchmark"), "metrics": found}
-            fingerprints.write(self.out / POINTS / SPEED, content)
+            fingerprints.write_state(self.out / POINTS / SPEED, content)
 
     def _speeds(self, inputs: Any) -> list[Metric] | None:
-        known = fingerprints.read(self.out / POINTS / SPEED)
+        known = fingerprints.read_state(self.out / POINTS / SPEED)
         if known.get("inputs") != fingerprints.digest(inputs, "benchmark"):
             return None
         return [Metric(**metric) for metric in known["metrics"]]

@@ -74,14 +74,14 @@ class SweepFolder:
         """The point if the folder has it, made of the same inputs; else it is made, and kept."""
         file = _file(self.out, variant, keep_ratio)
         digest = fingerprints.digest([inputs, keep_ratio], *POINT_STAGES)
-        known = fingerprints.read(file)
+        known = fingerprints.read_state(file)
         if known.get("inputs") == digest:
             with suppress(KeyError, TypeError):  # a damaged one is made again
                 return SweepPoint.from_dict(known["point"])
         if known:
             self._drop_reports()
         made = asdict(make())
-        fingerprints.write(file, {"inputs": digest, "point": made})
+        fingerprints.write_state(file, {"inputs": digest, "point": made})
         return SweepPoint.from_dict(made)
 
     def write(self, points: Sequence[SweepPoint]) -> SweepReport:
@@ -122,7 +122,7 @@ def _check_name(file: Path, variant: str) -> None:
 def _point(folder: Path, summary: PointSummary) -> SweepPoint:
     file = _file(folder, summary.variant, summary.keep_ratio)
     try:
-        return TypeAdapter(SweepPoint).validate_python(fingerprints.read(file).get("point"))
+        return TypeAdapter(SweepPoint).validate_python(fingerprints.read_state(file).get("point"))
     except ValidationError:
         raise InputError(
             f"{str(file)!r} is missing or damaged: give the folder of the sweep itself, and run "
