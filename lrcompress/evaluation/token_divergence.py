@@ -73,7 +73,15 @@ def token_changes(
             other_logits, _ = scored_logits(model, window)
             statistics[label].append(_token_statistics(logits, other_logits, targets))
     return [
-        _token_change(baseline, label, corpus, length, windows, _concatenated(chunks), tokenizer)
+        _token_change(
+            baseline=baseline,
+            label=label,
+            corpus=corpus,
+            length=length,
+            windows=windows,
+            statistics=_concatenated(chunks),
+            tokenizer=tokenizer,
+        )
         for label, chunks in statistics.items()
     ]
 

@@ -24,10 +24,10 @@ class ExportFormat:
 FORMATS: dict[str, ExportFormat] = {
     "dense": ExportFormat(
         "lrcompress.checkpoint.export.dense:export_dense",
-        "stock layers; loads wherever the original model loads",
+        "stock layers, for every program that loads the original model",
     ),
     "standalone": ExportFormat(
         "lrcompress.checkpoint.export.standalone:export_standalone",
-        "low-rank layers and the code for them; loads with trust_remote_code=True",
+        "low-rank layers and their code, for loading with trust_remote_code=True",
     ),
 }
