@@ -1,0 +1,1 @@
+"""The checkpoint folder: writing, record and model card, exports, verification, fingerprints."""

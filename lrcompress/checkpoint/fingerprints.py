@@ -1,4 +1,4 @@
-"""What a stage depended on and what it gave, in a file, so that nothing is done twice."""
+"""Fingerprints of a stage's inputs, and the state file that lets a finished stage be skipped."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lrcompress.runtime.safe_parsing import read_object
 
 Stage = Literal["benchmark", "evaluate", "factorize", "finetune", "pretrain", "tasks", "teacher"]
 
-# The number of a stage is part of everything that is kept of it. Raise it with every edit after
-# which equal inputs give other results: what was kept before is then made again.
+# The version of a stage is part of every fingerprint of its results. Raise it with every edit after
+# which equal inputs give other results: older results are then computed again.
 STAGES: dict[Stage, int] = {
     "benchmark": 1,
     "evaluate": 1,
@@ -34,68 +34,70 @@ STAGES: dict[Stage, int] = {
 
 
 class Digest(Protocol):
-    """A hash of hashlib."""
+    """A hash object of hashlib."""
 
     def update(self, data: Any, /) -> None: ...
 
 
 def model_state(settings: ModelSettings) -> list[list[Any]]:
-    """Of the files that hold the model."""
+    """State of the files that hold the model, as `file_states` gives it."""
     location = locate(settings.source, settings.gguf_file)
     folder = Path(location.path)
-    return states([folder / location.gguf_file] if location.gguf_file else folder.glob("*"))
+    return file_states([folder / location.gguf_file] if location.gguf_file else folder.glob("*"))
 
 
 def model_inputs(settings: ModelSettings) -> list[Any]:
-    """How the model is named and loaded, and the state of its files: a hub's are not here."""
+    """The settings that load a model, and the state of its files (empty for a hub model)."""
     return [settings.model_dump(mode="json"), model_state(settings)]
 
 
-def factorizing(recipe: Recipe) -> list[Any]:
-    """What a factorized model depends on."""
-    made_of = {"model", "calibration", "factorize", "refine"}
+def factorize_inputs(recipe: Recipe) -> list[Any]:
+    """Everything that a factorized model depends on: settings, model files and text files."""
+    sections = {"model", "calibration", "factorize", "refine"}
     texts = [data_state(spec) for spec in recipe.calibration.data]
-    return [recipe.model_dump(mode="json", include=made_of), model_state(recipe.model), texts]
+    return [recipe.model_dump(mode="json", include=sections), model_state(recipe.model), texts]
 
 
 def data_state(spec: str) -> list[list[Any]]:
-    """Of the file that a text's SPEC names, if it names one."""
-    return states([Path(spec.partition(":")[0])])
+    """State of the file that a text's SPEC names; empty where it names no local file."""
+    return file_states([Path(spec.partition(":")[0])])
 
 
 def folder_state(folder: str | None) -> list[list[Any]]:
-    """Of all files below a folder, if one is named."""
-    return [] if folder is None else states(Path(folder).rglob("*"))
+    """State of all files below `folder`; empty if it is None."""
+    return [] if folder is None else file_states(Path(folder).rglob("*"))
 
 
-def states(files: Iterable[Path]) -> list[list[Any]]:
-    """Name, size and time of the files that exist; none for what the hub holds."""
-    found = sorted(file for file in files if file.is_file())
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in found]
+def file_states(files: Iterable[Path]) -> list[list[Any]]:
+    """[name, bytes, time of last change in ns] of those of `files` that exist, sorted by path."""
+    existing = sorted(file for file in files if file.is_file())
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in existing]
 
 
-def read(file: Path) -> dict[str, Any]:
-    """A stage's file; empty, so that the stage is done again, where it is missing or damaged."""
+def read_state(file: Path) -> dict[str, Any]:
+    """Reads a stage's state file. Returns {} where it is missing or damaged, so that the stage runs
+    again."""
     try:
         return read_object(file)
     except (OSError, ValueError):
         return {}
 
 
-def write(file: Path, content: dict[str, Any]) -> None:
-    """Writes a stage's file in one rename."""
-    replace_text(file, json.dumps(content, indent=2, default=str) + "\n")
+def write_state(file: Path, state: dict[str, Any]) -> None:
+    """Writes a stage's state file in one rename; MachineError where it cannot be written."""
+    replace_text(file, json.dumps(state, indent=2, default=str) + "\n")
 
 
 def digest(inputs: Any, *stages: Stage) -> str:
-    """SHA-256 of what a result depends on: inputs, the stages that made it, and versions."""
-    numbers = {stage: STAGES[stage] for stage in stages}
-    content = json.dumps([versions(), numbers, inputs], sort_keys=True)
+    """SHA-256 of what a result depends on: `inputs` (JSON data), the versions of the stages that
+    computed it, and the versions of packages."""
+    stage_versions = {stage: STAGES[stage] for stage in stages}
+    content = json.dumps([versions(), stage_versions, inputs], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def add_tensors(digest: Digest, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Adds names, dtypes, shapes and contents of `tensors` to a hash, bit for bit."""
+    """Adds names, dtypes, shapes and all bytes of `tensors` to `digest`."""
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)

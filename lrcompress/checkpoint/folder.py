@@ -1,4 +1,4 @@
-"""The on-disk form: an ordinary Hugging Face folder with its provenance beside the weights."""
+"""Writes a checkpoint: an ordinary Hugging Face folder with lrcompress.json beside the weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lrcompress.models.safetensors_headers import stored_tensors
 from lrcompress.runtime.atomic_io import replace_text, writing
 from lrcompress.runtime.packages import versions
 
-# parts that only a low-rank layer has
-OWN = (".A.weight", ".Z.weight")
-QDATA = "._weight_qdata"
+# name endings of tensors that only a low-rank layer has
+LOW_RANK_ENDINGS = (".A.weight", ".Z.weight")
+QUANTIZED_DATA = "._weight_qdata"  # ending of torchao's tensor with one entry per number
 
 
 def save_checkpoint(
@@ -33,25 +33,27 @@ def save_checkpoint(
     state: Mapping[str, Tensor] | None = None,
     shards: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Writes model, tokenizer, provenance and model card to the folder `out`.
+    """Writes model, tokenizer, lrcompress.json and model card to the folder `out`.
 
-    `record` is completed with versions and the counts of what was saved, and returned. `state` has
-    the weights where the model holds only a part of them; `shards` are files with others, which
-    stay where they are. Raises
-    InputError if `out` exists and is not to be replaced, MachineError if it cannot be written.
+    Returns `record` with package versions and the counts and checksums of the saved files.
+
+    state: weights to save, where the model itself holds only a part of them.
+    shards: safetensors files with further weights, which are linked or copied into `out`.
+
+    Raises InputError if `out` exists and `replace` is false, MachineError if it cannot be written.
     """
     record_layout(model)
     with writing(out, replace) as folder:
         write_weights(model, tokenizer, folder, state)
         if shards:
-            _join(folder, shards)
+            _add_shards(folder, shards)
         complete = dict(record) | saved_as(folder)
         write_record(folder, complete)
     return complete
 
 
 def saved_as(folder: Path) -> dict[str, Any]:
-    """What the record says of the files in `folder`: versions, counts and checksums."""
+    """The part of a record that describes the files in `folder`: versions, counts, checksums."""
     return {
         "versions": versions(),
         "saved": saved_tensors(folder),
@@ -60,16 +62,18 @@ def saved_as(folder: Path) -> dict[str, Any]:
 
 
 def checksums(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file by its path in `folder`, but of hidden ones, the record, and
-    the card, which is the reader's to edit."""
-    found = {}
+    """Size and SHA-256 of every file, by its path in `folder`.
+
+    Left out are hidden files, the record, and the model card, which users may edit.
+    """
+    files = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder)
         if str(name) not in (RECORD, CARD) and not name.parts[0].startswith("."):
             with file.open("rb") as content:
-                mark = hashlib.file_digest(content, "sha256").hexdigest()
-            found[name.as_posix()] = {"bytes": file.stat().st_size, "sha256": mark}
-    return found
+                sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+            files[name.as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256}
+    return files
 
 
 def write_weights(
@@ -77,7 +81,7 @@ def write_weights(
 ) -> None:
     """Writes model and tokenizer as transformers does; `state` as in `save_checkpoint`."""
     config = model.config.__dict__
-    config.pop("auto_map", None)  # it would point at code that is not in this folder
+    config.pop("auto_map", None)  # it would refer to code that is not in this folder
     model.save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -85,51 +89,61 @@ def write_weights(
         file.chmod(0o644)
 
 
-def _join(folder: Path, shards: Sequence[Path]) -> None:
-    """Puts `shards` beside the weights in `folder`, and writes the index of all."""
-    own = sorted(folder.glob("*.safetensors"))
-    places: dict[str, str] = {}
-    size, total = 0, len(own) + len(shards)
-    for number, file in enumerate((*own, *shards), 1):
-        named = folder / f"model-{number:05}-of-{total:05}.safetensors"
-        if file in own:
-            file.replace(named)
+def _add_shards(folder: Path, shards: Sequence[Path]) -> None:
+    """Adds `shards` to the weights in `folder`, and writes the index of all weight files."""
+    saved = sorted(folder.glob("*.safetensors"))
+    weight_map: dict[str, str] = {}
+    size, total = 0, len(saved) + len(shards)
+    for number, file in enumerate((*saved, *shards), 1):
+        shard = folder / f"model-{number:05}-of-{total:05}.safetensors"
+        if file in saved:
+            file.replace(shard)
         else:
-            _link(file, named)
-        places |= dict.fromkeys(stored_tensors([named]), named.name)
-        size += named.stat().st_size
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+            _link_or_copy(file, shard)
+        weight_map |= dict.fromkeys(stored_tensors([shard]), shard.name)
+        size += shard.stat().st_size
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     replace_text(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
 
-def _link(file: Path, other: Path) -> None:
-    """The same content without a copy, where the file system can; `file` stays if all fails."""
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Makes `target` a hard link to `source`, or a copy where the file system has no hard links."""
     try:
-        other.hardlink_to(file)
+        target.hardlink_to(source)
     except OSError:
-        shutil.copyfile(file, other)
-    other.chmod(0o644)
+        shutil.copyfile(source, target)
+    target.chmod(0o644)
 
 
 def saved_tensors(folder: Path) -> dict[str, int]:
-    """Numbers and bytes in the safetensors files of `folder`.
+    """Counts the parameters and the bytes in the safetensors files of `folder`.
 
-    The numbers leave out format guards and the index vectors of the pivoted form.
+    Guard tensors of the format and the index vectors of the pivoted form are not parameters.
     """
     files = sorted(folder.glob("*.safetensors"))
-    shapes = _parameters({key: one.shape for key, one in stored_tensors(files).items()})
-    beside = {key.removesuffix(end) for key in shapes for end in OWN if key.endswith(end)}
-    passive = {f"{name}.{buffer}" for name in beside for buffer in ("weight", "order")}
-    passive |= {key for key, shape in shapes.items() if len(shape) > 1 and math.prod(shape) == 1}
-    numbers = sum(math.prod(shape) for key, shape in shapes.items() if key not in passive)
-    size = sum(file.stat().st_size for file in files)
-    return {"parameters": numbers, "bytes": size}
+    shapes = _parameter_shapes({key: tensor.shape for key, tensor in stored_tensors(files).items()})
+    low_rank_layers = {
+        key.removesuffix(ending)
+        for key in shapes
+        for ending in LOW_RANK_ENDINGS
+        if key.endswith(ending)
+    }
+    buffers = {f"{layer}.{name}" for layer in low_rank_layers for name in ("weight", "order")}
+    buffers |= {key for key, shape in shapes.items() if len(shape) > 1 and math.prod(shape) == 1}
+    parameters = sum(math.prod(shape) for key, shape in shapes.items() if key not in buffers)
+    return {"parameters": parameters, "bytes": sum(file.stat().st_size for file in files)}
 
 
-def _parameters(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
-    """By the names of parameters: torchao saves one in several tensors, of which one has an entry
-    for each number."""
-    quantized = {key.replace("_weight_qdata", "weight"): key for key in shapes if QDATA in key}
-    parts = {key for key in shapes if "._weight_" in key}
-    plain = {key: shape for key, shape in shapes.items() if key not in parts}
-    return plain | {name: shapes[key] for name, key in quantized.items()}
+def _parameter_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """Shapes by parameter from shapes by tensor.
+
+    torchao saves a quantized parameter as several tensors, of which only `QUANTIZED_DATA` has the
+    parameter's shape.
+    """
+    quantized = {
+        key.replace("_weight_qdata", "weight"): shape
+        for key, shape in shapes.items()
+        if QUANTIZED_DATA in key
+    }
+    plain = {key: shape for key, shape in shapes.items() if "._weight_" not in key}
+    return plain | quantized

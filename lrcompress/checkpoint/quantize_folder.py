@@ -1,4 +1,4 @@
-"""What the command quantize does, from folder to folder."""
+"""Loads a model, quantizes its weights and saves it to a new folder."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from lrcompress.runtime import locks
 
 
 def quantize_to(source: ModelSettings, settings: QuantizeSettings, out: Path) -> dict[str, Any]:
-    """Writes the model with quantized weights; returns what lrcompress.json of `out` holds."""
+    """Writes the model with quantized weights to `out`; returns the content of its lrcompress.json.
+
+    Raises InputError where the model cannot be quantized or `out` exists.
+    """
     with locks.beside(out):
         record = record_of(source) or {"source": source.source}
-        record.pop("metrics", None)  # they are of the model before
+        record.pop("metrics", None)  # measured on the model before quantization
         record.pop("comparisons", None)
         model, tokenizer = load_model(source)
         before = weight_bytes(model)

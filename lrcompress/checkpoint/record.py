@@ -1,4 +1,4 @@
-"""lrcompress.json beside the weights, and the model card that tells the same."""
+"""Reads and writes lrcompress.json, the record of a checkpoint, and the model card made from it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ RECORD, CARD = "lrcompress.json", "README.md"
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """lrcompress.json of a checkpoint; None where the folder has none, InputError if damaged."""
+    """lrcompress.json of a checkpoint; None where the folder has none.
+
+    Raises InputError where the file is damaged.
+    """
     file = folder / RECORD
     if not file.is_file():
         return None
@@ -37,9 +40,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes lrcompress.json and the model card that tells the same, each in one rename.
+    """Writes lrcompress.json and the model card, each in one rename.
 
-    Raises InputError where what `record` says was measured is damaged.
+    Raises InputError where the metrics or comparisons in `record` are damaged.
     """
     card = _card(folder, record)
     replace_text(folder / RECORD, json_text(record))
@@ -49,24 +52,30 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 def _card(folder: Path, record: Mapping[str, Any]) -> str:
     try:
         metrics = TypeAdapter(list[Summary]).validate_python(record.get("metrics", ()))
-        found = TypeAdapter(list[Comparison]).validate_python(record.get("comparisons", ()))
+        compared = TypeAdapter(list[Comparison]).validate_python(record.get("comparisons", ()))
     except ValidationError as error:
         raise InputError(
             f"the metrics of {str(folder / RECORD)!r} are damaged ({validation_reason(error)}): "
             "remove them"
         ) from None
-    shown = {"record": record, "table": table(metrics), "training": training(record)}
-    shown["title"] = _title(record)
-    return render("card.md.jinja", escape=False, **shown, comparisons=found)
+    return render(
+        "card.md.jinja",
+        escape=False,
+        title=_title(record),
+        record=record,
+        table=table(metrics),
+        training=training(record),
+        comparisons=compared,
+    )
 
 
 def write_measured(
     folder: Path, metrics: Iterable[Metric], comparisons: Iterable[Comparison]
 ) -> None:
-    """Adds to the record and the model card of a checkpoint what was measured of it."""
+    """Adds metrics and comparisons to the record and the model card of the checkpoint `folder`."""
     measured = {
         "metrics": [metric.summary() for metric in metrics],
-        "comparisons": [vars(one) for one in comparisons],
+        "comparisons": [vars(comparison) for comparison in comparisons],
     }
     write_record(folder, (read_record(folder) or {}) | measured)
 
@@ -78,13 +87,13 @@ def _title(record: Mapping[str, Any]) -> str:
 
 
 def record_of(settings: ModelSettings) -> dict[str, Any] | None:
-    """lrcompress.json of the model's folder; None where it has none."""
+    """lrcompress.json of the folder of a model; None where it has none."""
     return read_record(Path(locate(settings.source, settings.gguf_file).path))
 
 
 @dataclass(frozen=True)
 class ModelWithRecord:
-    """A model of an evaluation, with the record (lrcompress.json) of its folder."""
+    """A loaded model, with the record (lrcompress.json) of its folder if it has one."""
 
     source: ModelSettings
     record: dict[str, Any] | None
@@ -96,4 +105,5 @@ class ModelWithRecord:
 
     @property
     def kind(self) -> str:
+        """What reports call the model: dense, factorized, finetuned, ..."""
         return model_info.model_kind(self.loaded[0], "finetuned" in (self.record or {}))

@@ -1,4 +1,4 @@
-"""Is a checkpoint what was saved: every file by its checksum, every tensor by the config."""
+"""Checks that a checkpoint is as it was saved: files by checksum, tensors against the config."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from lrcompress.checkpoint.export.standalone import STANDALONE
 from lrcompress.checkpoint.folder import checksums
 from lrcompress.checkpoint.record import RECORD, read_record
 from lrcompress.models import loading
 from lrcompress.models.safetensors_headers import stored_tensors
 from lrcompress.runtime.errors import InputError
 
-Kind = Literal["missing", "extra", "size", "checksum", "model"]
+FaultKind = Literal["missing", "extra", "size", "checksum", "model"]
 
-
-# dtypes of config.json -> as safetensors calls them
-TYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# dtype in config.json -> its name in safetensors files
+SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
-class File:
-    """What the record says of a file, and what is so."""
+class FileChecksum:
+    """Size and checksum of a file, as the record states them or as they are on disk."""
 
     bytes: int
     sha256: str
@@ -34,16 +32,16 @@ class File:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a file of a checkpoint, or with its model as a whole (`file` ".")."""
+    """What is wrong with a file of a checkpoint, or with the whole model (then `file` is ".")."""
 
     file: str
-    kind: Kind
+    kind: FaultKind
     message: str
 
 
 @dataclass(frozen=True)
-class Verified:
-    """One checkpoint: how much was read, and every fault found."""
+class Verification:
+    """The result for one checkpoint: numbers of files and bytes read, and all faults."""
 
     folder: str
     files: int
@@ -54,35 +52,40 @@ class Verified:
         return asdict(self)
 
 
-def verify(folder: Path) -> list[Verified]:
-    """The checkpoint in `folder`, or each of those in the folder of a run.
+def verify(folder: Path) -> list[Verification]:
+    """Verifies the checkpoint in `folder`, or every checkpoint in the folder of a run.
 
-    A model is loaded without memory for its weights once all its files are right. Raises
-    InputError where there is no checkpoint, or one without checksums.
+    If all files are right, the model is also loaded, on the meta device, without memory for its
+    weights. Raises InputError where there is no checkpoint, or one without checksums.
     """
-    return [_verified(one) for one in _checkpoints(folder)]
+    return [_verify_checkpoint(checkpoint) for checkpoint in _checkpoints(folder)]
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     if (folder / RECORD).is_file():
         return [folder]
-    found = sorted(file.parent for file in folder.glob(f"[!.]*/{RECORD}"))
-    if not found:
+    checkpoints = sorted(file.parent for file in folder.glob(f"[!.]*/{RECORD}"))
+    if not checkpoints:
         raise InputError(
             f"{str(folder)!r} is no checkpoint of lrcompress, nor a run with one: give a folder "
             f"with a {RECORD}"
         )
-    return found
+    return checkpoints
 
 
-def _verified(folder: Path) -> Verified:
-    saved = _recorded(folder)
-    here = {name: File(**one) for name, one in checksums(folder).items()}
-    faults = tuple(_file_faults(saved, here)) or tuple(_model_faults(folder))
-    return Verified(str(folder), len(here), sum(one.bytes for one in here.values()), faults)
+def _verify_checkpoint(folder: Path) -> Verification:
+    saved = _saved_checksums(folder)
+    current = {name: FileChecksum(**values) for name, values in checksums(folder).items()}
+    return Verification(
+        folder=str(folder),
+        files=len(current),
+        bytes=sum(file.bytes for file in current.values()),
+        faults=tuple(_file_faults(saved, current)) or tuple(_model_faults(folder)),
+    )
 
 
-def _recorded(folder: Path) -> dict[str, File]:
+def _saved_checksums(folder: Path) -> dict[str, FileChecksum]:
+    """The checksums in the record; InputError where it has none."""
     record = read_record(folder) or {}
     if "files" not in record:
         raise InputError(
@@ -90,46 +93,53 @@ def _recorded(folder: Path) -> dict[str, File]:
             "again with lrcompress"
         )
     try:
-        return TypeAdapter(dict[str, File]).validate_python(record["files"])
+        return TypeAdapter(dict[str, FileChecksum]).validate_python(record["files"])
     except ValidationError:
         raise InputError(
             f"the checksums in {str(folder / RECORD)!r} are damaged: restore it"
         ) from None
 
 
-def _file_faults(saved: Mapping[str, File], here: Mapping[str, File]) -> Iterator[Fault]:
-    for name, was in saved.items():
-        now = here.get(name)
+def _file_faults(
+    saved: Mapping[str, FileChecksum], current: Mapping[str, FileChecksum]
+) -> Iterator[Fault]:
+    for name, before in saved.items():
+        now = current.get(name)
         if now is None:
             yield Fault(name, "missing", f"{name} is missing")
-        elif now.bytes != was.bytes:
-            sizes = f"{now.bytes:,} bytes and was saved with {was.bytes:,}"
+        elif now.bytes != before.bytes:
+            sizes = f"{now.bytes:,} bytes and was saved with {before.bytes:,}"
             yield Fault(name, "size", f"{name} has {sizes}")
-        elif now.sha256 != was.sha256:
-            yield Fault(name, "checksum", f"{name} has another content than it was saved with")
-    for name in sorted(here.keys() - saved.keys()):
-        yield Fault(name, "extra", f"{name} is no file of the checkpoint")
+        elif now.sha256 != before.sha256:
+            yield Fault(name, "checksum", f"{name} has changed since it was saved")
+    for name in sorted(current.keys() - saved.keys()):
+        yield Fault(name, "extra", f"{name} is not a file of the checkpoint")
 
 
 def _model_faults(folder: Path) -> Iterator[Fault]:
-    """Of shapes, ranks and types, which loading checks against the config. A standalone export is
-    left out: it would run code that is in the folder."""
+    """Tensors whose shape, rank or dtype does not fit the config; loading checks shapes and ranks.
+
+    A checkpoint that ships its own code, such as a standalone export, is not loaded: loading it
+    would run that code.
+    """
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    if STANDALONE in config:
+    if "auto_map" in config:
         return
-    yield from _other_types(folder, config.get("dtype"))
+    yield from _dtype_faults(folder, config.get("dtype"))
     try:
         loading.load(folder, placement={"device_map": {"": "meta"}})
     except InputError as error:
         yield Fault(".", "model", str(error))
 
 
-def _other_types(folder: Path, dtype: str | None) -> Iterator[Fault]:
-    """Some families keep a few weights in float32 whatever the model's own dtype is."""
-    if dtype not in TYPES:
+def _dtype_faults(folder: Path, dtype: str | None) -> Iterator[Fault]:
+    """Floating-point tensors that have neither the model's dtype nor float32: some families keep a
+    few weights in float32 for every dtype."""
+    if dtype not in SAFETENSORS_DTYPES:
         return
+    other_dtypes = set(SAFETENSORS_DTYPES.values()) - {SAFETENSORS_DTYPES[dtype], "F32"}
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in stored_tensors([file]).items():
-            if tensor.dtype in set(TYPES.values()) - {TYPES[dtype], "F32"}:
-                said = f"{name} is stored as {tensor.dtype} and config.json says {dtype}"
-                yield Fault(file.name, "model", said)
+            if tensor.dtype in other_dtypes:
+                message = f"{name} is stored as {tensor.dtype} and config.json says {dtype}"
+                yield Fault(file.name, "model", message)

@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, print. torch is imported only inside commands."""
+"""The command line `lrcompress`. torch is imported only when a command runs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import click
 from lrcompress import __version__
 from lrcompress.cli.bench import bench
 from lrcompress.cli.checkpoint import export_command, quantize_command, verify_command
-from lrcompress.cli.error_group import BEYOND_MAX_LOSS, ErrorReportingGroup, resumes
+from lrcompress.cli.error_group import MAX_LOSS_EXCEEDED, ErrorReportingGroup, mark_resumable
 from lrcompress.cli.options import (
     FOLDERS,
     JSON,
     MAX_LOSS,
     NEW_OUT,
     OUT,
+    OUT_FOLDER,
     RECIPE,
     SET,
     WRITE_CARD,
@@ -37,7 +38,11 @@ if TYPE_CHECKING:
 @click.group(cls=ErrorReportingGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lrcompress")
 def main() -> None:
-    """Low-rank compression of the feed-forward layers of causal language models."""
+    """Low-rank compression of the feed-forward layers (FFNs) of causal language models.
+
+    Typical use: factorize a model, finetune the result, and eval it beside the original. `run` does
+    all of it from one recipe file.
+    """
 
 
 COMMANDS = (
@@ -47,22 +52,23 @@ COMMANDS = (
 for command in COMMANDS:
     main.add_command(command)
 
-FACTORIZE = ("factorize", "calibration", "refine", "model")
+FACTORIZE_SECTIONS = ("factorize", "calibration", "refine", "model")
 
 
-@main.command("factorize", cls=SettingsCommand, sections=FACTORIZE)
+@main.command("factorize", cls=SettingsCommand, sections=FACTORIZE_SECTIONS)
 @click.argument("source", metavar="MODEL")
 @NEW_OUT
 def factorize_command(source: str, out: Path, **options: Any) -> None:
-    """Factorize the FFN weights of MODEL and write a low-rank checkpoint.
+    """Factorize the FFN weights of MODEL into a low-rank checkpoint.
 
-    MODEL is a folder, a .gguf file or a hub id. Give --rank or --keep-ratio.
+    MODEL is a folder, a .gguf file or a Hugging Face hub id. Give exactly one budget: --rank,
+    --keep-ratio, --target-params, --target-size or --max-perplexity-increase.
     """
-    recipe = build_recipe(FACTORIZE, source, options)
+    recipe = build_recipe(FACTORIZE_SECTIONS, source, options)
     from lrcompress.cli import display, progress_bars
     from lrcompress.compression import factorize_folder
 
-    resumes(recipe.refine.enabled or recipe.factorize.streaming)
+    mark_resumable(recipe.refine.enabled or recipe.factorize.streaming)
     record = factorize_folder.factorize_to(
         recipe, out, progress_bars.progress, say=progress_bars.say
     )
@@ -70,23 +76,24 @@ def factorize_command(source: str, out: Path, **options: Any) -> None:
         display.show_factorization(record, out)
 
 
-def _show(found: Report, out: Path | None, max_loss: float | None, as_json: bool) -> None:
+def _show(report: Report, out: Path | None, max_loss: float | None, as_json: bool) -> None:
+    """Prints a report, and the verdict of --max-loss, which decides the exit code."""
     from lrcompress.cli import display
     from lrcompress.reporting import significance
 
-    display.show_report(found, out, as_json)
+    display.show_report(report, out, as_json)
     if max_loss is None:
         return
-    failed = significance.not_shown(found.metrics, max_loss)
+    failed = significance.not_shown(report.metrics, max_loss)
     display.show_verdict(failed, max_loss, err=as_json)
     if failed:
-        click.get_current_context().exit(BEYOND_MAX_LOSS)
+        click.get_current_context().exit(MAX_LOSS_EXCEEDED)
 
 
-EVALUATE = ("evaluate", "model")
+EVALUATE_SECTIONS = ("evaluate", "model")
 
 
-@main.command("eval", cls=SettingsCommand, sections=EVALUATE)
+@main.command("eval", cls=SettingsCommand, sections=EVALUATE_SECTIONS)
 @click.argument("source", metavar="MODEL")
 @OUT
 @WRITE_CARD
@@ -100,16 +107,20 @@ def eval_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure MODEL: perplexity, tasks, size and speed, beside --baseline if given."""
-    recipe = build_recipe(EVALUATE, source, options)
-    check_max_loss(recipe.evaluate, bool(recipe.evaluate.baseline), max_loss)
+    """Measure MODEL: perplexity, tasks, size and speed.
+
+    MODEL is a folder, a .gguf file or a Hugging Face hub id. With --baseline other models are
+    measured in the same run, and MODEL is compared with them.
+    """
+    recipe = build_recipe(EVALUATE_SECTIONS, source, options)
+    check_max_loss(recipe.evaluate, has_baseline=bool(recipe.evaluate.baseline), max_loss=max_loss)
     from lrcompress.cli import progress_bars
     from lrcompress.evaluation import evaluate
 
-    found = evaluate.evaluate_to(recipe, out, progress_bars.progress, write_card)
+    report = evaluate.evaluate_to(recipe, out, progress_bars.progress, write_card)
     if write_card and not as_json:
         click.echo(f"Wrote lrcompress.json and README.md of {source}.")
-    _show(found, out, max_loss, as_json)
+    _show(report, out, max_loss, as_json)
 
 
 @main.command("report")
@@ -120,32 +131,41 @@ def eval_command(
 def report_command(
     folders: tuple[Path, ...], out: Path | None, max_loss: float | None, as_json: bool
 ) -> None:
-    """Show the report of an eval, run or sweep again; several are joined into one comparison."""
+    """Show a report again, or join several into one comparison.
+
+    FOLDER is the --out of eval, or the folder of a run or sweep.
+    """
     from lrcompress.cli import display
     from lrcompress.reporting import merge
     from lrcompress.workflows.scaling import folder as scaling_folder
-    from lrcompress.workflows.sweep import folder
     from lrcompress.workflows.sweep import folder as sweep_folder
 
     scaling_folder.refuse_studies(folders)
     if not any(map(sweep_folder.is_sweep, folders)):
         _show(merge.report_to(folders, out), out, max_loss, as_json)
-        return
-    if max_loss is not None:
-        raise InputError("--max-loss decides on the report of an eval or a run, not of a sweep")
-    display.show_sweep(folder.sweep_report_to(folders, out), out, as_json)
+    elif max_loss is not None:
+        raise InputError("--max-loss works with the report of an eval or a run, not of a sweep")
+    else:
+        display.show_sweep(sweep_folder.sweep_report_to(folders, out), out, as_json)
 
 
-MODEL = ("model",)
+MODEL_SECTIONS = ("model",)
 
 
-@main.command("inspect", cls=SettingsCommand, sections=MODEL)
+@main.command("inspect", cls=SettingsCommand, sections=MODEL_SECTIONS)
 @click.argument("source", metavar="MODEL")
-@click.option("--energy", is_flag=True, help="Ranks that keep 90 % and 99 % of each weight.")
+@click.option(
+    "--energy",
+    is_flag=True,
+    help="Also show the ranks that keep 90 % and 99 % of each weight's squared norm.",
+)
 @JSON
 def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) -> None:
-    """List the FFN linears of MODEL, their size and their break-even rank."""
-    settings = build_recipe(MODEL, source, options).model
+    """List the FFN linears of MODEL with size and break-even rank.
+
+    At its break-even rank a factorized linear has as many parameters as the dense one.
+    """
+    settings = build_recipe(MODEL_SECTIONS, source, options).model
     from lrcompress.cli import display, progress_bars
     from lrcompress.models import loading
     from lrcompress.models.inspection import inspect
@@ -154,18 +174,22 @@ def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) ->
         model, _ = loading.load_model(settings)
     else:
         model = loading.skeleton(settings.source, settings.gguf_file, settings.trust_remote_code)
-    found = inspect(model, energy, progress_bars.progress)
+    inspection = inspect(model, energy, progress_bars.progress)
     if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=2))
+        click.echo(json.dumps(inspection.to_dict(), indent=2))
     else:
-        display.show_inspection(found)
+        display.show_inspection(inspection)
 
 
 @main.command("run")
 @RECIPE
-@click.argument("out", type=click.Path(path_type=Path))
+@OUT_FOLDER
 @SET
-@click.option("--overwrite", is_flag=True, help="Redo changed stages of another recipe's run.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="If OUT holds the run of another recipe, replace the stages that differ.",
+)
 @MAX_LOSS
 @JSON
 def run_command(
@@ -176,32 +200,40 @@ def run_command(
     max_loss: float | None,
     as_json: bool,
 ) -> None:
-    """Factorize, finetune, evaluate and report as RECIPE says, in the folder OUT; resumes."""
+    """Run RECIPE: factorize, finetune, evaluate and report.
+
+    RECIPE is a YAML file. Models and reports are written to the folder OUT. If the command is
+    interrupted, the same command resumes it.
+    """
     from lrcompress.config.recipe import read_recipe
 
     recipe = read_recipe(recipe_file, overrides)
-    check_max_loss(recipe.evaluate, True, max_loss)  # without a baseline: its own dense model
+    # a run without a baseline compares with its own dense model
+    check_max_loss(recipe.evaluate, has_baseline=True, max_loss=max_loss)
     from lrcompress.checkpoint.record import read_record
     from lrcompress.cli import display, progress_bars
     from lrcompress.workflows.run import folder as run_folder
     from lrcompress.workflows.run import pipeline
 
-    resumes()
-    found = pipeline.Run(recipe, out, progress_bars.progress, progress_bars.say).all(overwrite)
-    model, tuned = out / run_folder.MODEL, out / run_folder.FINETUNED
+    mark_resumable()
+    report = pipeline.Run(recipe, out, progress_bars.progress, progress_bars.say).all(overwrite)
     if not as_json:
+        model = out / run_folder.MODEL
         display.show_factorization(read_record(model) or {}, model)
         if recipe.finetune.data:
-            display.show_recovery((read_record(tuned) or {})["finetuned"], tuned)
-    _show(found, out, max_loss, as_json)
+            finetuned = out / run_folder.FINETUNED
+            display.show_training((read_record(finetuned) or {})["finetuned"], finetuned)
+    _show(report, out, max_loss, as_json)
 
 
 @main.command("sweep")
 @RECIPE
-@click.argument("out", type=click.Path(path_type=Path))
+@OUT_FOLDER
 @SET
-@click.option("--keep-ratio", metavar="X,...", help="Shares of the FFN parameters kept.")
-@click.option("--method", metavar="NAME,...", help="Methods, instead of the recipe's variants.")
+@click.option("--keep-ratio", metavar="X,...", help="Shares of the FFN parameters to keep.")
+@click.option(
+    "--method", metavar="NAME,...", help="Methods to compare, instead of the recipe's variants."
+)
 @JSON
 def sweep_command(
     recipe_file: Path,
@@ -211,16 +243,20 @@ def sweep_command(
     method: str | None,
     as_json: bool,
 ) -> None:
-    """Measure RECIPE at several keep ratios and by several methods, in the folder OUT; resumes."""
+    """Measure RECIPE at several keep ratios and with several methods.
+
+    RECIPE is a YAML file. Reports are written to the folder OUT. If the
+    command is interrupted, the same command resumes it.
+    """
     from lrcompress.config.recipe import read_recipe
 
     recipe = read_recipe(recipe_file, (*overrides, *sweep_overrides(keep_ratio, method)))
     from lrcompress.cli import display, progress_bars
     from lrcompress.workflows.sweep import sweep
 
-    resumes()
-    found = sweep.SweepRunner(recipe, out, progress_bars.progress).all()
-    display.show_sweep(found, out, as_json)
+    mark_resumable()
+    report = sweep.SweepRunner(recipe, out, progress_bars.progress).all()
+    display.show_sweep(report, out, as_json)
 
 
 @main.command("check")

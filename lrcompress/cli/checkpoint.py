@@ -1,4 +1,4 @@
-"""The commands `export`, `quantize` and `verify` of checkpoints: parse, call one, print."""
+"""The commands on checkpoints: `export`, `quantize` and `verify`."""
 
 from __future__ import annotations
 
@@ -10,79 +10,87 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrcompress.checkpoint.export.registry import FORMATS
-from lrcompress.cli.options import JSON, NEW_OUT, SettingsCommand, build_recipe, build_sections
+from lrcompress.cli.options import (
+    JSON,
+    NEW_OUT,
+    OneLineChoice,
+    SettingsCommand,
+    build_recipe,
+    build_sections,
+)
 from lrcompress.runtime.errors import MachineError
 
 if TYPE_CHECKING:
-    from lrcompress.checkpoint.verify import Verified
+    from lrcompress.checkpoint.verify import Verification
 
-MODEL = ("model",)
+MODEL_SECTIONS = ("model",)
 
 
-@click.command("export", cls=SettingsCommand, sections=MODEL)
+@click.command("export", cls=SettingsCommand, sections=MODEL_SECTIONS)
 @click.argument("source", metavar="DIR")
 @NEW_OUT
 @click.option(
     "--to",
-    "name",
-    type=click.Choice(list(FORMATS)),
+    "format_name",
+    type=OneLineChoice(list(FORMATS)),
     required=True,
-    help="; ".join(f"{name}: {kind.summary}" for name, kind in FORMATS.items()) + ".",
+    help="; ".join(f"{name}: {form.summary}" for name, form in FORMATS.items()) + ".",
 )
-def export_command(source: str, out: Path, name: str, **options: Any) -> None:
-    """Write the checkpoint DIR in a form that loads without lrcompress."""
-    settings = build_recipe(MODEL, source, options).model
+def export_command(source: str, out: Path, format_name: str, **options: Any) -> None:
+    """Write the checkpoint DIR in a format that needs no lrcompress."""
+    settings = build_recipe(MODEL_SECTIONS, source, options).model
     from lrcompress.checkpoint.export.export_folder import export_to
 
-    export_to(settings, out, name)
+    export_to(settings, out, format_name)
     click.echo(f"Wrote {out}.")
 
 
-QUANTIZE = ("quantize", "model")
+QUANTIZE_SECTIONS = ("quantize", "model")
 
 
-@click.command("quantize", cls=SettingsCommand, sections=QUANTIZE)
+@click.command("quantize", cls=SettingsCommand, sections=QUANTIZE_SECTIONS)
 @click.argument("source", metavar="MODEL")
 @NEW_OUT
 def quantize_command(source: str, out: Path, **options: Any) -> None:
-    """Quantize the weights of MODEL, dense or compressed, and write it to a new folder.
+    """Quantize the weights of MODEL, which is dense or compressed.
 
-    The linears of attention and FFN get int8 or int4 weights by torchao; of a low-rank layer that
-    is each of its two matrices. Embeddings and the output layer stay as they are.
+    torchao converts the linears of attention and FFNs to int8 or int4; of a low-rank layer it
+    converts both matrices. Embeddings and the output layer are not quantized.
     """
-    given = build_sections(QUANTIZE, options, source=source)
+    checked = build_sections(QUANTIZE_SECTIONS, options, source=source)
     from lrcompress.checkpoint import quantize_folder
     from lrcompress.cli import display
 
-    display.show_quantization(
-        quantize_folder.quantize_to(given["model"], given["quantize"], out), out
-    )
+    record = quantize_folder.quantize_to(checked["model"], checked["quantize"], out)
+    display.show_quantization(record, out)
 
 
 @click.command("verify")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @JSON
 def verify_command(folder: Path, as_json: bool) -> None:
-    """Compare the checkpoint DIR, or those of the run DIR, with what was saved.
+    """Check that the checkpoint DIR is as it was saved.
 
-    Every file by its checksum, and the tensors by the config. The exit code is 1 where a file is
-    wrong, missing or extra, or where they do not agree.
+    DIR is a checkpoint, or the folder of a run, in which all checkpoints are checked. Every file is
+    compared by checksum, and every tensor with the config. The exit code is 1 if a file has
+    changed, is missing or is extra, or if a tensor does not fit the config.
     """
     from lrcompress.checkpoint.verify import verify
 
-    found = verify(folder)
+    results = verify(folder)
     if as_json:
-        click.echo(json.dumps([one.to_dict() for one in found], indent=2))
+        click.echo(json.dumps([result.to_dict() for result in results], indent=2))
     else:
-        _show(found)
-    for one in found:
-        if one.faults:
-            raise MachineError(f"{one.folder!r} is not what was saved: {one.faults[0].message}")
+        _show(results)
+    for result in results:
+        if result.faults:
+            message = result.faults[0].message
+            raise MachineError(f"{result.folder!r} is not what was saved: {message}")
 
 
-def _show(found: Sequence[Verified]) -> None:
-    for one in found:
-        state = "not as they were saved" if one.faults else "as they were saved"
-        click.echo(f"{one.folder}: {one.files} files, {one.bytes / 1e6:,.1f} MB, {state}.")
-        for fault in one.faults:
+def _show(results: Sequence[Verification]) -> None:
+    for result in results:
+        state = "not as they were saved" if result.faults else "as they were saved"
+        click.echo(f"{result.folder}: {result.files} files, {result.bytes / 1e6:,.1f} MB, {state}.")
+        for fault in result.faults:
             click.echo(f"  {fault.message}")

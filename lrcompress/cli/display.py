@@ -1,4 +1,4 @@
-"""What the command line shows: progress on stderr, tables and sentences on stdout."""
+"""Prints the results of commands: tables and sentences on stdout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from rich.console import Console
@@ -16,179 +16,189 @@ from lrcompress.benchmark import report as bench_report
 from lrcompress.benchmark.report import Bench
 from lrcompress.models.inspection import Inspection
 from lrcompress.reporting.differences import Differences
+from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.report import FORMATS, Report, to_json
 from lrcompress.reporting.significance import Comparison
-from lrcompress.reporting.tables import table as report_table
+from lrcompress.reporting.tables import table as metric_table
 from lrcompress.runtime.sanitize import printable
 from lrcompress.workflows.sweep import report as sweep_report
 from lrcompress.workflows.sweep.report import Grid, SweepReport
 
-T = TypeVar("T")
-
-# columns of a table in a file, at most
-WIDEST = 100_000
+MAX_COLUMNS = 100_000  # width of a table that is written to a file
 
 
-def _line(text: str, err: bool = False) -> None:
-    """Names of models and texts are in it, which may come from others."""
+def _print_line(text: str, err: bool = False) -> None:
+    """Prints without control characters: names of models and texts come from other people."""
     click.echo(printable(text), err=err)
 
 
 def show_factorization(record: Mapping[str, Any], out: object) -> None:
+    """Forms, ranks, parameter counts and warnings of a new low-rank checkpoint."""
     counts = record["counts"]
     forms = Counter(linear["form"] for linear in record["linears"])
     ranks = [linear["rank"] for linear in record["linears"] if linear["rank"] is not None]
     span = f", ranks {min(ranks)} to {max(ranks)}" if ranks else ""
     kinds = ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
-    _line(f"{len(record['linears'])} linears: {kinds}{span}.")
-    for name, title in (("ffn", "FFN"), ("model", "Model")):
-        count = counts[name]
+    _print_line(f"{len(record['linears'])} linears: {kinds}{span}.")
+    for key, title in (("ffn", "FFN"), ("model", "Model")):
+        count = counts[key]
         if not count["dense"]:
-            continue  # a family whose FFNs are not known
-        _line(
+            continue  # the FFNs of this model family are unknown
+        _print_line(
             f"{title} parameters: {count['dense']:,} -> {count['kept']:,} "
             f"({100 * count['keep_ratio']:.2f} % kept)"
         )
     for note in record["notes"]:
-        _line(f"Note: {note}.")
-    _line(f"Wrote {out} ({record['saved']['bytes'] / 1e6:,.1f} MB of weights).")
+        _print_line(f"Note: {note}.")
+    _print_line(f"Wrote {out} ({record['saved']['bytes'] / 1e6:,.1f} MB of weights).")
 
 
 def show_quantization(record: Mapping[str, Any], out: object) -> None:
-    done = record["quantized"]
-    before, now = done["bytes_before"] / 1e6, done["bytes"] / 1e6
-    click.echo(f"{done['linears']} linears now have {done['weights']} weights.")
+    """Sizes before and after quantization, from the record of the new checkpoint."""
+    quantized = record["quantized"]
+    before, now = quantized["bytes_before"] / 1e6, quantized["bytes"] / 1e6
+    click.echo(f"{quantized['linears']} linears now have {quantized['weights']} weights.")
     click.echo(f"Weights in memory: {before:,.1f} MB -> {now:,.1f} MB ({now / before:.1%}).")
     click.echo(f"Wrote {out} ({record['saved']['bytes'] / 1e6:,.1f} MB of weights).")
 
 
-def show_recovery(done: Mapping[str, Any], out: object) -> None:
-    rate = done["tokens_per_second"]  # none where a run that goes on had no step left
-    pace = f" in {done['seconds']:.0f} s ({rate:,.0f} tokens/s)" if rate else ""
-    _line(
-        f"Trained {done['trained_parameters']:,} parameters for {done['steps']} steps, "
-        f"{done['tokens']:,} tokens{pace}."
+def show_training(training: Mapping[str, Any], out: object) -> None:
+    """Steps, speed and held-out loss of a training, as lrcompress.json records it."""
+    rate = training["tokens_per_second"]  # None where a resumed run had no step left
+    pace = f" in {training['seconds']:.0f} s ({rate:,.0f} tokens/s)" if rate else ""
+    _print_line(
+        f"Trained {training['trained_parameters']:,} parameters for {training['steps']} steps, "
+        f"{training['tokens']:,} tokens{pace}."
     )
-    if (guided := done["guided_share"]) is not None:
-        _line(f"Dense weights guided {guided:.0%} of the compressed layers at first.")
-    _line(
-        f"Held-out loss: {done['before']:.4f} -> {done['after']:.4f}, of step {done['best_step']}."
+    if (guided := training["guided_share"]) is not None:
+        _print_line(f"Dense weights guided {guided:.0%} of the compressed layers at first.")
+    _print_line(
+        f"Held-out loss: {training['before']:.4f} -> {training['after']:.4f}, of step "
+        f"{training['best_step']}."
     )
-    _line(f"Wrote {out}.")
+    _print_line(f"Wrote {out}.")
 
 
-def show_report(found: Report, out: Path | None, as_json: bool) -> None:
-    """The metrics beside each other, what they mean, and where the report is."""
+def show_report(report: Report, out: Path | None, as_json: bool) -> None:
+    """Prints metrics, comparisons and details of a report, or only its JSON."""
     if as_json:
-        click.echo(to_json(found), nl=False)
+        click.echo(to_json(report), nl=False)
         return
-    _show_metrics(found)
-    for one in found.comparisons:
-        span = f"{one.difference:+.4f} ({one.low:+.4f} to {one.high:+.4f})"
-        _line(f"{one.metric}: {one.model} against {one.baseline}: {span}: {one.verdict}.")
-    _show_details(found.details)
-    for note in found.notes:
-        _line(f"Note: {note}.")
+    _show_metrics(report.metrics)
+    for comparison in report.comparisons:
+        interval = f"({comparison.low:+.4f} to {comparison.high:+.4f})"
+        _print_line(
+            f"{comparison.metric}: {comparison.model} against {comparison.baseline}: "
+            f"{comparison.difference:+.4f} {interval}: {comparison.verdict}."
+        )
+    _show_details(report.details)
+    for note in report.notes:
+        _print_line(f"Note: {note}.")
     if out is not None:
-        _line(f"Wrote {out}: {', '.join(FORMATS)}.")
+        _print_line(f"Wrote {out}: {', '.join(FORMATS)}.")
 
 
-def show_sweep(found: SweepReport, out: Path | None, as_json: bool) -> None:
-    """Every point, the knees of its fronts, and where the report is; or its JSON alone."""
+def show_sweep(report: SweepReport, out: Path | None, as_json: bool) -> None:
+    """Prints all points and the knees of the Pareto fronts, or only the JSON of the report."""
     if as_json:
-        click.echo(sweep_report.to_json(found), nl=False)
+        click.echo(sweep_report.to_json(report), nl=False)
         return
-    kept = [f"{point.kept:.4f}" for point in found.points]
-    sizes = [found.size(point) for point in found.points]
-    _show_grid(found.perplexities, {"kept": kept, "parameters": sizes})
-    for grid in (found.tasks, found.speeds):
+    shares = [f"{point.kept:.4f}" for point in report.points]
+    sizes = [report.size(point) for point in report.points]
+    _show_grid(report.perplexities, {"kept": shares, "parameters": sizes})
+    for grid in (report.tasks, report.speeds):
         if grid.titles:
             _show_grid(grid, {})
-    for front in found.fronts:
+    for front in report.fronts:
         if front.knee:
-            _line(f"Knee of {front.quality.title}, {front.cost.title}: {front.knee.label}.")
+            _print_line(f"Knee of {front.quality.title}, {front.cost.title}: {front.knee.label}.")
     if out is not None:
-        _line(f"Wrote {out}: {', '.join(sweep_report.FORMATS)}; {len(found.points)} points.")
+        _print_line(f"Wrote {out}: {', '.join(sweep_report.FORMATS)}; {len(report.points)} points.")
 
 
-def _show_grid(grid: Grid, first: Mapping[str, Sequence[str]]) -> None:
-    """A point a row; `first` are columns before those of the grid."""
-    shown = Table(box=None, pad_edge=False)
-    shown.add_column("point", overflow="fold")
-    for title in (*first, *grid.titles):
-        shown.add_column(printable(title), justify="right")
+def _show_grid(grid: Grid, first_columns: Mapping[str, Sequence[str]]) -> None:
+    """A row per point; `first_columns` (title -> cells) stand before the columns of the grid."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("point", overflow="fold")
+    for title in (*first_columns, *grid.titles):
+        table.add_column(printable(title), justify="right")
     for index, (point, cells) in enumerate(grid.rows):
-        sizes = (column[index] for column in first.values())
-        shown.add_row(*map(printable, (point.label, *sizes, *cells)))
-    _print(shown)
+        first_cells = (column[index] for column in first_columns.values())
+        table.add_row(*map(printable, (point.label, *first_cells, *cells)))
+    _print_table(table)
 
 
-def _show_metrics(found: Report) -> None:
-    rows = report_table(found.metrics)
-    shown = Table(box=None, pad_edge=False)
-    shown.add_column("metric", overflow="fold")
-    for label in (*rows.labels, *(f"{label} / {rows.labels[0]}" for label in rows.labels[1:])):
-        shown.add_column(printable(label), justify="right")
-    for row in rows.rows:
-        shown.add_row(*map(printable, (row.title, *row.cells, *row.ratios)))
-    _print(shown)
+def _show_metrics(metrics: Sequence[Metric]) -> None:
+    """A row per metric; columns for every model and for the ratios of later models to the first."""
+    content = metric_table(metrics)
+    first, *later = content.labels or ("",)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("metric", overflow="fold")
+    for label in (*content.labels, *(f"{label} / {first}" for label in later)):
+        table.add_column(printable(label), justify="right")
+    for row in content.rows:
+        table.add_row(*map(printable, (row.title, *row.cells, *row.ratios)))
+    _print_table(table)
 
 
 def _show_details(details: Differences) -> None:
     for change in details.tokens:
-        _line(
+        _print_line(
             f"{change.data}: {change.model} against {change.baseline}: divergence "
-            f"{change.divergence:.4f} nats per token, the same likeliest token "
+            f"{change.divergence:.4f} nats per token, the same most likely token "
             f"{change.agreement:.1%} of the time."
         )
     for block in details.blocks:
         largest, count = block.errors[block.worst], len(block.errors)
-        _line(
+        _print_line(
             f"{block.model}: changed most in block {block.worst}, by {largest:.3g} of what it "
             f"computes (median of {count} blocks {block.median:.3g})."
         )
-    for continued in details.continuations:
-        _line(f"{continued.prompt!r}")
-        for label, text in continued.texts.items():
-            _line(f"  {label}: {text!r}")
+    for continuation in details.continuations:
+        _print_line(f"{continuation.prompt!r}")
+        for label, text in continuation.texts.items():
+            _print_line(f"  {label}: {text!r}")
 
 
 def show_verdict(failed: Sequence[Comparison], max_loss: float, err: bool = False) -> None:
-    """Whether the loss is shown to be within `max_loss`, and where it is not.
+    """Says whether every metric is shown to have lost at most `max_loss`; lists the `failed` ones.
 
-    To stderr with `err`, where stdout is to be read by a program.
+    With `err` it goes to stderr, so that stdout stays JSON.
     """
-    for one in failed:
-        _line(f"{one.metric}: may have lost {one.worst:.2%} (95 % interval).", err=err)
-    held = "FAIL: not every metric compared is" if failed else "PASS: every metric compared is"
-    _line(f"{held} shown to have lost at most {max_loss:.3g}.", err=err)
+    for comparison in failed:
+        loss = f"{comparison.worst:.2%} (95 % interval)"
+        _print_line(f"{comparison.metric}: may have lost {loss}.", err=err)
+    verdict = "FAIL: not every metric compared is" if failed else "PASS: every metric compared is"
+    _print_line(f"{verdict} shown to have lost at most {max_loss:.3g}.", err=err)
 
 
-def show_bench(found: Bench, out: Path | None, as_json: bool) -> None:
+def show_bench(results: Bench, out: Path | None, as_json: bool) -> None:
+    """Prints a table of timings, or only their JSON."""
     if as_json:
-        click.echo(bench_report.to_json(found), nl=False)
+        click.echo(bench_report.to_json(results), nl=False)
         return
-    _line(found.title)
-    rows = bench_report.rows(found)
+    _print_line(results.title)
+    rows = bench_report.rows(results)
     titles = bench_report.columns(rows)
-    shown = Table(box=None, pad_edge=False)
-    for field, name in titles.items():
-        shown.add_column(name, justify="left" if field in {"setting", "name"} else "right")
+    table = Table(box=None, pad_edge=False)
+    for field, title in titles.items():
+        table.add_column(title, justify="left" if field in {"setting", "name"} else "right")
     for row in rows:
-        shown.add_row(*(printable(getattr(row, field)) for field in titles))
-    _print(shown)
+        table.add_row(*(printable(getattr(row, field)) for field in titles))
+    _print_table(table)
     if out is not None:
-        _line(f"Wrote {out}: {', '.join(bench_report.FILES)}.")
+        _print_line(f"Wrote {out}: {', '.join(bench_report.FILES)}.")
 
 
-def show_inspection(found: Inspection) -> None:
-    shown = Table(box=None, pad_edge=False)
-    energy = any(row.energy_ranks for row in found.rows)
-    names = ("module", "shape", "parameters", "share", "break-even", "rank")
-    for name in names + (("rank for 90 %", "rank for 99 %") if energy else ()):
-        shown.add_column(name, justify="left" if name == "module" else "right", no_wrap=True)
-    for row in found.rows:
-        shown.add_row(
+def show_inspection(inspection: Inspection) -> None:
+    """A row per FFN linear, and the totals of the model."""
+    table = Table(box=None, pad_edge=False)
+    has_energy = any(row.energy_ranks for row in inspection.rows)
+    titles = ("module", "shape", "parameters", "share", "break-even", "rank")
+    for title in titles + (("rank for 90 %", "rank for 99 %") if has_energy else ()):
+        table.add_column(title, justify="left" if title == "module" else "right", no_wrap=True)
+    for row in inspection.rows:
+        table.add_row(
             row.name,
             f"{row.shape[0]} x {row.shape[1]}",
             f"{row.parameters:,}",
@@ -197,20 +207,22 @@ def show_inspection(found: Inspection) -> None:
             str(row.rank or "dense"),
             *(str(rank) for rank in row.energy_ranks or ()),
         )
-    _print(shown)
-    share = 100 * found.ffn_parameters / found.parameters
-    _line(
-        f"{found.model_type}: {found.parameters:,} parameters, {found.ffn_parameters:,} of them "
-        f"({share:.1f} %) in {len(found.rows)} FFN linears."
+    _print_table(table)
+    share = 100 * inspection.ffn_parameters / inspection.parameters
+    _print_line(
+        f"{inspection.model_type}: {inspection.parameters:,} parameters, "
+        f"{inspection.ffn_parameters:,} of them ({share:.1f} %) in {len(inspection.rows)} FFN "
+        "linears."
     )
-    if found.experts:
-        _line(f"Left dense: {len(found.experts)} expert tensors, such as {found.experts[0]}.")
+    if experts := inspection.experts:
+        _print_line(f"Left dense: {len(experts)} expert tensors, such as {experts[0]}.")
 
 
-def _print(shown: Table) -> None:
-    """As wide as needed where stdout is no terminal, so that nothing is cut in a file. Labels are
-    text, whatever brackets they have."""
-    console = Console(markup=False, width=None if sys.stdout.isatty() else WIDEST)
-    if not sys.stdout.isatty():
-        console.width = console.measure(shown).maximum
-    console.print(shown)
+def _print_table(table: Table) -> None:
+    """Prints a table; where stdout is not a terminal, as wide as needed, so that nothing is cut.
+    Brackets in labels are text, not rich's markup."""
+    is_terminal = sys.stdout.isatty()
+    console = Console(markup=False, width=None if is_terminal else MAX_COLUMNS)
+    if not is_terminal:
+        console.width = console.measure(table).maximum
+    console.print(table)

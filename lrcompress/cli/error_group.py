@@ -1,4 +1,4 @@
-"""What every command does: errors in one sentence with an exit code, and quiet libraries."""
+"""Errors of all commands as one sentence with an exit code, and quiet libraries."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from lrcompress.runtime import distributed
 from lrcompress.runtime.errors import OUT_OF_MEMORY, InputError, MachineError, machine_fault_reason
 from lrcompress.runtime.sanitize import printable, shortened
 
+# exit codes besides 0
+MACHINE_FAULT = 1
+WRONG_INPUT = 2
+MAX_LOSS_EXCEEDED = 3  # not an error, but the answer to --max-loss
 INTERRUPTED = 130
-BEYOND_MAX_LOSS = 3
-RESUMES = "lrcompress.resumes"
-GOES_ON = ", and the same command goes on from what was finished"
+
+RESUMABLE = "lrcompress.resumable"  # key in click's context
+RESUME_HINT = ", and the same command goes on from what was finished"
 
 
 class ErrorReportingGroup(click.Group):
-    """Turns the package's errors into one sentence and an exit code: 2 for the user's input,
-    1 for the machine's faults. `BEYOND_MAX_LOSS` is no error but an answer."""
+    """Turns the package's errors into one sentence on stderr and an exit code."""
 
     def invoke(self, context: click.Context) -> Any:
         _quiet_libraries()
@@ -30,20 +33,18 @@ class ErrorReportingGroup(click.Group):
         except distributed.MainProcessFailedError as error:
             distributed.exit_after_main(error.code)
         except InputError as error:
-            _fail(str(error), 2)
+            _fail(str(error), WRONG_INPUT)
         except BrokenPipeError:
-            raise  # the reader has gone: click ends quietly
+            raise  # the reader of stdout has gone: click ends quietly
         except Exception as error:
-            if (
-                not isinstance(error, MachineError | OSError)
-                and machine_fault_reason(error) is None
-            ):
+            if not _is_machine_fault(error):
                 raise
-            _fail(_machine_fault(error), 1)
+            _fail(_machine_fault_text(error), MACHINE_FAULT)
         except KeyboardInterrupt:
             if not distributed.is_main():
                 raise SystemExit(INTERRUPTED) from None
-            _fail(f"interrupted; nothing half-written was left{_goes_on(context)}", INTERRUPTED)
+            hint = RESUME_HINT if context.meta.get(RESUMABLE) else ""
+            _fail(f"interrupted; nothing half-written was left{hint}", INTERRUPTED)
 
     def resolve_command(
         self, context: click.Context, args: list[str]
@@ -53,13 +54,9 @@ class ErrorReportingGroup(click.Group):
         return name, command, rest
 
 
-def resumes(yes: bool = True) -> None:
-    """Notes that the running command keeps what it finished for the next time."""
-    click.get_current_context().meta[RESUMES] = yes
-
-
-def _goes_on(context: click.Context) -> str:
-    return GOES_ON if context.meta.get(RESUMES) else ""
+def mark_resumable(is_resumable: bool = True) -> None:
+    """Notes that the running command can be resumed, for the message after an interruption."""
+    click.get_current_context().meta[RESUMABLE] = is_resumable
 
 
 def _fail(message: str, code: int) -> None:
@@ -67,17 +64,23 @@ def _fail(message: str, code: int) -> None:
     distributed.exit_process(code)
 
 
-def _machine_fault(error: Exception) -> str:
+def _is_machine_fault(error: Exception) -> bool:
+    is_error_of_machine = isinstance(error, MachineError | OSError)
+    return is_error_of_machine or machine_fault_reason(error) is not None
+
+
+def _machine_fault_text(error: Exception) -> str:
     reason = None if isinstance(error, MachineError) else machine_fault_reason(error)
+    if reason is None:
+        return " ".join(str(error).split())
     if reason == OUT_OF_MEMORY:
         return f"{reason}: try --dtype bfloat16, and a shorter --seq-len or --context-length"
     file = getattr(error, "filename", None)
-    where = f": {str(file)!r}" if file else ""
-    return " ".join(str(error).split()) if reason is None else f"{reason}{where}"
+    return f"{reason}: {str(file)!r}" if file else reason
 
 
 def _quiet_libraries() -> None:
-    """Errors only, from libraries that would write over the progress."""
+    """Limits libraries to errors, because other output would break the progress bars."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -1,4 +1,7 @@
-"""Options of commands: those of recipe sections, and some that commands share; without torch."""
+"""Options of commands: those made from recipe sections, and those that several commands share.
+
+Imports neither torch nor pydantic, which only commands that run need.
+"""
 
 from __future__ import annotations
 
@@ -6,60 +9,71 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from pydantic import TypeAdapter, ValidationError
 
-from lrcompress.config import EvaluateSettings
-from lrcompress.config.field_types import Percent
 from lrcompress.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from lrcompress.config import EvaluateSettings
 
 
 class SettingsCommand(click.Command):
-    """A command whose options are the fields of recipe sections, read when they are needed."""
+    """A command with an option for every field of some recipe sections.
+
+    The options are made when the command is parsed, so that other commands do not import them.
+    """
 
     def __init__(self, *args: Any, sections: tuple[str, ...], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sections = sections
 
     def get_params(self, context: click.Context) -> list[click.Parameter]:
-        fixed = super().get_params(context)
-        return [*fixed[:-1], *_options(self.sections), fixed[-1]]
+        *declared, help_option = super().get_params(context)
+        return [*declared, *_section_options(self.sections), help_option]
 
 
-def _options(sections: tuple[str, ...]) -> list[click.Parameter]:
+class OneLineChoice(click.Choice[str]):
+    """A choice whose error for a missing option is one line."""
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        return f"Choose from {', '.join(self.choices)}"
+
+
+def _section_options(sections: tuple[str, ...]) -> list[click.Parameter]:
     from lrcompress.config import recipe
 
-    options: list[click.Parameter] = []
-    for kind in recipe.sections(*sections).values():
-        for flag, name in recipe.flags(kind).items():
-            if name != "source":
-                options.append(_option(flag, kind.model_fields[name]))
-    return options
+    return [
+        _field_option(flag, section.model_fields[name])
+        for section in recipe.sections(*sections).values()
+        for flag, name in recipe.flags(section).items()
+        if name != "source"
+    ]
 
 
-def _option(flag: str, field: Any) -> click.Option:
-    """Values stay text: pydantic converts and checks them, as it does for recipes."""
+def _field_option(flag: str, field: Any) -> click.Option:
+    """The option of a section's field. Its value stays text: pydantic converts and checks it, as it
+    does for recipes."""
     name, kind = flag.replace("_", "-"), field.annotation
-    help_text = field.description + _default_words(field.default)
+    help_text = field.description + _default_text(field.default)
     if kind is bool:
         return click.Option([f"--{name}/--no-{name}"], default=None, help=help_text)
-    several = typing.get_origin(kind) in (tuple, dict)
+    is_multiple = typing.get_origin(kind) in (tuple, dict)
     return click.Option(
         [f"--{name}"],
         default=None,
-        multiple=several,
+        multiple=is_multiple,
         metavar=_metavar(kind),
-        help=help_text + (" May be repeated." if several else ""),
+        help=help_text + (" May be repeated." if is_multiple else ""),
     )
 
 
-def _default_words(default: object) -> str:
+def _default_text(default: object) -> str:
     if default in (None, (), {}) or isinstance(default, bool):
         return " [default: on]" if default is True else ""
-    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-    return f" [default: {shown}]"
+    text = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    return f" [default: {text}]"
 
 
 def _metavar(kind: Any) -> str:
@@ -72,71 +86,56 @@ def _metavar(kind: Any) -> str:
     return {int: "N", float: "X"}.get(kind, "TEXT")
 
 
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that the user set."""
-    return {name: value for name, value in values.items() if value not in (None, ())}
+def _set_by_user(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value not in (None, ())}
 
 
-def _say(flag: str) -> str:
-    return "MODEL" if flag == "source" else f"--{flag.replace('_', '-')}"
+def _as_typed(key: str) -> str:
+    """How the user writes the setting `key` on the command line."""
+    return "MODEL" if key == "source" else f"--{key.replace('_', '-')}"
 
 
 def build_sections(
     sections: tuple[str, ...], options: Mapping[str, Any], **fixed: object
 ) -> dict[str, Any]:
-    """Checked sections of a command's options; InputError names the flag that is wrong."""
+    """Checked recipe sections, by name, from a command's options and `fixed` values.
+
+    Raises InputError, which names the wrong option.
+    """
     from lrcompress.config import recipe
 
-    return recipe.sections_from_flat(recipe.sections(*sections), _given(options) | fixed, _say)
+    values = _set_by_user(options) | fixed
+    return recipe.sections_from_flat(recipe.sections(*sections), values, _as_typed)
 
 
 def build_recipe(sections: tuple[str, ...], source: str, options: Mapping[str, Any]) -> Any:
-    """The recipe of a command's options; InputError names the flag that is wrong."""
+    """The recipe from a command's options; InputError names the wrong option."""
     from lrcompress.config import recipe
 
     return recipe.Recipe(**build_sections(sections, options, source=source))
 
 
-def _share(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+def _parse_max_loss(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+    from pydantic import TypeAdapter, ValidationError
+
+    from lrcompress.config.field_types import Percent
+
     if value is None:
         return None
     try:
         return TypeAdapter[float](Percent).validate_python(value)
     except ValidationError:
-        raise InputError(f"--max-loss {value!r} is no share: write one such as 1%") from None
+        raise InputError(f"--max-loss {value!r} is not a share: write one such as 1%") from None
 
 
-MAX_LOSS = click.option(
-    "--max-loss",
-    metavar="SHARE",
-    callback=_share,
-    help="Exit with 3 unless the 95 % interval of every loss against the first model stays "
-    "below it: a share of a perplexity, points of an accuracy.",
-)
-
-
-def check_max_loss(measured: EvaluateSettings, compared: bool, max_loss: float | None) -> None:
-    """Raises InputError where there will be nothing to decide it by."""
-    if max_loss is not None and not (compared and (measured.perplexity or measured.tasks)):
+def check_max_loss(settings: EvaluateSettings, has_baseline: bool, max_loss: float | None) -> None:
+    """Raises InputError where `max_loss` is set and no metric will be compared with a baseline."""
+    if max_loss is not None and not (has_baseline and (settings.perplexity or settings.tasks)):
         raise InputError("--max-loss needs a --baseline to compare with, and a text or task")
 
 
-_NEW: dict[str, Any] = {"type": click.Path(path_type=Path), "help": "New folder to write."}
-OUT = click.option("--out", **_NEW)
-NEW_OUT = click.option("--out", required=True, **_NEW)
-RECIPE = click.argument("recipe_file", metavar="RECIPE", type=click.Path(path_type=Path))
-SET = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key."
-)
-
-
-RESUME = click.option(
-    "--resume/--no-resume", default=True, help="Go on from an interrupted run. [default: on]"
-)
-
-
 def sweep_overrides(keep_ratio: str | None, method: str | None) -> Iterator[str]:
-    """What the flags of `sweep` are as overrides; methods take the place of the variants."""
+    """The options of `sweep` as recipe overrides; methods replace the recipe's variants."""
     for key, value in {"keep_ratios": keep_ratio, "methods": method}.items():
         if value is not None:
             yield f"sweep.{key}={value}"
@@ -144,22 +143,43 @@ def sweep_overrides(keep_ratio: str | None, method: str | None) -> Iterator[str]
         yield "sweep.variants={}"
 
 
-FOLDERS = click.argument(
-    "folders", metavar="FOLDER...", nargs=-1, required=True, type=click.Path(path_type=Path)
+def read_shard(text: str | None) -> tuple[int, int]:
+    """'2/3' -> (2, 3), the second of three shards; None -> (1, 1), everything."""
+    number, slash, count = (text or "1/1").partition("/")
+    if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise InputError(f"--shard {text!r} is not a shard: write one such as 1/3, from 1/3 to 3/3")
+    return int(number), int(count)
+
+
+_PATH = click.Path(path_type=Path)
+RECIPE = click.argument("recipe_file", metavar="RECIPE", type=_PATH)
+OUT_FOLDER = click.argument("out", type=_PATH)
+FOLDERS = click.argument("folders", metavar="FOLDER...", nargs=-1, required=True, type=_PATH)
+NEW_OUT = click.option("--out", required=True, type=_PATH, help="New folder for the checkpoint.")
+OUT = click.option(
+    "--out", type=_PATH, help="New folder for the report; without it, results are only printed."
+)
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a recipe key; dots separate nested keys. May be repeated.",
+)
+RESUME = click.option(
+    "--resume/--no-resume", default=True, help="Resume an interrupted run. [default: on]"
+)
+MAX_LOSS = click.option(
+    "--max-loss",
+    metavar="SHARE",
+    callback=_parse_max_loss,
+    help="Largest loss allowed against the first model, such as 1%: relative for a perplexity, in "
+    "percentage points for an accuracy. The exit code is 3 unless the 95 % interval of every "
+    "metric stays below it.",
 )
 WRITE_CARD = click.option(
     "--write-card",
     is_flag=True,
-    help="Write the numbers into lrcompress.json and README.md of the checkpoint MODEL.",
+    help="Also write the numbers into lrcompress.json and README.md of the checkpoint MODEL.",
 )
-
-
-def read_shard(text: str | None) -> tuple[int, int]:
-    """'2/3' -> (2, 3); the whole where it is None."""
-    number, slash, count = (text or "1/1").partition("/")
-    if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
-        raise InputError(f"--shard {text!r} is no part: write one such as 1/3, from 1/3 to 3/3")
-    return int(number), int(count)
-
-
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")

@@ -1,4 +1,4 @@
-"""Progress and what is to be known before it, on stderr."""
+"""Progress and messages before the work, on stderr."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from lrcompress.runtime.progress import Status
 T = TypeVar("T")
 
 # seconds between lines of progress where stderr is not a terminal
-PLAIN_INTERVAL = 10.0
+LINE_INTERVAL = 10.0
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """A bar on a terminal; elsewhere a line now and then."""
-    return (_bar if sys.stderr.isatty() else _lines)(items, description, total)
+    """Shows a bar on a terminal, and otherwise prints a line every `LINE_INTERVAL` seconds."""
+    show = _bar if sys.stderr.isatty() else _lines
+    return show(items, description, total)
 
 
 def say(sentence: str) -> None:
-    """What is to be known before the work starts; to stderr, as progress is."""
+    """Prints a message to stderr, beside the progress."""
     click.echo(sentence, err=True)
 
 
@@ -53,13 +54,13 @@ def _bar(items: Iterable[T], description: str, total: int | None) -> Iterable[T]
 
 
 def _lines(items: Iterable[T], description: str, total: int | None) -> Iterable[T]:
-    started = said = time.monotonic()
+    start = last_line = time.monotonic()
     click.echo(f"{description} ...", err=True)
-    done = 0
-    for done, item in enumerate(items, 1):
+    count = 0
+    for count, item in enumerate(items, 1):
         yield item
-        if time.monotonic() - said >= PLAIN_INTERVAL:
-            said = time.monotonic()
-            note = f", {item}" if isinstance(item, Status) and item else ""
-            click.echo(f"{description}: {done} of {total or '?'}{note}", err=True)
-    click.echo(f"{description}: {done} done in {time.monotonic() - started:.0f} s", err=True)
+        if time.monotonic() - last_line >= LINE_INTERVAL:
+            last_line = time.monotonic()
+            status = f", {item}" if isinstance(item, Status) and item else ""
+            click.echo(f"{description}: {count} of {total or '?'}{status}", err=True)
+    click.echo(f"{description}: {count} done in {time.monotonic() - start:.0f} s", err=True)

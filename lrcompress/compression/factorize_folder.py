@@ -62,9 +62,9 @@ def _streamed(
     work = out.with_name(f".{out.name}.streaming")  # of this output: blocks of all settings
     own = (
         work
-        / run_on_main(lambda: fingerprints.digest(fingerprints.factorizing(recipe), "factorize"))[
-            :16
-        ]
+        / run_on_main(
+            lambda: fingerprints.digest(fingerprints.factorize_inputs(recipe), "factorize")
+        )[:16]
     )
     distributed.make_shared_folder(own)
     try:

@@ -1,0 +1,1 @@
+"""Quality of models side by side: perplexity, tasks, and differences between models."""

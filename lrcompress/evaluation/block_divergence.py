@@ -1,4 +1,4 @@
-"""Where in a model it differs from another: each block on what the other's block is given."""
+"""Compares models block by block: each block gets the input that the first model's block gets."""
 
 from __future__ import annotations
 
@@ -12,57 +12,68 @@ from torch import Tensor, nn
 from lrcompress.data.corpora import Corpus
 from lrcompress.data.windows import Window, corpus_windows
 from lrcompress.layers.ffn_layouts import find_blocks
+from lrcompress.models.loading import Loaded
 from lrcompress.reporting.differences import BlockChange
 from lrcompress.runtime.progress import Progress, silent
 
 
 def block_changes(
-    models: Mapping[str, tuple[Any, Any]],
+    models: Mapping[str, Loaded],
     corpus: Corpus,
     length: int,
     limit: int | None = None,
     progress: Progress = silent,
 ) -> list[BlockChange]:
-    """Of every later model that is built like the first one."""
+    """The error of every block of each later model against the first model (see `BlockChange`).
+
+    Later models whose blocks are of other classes or sizes are left out. `length` is in tokens;
+    `limit` is the number of windows.
+    """
     (baseline, (first, tokenizer)), *later = models.items()
-    others = {label: model for label, (model, _) in later if _alike(first, model)}
+    others = {label: model for label, (model, _) in later if _is_comparable(first, model)}
     if not others:
         return []
-    chosen = corpus_windows(corpus, tokenizer, length, None, limit)
+    windows = corpus_windows(corpus, tokenizer, length, stride=None, limit=limit)
     sums = {label: [0.0] * len(find_blocks(first)[1]) for label in others}
-    for window in progress(chosen, "Comparing blocks", len(chosen)):
-        _add(first, others, window, sums)
-    tokens = sum(len(window.tokens) for window in chosen)
+    for window in progress(windows, "Comparing blocks", len(windows)):
+        _add_errors(first, others, window, sums)
+    tokens = sum(len(window.tokens) for window in windows)
     return [
-        BlockChange(baseline, label, corpus.spec, tokens, tuple(total / tokens for total in found))
-        for label, found in sums.items()
+        BlockChange(
+            baseline=baseline,
+            model=label,
+            data=corpus.spec,
+            tokens=tokens,
+            errors=tuple(total / tokens for total in totals),
+        )
+        for label, totals in sums.items()
     ]
 
 
-def _alike(first: Any, other: Any) -> bool:
-    """Whether a block of `other` understands what one of `first` is given."""
-    ours, theirs = find_blocks(first)[1], find_blocks(other)[1]
-    kinds = [type(block) for block in ours] == [type(block) for block in theirs]
-    places = {parameter.device for model in (first, other) for parameter in model.parameters()}
-    wide = [model.config.get_text_config().hidden_size for model in (first, other)]
-    return kinds and len(ours) > 0 and len(places) == 1 and wide[0] == wide[1]
+def _is_comparable(first: Any, other: Any) -> bool:
+    """Whether the blocks of `other` accept the inputs of the blocks of `first`."""
+    blocks, other_blocks = find_blocks(first)[1], find_blocks(other)[1]
+    same_classes = [type(block) for block in blocks] == [type(block) for block in other_blocks]
+    devices = {parameter.device for model in (first, other) for parameter in model.parameters()}
+    hidden_sizes = {model.config.get_text_config().hidden_size for model in (first, other)}
+    return same_classes and len(blocks) > 0 and len(devices) == 1 and len(hidden_sizes) == 1
 
 
 @torch.no_grad()
-def _add(
+def _add_errors(
     first: Any, others: Mapping[str, Any], window: Window, sums: dict[str, list[float]]
 ) -> None:
-    """Adds the errors of every block, summed over the window's tokens, to `sums`."""
+    """Adds every block's error, summed over the tokens of `window`, to `sums[label][block]`."""
     with ExitStack() as stack:
         for index, block in enumerate(find_blocks(first)[1]):
-            beside = {label: find_blocks(model)[1][index] for label, model in others.items()}
-            hook = _Beside(index, beside, sums)
+            other_blocks = {label: find_blocks(model)[1][index] for label, model in others.items()}
+            hook = _BlockComparison(index, other_blocks, sums)
             stack.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
         first(input_ids=window.tokens[None].to(first.device), use_cache=False)
 
 
-class _Beside:
-    """Runs the blocks of other models on what a block of the first one was given."""
+class _BlockComparison:
+    """Forward hook of a block of the first model: runs the other models' blocks on its input."""
 
     def __init__(
         self, index: int, blocks: Mapping[str, nn.Module], sums: dict[str, list[float]]
@@ -73,18 +84,23 @@ class _Beside:
         self, _: nn.Module, arguments: Sequence[Any], keywords: dict[str, Any], output: Any
     ) -> None:
         hidden = arguments[0] if arguments else keywords["hidden_states"]
-        ours = _tensor(output)
+        baseline_output = _hidden_states(output)
         for label, block in self.blocks.items():
-            theirs = _tensor(block(*arguments, **keywords))
-            self.sums[label][self.index] += _error(hidden, ours, theirs)
+            block_output = _hidden_states(block(*arguments, **keywords))
+            self.sums[label][self.index] += _relative_error(hidden, baseline_output, block_output)
 
 
-def _tensor(output: Any) -> Tensor:
+def _hidden_states(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _error(hidden: Tensor, ours: Tensor, theirs: Tensor) -> float:
-    """||theirs - ours||^2 / ||ours - hidden||^2 of each token, summed; 0 where nothing differs."""
-    ours, theirs, hidden = ours.double(), theirs.double(), hidden.double()
-    error, energy = (theirs - ours).square().sum(-1), (ours - hidden).square().sum(-1)
+def _relative_error(hidden: Tensor, baseline: Tensor, output: Tensor) -> float:
+    """Sum over tokens of ||output - baseline||^2 / ||baseline - hidden||^2.
+
+    All tensors have shape (..., hidden size). A token whose outputs are equal counts 0, also where
+    the denominator is 0.
+    """
+    baseline, output, hidden = baseline.double(), output.double(), hidden.double()
+    error = (output - baseline).square().sum(-1)
+    energy = (baseline - hidden).square().sum(-1)
     return float(torch.where(error > 0, error / energy.clamp_min(1e-30), 0.0).sum())

@@ -1,4 +1,4 @@
-"""No model is measured on text that it was made from: whoever tries is told so."""
+"""Refuses to evaluate a model on text that it was calibrated or trained on."""
 
 from __future__ import annotations
 
@@ -19,35 +19,37 @@ from lrcompress.models.loading import load_tokenizer, skeleton
 from lrcompress.reporting.provenance import history
 from lrcompress.runtime.errors import InputError
 
-# part of a record (lrcompress.json) -> what a model was with the text that it names
+# key of a record (lrcompress.json) -> how the text that it names was used
 USES = {"calibration": "calibrated on", "pretrained": "trained on", "finetuned": "trained on"}
 
 
 def check_checkpoint(
     label: str, tokenizer: Any, settings: EvaluateSettings, length: int, record: Mapping[str, Any]
 ) -> None:
-    """Raises InputError if the model of `record` was made from a text of `settings.perplexity`.
+    """Raises InputError if a text of `settings.perplexity` was used to make the model of `record`.
 
-    `length` is that of the evaluation's windows. The text of lm-eval tasks is not looked into.
+    `length` is the number of tokens in a window of the evaluation. The text of lm-eval tasks is
+    not checked.
     """
-    known = list(_recorded(record))
-    if known and tokenizer is not None:
-        for spec, hashes in _evaluated(tokenizer, settings, length):
-            for use, sample in known:
-                _refuse(spec, overlap_share(hashes, sample), f"the {label} model was {use}")
+    sketches = list(_recorded_sketches(record))
+    if sketches and tokenizer is not None:
+        for spec, hashes in _evaluation_hashes(tokenizer, settings, length):
+            for use, sketch in sketches:
+                _refuse_overlap(spec, overlap_share(hashes, sketch), f"the {label} model was {use}")
 
 
-def _recorded(record: Mapping[str, Any]) -> Iterator[tuple[str, Sketch]]:
-    for part in history(record):
+def _recorded_sketches(record: Mapping[str, Any]) -> Iterator[tuple[str, Sketch]]:
+    """The use and the sketch of every text in `record` and in those of earlier models."""
+    for model_record in history(record):
         for key, use in USES.items():
-            if known := (part.get(key) or {}).get("sketch"):
-                yield use, Sketch.from_dict(known)
+            if sketch := (model_record.get(key) or {}).get("sketch"):
+                yield use, Sketch.from_dict(sketch)
 
 
-def _evaluated(
+def _evaluation_hashes(
     tokenizer: Any, settings: EvaluateSettings, length: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """SPEC and shingles of each text, of exactly the windows on which perplexity is measured."""
+    """The SPEC and the n-gram hashes of each text, in the windows used for perplexity."""
     for spec in settings.perplexity:
         corpus = read_corpus(spec, "test")
         windows = corpus_windows(corpus, tokenizer, length, settings.stride, settings.limit)
@@ -55,43 +57,50 @@ def _evaluated(
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raises InputError if a run of `recipe` would make a model from a text that it evaluates.
+    """Raises InputError if `recipe` calibrates or trains on a text that it evaluates.
 
-    Only tokenizer and config are loaded, so that it is said before the hours that a run may take.
-    What the model would write itself is not known yet.
+    Loads only the tokenizer and config, so that the error comes before the hours that a run may
+    take. Text that the model generates for its own calibration does not exist yet and is not
+    checked.
     """
     source = recipe.model
-    where = (source.source, source.gguf_file, source.trust_remote_code)
-    tokenizer = load_tokenizer(*where) if recipe.evaluate.perplexity else None
+    location = (source.source, source.gguf_file, source.trust_remote_code)
+    tokenizer = load_tokenizer(*location) if recipe.evaluate.perplexity else None
     if tokenizer is None:
-        return  # nothing is compared; whatever needs a tokenizer says so
-    bare, settings = skeleton(*where), recipe.evaluate
-    length = sequence_length(bare, settings.context_length)
-    known = list(_planned(recipe, bare, tokenizer))
-    for spec, hashes in _evaluated(tokenizer, settings, length) if known else ():
-        for use, read in known:
-            share = np.isin(hashes, read, assume_unique=True).mean() if len(hashes) else 0.0
-            _refuse(spec, float(share), f"the model is to be {use}")
+        return  # no text is measured; a stage that needs a tokenizer raises its own error
+    model, settings = skeleton(*location), recipe.evaluate
+    length = sequence_length(model, settings.context_length)
+    used_texts = list(_planned_hashes(recipe, model, tokenizer))
+    if not used_texts:
+        return
+    for spec, hashes in _evaluation_hashes(tokenizer, settings, length):
+        for use, used_hashes in used_texts:
+            is_shared = np.isin(hashes, used_hashes, assume_unique=True)
+            share = is_shared.mean() if len(hashes) else 0.0
+            _refuse_overlap(spec, float(share), f"the model is to be {use}")
 
 
-def _planned(recipe: Recipe, bare: Any, tokenizer: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Use and shingles of the texts from which `recipe` makes its models."""
+def _planned_hashes(recipe: Recipe, model: Any, tokenizer: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The use and the n-gram hashes of the texts that `recipe` makes its models from. `model` may
+    be without weights."""
     if reads_text(recipe) and set(recipe.calibration.data) != {SELF}:
-        yield USES["calibration"], ngram_hashes(read_blocks(bare, tokenizer, recipe.calibration))
+        yield USES["calibration"], ngram_hashes(read_blocks(model, tokenizer, recipe.calibration))
     if recipe.finetune.data:
-        text = training_text(bare, tokenizer, recipe.finetune, "finetune")
+        text = training_text(model, tokenizer, recipe.finetune, "finetune")
         yield USES["finetuned"], ngram_hashes([text.tokens])
 
 
 def reads_text(recipe: Recipe) -> bool:
-    """Whether factorizing may read the text of the calibration section."""
-    settings, anchored = recipe.factorize, recipe.factorize.sequential == "anchored"
-    return bool(settings.compressor().requires) or recipe.refine.enabled or anchored
+    """Whether factorizing reads the text of the calibration section."""
+    settings = recipe.factorize
+    needs_statistics = bool(settings.compressor().requires)
+    return needs_statistics or recipe.refine.enabled or settings.sequential == "anchored"
 
 
-def _refuse(spec: str, share: float, what: str) -> None:
+def _refuse_overlap(spec: str, share: float, use: str) -> None:
+    """Raises InputError where `share` of the evaluated text `spec` is too large."""
     if share > TOLERATED_OVERLAP:
         raise InputError(
-            f"{share:.1%} of the evaluated text {spec!r} is in the text that {what}: evaluate "
+            f"{share:.1%} of the evaluated text {spec!r} is in the text that {use}: evaluate "
             "another text, or make the model from another"
         )

@@ -1,9 +1,9 @@
-"""Measures several models side by side: size, perplexity, tasks and speed."""
+"""Measures models side by side: size, perplexity, tasks and speed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from lrcompress.benchmark import throughput
 from lrcompress.checkpoint.record import RECORD, ModelWithRecord, read_record, write_measured
-from lrcompress.config import EvaluateSettings
+from lrcompress.config import EvaluateSettings, ModelSettings
 from lrcompress.config.recipe import Recipe, sections_from_flat
 from lrcompress.data.corpora import read_corpus
 from lrcompress.evaluation.block_divergence import block_changes
@@ -43,7 +43,7 @@ from lrcompress.runtime.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Results:
-    """The metrics of models, and by the label of each what its tasks asked and it answered."""
+    """The metrics of models, and for each model (by its label) the logs of its tasks."""
 
     metrics: list[Metric]
     logs: Mapping[str, Logs]
@@ -57,30 +57,32 @@ def evaluate(
     progress: Progress = silent,
     **settings: Any,
 ) -> list[Metric]:
-    """Measures `model`, and `baseline` beside it in the same run: a loaded model, or several.
+    """Measures `model`, and in the same run `baseline`: a loaded model, or a list of them.
 
     `settings` are the keys of the recipe's `evaluate` section: perplexity, tasks, limit,
-    context_length, ... Raises InputError where a setting is refused, a text or task cannot be
-    read, or a loss is not finite.
+    context_length, ... Raises InputError where a setting is invalid, a text or task cannot be
+    read, or a loss is NaN or infinite.
     """
     checked = sections_from_flat({"evaluate": EvaluateSettings}, settings)["evaluate"]
-    given = [] if baseline is None else baseline
-    others = list(given) if isinstance(given, list | tuple) else [given]
-    names = ["baseline"] * len(others) + ["model"]
-    kinds = [model_kind(one) for one in (*others, model)]
-    pairs = [(one, tokenizer) for one in (*others, model)]
-    models = dict(zip(labels(kinds, names), pairs, strict=True))
+    if baseline is None:
+        baselines = []
+    else:
+        baselines = list(baseline) if isinstance(baseline, list | tuple) else [baseline]
+    all_models = [*baselines, model]
+    names = ["baseline"] * len(baselines) + ["model"]
+    titles = labels([model_kind(each) for each in all_models], names)
+    models = {title: (each, tokenizer) for title, each in zip(titles, all_models, strict=True)}
     return measure(models, checked, resolve_tasks(checked), progress).metrics
 
 
 def resolve_tasks(settings: EvaluateSettings) -> Tasks | None:
-    """The tasks of `settings`, found before any model is loaded; None where there are none.
+    """The tasks of `settings`, resolved before any model is loaded; None where there are none.
 
-    Raises InputError where one cannot be read, or its results cannot be kept.
+    Raises InputError where a task cannot be read, or the task cache cannot be written.
     """
     if not settings.tasks:
         return None
-    TaskCache.at(settings.task_cache)
+    TaskCache.from_setting(settings.task_cache)
     return resolve(settings.tasks, settings.seed, settings.data_dir)
 
 
@@ -90,21 +92,21 @@ def measure(
     tasks: Tasks | None,
     progress: Progress = silent,
 ) -> Results:
-    """Every metric of every model, models in the order given, each with its own tokenizer."""
+    """Every metric of every model, in the order of `models`; each model has its own tokenizer."""
     length = common_length(models, settings)
-    found: list[Metric] = []
+    metrics: list[Metric] = []
     logs: dict[str, Logs] = {}
     for label, loaded in models.items():
-        one = quality(label, loaded, settings, tasks, length, progress)
-        found += one.metrics
-        logs.update(one.logs)
-    return Results(found + speed(models, settings, progress), logs)
+        results = quality(label, loaded, settings, tasks, length, progress)
+        metrics += results.metrics
+        logs.update(results.logs)
+    return Results(metrics + speed(models, settings, progress), logs)
 
 
 def details(
     models: Mapping[str, Loaded], settings: EvaluateSettings, progress: Progress = silent
 ) -> Differences:
-    """Later models against the first, token by token and block by block, and all on the prompts."""
+    """Compares later models with the first by token and by block, and continues the prompts."""
     for _, tokenizer in models.values():
         _check_tokenizer(tokenizer, settings)
     length, limit = common_length(models, settings), settings.compared_windows
@@ -112,20 +114,19 @@ def details(
         limit = min(limit, settings.limit)
     tokens: list[TokenChange] = []
     blocks: list[BlockChange] = []
-    with _evaluating(models):
+    with _evaluation_modes(models):
         texts = continuations(models, settings.prompts, settings.continuation_tokens, progress)
         if len(models) > 1 and limit:
             corpora = [read_corpus(spec, "test") for spec in settings.perplexity]
             for corpus in corpora:
-                window = (length, settings.stride, limit)
-                tokens += token_changes(models, corpus, *window, progress)
+                tokens += token_changes(models, corpus, length, settings.stride, limit, progress)
             for corpus in corpora[:1]:
                 blocks += block_changes(models, corpus, length, limit, progress)
     return Differences(tuple(tokens), tuple(blocks), tuple(texts))
 
 
 @contextmanager
-def _evaluating(models: Mapping[str, Loaded]) -> Iterator[None]:
+def _evaluation_modes(models: Mapping[str, Loaded]) -> Iterator[None]:
     with ExitStack() as stack:
         for model, _ in models.values():
             stack.enter_context(evaluation_mode(model))
@@ -133,30 +134,41 @@ def _evaluating(models: Mapping[str, Loaded]) -> Iterator[None]:
 
 
 def common_length(models: Mapping[str, Loaded], settings: EvaluateSettings) -> int:
-    """Tokens of a window that fits every model."""
+    """The number of tokens of a window, no more than any of the models can read."""
     return min(sequence_length(model, settings.context_length) for model, _ in models.values())
 
 
 def speed(
     models: Mapping[str, Loaded], settings: EvaluateSettings, progress: Progress = silent
 ) -> list[Metric]:
-    """Speed in use and in training of all models in alternation, as the settings ask for it;
-    compressed models are optimized for it, and put back."""
-    alone = {label: model for label, (model, _) in models.items()}
-    length, repeats = settings.prompt_length, settings.repeats
-    found: list[Metric] = []
-    with _evaluating(models), ExitStack() as stack:
+    """Generation and training throughput, as far as the settings ask for it.
+
+    The models are timed in alternation. Compressed models are optimized while they are timed, and
+    restored afterwards.
+    """
+    plain_models = {label: model for label, (model, _) in models.items()}
+    metrics: list[Metric] = []
+    with _evaluation_modes(models), ExitStack() as stack:
         if settings.speed or settings.training_speed:
-            for model in alone.values():
+            for model in plain_models.values():
                 stack.enter_context(optimize(model))
         if settings.speed:
-            found += throughput.generation_throughput(
-                alone, length, settings.new_tokens, repeats, progress
+            metrics += throughput.generation_throughput(
+                plain_models,
+                settings.prompt_length,
+                settings.new_tokens,
+                settings.repeats,
+                progress,
             )
         if settings.training_speed:
-            size = settings.batch_size
-            found += throughput.training_throughput(alone, size, length, repeats, progress)
-    return found
+            metrics += throughput.training_throughput(
+                plain_models,
+                settings.batch_size,
+                settings.prompt_length,
+                settings.repeats,
+                progress,
+            )
+    return metrics
 
 
 def quality(
@@ -171,19 +183,34 @@ def quality(
     model, tokenizer = loaded
     _check_tokenizer(tokenizer, settings)
     corpora = [read_corpus(spec, "test") for spec in settings.perplexity]
-    found = list(size(label, model))
+    metrics = list(size(label, model))
     logs: Logs = {}
     with evaluation_mode(model):
         for corpus in corpora:
-            window = (length, settings.stride, settings.limit)
-            found.append(perplexity(label, model, tokenizer, corpus, *window, progress))
+            metrics.append(
+                perplexity(
+                    label,
+                    model,
+                    tokenizer,
+                    corpus,
+                    length,
+                    stride=settings.stride,
+                    limit=settings.limit,
+                    progress=progress,
+                )
+            )
         if tasks:
-            asking = TaskOptions(length, settings.limit, settings.num_fewshot, settings.batch_size)
-            cache = TaskCache.at(settings.task_cache)
-            done = run_tasks(label, model, tokenizer, tasks, asking, cache, progress)
-            found += done.metrics
-            logs = done.logs
-    return Results(found, {label: logs})
+            options = TaskOptions(
+                max_length=length,
+                limit=settings.limit,
+                num_fewshot=settings.num_fewshot,
+                batch_size=settings.batch_size,
+            )
+            cache = TaskCache.from_setting(settings.task_cache)
+            task_result = run_tasks(label, loaded, tasks, options, cache, progress)
+            metrics += task_result.metrics
+            logs = task_result.logs
+    return Results(metrics, {label: logs})
 
 
 def _check_tokenizer(tokenizer: Any, settings: EvaluateSettings) -> None:
@@ -192,63 +219,85 @@ def _check_tokenizer(tokenizer: Any, settings: EvaluateSettings) -> None:
 
 
 def size(label: str, model: Any) -> Iterator[Metric]:
-    """Parameters of the FFNs, if they are known, and of the model, and its weights' bytes."""
-    held = ffn_parameters(model)
-    if held:
-        yield Metric(label, "FFN parameters", held, "", False)
+    """Numbers of parameters (FFNs, where they are known, and whole model) and bytes of weights."""
+    in_ffns = ffn_parameters(model)
+    if in_ffns:
+        yield Metric(label, "FFN parameters", in_ffns, "", False)
     yield Metric(label, "parameters", parameter_count(model), "", False)
-    dtype = {"dtype": str(model.dtype)[6:]}
+    dtype = {"dtype": str(model.dtype).removeprefix("torch.")}
     yield Metric(label, "weight bytes", weight_bytes(model), "B", False, dtype)
 
 
 def evaluate_to(
     recipe: Recipe, out: Path | None = None, progress: Progress = silent, card: bool = False
 ) -> Report:
-    """Measures a model, beside its baselines if it has any; writes the report to `out`, if given,
-    with what the tasks asked and the models answered, and with `card` the numbers into the model's
-    own lrcompress.json and README.md.
+    """Measures the model of `recipe`, and its baselines in the same run.
+
+    `out`, if given, gets the report and the logs of the tasks. With `card` the numbers are also
+    written to the lrcompress.json and README.md of the model's own folder.
 
     Raises InputError where a model was made from a text that it would be measured on, and with
-    `card` where it is no checkpoint of lrcompress.
+    `card` where the model is not a checkpoint of lrcompress.
     """
     with locks.beside(out):
         if card:
-            _check_card(recipe.model.source)
-        return _evaluated(recipe, out, progress, card)
+            _check_writable_checkpoint(recipe.model.source)
+        tasks = resolve_tasks(recipe.evaluate)
+        baselines = [with_source(recipe.model, name) for name in recipe.evaluate.baseline]
+        columns = _load_columns([*baselines, recipe.model])
+        evaluation, logs = _evaluate_columns(recipe, tasks, columns, progress)
+        if out is not None:
+            _write_report(out, evaluation, logs)
+        if card:
+            write_measured(Path(recipe.model.source), evaluation.metrics, evaluation.comparisons)
+        return evaluation
 
 
-def _evaluated(recipe: Recipe, out: Path | None, progress: Progress, card: bool) -> Report:
+def _load_columns(sources: Sequence[ModelSettings]) -> dict[str, ModelWithRecord]:
+    """The models by their titles in the report, which has a column for each."""
+    models = [ModelWithRecord.load(source) for source in sources]
+    names = [model.source.source for model in models]
+    titles = labels([model.kind for model in models], names)
+    return dict(zip(titles, models, strict=True))
+
+
+def _evaluate_columns(
+    recipe: Recipe,
+    tasks: Tasks | None,
+    columns: Mapping[str, ModelWithRecord],
+    progress: Progress,
+) -> tuple[Report, Mapping[str, Logs]]:
+    """The report on all models, of which the last is that of `recipe`, and their task logs."""
     settings = recipe.evaluate
-    tasks = resolve_tasks(settings)
-    others = [with_source(recipe.model, name) for name in settings.baseline]
-    found = [ModelWithRecord.load(source) for source in (*others, recipe.model)]
-    names = [column.source.source for column in found]
-    titles = labels([column.kind for column in found], names)
-    columns = dict(zip(titles, found, strict=True))
     models = {title: column.loaded for title, column in columns.items()}
     length = common_length(models, settings)
     for title, column in columns.items():
         check_checkpoint(title, column.loaded[1], settings, length, column.record or {})
-    differences = details(models, settings, progress)  # first: it refuses unfit prompts
-    measured = measure(models, settings, tasks, progress)
-    title, record = f"{recipe.model.source}: evaluation", found[-1].record or {}
-    made = Report(title, tuple(measured.metrics), differences, record)
-    if out is not None:
-        with writing(out) as partial:
-            report.write(partial, made)
-            for model, place in unique_file_names(models).items():
-                sample_logs.write(partial / sample_logs.FOLDER / place, measured.logs[model])
-    if card:
-        write_measured(Path(recipe.model.source), made.metrics, made.comparisons)
-    return made
+    differences = details(models, settings, progress)  # first, because it refuses unfit prompts
+    results = measure(models, settings, tasks, progress)
+    *_, compressed = columns.values()
+    evaluation = Report(
+        title=f"{recipe.model.source}: evaluation",
+        metrics=tuple(results.metrics),
+        details=differences,
+        record=compressed.record or {},
+    )
+    return evaluation, results.logs
 
 
-def _check_card(source: str) -> None:
+def _write_report(out: Path, evaluation: Report, logs: Mapping[str, Logs]) -> None:
+    with writing(out) as folder:
+        report.write(folder, evaluation)
+        for title, name in unique_file_names(logs).items():
+            sample_logs.write(folder / sample_logs.FOLDER / name, logs[title])
+
+
+def _check_writable_checkpoint(source: str) -> None:
     folder = Path(source)
     if not folder.is_dir() or read_record(folder) is None:
         raise InputError(
-            f"{source!r} is no checkpoint of lrcompress, which could keep the numbers: leave out "
-            f"--write-card, or evaluate a folder with a {RECORD}"
+            f"{source!r} is no checkpoint of lrcompress, so the numbers cannot be stored in it: "
+            f"leave out --write-card, or evaluate a folder with a {RECORD}"
         )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{source!r} cannot be written to: leave out --write-card")

@@ -1,4 +1,4 @@
-"""Token perplexity of a text in windows of a fixed context length."""
+"""Token perplexity of a text, measured in windows of a fixed context length."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from lrcompress.reporting.metric import PERPLEXITY, Metric
 from lrcompress.runtime.errors import NotFiniteError
 from lrcompress.runtime.progress import Progress, silent
 
-# logits rows turned into float32 at a time: a whole window times a large vocabulary is gigabytes
+# rows of logits converted to float32 at a time: a whole window of a large vocabulary takes
+# gigabytes
 LOSS_ROWS = 256
 
 
 @torch.no_grad()
 def scored_logits(model: Any, window: Window) -> tuple[Tensor, Tensor]:
-    """Logits (scored, vocabulary) and the tokens (scored,) that they predict."""
+    """Logits of shape (scored, vocabulary) and the tokens that they predict, shape (scored,)."""
     tokens = window.tokens.to(model.device)
     logits = model(input_ids=tokens[None], use_cache=False).logits[0]
     return logits[-window.scored - 1 : -1], tokens[-window.scored :]
@@ -50,10 +51,15 @@ def perplexity(
     limit: int | None = None,
     progress: Progress = silent,
 ) -> Metric:
-    """exp(mean negative log-likelihood per token). Raises InputError where it is not finite."""
-    bos, chosen = bos_token(tokenizer), corpus_windows(corpus, tokenizer, length, stride, limit)
+    """exp of the mean negative log-likelihood per token; its samples are [nats, tokens] of each
+    window.
+
+    `length` and `stride` are in tokens (`stride` None: no overlap), `limit` is a number of
+    windows. Raises NotFiniteError where the loss of a window is NaN or infinite.
+    """
+    bos, windows = bos_token(tokenizer), corpus_windows(corpus, tokenizer, length, stride, limit)
     samples: list[list[float]] = []
-    for index, window in enumerate(progress(chosen, f"Perplexity of {label}", len(chosen))):
+    for index, window in enumerate(progress(windows, f"Perplexity of {label}", len(windows))):
         loss = float(token_losses(model, window).double().sum())
         if not math.isfinite(loss):
             raise NotFiniteError(
@@ -61,16 +67,24 @@ def perplexity(
                 f"{explain_nonfinite(model, window.tokens[None])}"
             )
         samples.append([loss, window.scored])
-    count = sum(window.scored for window in chosen)
+    count = sum(window.scored for window in windows)
     conditions = {
         "data": corpus.spec,
         "context_length": length,
         "stride": window_step(length, stride, bos),
         "bos": "none" if bos is None else "at each window",
-        "windows": len(chosen),
+        "windows": len(windows),
         "tokens": count,
-        "sha256": token_hash(torch.cat([window.tokens for window in chosen])),
+        "sha256": token_hash(torch.cat([window.tokens for window in windows])),
     }
     mean = sum(loss for loss, _ in samples) / count
     value = math.exp(min(mean, LARGEST))
-    return Metric(label, PERPLEXITY, value, "", False, conditions, samples=samples)
+    return Metric(
+        model=label,
+        name=PERPLEXITY,
+        value=value,
+        unit="",
+        higher_is_better=False,
+        conditions=conditions,
+        samples=samples,
+    )

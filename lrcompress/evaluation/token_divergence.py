@@ -1,10 +1,10 @@
-"""Later models against the first one, token by token: divergence, agreement, loss by position."""
+"""Compares models token by token with the first one: divergence, agreement, loss by position."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
@@ -15,19 +15,23 @@ from torch import Tensor
 from lrcompress.data.corpora import Corpus
 from lrcompress.data.windows import Window, corpus_windows
 from lrcompress.evaluation.perplexity import LOSS_ROWS, scored_logits
+from lrcompress.models.loading import Loaded
 from lrcompress.reporting.differences import PositionLoss, Token, TokenChange
 from lrcompress.runtime.progress import Progress, silent
 
 PERCENTILES = (50, 90, 99, 99.9)
-# tokens of context from which each bin of positions begins
-POSITIONS = (1, *(4**power for power in range(2, 12)))
-WORST = 10
-CONTEXT = 16
+# first position (tokens of context) of each bin of positions: 1, 16, 64, 256, ...
+POSITION_BINS = (1, *(4**power for power in range(2, 12)))
+WORST_TOKENS = 10  # tokens listed with their context
+CONTEXT_TOKENS = 16  # tokens of context shown with each of them
 
 
 @dataclass(frozen=True)
-class Measured:
-    """By token, each of shape (tokens,): losses and divergences in nats, guesses as token ids."""
+class TokenStatistics:
+    """Values for each scored token, each array of shape (tokens,).
+
+    Losses and divergences are in nats; a guess is the id of the most likely token.
+    """
 
     baseline_loss: np.ndarray
     loss: np.ndarray
@@ -39,118 +43,174 @@ class Measured:
 
 
 def token_changes(
-    models: Mapping[str, tuple[Any, Any]],
+    models: Mapping[str, Loaded],
     corpus: Corpus,
     length: int,
     stride: int | None = None,
     limit: int | None = None,
     progress: Progress = silent,
 ) -> list[TokenChange]:
-    """Of every later model whose tokenizer and vocabulary are the first one's.
+    """Compares every later model with the first one; models with another tokenizer or vocabulary
+    are left out.
 
-    The first model runs once for all others. Windows are those of perplexity, the first `limit`.
+    The first model runs once for all others. Windows are the first `limit` of those that
+    `perplexity` uses; `length` and `stride` are in tokens.
     """
     (baseline, (first, tokenizer)), *later = models.items()
-    chosen = corpus_windows(corpus, tokenizer, length, stride, limit)
+    windows = corpus_windows(corpus, tokenizer, length, stride, limit)
     others = {
         label: model
-        for label, (model, own) in later
-        if _alike(first, model, chosen, corpus_windows(corpus, own, length, stride, limit))
+        for label, (model, other_tokenizer) in later
+        if _same_vocabulary(first, model)
+        and _same_tokens(windows, corpus_windows(corpus, other_tokenizer, length, stride, limit))
     }
-    found: dict[str, list[Measured]] = {label: [] for label in others}
     if not others:
         return []
-    for window in progress(chosen, f"Comparing tokens of {corpus.spec}", len(chosen)):
+    statistics: dict[str, list[TokenStatistics]] = {label: [] for label in others}
+    for window in progress(windows, f"Comparing tokens of {corpus.spec}", len(windows)):
         logits, targets = scored_logits(first, window)
         for label, model in others.items():
-            found[label].append(_measured(logits, scored_logits(model, window)[0], targets))
+            other_logits, _ = scored_logits(model, window)
+            statistics[label].append(_token_statistics(logits, other_logits, targets))
     return [
-        _change((baseline, label, corpus.spec, length), chosen, _joined(parts), tokenizer)
-        for label, parts in found.items()
+        _token_change(
+            baseline=baseline,
+            label=label,
+            corpus=corpus,
+            length=length,
+            windows=windows,
+            statistics=_concatenated(chunks),
+            tokenizer=tokenizer,
+        )
+        for label, chunks in statistics.items()
     ]
 
 
-def _alike(first: Any, other: Any, ours: Sequence[Window], theirs: Sequence[Window]) -> bool:
+def _same_vocabulary(first: Any, other: Any) -> bool:
     sizes = {model.get_output_embeddings().weight.shape[0] for model in (first, other)}
-    same = len(ours) == len(theirs) and all(
-        torch.equal(a.tokens, b.tokens) for a, b in zip(ours, theirs, strict=True)
+    return len(sizes) == 1
+
+
+def _same_tokens(windows: Sequence[Window], other_windows: Sequence[Window]) -> bool:
+    return len(windows) == len(other_windows) and all(
+        torch.equal(window.tokens, other.tokens)
+        for window, other in zip(windows, other_windows, strict=True)
     )
-    return same and len(sizes) == 1
 
 
-def _measured(baseline: Tensor, other: Tensor, targets: Tensor) -> Measured:
-    parts = []
+def _token_statistics(baseline: Tensor, other: Tensor, targets: Tensor) -> TokenStatistics:
+    """Statistics from two models' logits (tokens, vocabulary) and the actual tokens (tokens,).
+
+    The divergence is KL(baseline || other) of the two distributions.
+    """
+    chunks = []
     for start in range(0, len(targets), LOSS_ROWS):
         rows = slice(start, start + LOSS_ROWS)
         p = baseline[rows].float().log_softmax(-1)
         q = other[rows].to(p.device).float().log_softmax(-1)
-        aim = targets[rows, None].to(p.device)
-        # 0 log 0 = 0: a model may give a token no probability at all
-        divergence = torch.where(p > -math.inf, p.exp() * (p - q), 0.0).sum(-1)
-        columns = (-p.gather(1, aim)[:, 0], -q.gather(1, aim)[:, 0], divergence, *_guess(p))
-        parts.append(Measured(*(_numbers(column) for column in (*columns, *_guess(q)))))
-    return _joined(parts)
+        target = targets[rows, None].to(p.device)
+        baseline_guess, baseline_probability = _guess(p)
+        guess, probability = _guess(q)
+        chunks.append(
+            TokenStatistics(
+                baseline_loss=_to_numpy(-p.gather(1, target)[:, 0]),
+                loss=_to_numpy(-q.gather(1, target)[:, 0]),
+                # 0 log 0 = 0: a model may give a token the probability 0
+                divergence=_to_numpy(torch.where(p > -math.inf, p.exp() * (p - q), 0.0).sum(-1)),
+                baseline_guess=_to_numpy(baseline_guess),
+                baseline_probability=_to_numpy(baseline_probability),
+                guess=_to_numpy(guess),
+                probability=_to_numpy(probability),
+            )
+        )
+    return _concatenated(chunks)
 
 
 def _guess(log_probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """The most likely token of each row, and its probability."""
     top = log_probabilities.max(-1)
     return top.indices, top.values.exp()
 
 
-def _numbers(column: Tensor) -> np.ndarray:
-    dtype = torch.float64 if column.is_floating_point() else torch.int64
-    return column.to("cpu", dtype).numpy()
+def _to_numpy(values: Tensor) -> np.ndarray:
+    dtype = torch.float64 if values.is_floating_point() else torch.int64
+    return values.to("cpu", dtype).numpy()
 
 
-def _joined(parts: Sequence[Measured]) -> Measured:
-    columns = zip(*(vars(part).values() for part in parts), strict=True)
-    return Measured(*(np.concatenate(column) for column in columns))
-
-
-def _change(
-    names: tuple[str, str, str, int], chosen: Sequence[Window], found: Measured, tokenizer: Any
-) -> TokenChange:
-    places = [
-        (index, position)
-        for index, window in enumerate(chosen)
-        for position in range(len(window.tokens) - window.scored, len(window.tokens))
-    ]
-    levels = np.percentile(found.divergence, PERCENTILES)
-    return TokenChange(
-        *names,
-        len(chosen),
-        len(places),
-        float(found.divergence.mean()),
-        {f"{share:g}": float(level) for share, level in zip(PERCENTILES, levels, strict=True)},
-        float((found.guess == found.baseline_guess).mean()),
-        tuple(_by_position(np.array([position for _, position in places]), found)),
-        tuple(_worst(places, chosen, found, tokenizer)),
+def _concatenated(chunks: Sequence[TokenStatistics]) -> TokenStatistics:
+    names = [field.name for field in fields(TokenStatistics)]
+    return TokenStatistics(
+        **{name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in names}
     )
 
 
-def _by_position(positions: np.ndarray, found: Measured) -> Iterator[PositionLoss]:
-    for first, after in pairwise(POSITIONS):
-        here = (positions >= first) & (positions < after)
-        if here.any():
-            last = int(positions[here].max())
-            losses = float(found.baseline_loss[here].mean()), float(found.loss[here].mean())
-            yield PositionLoss(first, last, int(here.sum()), *losses)
+def _token_change(
+    baseline: str,
+    label: str,
+    corpus: Corpus,
+    length: int,
+    windows: Sequence[Window],
+    statistics: TokenStatistics,
+    tokenizer: Any,
+) -> TokenChange:
+    locations = [
+        (index, position)
+        for index, window in enumerate(windows)
+        for position in range(len(window.tokens) - window.scored, len(window.tokens))
+    ]
+    levels = np.percentile(statistics.divergence, PERCENTILES)
+    positions = np.array([position for _, position in locations])
+    return TokenChange(
+        baseline=baseline,
+        model=label,
+        data=corpus.spec,
+        context_length=length,
+        windows=len(windows),
+        tokens=len(locations),
+        divergence=float(statistics.divergence.mean()),
+        percentiles={
+            f"{share:g}": float(level) for share, level in zip(PERCENTILES, levels, strict=True)
+        },
+        agreement=float((statistics.guess == statistics.baseline_guess).mean()),
+        positions=tuple(_losses_by_position(positions, statistics)),
+        worst=tuple(_worst_tokens(locations, windows, statistics, tokenizer)),
+    )
 
 
-def _worst(
-    places: Sequence[tuple[int, int]], chosen: Sequence[Window], found: Measured, tokenizer: Any
+def _losses_by_position(
+    positions: np.ndarray, statistics: TokenStatistics
+) -> Iterator[PositionLoss]:
+    """Mean losses in every bin of positions that has tokens; `positions` has shape (tokens,)."""
+    for first, end in pairwise(POSITION_BINS):
+        in_bin = (positions >= first) & (positions < end)
+        if in_bin.any():
+            yield PositionLoss(
+                first=first,
+                last=int(positions[in_bin].max()),
+                tokens=int(in_bin.sum()),
+                baseline=float(statistics.baseline_loss[in_bin].mean()),
+                model=float(statistics.loss[in_bin].mean()),
+            )
+
+
+def _worst_tokens(
+    locations: Sequence[tuple[int, int]],
+    windows: Sequence[Window],
+    statistics: TokenStatistics,
+    tokenizer: Any,
 ) -> Iterator[Token]:
-    for row in np.argsort(-found.divergence, kind="stable")[:WORST]:
-        window, position = places[row]
-        tokens = chosen[window].tokens
+    """The tokens of largest divergence; `locations` are (window, position in it) of each token."""
+    for row in np.argsort(-statistics.divergence, kind="stable")[:WORST_TOKENS]:
+        window, position = locations[row]
+        tokens = windows[window].tokens
         yield Token(
-            window,
-            position,
-            tokenizer.decode(tokens[max(0, position - CONTEXT) : position]),
-            tokenizer.decode(tokens[position : position + 1]),
-            tokenizer.decode([int(found.baseline_guess[row])]),
-            float(found.baseline_probability[row]),
-            tokenizer.decode([int(found.guess[row])]),
-            float(found.probability[row]),
-            float(found.divergence[row]),
+            window=window,
+            position=position,
+            context=tokenizer.decode(tokens[max(0, position - CONTEXT_TOKENS) : position]),
+            actual=tokenizer.decode(tokens[position : position + 1]),
+            baseline_guess=tokenizer.decode([int(statistics.baseline_guess[row])]),
+            baseline_probability=float(statistics.baseline_probability[row]),
+            guess=tokenizer.decode([int(statistics.guess[row])]),
+            probability=float(statistics.probability[row]),
+            divergence=float(statistics.divergence[row]),
         )

@@ -40,11 +40,11 @@ class ResultFile(Generic[T]):
 
     def stored(self) -> T:
         """The result in the file, whatever its inputs. ValidationError if missing or damaged."""
-        return self._result(fingerprints.read(self.path))
+        return self._result(fingerprints.read_state(self.path))
 
     def read(self, inputs: object, stages: Collection[Stage]) -> T | None:
         """The result, or None where the file is missing, damaged, or made from other inputs."""
-        content = fingerprints.read(self.path)
+        content = fingerprints.read_state(self.path)
         if content.get("inputs") == fingerprints.digest(inputs, *stages):
             with suppress(ValidationError):
                 return self._result(content)
@@ -62,7 +62,7 @@ class ResultFile(Generic[T]):
         content = adapter.dump_python(make(), mode="json")
         self.path.parent.mkdir(exist_ok=True)
         digest = fingerprints.digest(inputs, *stages)
-        fingerprints.write(self.path, {"inputs": digest, self.key: content})
+        fingerprints.write_state(self.path, {"inputs": digest, self.key: content})
         return adapter.validate_python(content)
 
 

@@ -1,4 +1,4 @@
-"""`lrcompress verify`: damage is found, in whichever file it is."""
+"""`lrcompress verify` finds damage in every file of a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def saved(factorized: Path, tmp_path: Path) -> Path:
 
 
 def faults(folder: Path) -> list[Fault]:
-    (found,) = verify(folder)
-    return list(found.faults)
+    (verification,) = verify(folder)
+    return list(verification.faults)
 
 
 def test_what_was_saved_is_right(saved: Path) -> None:
-    (saved / "README.md").write_text("a card of one's own")
+    (saved / "README.md").write_text("an edited card")
     result = invoke("verify", saved)
     assert result.exit_code == 0, result.output
     files = {path.name for path in saved.iterdir()} - {"README.md", "lrcompress.json"}
     assert f"{saved}: {len(files)} files," in result.stdout
     assert result.stdout.endswith("as they were saved.\n")
-    (found,) = json.loads(invoke("verify", saved, "--json").stdout)
-    assert found == {
+    (verification,) = json.loads(invoke("verify", saved, "--json").stdout)
+    assert verification == {
         "folder": str(saved),
         "files": len(files),
         "bytes": sum((saved / name).stat().st_size for name in files),
@@ -68,7 +68,7 @@ def test_truncated_missing_and_extra_files_are_named(saved: Path) -> None:
     assert result.exit_code == 1
     assert f"model.safetensors has {size - 1:,} bytes and was saved with {size:,}" in result.stdout
     assert "  tokenizer.json is missing\n" in result.stdout
-    assert "  extra.safetensors is no file of the checkpoint\n" in result.stdout
+    assert "  extra.safetensors is not a file of the checkpoint\n" in result.stdout
     assert result.stderr.startswith(f"Error: {str(saved)!r} is not what was saved: model.safe")
     assert result.stderr.count("\n") == 1
 
@@ -100,9 +100,9 @@ def test_types_have_to_fit_the_config(saved: Path) -> None:
 
 def test_exports_and_runs_are_covered(factorized: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    for kind in ("dense", "standalone"):
-        assert invoke("export", factorized, "--out", run / kind, f"--{kind}").exit_code == 0
-    assert [(Path(one.folder).name, one.faults) for one in verify(run)] == [
+    for name in ("dense", "standalone"):
+        assert invoke("export", factorized, "--out", run / name, "--to", name).exit_code == 0
+    assert [(Path(result.folder).name, result.faults) for result in verify(run)] == [
         ("dense", ()),
         ("standalone", ()),
     ]

@@ -1,4 +1,4 @@
-"""The commands as a user types them, and what they say when something is wrong."""
+"""The commands as a user types them, and their messages when something is wrong."""
 
 from __future__ import annotations
 
@@ -85,15 +85,15 @@ def test_eval_beside_a_baseline_writes_reports(
     assert result.exit_code == 0, result.output
     metrics = json.loads((out / "metrics.json").read_text())["metrics"]
     names = {metric["name"] for metric in metrics if metric["model"] == "factorized"}
-    compared = json.loads((out / "metrics.json").read_text())["comparisons"]
-    assert {one["metric"] for one in compared} == {
+    comparisons = json.loads((out / "metrics.json").read_text())["comparisons"]
+    assert {comparison["metric"] for comparison in comparisons} == {
         f"token perplexity, {text}", "task acc", "task acc_norm"
     }  # fmt: skip
-    assert {one["samples"] for one in compared} == {2}
+    assert {comparison["samples"] for comparison in comparisons} == {2}
     samples = json.loads((out / "metrics.json").read_text())["samples"]
-    assert len(samples) == 2 * len(compared)
-    for one in samples:
-        assert all(len(value) == 2 for value in one["values"])
+    assert len(samples) == 2 * len(comparisons)
+    for sample in samples:
+        assert all(len(value) == 2 for value in sample["values"])
     for page in ("report.md", "report.html"):
         assert "Is the difference real?" in (out / page).read_text()
     accuracy = next(m for m in metrics if m["name"] == "task acc")
@@ -113,21 +113,21 @@ def test_reloaded_model_measures_the_same(dense: Path, tmp_path: Path, text: Pat
     lrcompress.factorize(model, tokenizer, keep_ratio=0.6, num_samples=4, seq_len=64)
     lrcompress.save(model, tmp_path / "out", tokenizer)
     settings: dict[str, Any] = {"perplexity": [str(text)], "context_length": 64, "speed": False}
-    here = lrcompress.evaluate(model, tokenizer, **settings)
-    there = lrcompress.evaluate(*lrcompress.load(tmp_path / "out"), **settings)
-    assert here == there
+    metrics = lrcompress.evaluate(model, tokenizer, **settings)
+    reloaded_metrics = lrcompress.evaluate(*lrcompress.load(tmp_path / "out"), **settings)
+    assert metrics == reloaded_metrics
 
 
 def test_inspect_lists_the_linears_as_text_and_json(dense: Path, factorized: Path) -> None:
     result = invoke("inspect", dense)
     assert "model.layers.1.mlp.down_proj" in result.output
     assert "32 x 88" in result.output
-    found = json.loads(invoke("inspect", factorized, "--json", "--energy").stdout)
-    assert found["parameters"] == sum(
+    inspection = json.loads(invoke("inspect", factorized, "--json", "--energy").stdout)
+    assert inspection["parameters"] == sum(
         p.numel() for p in lrcompress.load(factorized)[0].parameters()
     )
-    assert {row["role"] for row in found["rows"]} == {"gate", "up", "down"}
-    for row in found["rows"]:
+    assert {row["role"] for row in inspection["rows"]} == {"gate", "up", "down"}
+    for row in inspection["rows"]:
         limit = row["rank"] or min(row["shape"])
         assert limit >= row["energy_ranks"][1] >= row["energy_ranks"][0] >= 1
 
@@ -146,8 +146,8 @@ def test_export_standalone_loads_without_lrcompress(factorized: Path, tmp_path: 
 
 def test_max_loss_decides_the_exit_code(dense: Path, factorized: Path, text: Path) -> None:
     measured = ("--perplexity", text, *EVAL, "--limit", "6")
-    asked = ("eval", factorized, *measured)
-    within = invoke(*asked, "--baseline", dense, "--max-loss", "10000%")
+    command = ("eval", factorized, *measured)
+    within = invoke(*command, "--baseline", dense, "--max-loss", "10000%")
     assert within.exit_code == 0, within.output
     assert "PASS: every metric compared is shown to have lost at most 100." in within.output
     worse = ("eval", dense, *measured)  # random weights: here the dense one is the worse
@@ -156,7 +156,7 @@ def test_max_loss_decides_the_exit_code(dense: Path, factorized: Path, text: Pat
     assert f"token perplexity, {text}: may have lost" in beyond.output
     assert "FAIL" in beyond.output
     for wrong in (("--max-loss", "1%"), ("--baseline", dense, "--max-loss", "much")):
-        refused = invoke(*asked, *wrong)
+        refused = invoke(*command, *wrong)
         assert refused.exit_code == 2
         assert "--max-loss" in refused.output
 
@@ -184,7 +184,7 @@ def test_lm_eval_command_line_loads_low_rank_models(factorized: Path, tmp_path: 
 
 
 def _wrong(tmp_path: Path, dense: Path) -> dict[str, tuple[list[object], str]]:
-    """name -> arguments of a wrong command, and what its one sentence has to say."""
+    """name -> arguments of a wrong command, and a part of the sentence that it prints."""
     out = tmp_path / "out"
     files = {name: tmp_path / name for name in ("empty.txt", "binary.txt", "short.txt", "a.jsonl")}
     files["empty.txt"].write_text("\n")
@@ -256,7 +256,10 @@ def _wrong(tmp_path: Path, dense: Path) -> dict[str, tuple[list[object], str]]:
         "task file": (["eval", dense, "--tasks", "no.yaml", *EVAL], "'no.yaml' does not exist"),
         "eval out": (["eval", dense, "--out", taken, *EVAL], "exists: choose another"),
         "stride": (["eval", dense, "--stride", "65", *EVAL], "exceeds the context length 64"),
-        "export form": (["export", dense, "--out", out], "--dense or --standalone"),
+        "export form": (
+            ["export", dense, "--out", out],
+            "Missing option '--to'. Choose from dense, standalone",
+        ),
         "export dense": (
             ["export", dense, "--out", out, "--to", "dense"],
             "has no low-rank layers",
@@ -345,12 +348,12 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_out_of_memory_is_one_sentence(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lrcompress import commands
+    from lrcompress.checkpoint import record
 
     def full(*_: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
 
-    monkeypatch.setattr(commands, "load_settings", full)
+    monkeypatch.setattr(record, "load_model", full)
     result = invoke("eval", dense)
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: out of memory: try --dtype bfloat16")

@@ -39,8 +39,8 @@ def test_no_token_is_left_out_whatever_the_lengths() -> None:
     for count, length, bos in product(range(1, 40), range(2, 12), (None, 0)):
         for stride in range(1, length + 1):
             tokens = list(range(1, count + 1))
-            found = list(windows(tokens, length, stride, bos))
-            scored = [t for w in found for t in w.tokens[-w.scored :].tolist()]
+            all_windows = list(windows(tokens, length, stride, bos))
+            scored = [t for w in all_windows for t in w.tokens[-w.scored :].tolist()]
             first = length if bos is None and stride == length else count
             expected = tokens if bos is not None else [t for t in tokens if (t - 1) % first]
             assert scored == expected, (count, length, stride, bos)
@@ -48,9 +48,10 @@ def test_no_token_is_left_out_whatever_the_lengths() -> None:
 
 def test_the_count_of_scored_tokens_is_that_of_the_samples() -> None:
     for letters in (33, 64, 65, 95):
-        found = perplexity("m", tiny_model(), byte_tokenizer(), Corpus("x", ["a" * letters]), 32)
-        assert found.conditions["tokens"] == sum(weight for _, weight in found.samples)
-        assert found.conditions["tokens"] == letters + -letters // 32  # one a window is not scored
+        metric = perplexity("m", tiny_model(), byte_tokenizer(), Corpus("x", ["a" * letters]), 32)
+        assert metric.conditions["tokens"] == sum(weight for _, weight in metric.samples)
+        # the first token of each window is not scored
+        assert metric.conditions["tokens"] == letters + -letters // 32
 
 
 def test_equals_a_direct_computation() -> None:
@@ -71,13 +72,14 @@ def test_equals_a_direct_computation() -> None:
 
 def test_windows_stay_inside_documents() -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
-    both = perplexity("m", model, tokenizer, Corpus("x", [TEXT, "another document"]), 32)
-    parts = [
+    whole = perplexity("m", model, tokenizer, Corpus("x", [TEXT, "another document"]), 32)
+    by_document = [
         perplexity("m", model, tokenizer, Corpus("x", [d]), 32) for d in (TEXT, "another document")
     ]
-    counts = [int(str(p.conditions["tokens"])) for p in parts]
-    mean = sum(math.log(p.value) * n for p, n in zip(parts, counts, strict=True)) / sum(counts)
-    assert both.value == pytest.approx(math.exp(mean))
+    counts = [int(str(metric.conditions["tokens"])) for metric in by_document]
+    losses = (math.log(metric.value) * n for metric, n in zip(by_document, counts, strict=True))
+    mean = sum(losses) / sum(counts)
+    assert whole.value == pytest.approx(math.exp(mean))
 
 
 def test_limit_takes_the_first_windows() -> None:

@@ -110,9 +110,9 @@ def test_a_point_is_saved_before_its_checkpoints_are_removed(
     (tmp_path / "points").mkdir()
     with pytest.raises(KeyboardInterrupt):
         folder.point("one", [1], train)
-    assert fingerprints.read(tmp_path / "points" / "one.json")["inputs"] == fingerprints.digest(
-        [1], "pretrain"
-    )
+    assert fingerprints.read_state(tmp_path / "points" / "one.json")[
+        "inputs"
+    ] == fingerprints.digest([1], "pretrain")
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -304,7 +304,7 @@ def test_how_many_layers_had_a_guide_is_said(
     layers = len(layout_of(tmp_path / "low"))
     assert layers > 1
     assert done["guided_share"] == 1 / layers
-    display.show_recovery(done, "out")
+    display.show_training(done, "out")
     assert f"guided {1 / layers:.0%} of the compressed layers" in capsys.readouterr().out
 
 
@@ -426,7 +426,7 @@ def test_a_run_that_had_ended_is_not_trained_on(
     assert record["finetuned"]["tokens_per_second"] is None
     expected, found = weights(tmp_path / "undisturbed"), weights(tmp_path / "out")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    display.show_recovery(record["finetuned"], "out")
+    display.show_training(record["finetuned"], "out")
 
 
 def test_caches_of_two_teachers_are_apart(dense: Path, factorized: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Export formats, which load without lrcompress."""

@@ -1,4 +1,4 @@
-"""Turns a compressed model into one of stock layers that its own config describes."""
+"""Export to stock layers, which the original architecture's config describes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lrcompress.layers.lowrank import (
 from lrcompress.layers.moe import unpack, unpacked
 from lrcompress.methods.types import LinearSpec
 
-# config keys that hold the number of intermediate channels; None there means 4 x hidden size
+# config keys for the number of intermediate channels; the value None means 4 x hidden size
 WIDTH_KEYS = (
     "intermediate_size",
     "moe_intermediate_size",
@@ -32,15 +32,17 @@ WIDTH_KEYS = (
     "n_inner",
     "ffn_hidden_size",
 )
-# grouped products of experts read rows of whole 16 bytes: channels of every dtype from 16 bits up
-ALIGNED = 8
+# experts' widths are multiples of this: grouped matrix products need rows of a multiple of 16
+# bytes, which 8 channels have in every dtype from 16 bits up
+EXPERT_WIDTH_MULTIPLE = 8
 
 
 def to_stock(model: Any) -> None:
-    """Replaces low-rank and narrowed layers by stock layers, in place, and mends the config.
+    """Replaces low-rank and narrowed layers by stock layers, in place, and adapts the config.
 
-    All FFNs get one width: that of the widest if the config can say so, the original one
-    otherwise. Missing channels are filled with zeros, which changes no output.
+    A config holds one width for all FFNs: they get the width of the widest if the config has a key
+    for it, else the original width. Missing channels are filled with zeros, which changes no
+    output.
     """
     with unpacked(model):
         _make_dense(model)
@@ -54,36 +56,43 @@ def _make_dense(model: Any) -> None:
     for name, layer in list(compressed_layers(model)):
         install(model, name, layer.to_dense())
     model.config.__dict__.pop("quantization_config", None)
-    stock = _skeleton(model.config)
-    if _differs(model, stock, linears):
-        widest = max(spec.in_features for spec in linears if spec.role == "down")
-        if any(spec.mixture for spec in linears):
-            widest += -widest % ALIGNED
-        for smaller in _with_width(model.config, widest):
-            candidate = _skeleton(smaller)
-            if _fits(candidate, linears, widest):
-                model.config.__dict__.update(smaller.__dict__)
-                stock = candidate
-                break
+    stock = _stock_skeleton(model.config)
+    if _shapes_differ(model, stock, linears):
+        stock = _adapt_width(model.config, stock, linears)
         for spec in linears:
             _pad(model, spec, linear_shape(stock.get_submodule(spec.name)))
 
 
-def _skeleton(config: Any) -> Any:
+def _adapt_width(config: Any, stock: Any, linears: tuple[LinearSpec, ...]) -> Any:
+    """Sets the width in `config` to that of the widest FFN, and returns a skeleton of that width;
+    where no key of the config does it, returns `stock`, which has the original width."""
+    widest = max(spec.in_features for spec in linears if spec.role == "down")
+    if any(spec.mixture for spec in linears):
+        widest += -widest % EXPERT_WIDTH_MULTIPLE
+    for narrower_config in _configs_of_width(config, widest):
+        candidate = _stock_skeleton(narrower_config)
+        if _has_width(candidate, linears, widest):
+            config.__dict__.update(narrower_config.__dict__)
+            return candidate
+    return stock
+
+
+def _stock_skeleton(config: Any) -> Any:
+    """The stock model of `config` on the meta device, its experts as separate linears."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     unpack(model)
     return model
 
 
-def _differs(model: nn.Module, stock: nn.Module, linears: tuple[LinearSpec, ...]) -> bool:
+def _shapes_differ(model: nn.Module, stock: nn.Module, linears: tuple[LinearSpec, ...]) -> bool:
     return any(
         linear_shape(model.get_submodule(s.name)) != linear_shape(stock.get_submodule(s.name))
         for s in linears
     )
 
 
-def _with_width(config: Any, width: int) -> Iterator[Any]:
+def _configs_of_width(config: Any, width: int) -> Iterator[Any]:
     """Copies of `config` with one of its width keys, if it has a larger one, set to `width`."""
     for key in WIDTH_KEYS:
         if hasattr(config, key) and (getattr(config, key) or width) >= width:
@@ -92,37 +101,36 @@ def _with_width(config: Any, width: int) -> Iterator[Any]:
             yield changed
 
 
-def _fits(stock: nn.Module, linears: tuple[LinearSpec, ...], width: int) -> bool:
+def _has_width(stock: nn.Module, linears: tuple[LinearSpec, ...], width: int) -> bool:
     shapes = {s.name: linear_shape(stock.get_submodule(s.name)) for s in linears}
     return all(shapes[s.name][1] == width for s in linears if s.role == "down")
 
 
 def _pad(model: nn.Module, spec: LinearSpec, shape: tuple[int, int]) -> None:
-    """Zeros for the channels that `spec` lacks; both halves of a fused gate_up get theirs."""
+    """Fills the linear of `spec` with zeros up to `shape` (out, in); a fused gate_up is two halves
+    that are filled one by one."""
     layer = model.get_submodule(spec.name)
     weight, bias = dense_weight(layer), layer.bias
     rows, columns = shape
     halves = 2 if spec.role == "gate_up" else 1
-    padded = torch.cat([_zeros_to(w, rows // halves, columns) for w in weight.chunk(halves)])
+    padded = torch.cat([_zero_padded(w, rows // halves, columns) for w in weight.chunk(halves)])
     if bias is not None:
         assert isinstance(bias, Tensor)
-        parts = [_zeros_to(b[:, None], rows // halves, 1) for b in bias.chunk(halves)]
-        bias = torch.cat(parts).flatten()
+        padded_halves = [_zero_padded(b[:, None], rows // halves, 1) for b in bias.chunk(halves)]
+        bias = torch.cat(padded_halves).flatten()
     install(model, spec.name, dense_layer(type(layer), padded, bias).train(layer.training))
 
 
-def _zeros_to(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    wide = matrix.new_zeros(rows, columns)
-    wide[: matrix.shape[0], : matrix.shape[1]] = matrix
-    return wide
+def _zero_padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    padded = matrix.new_zeros(rows, columns)
+    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return padded
 
 
 def export_dense(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:
-    """Writes `model` with every compressed layer turned back into a stock layer.
+    """Writes `model` with every compressed layer turned back into a stock layer (see `to_stock`).
 
-    Narrowed FFNs get the width of the widest, with zeros for the channels that others lack,
-    where the family's config has one intermediate size; else their original width. Anything
-    that loads the original architecture loads the result.
+    Any program that loads the original architecture loads the result. `model` is changed.
     """
     to_stock(model)
     origin = {"source": record.get("source"), "export": "dense", "factorized_from": dict(record)}

@@ -1,4 +1,4 @@
-"""What the command export does, from folder to folder."""
+"""Loads a compressed checkpoint and writes it in one of the formats of the registry."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lrcompress.runtime import locks
 from lrcompress.runtime.errors import InputError
 
 
-def export_to(settings: ModelSettings, out: Path, name: str) -> None:
-    """Writes a compressed model to the new folder `out` in the format called `name`.
+def export_to(settings: ModelSettings, out: Path, format_name: str) -> None:
+    """Writes a compressed model to the new folder `out` in the format `format_name` of FORMATS.
 
-    Raises InputError where the model is quantized, or has no layer that was compressed.
+    Raises InputError where the model is quantized, or has no compressed layers.
     """
     with locks.beside(out):
         record = record_of(settings) or {}
@@ -28,4 +28,5 @@ def export_to(settings: ModelSettings, out: Path, name: str) -> None:
             raise InputError(
                 f"{settings.source!r} has no low-rank layers: there is nothing to export"
             )
-        pkgutil.resolve_name(FORMATS[name].writer)(model, tokenizer, out, record)
+        write_export = pkgutil.resolve_name(FORMATS[format_name].writer)
+        write_export(model, tokenizer, out, record)

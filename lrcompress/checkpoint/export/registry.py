@@ -1,4 +1,7 @@
-"""Export formats by the names that `--to` takes."""
+"""Registry of export formats: the names that `export --to` accepts.
+
+A new format is a module beside this one with a writer function, and an entry of FORMATS.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """`writer` is "module:function" of (model, tokenizer, out, record); a string, so that reading
-    the names imports no torch. `summary` is a line of the command's help."""
+    """A form in which a compressed checkpoint can be exported.
+
+    writer: "module:function" that is called with (model, tokenizer, out, record) and writes the new
+        folder `out`; a string, so that this module imports no torch.
+    summary: a line of the command's help.
+    """
 
     writer: str
     summary: str
 
 
-FORMATS = {
+FORMATS: dict[str, ExportFormat] = {
     "dense": ExportFormat(
         "lrcompress.checkpoint.export.dense:export_dense",
-        "stock layers, which anything loads that loads the original model",
+        "stock layers, for every program that loads the original model",
     ),
     "standalone": ExportFormat(
         "lrcompress.checkpoint.export.standalone:export_standalone",
-        "low-rank layers with the code that loads them, by trust_remote_code=True",
+        "low-rank layers and their code, for loading with trust_remote_code=True",
     ),
 }

@@ -1,0 +1,1 @@
+"""lm-eval tasks: resolved by name, run on a loaded model, with cached results."""

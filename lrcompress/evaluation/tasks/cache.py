@@ -1,4 +1,4 @@
-"""Results of lm-eval tasks, kept by all that decides them, so that none is computed twice."""
+"""Cache of lm-eval results: a file per model and task, found by a hash of all inputs."""
 
 from __future__ import annotations
 
@@ -7,160 +7,189 @@ import inspect
 import json
 import os
 import sqlite3
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from lrcompress.checkpoint.fingerprints import STAGES, add_tensors
-from lrcompress.runtime.atomic_io import writing_state
+from lrcompress.runtime.atomic_io import replace_text, writing_state
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.paths import safe_name, user_path
 from lrcompress.runtime.safe_parsing import read_object
 
-OFF = "none"
-# of a config, what says where a model came from and not what it computes
-ORIGIN = {"_name_or_path", "transformers_version", "architectures"}
-# of a fast tokenizer's state, what its last call left behind
-PASSING = ("truncation", "padding")
+CACHE_OFF = "none"  # the value of task_cache that keeps nothing
+# config keys that tell where a model came from, not what it computes
+ORIGIN_KEYS = {"_name_or_path", "transformers_version", "architectures"}
+# parts of a fast tokenizer's state that its last call changes
+CALL_STATE_KEYS = ("truncation", "padding")
+
+TaskRecord = TypedDict(
+    "TaskRecord",
+    {
+        "results": dict[str, Any],  # "METRIC,FILTER" -> value, as lm-eval returns it
+        "versions": Any,
+        "n-shot": int | None,
+        "higher_is_better": dict[str, bool],
+        "effective": int | None,  # number of questions asked; None for a group
+        "logs": list[dict[str, Any]],
+        "questions": NotRequired[str],  # hash of the questions; added after the cache is read
+    },
+)
 
 
 def default_folder() -> Path:
+    """`lrcompress/tasks` in $XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lrcompress/tasks"
 
 
 @dataclass(frozen=True)
 class TaskCache:
-    """A folder with one JSON file for each result, below one folder for each model."""
+    """A folder with a subfolder for each model, which has a JSON file for each result."""
 
     folder: Path
 
     @classmethod
-    def at(cls, place: str | None) -> TaskCache | None:
-        """At `place`, or where caches belong if that is None; none at all if it is "none".
+    def from_setting(cls, task_cache: str | None) -> TaskCache | None:
+        """The cache that the setting `task_cache` names: a folder, None for the default folder,
+        or "none" for no cache.
 
-        Raises InputError where it cannot be written to.
+        Raises InputError where the folder cannot be written.
         """
-        if place == OFF:
+        if task_cache == CACHE_OFF:
             return None
-        folder = default_folder() if place is None else user_path(place)
-        there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        folder = default_folder() if task_cache is None else user_path(task_cache)
+        absolute = folder.absolute()
+        existing = next(path for path in (absolute, *absolute.parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise InputError(
-                f"task cache {str(folder)!r} is no folder to write to: name another with "
-                f"--task-cache (in a recipe task_cache), or switch it off with {OFF!r}"
+                f"task cache {str(folder)!r} is not a folder that can be written: name another "
+                f"with --task-cache (in a recipe task_cache), or switch it off with {CACHE_OFF!r}"
             )
         return cls(folder)
 
-    def entry(self, model: str, task: str, inputs: Any) -> Entry:
-        """The place of a result: of which model, by fingerprint, which task, and all its inputs."""
-        content = json.dumps([STAGES["tasks"], model, task, inputs], sort_keys=True, default=str)
+    def entry(self, model_hash: str, task: str, inputs: Any) -> CacheEntry:
+        """The entry of one result. `model_hash` is a `model_fingerprint`; `inputs` is everything
+        else that decides the result, JSON data."""
+        content = json.dumps(
+            [STAGES["tasks"], model_hash, task, inputs], sort_keys=True, default=str
+        )
         key = hashlib.sha256(content.encode()).hexdigest()
-        return Entry(self.folder / model[:32] / f"{safe_name(task)}-{key[:32]}.json", key)
+        return CacheEntry(self.folder / model_hash[:32] / f"{safe_name(task)}-{key[:32]}.json", key)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One result's file, and beside it, as long as there is none, the answers up to now."""
+class CacheEntry:
+    """The file of one result. While the task is unfinished, a database of the model's answers
+    stands beside it."""
 
     file: Path
     key: str
 
-    def read(self) -> dict[str, Any] | None:
-        """None where there is no whole result, or another one."""
+    def read(self) -> TaskRecord | None:
+        """The cached result; None where there is none, or the file is damaged."""
         try:
-            found = read_object(self.file)
+            content = read_object(self.file)
         except (OSError, ValueError):
             return None
-        whole = found.get("key") == self.key
-        return found["result"] if whole and isinstance(found.get("result"), dict) else None
+        result = content.get("result")
+        is_valid = content.get("key") == self.key and isinstance(result, dict)
+        return cast(TaskRecord, result) if is_valid else None
 
-    def write(self, result: Mapping[str, Any]) -> None:
-        """In one rename. Raises MachineError where the disk is full or cannot be written."""
-        partial_file = self.file.with_suffix(f".{os.getpid()}.partial")
+    def write(self, record: TaskRecord) -> None:
+        """Writes the file in one rename. Raises MachineError where it cannot be written."""
         with writing_state(f"the results of tasks in {str(self.file.parent)!r}"):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                partial_file.write_text(json.dumps({"key": self.key, "result": result}), "utf-8")
-                partial_file.replace(self.file)
-            finally:
-                partial_file.unlink(missing_ok=True)
+        replace_text(self.file, json.dumps({"key": self.key, "result": record}))
 
-    def answers(self) -> Path:
-        """lm-eval's data base of the answers of an interrupted task; a damaged one is removed."""
-        found = self.file.with_suffix(".db")
-        with writing_state(f"the answers to tasks in {str(found.parent)!r}"):
-            found.parent.mkdir(parents=True, exist_ok=True)
+    def answers_file(self) -> Path:
+        """Path of lm-eval's SQLite database of answers; a damaged database is removed first."""
+        file = self.file.with_suffix(".db")
+        with writing_state(f"the answers to tasks in {str(file.parent)!r}"):
+            file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with closing(sqlite3.connect(found)) as base:
-                whole = base.execute("PRAGMA quick_check").fetchone() == ("ok",)
+            with closing(sqlite3.connect(file)) as database:
+                is_intact = database.execute("PRAGMA quick_check").fetchone() == ("ok",)
         except sqlite3.Error:
-            whole = False
-        if not whole:
-            found.unlink(missing_ok=True)
-        return found
+            is_intact = False
+        if not is_intact:
+            file.unlink(missing_ok=True)
+        return file
 
 
-def fingerprint(model: Any, tokenizer: Any) -> str:
-    """Of all that decides what a model answers: config, tensors and tokenizer, not their folder."""
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ORIGIN}
+def model_fingerprint(model: Any, tokenizer: Any) -> str:
+    """Hash of everything that decides a model's answers: config, tensors, generation settings and
+    tokenizer. The folder that it was loaded from does not count."""
+    config = _without_origin(model.config)
     attention = getattr(model.config, "_attn_implementation", None)
-    settings = [type(model).__name__, config, attention, _generation(model), _vocabulary(tokenizer)]
-    mark = hashlib.blake2b(_json(settings, sort_keys=True), digest_size=32)
-    add_tensors(mark, (*model.named_parameters(), *model.named_buffers()))
-    return mark.hexdigest()
+    generation = _without_origin(getattr(model, "generation_config", None))
+    settings = [type(model).__name__, config, attention, generation, _tokenizer_state(tokenizer)]
+    digest = hashlib.blake2b(_json_bytes(settings, sort_keys=True), digest_size=32)
+    add_tensors(digest, (*model.named_parameters(), *model.named_buffers()))
+    return digest.hexdigest()
 
 
-def _generation(model: Any) -> dict[str, Any]:
-    found = getattr(model, "generation_config", None)
-    return {k: v for k, v in (found.to_dict() if found else {}).items() if k not in ORIGIN}
+def _without_origin(config: Any) -> dict[str, Any]:
+    values = config.to_dict() if config else {}
+    return {key: value for key, value in values.items() if key not in ORIGIN_KEYS}
 
 
-def _vocabulary(tokenizer: Any) -> list[Any]:
+def _tokenizer_state(tokenizer: Any) -> list[Any]:
     special = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}
-    found = [type(tokenizer).__name__, special, tokenizer.chat_template]
+    state = [type(tokenizer).__name__, special, tokenizer.chat_template]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return [*found, tokenizer.get_vocab(), sorted(tokenizer.init_kwargs.items(), key=str)]
-    state = json.loads(backend.to_str())
-    return [*found, {key: value for key, value in state.items() if key not in PASSING}]
+        return [*state, tokenizer.get_vocab(), sorted(tokenizer.init_kwargs.items(), key=str)]
+    fast_state = json.loads(backend.to_str())
+    return [*state, {key: v for key, v in fast_state.items() if key not in CALL_STATE_KEYS}]
 
 
-def identity(task: Any) -> str:
-    """Of an lm-eval task whose requests are built: its version and config, the code that these
-    name, and every question, word for word."""
+def task_fingerprint(task: Any) -> str:
+    """Hash of an lm-eval task whose requests are built: its version, its config, the source code
+    of the functions in it, and the text of every question."""
     config = task.config.to_dict(keep_callable=True)
     config["metadata"] = {**(config.get("metadata") or {}), "config_source": None}
-    return hashlib.blake2b(_json([task.VERSION, config, questions(task)])).hexdigest()
+    content = [task.VERSION, config, questions_hash(task)]
+    return hashlib.blake2b(_json_bytes(content)).hexdigest()
 
 
-def questions(task: Any) -> str:
-    """Of every question of an lm-eval task whose requests are built, word for word."""
-    mark = hashlib.blake2b(digest_size=32)
-    for one in task.instances:
-        asked = [one.request_type, one.doc_id, one.idx, one.repeats, one.arguments, one.doc]
-        mark.update(_json(asked))
-    return mark.hexdigest()
+def questions_hash(task: Any) -> str:
+    """Hash of the full text of every question of an lm-eval task whose requests are built."""
+    digest = hashlib.blake2b(digest_size=32)
+    for request in task.instances:
+        digest.update(
+            _json_bytes(
+                [
+                    request.request_type,
+                    request.doc_id,
+                    request.idx,
+                    request.repeats,
+                    request.arguments,
+                    request.doc,
+                ]
+            )
+        )
+    return digest.hexdigest()
 
 
-def _json(value: Any, **options: Any) -> bytes:
-    return json.dumps(value, skipkeys=True, default=_plain, **options).encode()
+def _json_bytes(value: Any, **options: Any) -> bytes:
+    return json.dumps(value, skipkeys=True, default=_json_form, **options).encode()
 
 
-def _plain(value: Any) -> Any:
-    """What JSON has no form for; of code the whole module, since functions call others."""
+def _json_form(value: Any) -> Any:
+    """A JSON form for values that have none. A function is represented by the source of its whole
+    module, because it may call other functions there."""
     if isinstance(value, partial):
         return [value.func, value.args, value.keywords]
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
     if callable(value):
-        return [getattr(value, "__qualname__", str(type(value))), _source(value)]
+        return [getattr(value, "__qualname__", str(type(value))), _module_source(value)]
     return str(value)
 
 
-def _source(value: Any) -> str:
+def _module_source(value: Any) -> str:
     module = inspect.getmodule(value)
     try:
         return "" if module is None else inspect.getsource(module)

@@ -1,4 +1,4 @@
-"""lm-eval's built-in tasks on local copies of their data sets, instead of the hub's."""
+"""Lets lm-eval's built-in tasks read local copies of their data sets instead of the hub's."""
 
 from __future__ import annotations
 
@@ -13,85 +13,96 @@ from jinja2 import TemplateError
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.paths import is_inside
 
-SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
-ALL = "default"  # the only configuration of a folder that declares none
+SAVE_TO_DISK_FILES = ("dataset_dict.json", "state.json")  # datasets' save_to_disk writes one
+DEFAULT_CONFIG = "default"  # the only configuration of a folder that declares none
 
 
 @contextmanager
 def reading_copies(folder: Path, task: str) -> Iterator[None]:
-    """While it is open, `datasets.load_dataset` reads from `folder`, for lm-eval's `task`.
+    """Inside the block, `datasets.load_dataset` reads from `folder`, for lm-eval's `task`.
 
-    Raises InputError where there is no copy, or it cannot be read or lacks what the task needs.
+    Raises InputError where `folder` has no copy, the copy cannot be read, or it lacks a column or
+    split that the task needs.
     """
     import datasets
 
-    original, copies = datasets.load_dataset, _Copies(folder, task, datasets.load_dataset)
-    datasets.load_dataset = copies.load
+    original = datasets.load_dataset
+    loader = _LocalLoader(folder, task, original)
+    datasets.load_dataset = loader.load
     try:
         yield
     except (KeyError, ValueError, TemplateError) as error:
-        if isinstance(error, InputError) or copies.last is None:
+        if isinstance(error, InputError) or loader.last_folder is None:
             raise
-        reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"task {task!r}: {str(copies.last)!r} has not what it needs: {reason}"
+            f"task {task!r}: {str(loader.last_folder)!r} does not have what it needs: "
+            + _one_line(error)
             + (" is missing" if isinstance(error, KeyError) else "")
         ) from error
     finally:
-        datasets.load_dataset, copies.closed = original, True
+        datasets.load_dataset = original
+        loader.is_closed = True
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 @dataclass
-class _Copies:
-    """`datasets.load_dataset` over a folder; once closed, the original, for who kept hold of it."""
+class _LocalLoader:
+    """Replaces `datasets.load_dataset`; after it is closed it calls the original, because lm-eval
+    may have stored a reference to it."""
 
     folder: Path
     task: str
     original: Callable[..., Any]
-    last: Path | None = None
-    closed: bool = False
+    last_folder: Path | None = None
+    is_closed: bool = False
 
     def load(self, path: str, name: str | None = None, **options: Any) -> Any:
-        if self.closed:
+        if self.is_closed:
             return self.original(path, name, **options)
-        self.last = self._find(path)
+        self.last_folder = self._find(path)
         try:
-            found = self._read(self.last, name)
+            dataset = self._read(self.last_folder, name)
         except InputError:
             raise
-        except Exception as error:  # each format has its own
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+        except Exception as error:  # every format raises its own types
+            reason = _one_line(error) or type(error).__name__
             raise InputError(
-                f"task {self.task!r}: {str(self.last)!r} cannot be read as a data set: {reason}"
+                f"task {self.task!r}: {str(self.last_folder)!r} cannot be read as a data set: "
+                f"{reason}"
             ) from error
-        return found[options["split"]] if options.get("split") else found
+        return dataset[options["split"]] if options.get("split") else dataset
 
     def _find(self, path: str) -> Path:
         names = (path, path.replace("/", "__"), path.replace("/", "--"), Path(path).name, self.task)
         for name in names:
             if is_inside(name) and (self.folder / name).is_dir():
                 return self.folder / name
-        wanted = ", ".join(dict.fromkeys((f"{self.task}.jsonl", *names)))
+        candidates = ", ".join(dict.fromkeys((f"{self.task}.jsonl", *names)))
         raise InputError(
             f"task {self.task!r}: {str(self.folder)!r} has no copy of its data set {path!r} "
-            f"(looked for {wanted})"
+            f"(looked for {candidates})"
         )
 
-    def _read(self, folder: Path, name: str | None) -> Any:
+    def _read(self, folder: Path, config: str | None) -> Any:
+        """The data set in `folder`: a subfolder named like the configuration comes first."""
         import datasets
 
-        if name and is_inside(name) and (folder / name).is_dir():
-            folder, name = folder / name, None
-        if any((folder / file).is_file() for file in SAVED):
-            found = datasets.load_from_disk(str(folder))
-            whole = isinstance(found, datasets.DatasetDict)
-            return found if whole else datasets.DatasetDict({str(found.split): found})
-        known = datasets.get_dataset_config_names(str(folder))
-        if known == [ALL]:
-            name = None
-        elif name not in known:
+        if config and is_inside(config) and (folder / config).is_dir():
+            folder, config = folder / config, None
+        if any((folder / file).is_file() for file in SAVE_TO_DISK_FILES):
+            dataset = datasets.load_from_disk(str(folder))
+            if isinstance(dataset, datasets.DatasetDict):
+                return dataset
+            return datasets.DatasetDict({str(dataset.split): dataset})
+        configs = datasets.get_dataset_config_names(str(folder))
+        if configs == [DEFAULT_CONFIG]:
+            config = None
+        elif config not in configs:
             raise InputError(
-                f"task {self.task!r}: {str(folder)!r} has no {name!r} (but {', '.join(known)}): "
-                "put it into a folder of that name"
+                f"task {self.task!r}: {str(folder)!r} has no configuration {config!r} (only "
+                f"{', '.join(configs)}): put the data into a folder of that name"
             )
-        return self.original(str(folder), name)
+        return self.original(str(folder), config)

@@ -1,4 +1,4 @@
-"""lm-eval tasks by name: built-in ones, YAML and JSONL files, rolling perplexity of a text."""
+"""Finds lm-eval tasks by name: built-in tasks, YAML and JSONL files, perplexity of a text."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from lrcompress.evaluation.tasks.local_datasets import reading_copies
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.safe_parsing import read_json
 
+# fields of a JSONL row that make a file a multiple-choice task
 CHOICE_FIELDS = {"query", "choices", "gold"}
-# what lm-eval raises where a task or its data is wrong
-UNUSABLE = (
+# lm-eval raises any of these for a task or data that it cannot use
+TASK_ERRORS = (
     OSError, LookupError, TypeError, ValueError, AssertionError, AttributeError, TemplateError,
     ImportError, ArithmeticError, RecursionError, YAMLError,
 )  # fmt: skip
@@ -31,7 +32,8 @@ UNUSABLE = (
 
 @dataclass(frozen=True)
 class Seeds:
-    """Where lm-eval's generators start: few-shot examples, order of choices, sampled answers."""
+    """Seeds of lm-eval's random generators, which decide few-shot examples, the order of choices
+    and sampled answers."""
 
     random: int
     numpy: int
@@ -39,8 +41,8 @@ class Seeds:
     fewshot: int
 
     @classmethod
-    def of(cls, seed: int | None) -> Seeds:
-        """One seed for all; lm-eval's own where it is None."""
+    def from_setting(cls, seed: int | None) -> Seeds:
+        """`seed` for all generators; lm-eval's default seeds if it is None."""
         from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
         if seed is not None:
@@ -48,10 +50,11 @@ class Seeds:
         return cls(DEFAULT_RANDOM_SEED, *[DEFAULT_OTHER_SEED] * 3)
 
     def __str__(self) -> str:
-        """As lm-eval's own --seed takes them."""
+        """The four seeds in the form of lm-eval's option --seed."""
         return f"{self.random},{self.numpy},{self.torch},{self.fewshot}"
 
     def start(self) -> None:
+        """Seeds the generators of Python, NumPy and torch."""
         from lm_eval.utils import set_torch_seed
 
         random.seed(self.random)
@@ -61,9 +64,10 @@ class Seeds:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks that exist, with their questions read: lm-eval's Task and Group objects by name.
+    """Resolved tasks, with their questions read.
 
-    `files` names the file whose questions a task asks although it has the name of a built-in one.
+    tasks, groups: lm-eval's Task and Group objects by name.
+    files: for a built-in task that takes its questions from a file in `data_dir`: name -> file.
     """
 
     tasks: Mapping[str, Any]
@@ -75,36 +79,47 @@ class Tasks:
 def resolve(
     names: Sequence[str], seed: int | None = None, data_dir: str | Path | None = None
 ) -> Tasks:
-    """Finds every task, and reads its questions, before any model is loaded.
+    """Finds every task and reads its questions; needs no model.
 
-    A name that ends in .yaml is a task file, .jsonl with query, choices and gold a
-    multiple-choice task, `pydoc` and any other .txt or .jsonl text a rolling-perplexity
-    task, and the rest lm-eval's own tasks; these read their data from `data_dir`, if it is given,
-    and never from the hub. Raises InputError where a name is unknown or data cannot be read.
+    A name can be:
+    - FILE.yaml: an lm-eval task file;
+    - FILE.jsonl with the fields query, choices and gold: a multiple-choice task;
+    - `pydoc`, or any other .txt or .jsonl text: a rolling-perplexity task;
+    - otherwise the name of a task or group of lm-eval. If `data_dir` is given, its data is read
+      from there and never from the hub.
+
+    `seed` is that of `Seeds.from_setting`. Raises InputError where a name is unknown or data
+    cannot be read.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if data_dir is not None and not Path(data_dir).is_dir():
         raise InputError(f"data directory {str(data_dir)!r} does not exist: name a folder")
-    specs = {name: _local(name) for name in names}
-    manager = _manager(None in specs.values())
-    files = _known(manager, [name for name, spec in specs.items() if spec is None], data_dir)
+    specs = {name: _local_spec(name) for name in names}
+    built_in = [name for name, spec in specs.items() if spec is None]
+    manager = _task_manager(bool(built_in))
+    _check_names(manager, built_in)
+    files = _question_files(built_in, data_dir)
     specs |= {name: _multiple_choice(name, _rows(file)) for name, file in files.items()}
-    seeds = Seeds.of(seed)
+    seeds = Seeds.from_setting(seed)
     loaded = {name: _load(manager, name, spec, seeds, data_dir) for name, spec in specs.items()}
-    tasks, groups = _union(loaded, "tasks"), _union(loaded, "groups")
-    return Tasks(tasks, groups, {name: str(file) for name, file in files.items()}, seeds)
+    return Tasks(
+        tasks=_union(loaded, "tasks"),
+        groups=_union(loaded, "groups"),
+        files={name: str(file) for name, file in files.items()},
+        seeds=seeds,
+    )
 
 
 @cache
-def _manager(built_in: bool) -> Any:
-    """lm-eval's index of tasks: reading that of its own takes seconds."""
+def _task_manager(include_built_in: bool) -> Any:
+    """lm-eval's index of tasks. Reading the built-in tasks takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_defaults=built_in)
+    return TaskManager(include_defaults=include_built_in)
 
 
-def _known(manager: Any, names: Sequence[str], data_dir: str | Path | None) -> dict[str, Path]:
-    """Checks the names of built-in tasks; those that have a file of questions in `data_dir`."""
+def _check_names(manager: Any, names: Sequence[str]) -> None:
+    """Raises InputError where a name is not one of lm-eval's tasks or groups."""
     for name in names:
         if name not in manager.all_tasks:
             close = get_close_matches(name, manager.all_tasks, 3)
@@ -113,8 +128,14 @@ def _known(manager: Any, names: Sequence[str], data_dir: str | Path | None) -> d
                 f"task {name!r} is unknown{hint} (give an lm-eval task, FILE.yaml, FILE.jsonl or "
                 "a text)"
             )
-    found = {} if data_dir is None else {n: Path(data_dir) / f"{n}.jsonl" for n in names}
-    return {name: file for name, file in found.items() if file.is_file()}
+
+
+def _question_files(names: Sequence[str], data_dir: str | Path | None) -> dict[str, Path]:
+    """The file NAME.jsonl in `data_dir` of every built-in task that has one."""
+    if data_dir is None:
+        return {}
+    files = {name: Path(data_dir) / f"{name}.jsonl" for name in names}
+    return {name: file for name, file in files.items() if file.is_file()}
 
 
 def _load(
@@ -124,8 +145,8 @@ def _load(
     seeds: Seeds,
     data_dir: str | Path | None,
 ) -> Mapping[str, Mapping[str, Any]]:
-    """The tasks and groups of one name; lm-eval may draw the order of choices here."""
-    seeds.start()
+    """The tasks and groups of one name."""
+    seeds.start()  # lm-eval may draw the order of choices while it loads a task
     with explained(name):
         if spec is not None or data_dir is None:
             return manager.load([spec or name])  # type: ignore[no-any-return]
@@ -134,32 +155,34 @@ def _load(
 
 
 def _union(loaded: Mapping[str, Mapping[str, Any]], kind: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    owners: dict[str, str] = {}
-    for owner, parts in loaded.items():
-        for name, one in parts[kind].items():
-            if name in found:
+    """All objects of a kind ("tasks" or "groups"); InputError where two have one name."""
+    union: dict[str, Any] = {}
+    requested_as: dict[str, str] = {}
+    for request, kinds in loaded.items():
+        for name, task in kinds[kind].items():
+            if name in union:
                 raise InputError(
-                    f"task {name!r} is there twice, as {owners[name]!r} and {owner!r}: leave one "
-                    "out, or rename a file"
+                    f"task {name!r} is given twice, as {requested_as[name]!r} and {request!r}: "
+                    "leave one out, or rename a file"
                 )
-            found[name], owners[name] = one, owner
-    return found
+            union[name], requested_as[name] = task, request
+    return union
 
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """lm-eval's many ways to say that a task cannot be read or run -> one InputError."""
+    """Turns lm-eval's various errors about the task `name` into one InputError."""
     try:
         yield
     except InputError:
         raise
-    except UNUSABLE as error:
+    except TASK_ERRORS as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"task {name!r} cannot be run: {reason}") from error
 
 
-def _local(name: str) -> str | dict[str, Any] | None:
+def _local_spec(name: str) -> str | dict[str, Any] | None:
+    """A YAML file's path or a task's config, as lm-eval takes them; None for a built-in task."""
     file, _, field = name.partition(":")
     if file.endswith((".yaml", ".yml")):
         if not Path(file).is_file():
@@ -175,6 +198,7 @@ def _local(name: str) -> str | dict[str, Any] | None:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
+    """The objects in a JSON-lines file; InputError where it has other content."""
     if not path.is_file():
         raise InputError(f"task file {str(path)!r} does not exist")
     try:
@@ -183,11 +207,12 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise InputError(f"task file {str(path)!r} is not JSON lines: {error}") from None
     if not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"task file {str(path)!r}: every line has to be a JSON object")
+        raise InputError(f"task file {str(path)!r}: every line must be a JSON object")
     return rows
 
 
 def _multiple_choice(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The config of a task that compares the likelihoods of choices."""
     for number, row in enumerate(rows, 1):
         if not _is_question(row):
             raise InputError(
@@ -214,6 +239,7 @@ def _is_question(row: Mapping[str, Any]) -> bool:
 
 
 def _rolling(spec: str) -> dict[str, Any]:
+    """The config of a task that measures the perplexity of whole documents."""
     documents = [{"text": text} for text in read_corpus(spec, "test").documents if text.strip()]
     if not documents:
         raise InputError(f"task text {spec!r} is empty")
@@ -231,6 +257,8 @@ def _rolling(spec: str) -> dict[str, Any]:
 
 
 def _dataset(rows: list[dict[str, Any]]) -> Any:
+    """A function of the form that lm-eval calls to get a task's data: `rows` as the test split."""
+
     def build(**_: Any) -> Any:
         from datasets import Dataset, DatasetDict
 

@@ -1,4 +1,4 @@
-"""lm-eval's tasks on a model that is loaded: what is known is not asked again."""
+"""Runs lm-eval tasks on a loaded model; cached results and answers are not computed again."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ import math
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from lrcompress.evaluation.tasks.cache import Entry, TaskCache, fingerprint, identity, questions
-from lrcompress.evaluation.tasks.registry import Tasks, explained
+from lrcompress.evaluation.tasks.cache import (
+    CacheEntry,
+    TaskCache,
+    TaskRecord,
+    model_fingerprint,
+    questions_hash,
+    task_fingerprint,
+)
+from lrcompress.evaluation.tasks.registry import Seeds, Tasks, explained
 from lrcompress.evaluation.tasks.sample_logs import Logs
+from lrcompress.models.loading import Loaded
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.tables import QUESTIONS
 from lrcompress.runtime.errors import MachineError
@@ -25,8 +33,13 @@ from lrcompress.runtime.progress import Progress, silent
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """How tasks are put to a model: tokens of a context, questions of a task, examples before
-    each (None is the task's own number), sequences in a forward pass."""
+    """How a model is asked.
+
+    max_length: tokens of a context.
+    limit: number of questions of each task; None asks all.
+    num_fewshot: number of examples before each question; None is the task's own number.
+    batch_size: sequences in a forward pass.
+    """
 
     max_length: int
     limit: int | None = None
@@ -36,7 +49,7 @@ class TaskOptions:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """The metrics of tasks, and what was asked and answered."""
+    """The metrics of all tasks, and a log of the questions and answers of each task."""
 
     metrics: list[Metric]
     logs: Logs
@@ -44,189 +57,186 @@ class TaskResult:
 
 def run_tasks(
     label: str,
-    model: Any,
-    tokenizer: Any,
+    loaded: Loaded,
     tasks: Tasks,
-    asking: TaskOptions,
+    options: TaskOptions,
     cache: TaskCache | None = None,
     progress: Progress = silent,
 ) -> TaskResult:
-    """Every metric of every task and group, from `cache` what it has of an equal model.
+    """Every metric of every task and group for one model, called `label` in the metrics.
 
-    Each task is run by itself, as lm-eval's command line runs it alone, and kept when it is done.
-    Raises InputError where lm-eval refuses one.
+    Each task runs by itself, as when lm-eval's command line runs this task alone, and its result
+    is written to `cache` when it is complete. Raises InputError where lm-eval refuses a task.
     """
-    size, length = asking.batch_size, asking.max_length
-    harness = _harness(progress)
-    lm = harness(pretrained=model, tokenizer=tokenizer, max_length=length, batch_size=size)
-    mark = "" if cache is None else fingerprint(model, tokenizer)
-    found = {}
+    from lrcompress.evaluation.tasks.quiet_hflm import QuietHFLM
+
+    model, tokenizer = loaded
+    size, length = options.batch_size, options.max_length
+    lm = QuietHFLM(
+        progress, pretrained=model, tokenizer=tokenizer, max_length=length, batch_size=size
+    )
+    model_hash = "" if cache is None else model_fingerprint(model, tokenizer)
+    records: dict[str, TaskRecord] = {}
     for name, task in tasks.tasks.items():
         with explained(name):
-            _ask(task, tasks, asking)
-            inputs = [versions(), identity(task), str(tasks.seeds), length, size, _device(lm)]
-            entry = None if cache is None else cache.entry(mark, name, inputs)
-            asked = {QUESTIONS: questions(task)}
-            found[name] = _result(lm, name, task, tasks, asking, entry) | asked
-    logs = {name: result["logs"] for name, result in found.items()}
-    found |= {name: _group(group, found) for name, group in tasks.groups.items()}
-    return TaskResult(list(_metrics(label, found, tasks, length)), logs)
+            _build_requests(task, tasks.seeds, options)
+            seeds = str(tasks.seeds)
+            inputs = [versions(), task_fingerprint(task), seeds, length, size, _device_name(lm)]
+            entry = None if cache is None else cache.entry(model_hash, name, inputs)
+            record = _cached_or_computed(lm, name, task, tasks.seeds, options.limit, entry)
+            records[name] = {**record, "questions": questions_hash(task)}
+    logs = {name: record["logs"] for name, record in records.items()}
+    records |= {name: _group_record(group, records) for name, group in tasks.groups.items()}
+    return TaskResult(list(_metrics(label, records, tasks, length)), logs)
 
 
-def _device(lm: Any) -> str:
+def _device_name(lm: Any) -> str:
     on_gpu = lm.device.type == "cuda"
     return torch.cuda.get_device_name(lm.device) if on_gpu else str(lm.device.type)
 
 
-def _harness(progress: Progress) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    class QuietHFLM(HFLM):  # type: ignore[misc]
-        """HFLM whose progress bar is that of all texts, and not a new one for each window."""
-
-        def _loglikelihood_tokens(
-            self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
-        ) -> Any:
-            quiet = disable_tqdm or override_bs is not None
-            return super()._loglikelihood_tokens(requests, quiet, override_bs)
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            """One text after another, each kept when it is done; more than one window in a pass
-            are of several texts."""
-            ask = super().loglikelihood_rolling
-            if self.batch_size != 1:
-                return ask(requests, disable_tqdm)
-            texts = progress(requests, "texts of a task")
-            return [score for text in texts for score in ask([text], True)]
-
-    return QuietHFLM
-
-
-def _ask(task: Any, tasks: Tasks, asking: TaskOptions) -> None:
-    """Builds the requests, by the rules of lm-eval's command line for examples."""
-    own = task.get_config("num_fewshot")
-    if asking.num_fewshot is not None and own != 0:  # a task that says 0 means it
-        task.set_config("num_fewshot", asking.num_fewshot)
-    elif own is None:
+def _build_requests(task: Any, seeds: Seeds, options: TaskOptions) -> None:
+    """Builds the requests of a task; the number of examples follows lm-eval's command line."""
+    default_shots = task.get_config("num_fewshot")
+    if options.num_fewshot is not None and default_shots != 0:  # a task with 0 allows no examples
+        task.set_config("num_fewshot", options.num_fewshot)
+    elif default_shots is None:
         task.set_config("num_fewshot", 0)
-    _start(task, tasks)
-    task.build_all_requests(limit=asking.limit)
+    _start_seeds(task, seeds)
+    task.build_all_requests(limit=options.limit)
 
 
-def _start(task: Any, tasks: Tasks) -> None:
-    tasks.seeds.start()
-    task.set_fewshot_seed(tasks.seeds.fewshot)
+def _start_seeds(task: Any, seeds: Seeds) -> None:
+    seeds.start()
+    task.set_fewshot_seed(seeds.fewshot)
 
 
-def _result(
-    lm: Any, name: str, task: Any, tasks: Tasks, asking: TaskOptions, entry: Entry | None
-) -> dict[str, Any]:
-    """Of a task whose requests are built."""
+def _cached_or_computed(
+    lm: Any, name: str, task: Any, seeds: Seeds, limit: int | None, entry: CacheEntry | None
+) -> TaskRecord:
+    """The result of a task whose requests are built."""
+    if entry is not None and (cached := entry.read()):
+        return cached
+    _start_seeds(task, seeds)
+    record = _compute(lm, name, task, limit, entry)
+    if entry is not None:
+        entry.write(record)
+        entry.answers_file().unlink(missing_ok=True)
+    return record
+
+
+def _compute(
+    lm: Any, name: str, task: Any, limit: int | None, entry: CacheEntry | None
+) -> TaskRecord:
     from lm_eval import evaluate
 
-    if entry is not None and (known := entry.read()):
-        return known
-    _start(task, tasks)
-    with _remembering(lm, entry) as answering:
-        done = evaluate(answering, {"tasks": {name: task}}, limit=asking.limit)
-    kept = {key: done[key][name] for key in ("results", "versions", "n-shot", "higher_is_better")}
-    kept |= {"effective": done["n-samples"][name]["effective"], "logs": done["samples"][name]}
-    # as it will be read again, so that it makes no difference where it comes from
-    result: dict[str, Any] = json.loads(json.dumps(kept, skipkeys=True, default=_plain))
-    if entry is not None:
-        entry.write(result)
-        entry.answers().unlink(missing_ok=True)
-    return result
+    with _caching_answers(lm, entry) as caching_lm:
+        output = evaluate(caching_lm, {"tasks": {name: task}}, limit=limit)
+    record = {
+        key: output[key][name] for key in ("results", "versions", "n-shot", "higher_is_better")
+    }
+    record["effective"] = output["n-samples"][name]["effective"]
+    record["logs"] = output["samples"][name]
+    # through JSON, so that a computed result equals the same result read from the cache
+    text = json.dumps(record, skipkeys=True, default=_json_form)
+    plain_record: TaskRecord = json.loads(text)
+    return plain_record
 
 
-def _plain(value: Any) -> Any:
+def _json_form(value: Any) -> Any:
     from lm_eval.utils import handle_non_serializable
 
     return handle_non_serializable(value)
 
 
 @contextmanager
-def _remembering(lm: Any, entry: Entry | None) -> Iterator[Any]:
-    """`lm` with the answers to a task that was interrupted, and keeping each that it gives."""
+def _caching_answers(lm: Any, entry: CacheEntry | None) -> Iterator[Any]:
+    """`lm` with a database of its answers, from which an interrupted task resumes.
+
+    Raises MachineError where the database cannot be written.
+    """
     from lm_eval.api.model import CachingLM
 
     if entry is None:
         yield lm
         return
     try:
-        caching = CachingLM(lm, str(entry.answers()))
-        with closing(caching.dbdict):
-            yield caching
+        caching_lm = CachingLM(lm, str(entry.answers_file()))
+        with closing(caching_lm.dbdict):
+            yield caching_lm
     except sqlite3.Error as error:
         raise MachineError(
-            f"could not keep answers in {str(entry.file.parent)!r}: {error}; mend that, or name "
-            "another task cache, then the same command goes on"
+            f"could not keep answers in {str(entry.file.parent)!r}: {error}; fix that, or name "
+            "another task cache, then run the same command again to resume"
         ) from error
 
 
-def _group(group: Any, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The result of a group, of those of its tasks, by lm-eval's own aggregation."""
-    parts = [found[task.task_name] for task in group.get_all_tasks()]
-    better: dict[str, bool] = {}
-    for part in parts:
-        better = part["higher_is_better"] | better
-    shots = {part["n-shot"] for part in parts}
+def _group_record(group: Any, records: Mapping[str, TaskRecord]) -> TaskRecord:
+    """The result of a group from the results of its tasks, by lm-eval's own aggregation."""
+    members = [records[task.task_name] for task in group.get_all_tasks()]
+    higher_is_better: dict[str, bool] = {}
+    for member in members:
+        higher_is_better = member["higher_is_better"] | higher_is_better
+    shots = {member["n-shot"] for member in members}
     return {
-        "results": group.aggregate({name: result["results"] for name, result in found.items()}),
+        "results": group.aggregate({name: record["results"] for name, record in records.items()}),
         "versions": group.version,
         "n-shot": shots.pop() if len(shots) == 1 else None,
-        "higher_is_better": better,
+        "higher_is_better": higher_is_better,
         "effective": None,
         "logs": [],
     }
 
 
 def _metrics(
-    label: str, found: Mapping[str, Mapping[str, Any]], tasks: Tasks, max_length: int
+    label: str, records: Mapping[str, TaskRecord], tasks: Tasks, max_length: int
 ) -> Iterator[Metric]:
-    for name, result in found.items():
+    for name, record in records.items():
         conditions: dict[str, object] = {
-            "task_version": result["versions"],
-            "num_fewshot": result["n-shot"],
-            "samples": result["effective"],
+            "task_version": record["versions"],
+            "num_fewshot": record["n-shot"],
+            "samples": record["effective"],
             "context_length": max_length,
             "seed": str(tasks.seeds),
         }
-        if QUESTIONS in result:
-            conditions[QUESTIONS] = result[QUESTIONS]
+        if "questions" in record:
+            conditions[QUESTIONS] = record["questions"]
         if name in tasks.files:
             conditions["data"] = tasks.files[name]
-        for key, value in result["results"].items():
-            metric, _, filtered = key.partition(",")
-            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            better = bool(result["higher_is_better"].get(metric, True))
-            one = _metric(label, name, result["results"], key, better, conditions)
-            yield replace(one, samples=_scores(result["logs"], metric, filtered, one.value))
-
-
-def _scores(
-    logged: Sequence[Mapping[str, Any]], metric: str, filtered: str, value: float
-) -> list[list[float]]:
-    """The score of every item, where `value` is their mean; else nothing."""
-    scores = [sample.get(metric) for sample in logged if sample["filter"] == filtered]
-    if not scores or not all(isinstance(score, int | float) for score in scores):
-        return []
-    found = [float(score) for score in scores if score is not None]
-    return [[score, 1] for score in found] if math.isclose(fmean(found), value) else []
+        for key, value in record["results"].items():
+            metric_name, _, filter_name = key.partition(",")
+            is_number = isinstance(value, int | float)
+            if filter_name and is_number and not metric_name.endswith("_stderr"):
+                yield _metric(label, name, record, key, conditions)
 
 
 def _metric(
-    label: str,
-    task: str,
-    values: Mapping[str, Any],
-    key: str,
-    better: bool,
-    conditions: Mapping[str, object],
+    label: str, task: str, record: TaskRecord, key: str, conditions: Mapping[str, object]
 ) -> Metric:
-    name, filtered = key.split(",", 1)
-    spread = values.get(f"{name}_stderr,{filtered}")
-    value = float(values[key])
-    low, high = (value - spread, value + spread) if isinstance(spread, float) else (None, None)
-    title = f"{task} {name}" + ("" if filtered == "none" else f" ({filtered})")
-    return Metric(label, title, value, "", better, conditions, low, high)
+    """The metric that lm-eval stores as `key`, which is "NAME,FILTER"."""
+    name, filter_name = key.split(",", 1)
+    value = float(record["results"][key])
+    error = record["results"].get(f"{name}_stderr,{filter_name}")
+    low, high = (value - error, value + error) if isinstance(error, float) else (None, None)
+    return Metric(
+        model=label,
+        name=f"{task} {name}" + ("" if filter_name == "none" else f" ({filter_name})"),
+        value=value,
+        unit="",
+        higher_is_better=bool(record["higher_is_better"].get(name, True)),
+        conditions=conditions,
+        low=low,
+        high=high,
+        samples=_item_scores(record["logs"], name, filter_name, value),
+    )
+
+
+def _item_scores(
+    logs: Sequence[Mapping[str, Any]], metric: str, filter_name: str, value: float
+) -> list[list[float]]:
+    """[score, 1] of every item if `value` is the mean of the scores; otherwise an empty list."""
+    scores = [item.get(metric) for item in logs if item["filter"] == filter_name]
+    if not scores or not all(isinstance(score, int | float) for score in scores):
+        return []
+    numbers = [float(score) for score in scores if score is not None]
+    return [[number, 1] for number in numbers] if math.isclose(fmean(numbers), value) else []

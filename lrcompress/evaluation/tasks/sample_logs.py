@@ -1,4 +1,4 @@
-"""What a model was asked and answered, question by question: one JSON-lines file for each task."""
+"""Logs of the questions and answers of tasks: a JSON-lines file per task."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lrcompress.runtime.atomic_io import writing
 from lrcompress.runtime.paths import unique_file_names
 
 FOLDER = "samples"
-Logs = Mapping[str, Sequence[Mapping[str, Any]]]  # task -> its questions as lm-eval logs them
+Logs = Mapping[str, Sequence[Mapping[str, Any]]]  # task -> its items, as lm-eval logs them
 
 
 def write(folder: Path, logs: Logs) -> None:
-    """Writes `folder`/TASK.jsonl; what stood in `folder` gives way to it, also to nothing."""
+    """Replaces `folder` by one with a TASK.jsonl for each task; without logs it is removed."""
     if not logs:
         shutil.rmtree(folder, ignore_errors=True)
         return
     with writing(folder, replace=True) as partial:
         for task, name in unique_file_names(logs).items():
-            lines = [json.dumps(finite(one), ensure_ascii=False) for one in logs[task]]
+            lines = [json.dumps(finite(item), ensure_ascii=False) for item in logs[task]]
             (partial / f"{name}.jsonl").write_text("\n".join([*lines, ""]), "utf-8")

@@ -65,7 +65,7 @@ class RunFolder(WorkFolder):
             self.write_recipe()
 
     def _has_model(self) -> bool:
-        return bool(fingerprints.read(self._stage_file("factorize")))
+        return bool(fingerprints.read_state(self._stage_file("factorize")))
 
     def _is_other(self) -> bool:
         return not (self.out / RECIPE).is_file() or self.has_other_recipe()
@@ -88,11 +88,11 @@ class RunFolder(WorkFolder):
     def model_state(self, stage: Stage) -> list[list[Any]]:
         """Name, size and time of the files that decide what the model of a stage computes."""
         folder = self.model_folder(stage)
-        return fingerprints.states([*folder.glob("*.safetensors"), folder / "config.json"])
+        return fingerprints.file_states([*folder.glob("*.safetensors"), folder / "config.json"])
 
     def has_model(self, stage: Stage, inputs: list[Any]) -> bool:
         """Whether the stage made the model that is there from equal inputs."""
-        record = fingerprints.read(self._stage_file(stage))
+        record = fingerprints.read_state(self._stage_file(stage))
         is_current = record.get("inputs") == fingerprints.digest(inputs, stage)
         return is_current and record.get("model") == self.model_state(stage)
 
@@ -127,7 +127,7 @@ class RunFolder(WorkFolder):
     def _write_stage(self, stage: Stage, content: dict[str, Any]) -> None:
         file = self._stage_file(stage)
         file.parent.mkdir(exist_ok=True)
-        fingerprints.write(file, content)
+        fingerprints.write_state(file, content)
 
     def _stage_file(self, stage: str) -> Path:
         return self.out / STAGES / f"{stage}.json"

@@ -125,7 +125,7 @@ class Run:
     def _model_inputs(self, stage: Stage) -> list[Any]:
         """Everything that the model of a stage depends on."""
         if stage == "factorize":
-            return fingerprints.factorizing(self.recipe)
+            return fingerprints.factorize_inputs(self.recipe)
         finetune = self.recipe.finetune
         texts = [fingerprints.data_state(spec) for spec in finetune.data]
         teacher = finetune.teacher and fingerprints.model_inputs(

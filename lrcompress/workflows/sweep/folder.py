@@ -68,7 +68,7 @@ class SweepFolder(WorkFolder):
         make: Callable[[], SweepPoint],
     ) -> SweepPoint:
         def make_anew() -> SweepPoint:
-            if fingerprints.read(file.path):
+            if fingerprints.read_state(file.path):
                 self.drop_reports()  # they show the point that is replaced
             return make()
 

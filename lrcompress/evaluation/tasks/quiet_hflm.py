@@ -1,0 +1,38 @@
+"""lm-eval's wrapper of a Hugging Face model, with one progress bar for all texts of a task.
+
+Importing this module imports lm-eval's model code, which takes seconds: import it where it is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+
+from lrcompress.runtime.progress import Progress
+
+
+class QuietHFLM(HFLM):  # type: ignore[misc]
+    """HFLM that shows progress per text, and not a new bar for each window of a text."""
+
+    def __init__(self, progress: Progress, **options: Any) -> None:
+        super().__init__(**options)
+        self._text_progress = progress
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> Any:
+        is_quiet = disable_tqdm or override_bs is not None
+        return super()._loglikelihood_tokens(requests, is_quiet, override_bs)
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        """Scores the texts one by one, so that the answer to each is cached as soon as it is known.
+
+        With a batch size above 1, a batch mixes windows of several texts, so all texts go to
+        lm-eval at once.
+        """
+        score_texts = super().loglikelihood_rolling
+        if self.batch_size != 1:
+            return score_texts(requests, disable_tqdm)
+        texts = self._text_progress(requests, "texts of a task")
+        return [score for text in texts for score in score_texts([text], True)]
