@@ -169,9 +169,14 @@ def _write_failure(error: Exception) -> str | None:
     return reason or (" ".join(str(error).split()) if isinstance(error, OSError) else None)
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Writes a text file atomically, in UTF-8. Raises MachineError if it cannot be written."""
-    partial = file.with_name(f".{file.name}.partial")
+def replace_text(file: Path, text: str, shared: bool = False) -> None:
+    """Writes a text file atomically, in UTF-8. Raises MachineError if it cannot be written.
+
+    `shared`: several processes may write the file at the same time, so each writes a partial file
+    of its own.
+    """
+    suffix = f".{os.getpid()}.partial" if shared else ".partial"
+    partial = file.with_name(f".{file.name}{suffix}")
     partial.unlink(missing_ok=True)  # if it is a link, writing would change its target
     try:
         partial.write_text(text, "utf-8")

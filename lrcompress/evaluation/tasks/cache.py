@@ -101,7 +101,7 @@ class CacheEntry:
         """Writes the file in one rename. Raises MachineError where it cannot be written."""
         with writing_state(f"the results of tasks in {str(self.file.parent)!r}"):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(self.file, json.dumps({"key": self.key, "result": record}))
+        replace_text(self.file, json.dumps({"key": self.key, "result": record}), shared=True)
 
     def answers_file(self) -> Path:
         """Path of lm-eval's SQLite database of answers; a damaged database is removed first."""
