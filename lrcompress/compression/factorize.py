@@ -141,7 +141,7 @@ class Compressor:
             for name, layer in originals.items():
                 install(model, name, layer)
             raise
-        scarce = [] if prepared.moments is None else prepared.moments.scarce()
+        scarce = [] if prepared.moments is None else prepared.moments.undersampled_experts()
         record_layout(model)
         selected = counts(linears, plan, settings.form)
         return Factorization(

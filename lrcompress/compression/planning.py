@@ -10,8 +10,8 @@ from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
-from lrcompress.compression.calibration.moments import Moments
-from lrcompress.compression.calibration.probes import Probe, corrected, probe
+from lrcompress.compression.calibration.moments import MomentStatistics
+from lrcompress.compression.calibration.probes import Probe, corrected, probe_of
 from lrcompress.config import FactorizeSettings
 from lrcompress.layers.ffn_layouts import linears_of
 from lrcompress.layers.lowrank import dense_weight
@@ -36,7 +36,7 @@ class PreparedModel:
     linears: tuple[LinearSpec, ...]
     method: Method
     allocator: Allocator
-    moments: Moments | None
+    moments: MomentStatistics | None
     choices: tuple[Candidates, ...]
     channels: dict[str, Tensor]
     keep_ratio: float | None
@@ -102,7 +102,7 @@ class Planning:
     ) -> list[Probe]:
         """One of each FFN, as far as there is something to change."""
         pairs = zip(ffns, choices, strict=True)
-        found = [probe(ffn, self.method, one, channels.get(ffn.name)) for ffn, one in pairs]
+        found = [probe_of(ffn, self.method, one, channels.get(ffn.name)) for ffn, one in pairs]
         return [one for one in found if one is not None]
 
     def corrected(
@@ -127,7 +127,7 @@ class Planning:
 class CalibrationSource(Protocol):
     """What can be measured on the calibration text."""
 
-    def moments(self, gradients: bool) -> Moments: ...
+    def moments(self, gradients: bool) -> MomentStatistics: ...
 
     def errors(self, probes: Sequence[Probe]) -> dict[str, list[float]]: ...
 
@@ -211,7 +211,9 @@ def by_ffn(linears: Iterable[LinearSpec]) -> list[tuple[LinearSpec, ...]]:
     return [tuple(group) for _, group in groupby(linears, key=lambda linear: linear.ffn)]
 
 
-def ffns_of(model: Any, linears: Sequence[LinearSpec], moments: Moments | None) -> Iterator[FFN]:
+def ffns_of(
+    model: Any, linears: Sequence[LinearSpec], moments: MomentStatistics | None
+) -> Iterator[FFN]:
     """The FFNs of `linears` one by one, with weights and what was measured."""
     blocks = {linear.block for linear in linears}
     sizes = Counter(linear.ffn for linear in linears_of(model, blocks))
@@ -228,7 +230,9 @@ def ffns_of(model: Any, linears: Sequence[LinearSpec], moments: Moments | None) 
         )
 
 
-def _statistics(specs: Sequence[LinearSpec], moments: Moments | None) -> dict[str, Statistics]:
+def _statistics(
+    specs: Sequence[LinearSpec], moments: MomentStatistics | None
+) -> dict[str, Statistics]:
     """Linears of one input group share one tensor, so that its roots are taken once."""
     if moments is None:
         return {spec.name: Statistics() for spec in specs}
@@ -237,5 +241,6 @@ def _statistics(specs: Sequence[LinearSpec], moments: Moments | None) -> dict[st
         first.setdefault(spec.input_group, spec)
     shared = {group: moments.statistics(spec).second_moment for group, spec in first.items()}
     return {
-        spec.name: Statistics(shared[spec.input_group], moments.gradient(spec)) for spec in specs
+        spec.name: Statistics(shared[spec.input_group], moments.gradient_moment(spec))
+        for spec in specs
     }

@@ -145,7 +145,7 @@ class Refinement:
         moments, needs = self.prepared.moments, self.prepared.method.requires
         if moments is None or "gradient_moment" not in needs or not down:
             return None
-        gradient = moments.gradient(down[-1])
+        gradient = moments.gradient_moment(down[-1])
         if gradient is None or not self.streams.adds_to_residual(index, down[-1].name):
             return None
         moment = shrunk(to_float64(gradient), OUTPUT_SHRINKAGE)

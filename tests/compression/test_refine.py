@@ -63,7 +63,7 @@ def test_the_loss_is_weighed_by_shrunk_gradients_and_by_size() -> None:
     prepared = prepare(model, text.linears, asked[1], None, text, silent)
     down = next(spec for spec in text.linears if spec.role == "down")
     assert prepared.moments is not None
-    found = prepared.moments.gradient(down)
+    found = prepared.moments.gradient_moment(down)
     assert found is not None
     gradient = to_float64(found)
     held = text.tokens[:2]

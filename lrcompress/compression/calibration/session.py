@@ -9,7 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lrcompress.compression.calibration.moments import Moments, measure_errors, measure_moments
+from lrcompress.compression.calibration.moments import (
+    MomentStatistics,
+    measure_errors,
+    measure_moments,
+)
 from lrcompress.compression.calibration.probes import Probe, held_out
 from lrcompress.config import CalibrationSettings
 from lrcompress.data.calibration_text import calibration_tokens
@@ -38,7 +42,7 @@ class CalibrationSession:
         self.settings, self.progress = settings, progress
         self.reading = 0.0
         self.measuring: dict[bool, float] = {}
-        self._moments: dict[bool, Moments] = {}
+        self._moments: dict[bool, MomentStatistics] = {}
 
     @cached_property
     def _text(self) -> tuple[Tensor, Fingerprint]:
@@ -58,7 +62,7 @@ class CalibrationSession:
         """Of the text, if any stage has read it."""
         return self._text[1] if "_text" in vars(self) else None
 
-    def moments(self, gradients: bool) -> Moments:
+    def moments(self, gradients: bool) -> MomentStatistics:
         """Of all samples; or, with gradients, of those that are not held out for probes."""
         if gradients not in self._moments:
             tokens, started = self.tokens, time.perf_counter()

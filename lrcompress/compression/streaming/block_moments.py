@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lrcompress.compression.calibration.moments import Moments
+from lrcompress.compression.calibration.moments import MomentCollector, MomentStatistics
 from lrcompress.compression.calibration.probes import Probe, ProbeErrors, held_out
 from lrcompress.compression.streaming.block_store import Activations
 from lrcompress.layers.block_runner import BlockRunner
@@ -126,30 +126,29 @@ class BlockMoments:
         with self.source.resident(index):
             yield
 
-    def moments(self, index: int) -> Moments:
+    def moments(self, index: int) -> MomentStatistics:
         """Of the linears of block number `index`, which has to be reached and resident.
 
         Bit for bit those that `measure_moments` finds in one process. What the block gives is kept
         if the next one has nothing to read yet.
         """
         specs = [spec for spec in self.linears if spec.block == index]
-        moments, length = Moments(specs, self.gradient_samples > 0), self.tokens.shape[1]
-        with moments.watching(self.source.model):
+        collector = MomentCollector(specs, self.gradient_samples > 0)
+        with collector.hooks(self.source.model):
             for sample in range(self.held.start):
                 if sample < self.gradient_samples:
                     self._input_gradient(index, sample)
-                    moments.gradient_tokens += length
                 else:
                     self._watch(index, sample)
-                moments.tokens += length
-        return moments
+        length = self.tokens.shape[1]
+        return collector.statistics(self.held.start * length, self.gradient_samples * length)
 
     def errors(self, index: int, probes: Sequence[Probe]) -> dict[str, list[float]]:
         """Of probes of block number `index`: bit for bit those of `measure_errors`."""
         errors = ProbeErrors(probes)
-        with errors.watching(self.source.model):
+        with errors.hooks(self.source.model):
             for sample in self.held:
-                errors.start()
+                errors.start_sample()
                 self._input_gradient(index, sample)
         return errors.means(self.tokens.shape[1])
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lrcompress.compression.calibration.moments import Moments
+from lrcompress.compression.calibration.moments import MomentStatistics
 from lrcompress.compression.calibration.session import CalibrationSession
 from lrcompress.compression.planning import (
     Planning,
@@ -138,7 +138,7 @@ class StreamingCompressor:
         if self.measured is not None:
             self.measured.reach(index)
 
-    def _moments(self, index: int) -> Moments | None:
+    def _moments(self, index: int) -> MomentStatistics | None:
         return None if self.measured is None else self.measured.moments(index)
 
     def _find_choices(self, blocks: Iterable[int]) -> None:

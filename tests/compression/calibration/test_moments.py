@@ -40,7 +40,7 @@ def test_second_moment_of_every_linear(family: str) -> None:
 def test_gate_and_up_share_one_moment() -> None:
     linears = select(tiny_model())
     moments = measure_moments(tiny_model(), linears, tokens(1, 8))
-    assert len(moments.watched) == 4  # two blocks: gate with up, and down
+    assert len(moments.input_sums.sums) == 4  # two blocks: gate with up, and down
     assert moments.statistics(linears[0]).second_moment is not None
 
 
