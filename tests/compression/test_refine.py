@@ -27,7 +27,7 @@ FAMILIES = ["llama", "phi3", "gpt2", "openai-gpt", "opt", "gemma2", "falcon", "g
 def refined(
     model: Any, work: Path | None = None, text: dict[str, Any] = TEXT, **settings: Any
 ) -> Factorization:
-    return factorize.apply(
+    return factorize.factorize_model(
         model,
         byte_tokenizer(),
         CalibrationSettings(**text),
@@ -57,24 +57,27 @@ def test_blocks_get_better_on_held_out_samples(method: str) -> None:
 
 def test_the_loss_is_weighed_by_shrunk_gradients_and_by_size() -> None:
     model = tiny_model()
-    asked = CalibrationSettings(**TEXT), FactorizeSettings(keep_ratio=0.6, rank_multiple=2)
-    parts = factorize.Compressor(model, byte_tokenizer(), *asked, RefineSettings(), silent, None)
-    text = parts.text()
-    prepared = prepare(model, text.linears, asked[1], None, text, silent)
-    down = next(spec for spec in text.linears if spec.role == "down")
+    calibration = CalibrationSettings(**TEXT)
+    settings = FactorizeSettings(keep_ratio=0.6, rank_multiple=2)
+    compressor = factorize.Compressor(
+        model, byte_tokenizer(), calibration, settings, RefineSettings(), silent, None
+    )
+    session = compressor.calibration()
+    prepared = prepare(model, session.linears, settings, None, session, silent)
+    down = next(spec for spec in session.linears if spec.role == "down")
     assert prepared.moments is not None
-    found = prepared.moments.gradient_moment(down)
-    assert found is not None
-    gradient = to_float64(found)
-    held = text.tokens[:2]
-    wanted = hidden_after_block_0(model, held)
-    factorize.apply(model, byte_tokenizer(), *asked, RefineSettings())
-    off = hidden_after_block_0(model, held) - wanted
+    moment = prepared.moments.gradient_moment(down)
+    assert moment is not None
+    gradient = to_float64(moment)
+    held_out = session.tokens[:2]
+    target = hidden_after_block_0(model, held_out)
+    factorize.factorize_model(model, byte_tokenizer(), calibration, settings, RefineSettings())
+    error = hidden_after_block_0(model, held_out) - target
     g = 0.4 * gradient + 0.6 * gradient.diagonal().diag()
     g += 1e-2 * gradient.diagonal().mean() * torch.eye(len(g))
-    size = wanted.square().sum(-1)
+    size = target.square().sum(-1)
     median = size.median(-1, keepdim=True).values
-    expected = ((off @ g * off).sum(-1) * (median / size).clamp_max(1)).mean()
+    expected = ((error @ g * error).sum(-1) * (median / size).clamp_max(1)).mean()
     assert refined(tiny_model()).refined[0].before == pytest.approx(float(expected), rel=1e-4)
 
 

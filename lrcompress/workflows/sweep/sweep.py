@@ -167,7 +167,7 @@ class SweepRunner:
     def _text(self) -> tuple[CalibrationSession, int | None]:
         """Of the widest needs of all variants, and the peak memory of measuring."""
         self._refuse_contamination()
-        text = self._compression(self.variants[0], self._model).text()
+        text = self._compression(self.variants[0], self._model).calibration()
         needs = [variant.factorize.compressor().requires for variant in self.variants]
         with peak_memory() as memory:
             for gradients in sorted({"gradient_moment" in need for need in needs if need}):
@@ -213,11 +213,11 @@ class SweepRunner:
     ) -> tuple[float, float]:
         """The share kept of `model`, and the seconds as if nothing had been decomposed before."""
         text, started = self._text[0], time.perf_counter()
-        read, saved = text.reading, prepared.decompositions.saved
-        plan = prepared.allocator.allocate(prepared.choices, Budget(keep_ratio=ratio))
+        read, saved = text.text_seconds, prepared.decompositions.saved
+        plan = prepared.allocator.allocate(prepared.candidates, Budget(keep_ratio=ratio))
         planned = replace(prepared, keep_ratio=ratio, plan=plan)
-        done = self._compression(variant, model).carry_out(planned, text)
-        seconds = time.perf_counter() - started - (text.reading - read)
+        done = self._compression(variant, model).compress(planned, text)
+        seconds = time.perf_counter() - started - (text.text_seconds - read)
         return done.selected.keep_ratio, seconds + prepared.decompositions.saved - saved
 
     def _charged(
@@ -235,8 +235,8 @@ class SweepRunner:
         read = text.fingerprint
         assert read is not None
         words = f"{read.num_samples} x {read.seq_len} tokens of {read.data}"
-        measuring = text.measuring[moments.gradient_tokens > 0] if moments else 0.0
-        seconds = point.seconds + text.reading + measuring
+        measuring = text.moment_seconds[moments.gradient_tokens > 0] if moments else 0.0
+        seconds = point.seconds + text.text_seconds + measuring
         memory = max(point.memory or 0, (peak or 0) if moments else 0) or None
         return replace(point, text=words, seconds=seconds, memory=memory)
 

@@ -159,13 +159,13 @@ def test_the_estimate_is_that_of_the_change(method: Auto | Nystrom | FisherSVD) 
     options = {"shrinkage": 0, "output_shrinkage": 0}
     settings = FactorizeSettings(keep_ratio=0.5, method=name, method_options=options)
     planning, moments = Planning.of(settings, 0.5), Told(model, 1.0).moments(True)
-    choices, channels = planning.choices(ffns_of(model, linears, moments))
-    for one in planning.probes(ffns_of(model, linears, moments), choices, channels):
-        found = moments.statistics(one.linear)
+    candidates = planning.candidates(ffns_of(model, linears, moments))
+    for probe in planning.probes(ffns_of(model, linears, moments), candidates):
+        found = moments.statistics(probe.linear)
         assert found.gradient_moment is not None
-        D = one.change.double()
+        D = probe.change.double()
         cost = float((found.gradient_moment.double() @ D @ found.second_moment @ D.T).trace())
-        assert one.estimated == pytest.approx(cost, rel=0.05)
+        assert probe.estimated == pytest.approx(cost, rel=0.05)
 
 
 def test_what_probes_found_is_recorded() -> None:

@@ -112,10 +112,10 @@ def test_weights_that_are_stored_otherwise_than_computed(tmp_path: Path) -> None
 STEPS: list[tuple[type, str, int]] = [
     (Activations, "write", 14),
     (BlockMoments, "_input_gradient", 3),
-    (BlockFiles, "write_choices", 2),
+    (BlockFiles, "write_candidates", 2),
     (BlockFiles, "write", 2),
     (BlockCompressor, "finish", 2),
-    (StreamingCompressor, "_finished", 1),
+    (StreamingCompressor, "_result", 1),
 ]
 
 
