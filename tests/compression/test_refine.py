@@ -41,18 +41,18 @@ def refined(
 @pytest.mark.parametrize("method", ["auto", "whitened"])
 def test_no_block_gets_worse_on_held_out_samples(family: str, method: str) -> None:
     model = tiny_model(family)
-    done = refined(model, method=method)
-    assert done.refined
-    assert all(block.after <= block.before for block in done.refined)
-    assert done.calibration is not None
-    assert done.to_dict()["refined"][0]["steps"] == 3 * 14
+    result = refined(model, method=method)
+    assert result.refined
+    assert all(block.after <= block.before for block in result.refined)
+    assert result.calibration is not None
+    assert result.to_dict()["refined"][0]["steps"] == 3 * 14
 
 
 @pytest.mark.parametrize("method", ["auto", "whitened", "nystrom"])
 def test_blocks_get_better_on_held_out_samples(method: str) -> None:
-    done = refined(tiny_model(), text=LONG, method=method)
-    assert sum(b.after for b in done.refined) < 0.98 * sum(b.before for b in done.refined)
-    assert done.refined[0].estimates_loss == (method != "whitened")
+    result = refined(tiny_model(), text=LONG, method=method)
+    assert sum(b.after for b in result.refined) < 0.98 * sum(b.before for b in result.refined)
+    assert result.refined[0].estimates_loss == (method != "whitened")
 
 
 def test_the_loss_is_weighed_by_shrunk_gradients_and_by_size() -> None:
@@ -89,9 +89,9 @@ def hidden_after_block_0(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 def test_closer_to_the_dense_model() -> None:
     errors = []
     expected = logits(tiny_model())
-    for wanted in (False, True):
+    for enabled in (False, True):
         model = tiny_model()
-        settings = {"refine": wanted, "calibration": "pydoc", "num_samples": 64, "seq_len": 128}
+        settings = {"refine": enabled, "calibration": "pydoc", "num_samples": 64, "seq_len": 128}
         lrcompress.factorize(
             model,
             byte_tokenizer(),
@@ -105,9 +105,9 @@ def test_closer_to_the_dense_model() -> None:
 
 def test_bfloat16_trains_in_float32_and_leaves_the_rest_bit_for_bit() -> None:
     model, untouched = tiny_model().bfloat16(), tiny_model().bfloat16()
-    done = refined(model, text=LONG)
+    result = refined(model, text=LONG)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert sum(b.after for b in done.refined) < sum(b.before for b in done.refined)
+    assert sum(b.after for b in result.refined) < sum(b.before for b in result.refined)
     parameters = dict(model.named_parameters())
     for name, parameter in untouched.named_parameters():
         if ".mlp." not in name:

@@ -43,7 +43,7 @@ class MomentCollector:
 
     @contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
-        """Inside, forward passes of `model` are summed, and their backward passes at any time."""
+        """Sums forward passes of `model` inside; their backward passes may follow outside."""
         # the linears of a group read the same input: one of them gets a hook
         readers = {spec.input_group: spec.name for spec in reversed(self.linears)}
         with ExitStack() as stack:

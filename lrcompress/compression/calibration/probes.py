@@ -93,7 +93,7 @@ class ProbeErrors:
 
     @contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
-        """Inside, forward passes of `model` are watched, and their backward passes at any time."""
+        """Observes forward passes of `model` inside; their backward passes may follow outside."""
         with ExitStack() as stack:
             for probe in self.probes:
                 module = model.get_submodule(probe.linear.name)

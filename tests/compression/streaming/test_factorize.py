@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import errno
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import lrcompress
 from lrcompress.checkpoint import folder as checkpoint_folder
 from lrcompress.compression.streaming.block_moments import BlockMoments
 from lrcompress.compression.streaming.block_steps import BlockCompressor
 from lrcompress.compression.streaming.block_store import Activations, BlockFiles
 from lrcompress.compression.streaming.factorize import StreamingCompressor
-from lrcompress.config.recipe import Recipe
 from lrcompress.layers.block_runner import BlockRunner
 from lrcompress.models.loading import load
-from lrcompress.models.offload import OffloadedModel
-from lrcompress.runtime.errors import InputError
-from lrcompress.runtime.progress import silent
 from tests.conftest import interrupt, invoke, small_recipe
 from tests.tiny import (
     STANDARD,
@@ -136,26 +130,6 @@ def test_an_interrupted_run_goes_on(
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [{"method": "auto"}, {"method": "whitened", "sequential": "anchored"}, {"method": "svd"}],
-    ids=str,
-)
-def test_what_is_kept_stays_within_what_is_said(tmp_path: Path, flags: dict[str, str]) -> None:
-    dense = saved_model(tmp_path / "dense", num_hidden_layers=4)
-    text = {"data": "pydoc", "num_samples": 9, "seq_len": 256, "gradient_samples": 2}
-    settings = {"keep_ratio": 0.6, "streaming": True} | flags
-    recipe = Recipe(model={"source": str(dense)}, calibration=text, factorize=settings)
-    messages: list[str] = []
-    source, work = OffloadedModel.load(recipe.model, tmp_path), tmp_path / "work"
-    StreamingCompressor(recipe, source, work, silent, messages.append).run()
-    written = sum(file.stat().st_size for file in work.rglob("*.safetensors"))
-    (disk,) = (
-        float(number.replace(",", "")) for number in re.findall(r"and ([\d,.]+) MiB", messages[0])
-    )
-    assert written / 2**20 < disk < 3 * written / 2**20
-
-
-@pytest.mark.parametrize(
     ("flags", "words"),
     [
         (("--keep-ratio", "0.6"), "name a text with --calibration"),
@@ -191,11 +165,6 @@ def test_a_full_disk_at_the_end_costs_no_block(
     calls = interrupt(monkeypatch, BlockCompressor, "block", 0)
     factorized(dense, out, *flags)
     assert not calls
-
-
-def test_a_model_in_memory_is_refused() -> None:
-    with pytest.raises(InputError, match="use `lrcompress factorize`"):
-        lrcompress.factorize(tiny_model(), byte_tokenizer(), keep_ratio=0.6, streaming=True)
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
