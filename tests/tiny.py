@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -243,3 +245,20 @@ assert difference <= {tolerance}, difference
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment
     )
     assert process.returncode == 0, process.stderr
+
+
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor in the safetensors files of a model folder."""
+    return {n: t for f in folder.glob("*.safetensors") for n, t in load_file(f).items()}
+
+
+# what differs in the records of two runs of the same settings
+RUN_SPECIFIC = ("seconds", "recipe", "saved")
+
+
+def saved_record(folder: Path) -> dict[str, Any]:
+    """lrcompress.json of a factorized model, without times and paths."""
+    record: dict[str, Any] = json.loads((folder / "lrcompress.json").read_text())
+    for block in record["refined"]:
+        block.pop("seconds")
+    return {key: value for key, value in record.items() if key not in RUN_SPECIFIC}

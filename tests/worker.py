@@ -1,14 +1,16 @@
-"""What each process of tests that start torchrun does: several jobs, one after another.
+"""Starts torchrun in tests; run as a module, does several jobs in each of its processes.
 
-Its argument is a folder with jobs.json: a list of {name, source, out, settings, stop} for
-trainings, without `source` those of new models; with `stop` every process is interrupted in that
-pass. {name, out, recipe} is a factorization. What a process saw goes to NAME.RANK.json there.
+The module's argument is a folder with jobs.json: a list of {name, source, out, settings, stop} for
+trainings; without `source` the model is a new one, and `stop` is the pass in which every process
+is interrupted. {name, out, recipe} is a factorization. Each process writes what it did to
+NAME.RANK.json in the folder.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,33 @@ from lrcompress.runtime import distributed
 from lrcompress.runtime.errors import InputError
 from lrcompress.training import finetune, pretrain
 from lrcompress.training.trainer import TextTrainer
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+TIMEOUT = 600  # seconds, on a machine that is busy with other tests
+
+
+def start_torchrun(*command: str) -> subprocess.Popen[str]:
+    """Starts a module in two processes."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [*TORCHRUN, *command], env=ENVIRONMENT, text=True, stdout=pipe, stderr=pipe
+    )
+
+
+def wait_for(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, output and errors; after TIMEOUT torchrun is ended with its processes."""
+    try:
+        output, errors = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.terminate()
+    return process.returncode, output, errors
+
+
+def run_torchrun(*command: str) -> None:
+    """Runs a module in two processes, which have to succeed."""
+    code, _, errors = wait_for(start_torchrun(*command))
+    assert code == 0, errors
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:

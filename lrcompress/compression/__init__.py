@@ -1,0 +1,1 @@
+"""Compresses a model: calibrates, plans, replaces layers and refines them."""

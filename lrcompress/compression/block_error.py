@@ -1,4 +1,4 @@
-"""How far a compressed block is from the dense one, in what that costs the model."""
+"""The error of a compressed block's output, weighed by what it costs the model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from lrcompress.compression.hidden_streams import HiddenStreams
 
 @dataclass(frozen=True)
 class BlockError:
-    """Squared error of a block's output in the metric, averaged over the tokens of a sample.
+    """Squared error of a block's output, averaged over the tokens of a sample.
 
-    Tokens whose hidden state is larger than the median's count less, in proportion: the norm
-    in front of the next layer divides their error by their size.
+    `targets` are the outputs (1, length, width) of the dense block for each sample. `metric`
+    (width, width), if given, multiplies the error before it is squared. A token whose target is
+    larger than the median counts less, in proportion: the norm in front of the next layer divides
+    its error by its size.
     """
 
     streams: HiddenStreams
@@ -24,16 +26,17 @@ class BlockError:
     targets: Sequence[Tensor]
     metric: Tensor | None
 
-    def __call__(self, sample: int) -> Tensor:
+    def of_sample(self, sample: int) -> Tensor:
+        """The error for the compressed stream of one sample; a scalar with a graph."""
         hidden = self.streams.compressed[sample]
-        return self._of(self.streams.run(self.index, hidden).output, self.targets[sample])
+        return self._weighed(self.streams.run(self.index, hidden).output, self.targets[sample])
 
     def energy(self, samples: Sequence[int]) -> float:
-        """The error of doing nothing: what the block adds to the residual stream."""
+        """The error of a block that passes on its input: the size of what the block adds."""
         dense = self.streams.dense
-        return sum(float(self._of(dense[i], self.targets[i])) for i in samples) / len(samples)
+        return sum(float(self._weighed(dense[i], self.targets[i])) for i in samples) / len(samples)
 
-    def _of(self, output: Tensor, target: Tensor) -> Tensor:
+    def _weighed(self, output: Tensor, target: Tensor) -> Tensor:
         difference = output.to(target.device) - target
         if self.metric is not None:
             difference = difference @ self.metric.to(difference.device)
@@ -42,4 +45,5 @@ class BlockError:
         return (difference.square().sum(-1) * weight).mean()
 
     def mean(self, samples: Sequence[int]) -> float:
-        return sum(float(self(sample)) for sample in samples) / len(samples)
+        """The mean error over `samples`."""
+        return sum(float(self.of_sample(sample)) for sample in samples) / len(samples)

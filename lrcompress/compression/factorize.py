@@ -1,4 +1,4 @@
-"""Calibrate, plan, shrink, swap: in memory, one call from Python."""
+"""Factorizes a model in memory: calibrates, plans, replaces layers and refines them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ from lrcompress.checkpoint.folder import save_checkpoint
 from lrcompress.compression.anchored import apply_plan_anchored
 from lrcompress.compression.calibration.session import CalibrationSession
 from lrcompress.compression.perplexity_search import smallest_within
-from lrcompress.compression.planning import PreparedModel, check_weights, prepare, selected_share
+from lrcompress.compression.planning import (
+    PreparedModel,
+    check_weights,
+    prepare,
+    selected_keep_ratio,
+)
 from lrcompress.compression.refine import refine
 from lrcompress.compression.refined_block import RefinedBlock
 from lrcompress.compression.replace_layers import LinearResult, apply_plan
-from lrcompress.compression.result import Counts, Factorization, counts, probed, warnings_of
+from lrcompress.compression.result import DenseModel, Factorization, factorization_of
 from lrcompress.config import CalibrationSettings, FactorizeSettings, RefineSettings
 from lrcompress.config.recipe import sections, sections_from_flat
 from lrcompress.layers.experts import EXPERT_LIST
-from lrcompress.layers.ffn_layouts import find_ffns, select
+from lrcompress.layers.ffn_layouts import select
 from lrcompress.layers.lowrank import compressed_layers, install, is_linear
-from lrcompress.layers.model_info import parameter_count
 from lrcompress.layers.model_state import in_float32
 from lrcompress.layers.moe import unpacked
 from lrcompress.layers.nonfinite import nonfinite_weights
-from lrcompress.methods.plan import Plan
 from lrcompress.methods.types import LinearSpec
 from lrcompress.models.hf_quantizer import record_layout
 from lrcompress.runtime import distributed
@@ -56,10 +59,10 @@ def factorize(
     as it was.
     """
     checked = sections_from_flat(sections("calibration", "factorize", "refine"), settings)
-    return apply(model, tokenizer, **checked, progress=progress)
+    return factorize_model(model, tokenizer, **checked, progress=progress)
 
 
-def apply(
+def factorize_model(
     model: Any,
     tokenizer: Any,
     calibration: CalibrationSettings,
@@ -68,42 +71,53 @@ def apply(
     progress: Progress = silent,
     work: Path | None = None,
 ) -> Factorization:
-    """`factorize` with checked settings; what an interrupted run finished is kept in `work`."""
+    """`factorize` with checked settings; refined blocks are kept in the folder `work`, if given.
+
+    A later call with the same settings and `work` resumes from them.
+    """
     return Compressor(model, tokenizer, calibration, factorize, refine, progress, work).run()
 
 
 @dataclass(frozen=True)
 class Compressor:
-    """One model on its way through the stages."""
+    """Takes one model in memory through the stages: calibrate, plan, replace layers, refine."""
 
     model: Any
     tokenizer: Any
-    calibration: CalibrationSettings
+    calibration_settings: CalibrationSettings
     settings: FactorizeSettings
-    refinement: RefineSettings
+    refine_settings: RefineSettings
     progress: Progress
     work: Path | None
     started: float = field(default_factory=time.perf_counter)
 
     def run(self) -> Factorization:
-        """In the model's own precision; a float16 model that overflows there, in float32."""
-        text = self.text()
-        share = selected_share(self.model, text.linears, self.settings)  # of the bytes it has now
+        """All stages, in the model's own precision; in float32 where its float16 overflows."""
+        session = self.calibration()
+        # float32 would change the bytes that a target size is compared with
+        keep_ratio = selected_keep_ratio(self.model, session.linears, self.settings)
         try:
-            return self._run(text, share)
+            return self._prepare_and_compress(session, keep_ratio)
         except NotFiniteError:
             if distributed.world_size() > 1 or self.model.dtype != torch.float16:
                 raise
-            with _widened(self.model):
-                done = self._run(self.text(), share)
-            return replace(done, notes=(*done.notes, OVERFLOWS))
+            with _compressed_in_float32(self.model):
+                result = self._prepare_and_compress(self.calibration(), keep_ratio)
+            return replace(result, notes=(*result.notes, OVERFLOWS))
 
-    def _run(self, text: CalibrationSession, share: float | None) -> Factorization:
-        parts = (self.settings, share, text, self.progress)
-        return self.carry_out(prepare(self.model, text.linears, *parts), text)
+    def _prepare_and_compress(
+        self, session: CalibrationSession, keep_ratio: float | None
+    ) -> Factorization:
+        prepared = prepare(
+            self.model, session.linears, self.settings, keep_ratio, session, self.progress
+        )
+        return self.compress(prepared, session)
 
-    def text(self) -> CalibrationSession:
-        """What may be measured; nothing is before it is needed."""
+    def calibration(self) -> CalibrationSession:
+        """The calibration of this model, which measures nothing before a stage needs it.
+
+        Raises InputError where the settings do not fit the model, or weights are not finite.
+        """
         settings = self.settings
         if settings.streaming:
             raise InputError(
@@ -118,100 +132,119 @@ class Compressor:
         if settings.sequential == "anchored":
             _refuse_experts(linears)
         return CalibrationSession(
-            self.model, self.tokenizer, linears, self.calibration, self.progress
+            self.model, self.tokenizer, linears, self.calibration_settings, self.progress
         )
 
-    def carry_out(self, prepared: PreparedModel, text: CalibrationSession) -> Factorization:
-        """Shrinks the model as planned, in place; whatever fails, it is as it was."""
-        with unpacked(self.model):
-            return self._carried_out(prepared, text)
+    def compress(self, prepared: PreparedModel, session: CalibrationSession) -> Factorization:
+        """Replaces and refines layers as planned, in place; after an error the model is as it was.
 
-    def _carried_out(self, prepared: PreparedModel, text: CalibrationSession) -> Factorization:
-        model, settings, linears = self.model, self.settings, prepared.linears
-        before, finding = parameter_count(model), find_ffns(model)
-        plan = prepared.plan
-        trials: tuple[dict[str, float], ...] = ()
-        if plan is None:
-            plan, trials = smallest_within(model, self.tokenizer, prepared, settings, self.progress)
-        originals = {spec.name: model.get_submodule(spec.name) for spec in linears}
+        Without a plan, the smallest model within the perplexity limit is searched for.
+        """
+        with unpacked(self.model):
+            trials: tuple[dict[str, float], ...] = ()
+            if prepared.plan is None:
+                plan, trials = smallest_within(
+                    self.model, self.tokenizer, prepared, self.settings, self.progress
+                )
+                prepared = replace(prepared, plan=plan)
+            before = DenseModel.of(self.model, self.started)
+            linears, refined = self._replace_and_refine(prepared, session)
+            record_layout(self.model)
+            return factorization_of(
+                self.model, before, prepared, linears, refined, session.fingerprint, trials
+            )
+
+    def _replace_and_refine(
+        self, prepared: PreparedModel, session: CalibrationSession
+    ) -> tuple[tuple[LinearResult, ...], tuple[RefinedBlock, ...]]:
+        originals = {spec.name: self.model.get_submodule(spec.name) for spec in prepared.linears}
         try:
-            done = self._shrink(prepared, plan, text)
-            refined = self._refine(originals, prepared, plan, text)
+            linears = self._replace_layers(prepared, session)
+            return linears, self._refine(originals, prepared, session)
         except BaseException:
             for name, layer in originals.items():
-                install(model, name, layer)
+                install(self.model, name, layer)
             raise
-        scarce = [] if prepared.moments is None else prepared.moments.scarce()
-        record_layout(model)
-        selected = counts(linears, plan, settings.form)
-        return Factorization(
-            done,
-            selected,
-            counts(finding.linears, plan, settings.form),
-            Counts(before, parameter_count(model)),
-            text.fingerprint,
-            probed(prepared.choices),
-            trials,
-            refined,
-            tuple(warnings_of(done, finding.experts, scarce, selected, prepared.keep_ratio)),
-            time.perf_counter() - self.started,
-        )
 
-    def _shrink(
-        self, prepared: PreparedModel, plan: Plan, text: CalibrationSession
+    def _replace_layers(
+        self, prepared: PreparedModel, session: CalibrationSession
     ) -> tuple[LinearResult, ...]:
-        form, settings = self.settings.form, self.settings
-        if settings.sequential == "independent":
-            return apply_plan(self.model, prepared, plan, form, self.progress)
-        tokens, damping = text.tokens, settings.anchor_damping
-        parts = (self.model, prepared, plan, form, tokens, damping, self.progress)
-        return run_on_main(lambda: apply_plan_anchored(*parts))
+        plan = prepared.plan
+        assert plan is not None
+        if self.settings.sequential == "independent":
+            return apply_plan(self.model, prepared, plan, self.progress)
+        tokens, damping = session.tokens, self.settings.anchor_damping
+        return run_on_main(
+            lambda: apply_plan_anchored(
+                self.model, prepared, plan, tokens=tokens, damping=damping, progress=self.progress
+            )
+        )
 
     def _refine(
         self,
         originals: Mapping[str, nn.Module],
         prepared: PreparedModel,
-        plan: Plan,
-        text: CalibrationSession,
+        session: CalibrationSession,
     ) -> tuple[RefinedBlock, ...]:
-        if not self.refinement.enabled:
+        if not self.refine_settings.enabled:
             return ()
         work = None
         if self.work is not None:
-            work = self.work / self._identity(originals, text, plan)
-        settings, progress = self.refinement, self.progress
-        parts = (self.model, originals, prepared, text.tokens, settings, work, progress)
-        return run_on_main(lambda: refine(*parts))
+            work = self.work / self._refinement_key(originals, prepared, session)
+        tokens = session.tokens
+        return run_on_main(
+            lambda: refine(
+                self.model,
+                originals,
+                prepared,
+                tokens=tokens,
+                settings=self.refine_settings,
+                work=work,
+                progress=self.progress,
+            )
+        )
 
-    def _identity(
-        self, originals: Mapping[str, nn.Module], text: CalibrationSession, plan: Plan
+    def _refinement_key(
+        self,
+        originals: Mapping[str, nn.Module],
+        prepared: PreparedModel,
+        session: CalibrationSession,
     ) -> str:
-        """Names what refined blocks depend on; work of another model or setting is not used."""
-        parts = (self.calibration, self.settings, self.refinement)
-        settings = [part.model_dump(mode="json") for part in parts]
+        """A hash of all that refined blocks depend on, so that no other work is resumed."""
+        plan = prepared.plan
+        assert plan is not None
+        sections = (self.calibration_settings, self.settings, self.refine_settings)
+        settings = [section.model_dump(mode="json") for section in sections]
         inputs = [settings, dict(plan.ranks), dict(plan.widths)]
         digest = hashlib.sha256(fingerprints.digest(inputs, "factorize").encode())
-        digest.update(text.tokens.numpy().tobytes())
+        digest.update(session.tokens.numpy().tobytes())
         fingerprints.add_tensors(digest, self.model.state_dict().items())
-        for owner, layer in originals.items():
-            named = ((f"{owner} {name}", tensor) for name, tensor in layer.state_dict().items())
-            fingerprints.add_tensors(digest, named)
+        for linear_name, layer in originals.items():
+            tensors = (
+                (f"{linear_name} {name}", tensor) for name, tensor in layer.state_dict().items()
+            )
+            fingerprints.add_tensors(digest, tensors)
         return digest.hexdigest()[:16]
 
 
 @contextmanager
-def _widened(model: nn.Module) -> Iterator[None]:
-    """In float32; at the end every linear has its own precision again, also one that was put in."""
-    own = next(model.parameters()).dtype  # of experts, which are no linears before and after
-    stored = {n: m.weight.dtype for n, m in model.named_modules() if is_linear(m)}
+def _compressed_in_float32(model: nn.Module) -> Iterator[None]:
+    """The model is in float32 inside; after it every layer, new ones too, has its dtype again."""
+    # fused experts are linears only while they are unpacked, so their dtype is not in `dtypes`
+    model_dtype = next(model.parameters()).dtype
+    dtypes = {name: m.weight.dtype for name, m in model.named_modules() if is_linear(m)}
     with in_float32(model):
         yield
     for name, layer in compressed_layers(model):
-        layer.to(stored.get(name, own))
+        layer.to(dtypes.get(name, model_dtype))
 
 
 def _refuse_experts(linears: Iterable[LinearSpec]) -> None:
-    """An expert reads other tokens when what is in front of it changes: there is nothing to fit."""
+    """Raises InputError for experts, which cannot be anchored.
+
+    After a change in earlier blocks the router sends an expert other tokens, so there are no dense
+    outputs to fit it to.
+    """
     if any(spec.mixture for spec in linears):
         raise InputError(
             "--sequential anchored cannot fit mixtures of experts, which read other tokens once "

@@ -1,4 +1,4 @@
-"""What the command factorize does, in memory or streaming, from folder to folder."""
+"""Factorizes a model from folder to folder, in memory or streaming: the command `factorize`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from lrcompress.checkpoint import fingerprints
 from lrcompress.checkpoint.folder import save_checkpoint
 from lrcompress.checkpoint.record import record_of
-from lrcompress.compression.factorize import apply
+from lrcompress.compression.factorize import factorize_model
 from lrcompress.compression.result import Factorization
 from lrcompress.compression.streaming.factorize import StreamingCompressor
 from lrcompress.config.recipe import Recipe
@@ -29,11 +29,11 @@ def factorize_to(
     replace: bool = False,
     say: ShowMessage = show_nothing,
 ) -> dict[str, Any]:
-    """Loads, factorizes and saves to `out`; returns what lrcompress.json holds.
+    """Loads, factorizes and saves to the folder `out`; returns what lrcompress.json holds.
 
-    `say` is told what streaming will need, before it starts.
-    Under torchrun every process calls it, and the main one writes. Raises InputError if `out`
-    exists, unless an older result there is to be replaced.
+    `say` receives a sentence on the memory and disk that streaming needs, before it starts.
+    Under torchrun every process calls this function, and the main process writes. Raises
+    InputError if `out` exists, unless `replace` allows replacing an older result there.
     """
     if not distributed.is_main():
         progress, say = silent, show_nothing
@@ -46,11 +46,21 @@ def factorize_to(
 def _in_memory(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> dict[str, Any]:
     device = run_on_all(lambda: distributed.local_device(recipe.model.device))
     model, tokenizer = run_on_all(lambda: load_model(recipe.model, device=device))
-    work = out.with_name(f".{out.name}.refine")  # refined blocks, until the whole is saved
-    parts = (recipe.calibration, recipe.factorize, recipe.refine, progress, work)
-    done = run_on_all(lambda: apply(model, tokenizer, *parts))
+    # keeps refined blocks until the whole model is saved
+    work = out.with_name(f".{out.name}.refine")
+    result = run_on_all(
+        lambda: factorize_model(
+            model,
+            tokenizer,
+            recipe.calibration,
+            recipe.factorize,
+            recipe.refine,
+            progress=progress,
+            work=work,
+        )
+    )
     saved = run_on_main(
-        lambda: save_checkpoint(model, tokenizer, out, _made(recipe, done), replace)
+        lambda: save_checkpoint(model, tokenizer, out, _record(recipe, result), replace)
     )
     run_on_main(lambda: discard(work, out))
     return saved
@@ -59,24 +69,31 @@ def _in_memory(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> 
 def _streamed(
     recipe: Recipe, out: Path, progress: Progress, replace: bool, say: ShowMessage
 ) -> dict[str, Any]:
-    work = out.with_name(f".{out.name}.streaming")  # of this output: blocks of all settings
-    own = (
-        work
-        / run_on_main(
-            lambda: fingerprints.digest(fingerprints.factorize_inputs(recipe), "factorize")
-        )[:16]
+    # keeps the blocks of every run to `out`, in a folder per settings
+    work = out.with_name(f".{out.name}.streaming")
+    key = run_on_main(
+        lambda: fingerprints.digest(fingerprints.factorize_inputs(recipe), "factorize")
     )
-    distributed.make_shared_folder(own)
+    run_work = work / key[:16]
+    distributed.make_shared_folder(run_work)
     try:
-        source = run_on_all(lambda: OffloadedModel.load(recipe.model, own))
-        run = run_on_all(lambda: StreamingCompressor(recipe, source, own, progress, say))
-        record = _made(recipe, run_on_all(run.run))
+        source = run_on_all(lambda: OffloadedModel.load(recipe.model, run_work))
+        compressor = run_on_all(
+            lambda: StreamingCompressor(recipe, source, run_work, progress, say)
+        )
+        record = _record(recipe, run_on_all(compressor.run))
     except InputError:
         _remove_empty(work)
         raise
     saved = run_on_main(
         lambda: save_checkpoint(
-            source.model, source.tokenizer, out, record, replace, source.outside(), run.shards
+            source.model,
+            source.tokenizer,
+            out,
+            record,
+            replace,
+            source.outside(),
+            compressor.shards,
         )
     )
     run_on_main(lambda: discard(work, out))
@@ -84,19 +101,19 @@ def _streamed(
 
 
 def _remove_empty(folder: Path) -> None:
-    """Removes the folders below `folder`, and itself, in which there is no file."""
-    below = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
-    for one in (*below, folder):
-        if not any(one.iterdir()):
-            one.rmdir()
+    """Removes the folders below `folder`, and `folder` itself, that hold no file."""
+    subfolders = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
+    for path in (*subfolders, folder):
+        if not any(path.iterdir()):
+            path.rmdir()
 
 
-def _made(recipe: Recipe, done: Factorization) -> dict[str, Any]:
-    """The record of what was done, and of what had been learned before."""
+def _record(recipe: Recipe, result: Factorization) -> dict[str, Any]:
+    """What lrcompress.json says of this result, and of earlier training of the source model."""
     record = {
         "source": recipe.model.source,
         "recipe": recipe.model_dump(mode="json"),
-        **done.to_dict(),
+        **result.to_dict(),
     }
     if before := learned(record_of(recipe.model) or {}):
         record["before"] = before

@@ -1,4 +1,4 @@
-"""Hidden states of a text in front of one block at a time, dense and compressed."""
+"""Hidden states of a text in front of one block, in the dense and in the compressed model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from lrcompress.layers.block_runner import BlockRunner
 
 
 class HiddenStreams(BlockRunner):
-    """The hidden states of every sample in front of one block, dense and compressed.
+    """The hidden states (1, length, width) of every sample in front of one block, in two streams.
 
-    Both start at the embedding of `tokens` (samples, length); whoever walks through the blocks
-    moves them on. States are kept in `dtype`, by default the model's own.
+    `dense` and `compressed` both start at the embedding of `tokens` (samples, length); the caller
+    replaces them as it moves from block to block. States have the dtype `dtype`, by default the
+    model's own.
     """
 
     def __init__(self, model: Any, tokens: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -23,9 +24,10 @@ class HiddenStreams(BlockRunner):
         self.compressed = list(self.dense)
 
     def adds_to_residual(self, block: int, name: str) -> bool:
-        """Whether the linear's output reaches the block's output unchanged; shown by a shift.
+        """Whether the linear's output is added to the block's output unchanged.
 
-        It is as large as what it is added to, so that rounding in low precision does not hide it.
+        Tested by shifting the linear's output: the block's output has to move by the same. The
+        shift is as large as the outputs, so that rounding in low precision does not hide it.
         """
         module = self.model.get_submodule(name)
         plain = self.run(block, self.compressed[0], outputs_of=(name,))

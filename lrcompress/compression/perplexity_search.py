@@ -1,4 +1,4 @@
-"""The smallest model whose perplexity on a validation text stays within a limit."""
+"""Searches for the smallest model whose perplexity on a validation text stays within a limit."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lrcompress.runtime.distributed import run_on_main
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, silent
 
-# keep_ratios tried, and windows of validation text for each
 TRIALS = 6
-LOWEST = 0.1
-WINDOWS = 12
+MIN_KEEP_RATIO = 0.1
+# windows of validation text on which each trial is measured
+TRIAL_WINDOWS = 12
 
 
 def smallest_within(
@@ -32,25 +32,28 @@ def smallest_within(
 ) -> tuple[Plan, tuple[dict[str, float], ...]]:
     """Bisects keep_ratio for a perplexity of at most (1 + max_perplexity_increase) x dense.
 
-    Returns the plan of the smallest keep_ratio that held the limit, and all that was tried.
-    Perplexity falls as keep_ratio rises but for noise, so the answer is exact to the last
-    halving of the range. Raises InputError where not even the largest trial holds it.
+    Returns the plan of the smallest keep_ratio within the limit, and every trial as {keep_ratio,
+    perplexity, limit}. Apart from noise, perplexity falls as keep_ratio rises, so the result is
+    exact to the last halving of the range. Raises InputError where no trial is within the limit.
     """
     assert settings.max_perplexity_increase is not None
     if tokenizer is None:
-        raise InputError("max_perplexity_increase measures perplexity, which takes a tokenizer")
-    limit = _measure(model, tokenizer, settings) * (1 + settings.max_perplexity_increase)
-    low, high, prepared = LOWEST, 1.0, prepared.for_many_plans()
+        raise InputError(
+            "max_perplexity_increase measures perplexity, which needs a tokenizer: pass one"
+        )
+    limit = _measure_perplexity(model, tokenizer, settings)
+    limit *= 1 + settings.max_perplexity_increase
+    low, high, prepared = MIN_KEEP_RATIO, 1.0, prepared.for_many_plans()
     best: Plan | None = None
     trials = []
     for _ in progress(range(TRIALS), "Searching", TRIALS):
         ratio = (low + high) / 2
-        plan = prepared.allocator.allocate(prepared.choices, Budget(keep_ratio=ratio))
+        plan = prepared.allocator.allocate(prepared.candidates, Budget(keep_ratio=ratio))
         trial = copy.deepcopy(model)
-        apply_plan(trial, prepared, plan, settings.form, silent)
-        found = _measure(trial, tokenizer, settings)
-        trials.append({"keep_ratio": ratio, "perplexity": found, "limit": limit})
-        if found <= limit:
+        apply_plan(trial, prepared, plan, silent)
+        measured = _measure_perplexity(trial, tokenizer, settings)
+        trials.append({"keep_ratio": ratio, "perplexity": measured, "limit": limit})
+        if measured <= limit:
             best, high = plan, ratio
         else:
             low = ratio
@@ -62,10 +65,10 @@ def smallest_within(
     return best, tuple(trials)
 
 
-def _measure(model: Any, tokenizer: Any, settings: FactorizeSettings) -> float:
+def _measure_perplexity(model: Any, tokenizer: Any, settings: FactorizeSettings) -> float:
     corpus = read_corpus(settings.validation, "test")
     length = sequence_length(model, None)
     with evaluation_mode(model):
         return run_on_main(
-            lambda: perplexity("trial", model, tokenizer, corpus, length, limit=WINDOWS).value
+            lambda: perplexity("trial", model, tokenizer, corpus, length, limit=TRIAL_WINDOWS).value
         )

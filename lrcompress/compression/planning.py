@@ -1,4 +1,4 @@
-"""From a model and settings to what could be done to each FFN, and the plan of what will be."""
+"""Plans a compression: what could be done to each FFN, at what loss, and what will be done."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
-from lrcompress.compression.calibration.moments import Moments
-from lrcompress.compression.calibration.probes import Probe, corrected, probe
+from lrcompress.compression.calibration.moments import MomentStatistics
+from lrcompress.compression.calibration.probes import Probe, corrected, probe_of
 from lrcompress.config import FactorizeSettings
 from lrcompress.layers.ffn_layouts import linears_of
 from lrcompress.layers.lowrank import dense_weight
@@ -20,41 +20,71 @@ from lrcompress.layers.moe import unpacked
 from lrcompress.methods.candidates import CandidateGrid, list_candidates
 from lrcompress.methods.decomposition_cache import DecompositionCache
 from lrcompress.methods.plan import Allocator, Budget, Candidates, Plan
-from lrcompress.methods.types import FFN, LinearSpec, Method, Statistics
+from lrcompress.methods.types import FFN, Form, LinearSpec, Method, Statistics
 from lrcompress.runtime.distributed import map_sharded
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
-class PreparedModel:
-    """The selected FFNs with all that was measured; `plan` is None until a search finds it.
+class ModelCandidates:
+    """What a method could do to each FFN, in the order of the FFNs.
 
-    `keep_ratio` is the budget asked for, as a share, where it is one.
+    `channels` has, by the name of each FFN that may be narrowed, its channels in the order in
+    which they are kept.
+    """
+
+    ffns: tuple[Candidates, ...]
+    channels: Mapping[str, Tensor]
+
+    @classmethod
+    def joined(cls, parts: Iterable[Self]) -> Self:
+        """The candidates of all parts of a model."""
+        parts = tuple(parts)
+        return cls(
+            tuple(candidates for part in parts for candidates in part.ffns),
+            {name: order for part in parts for name, order in part.channels.items()},
+        )
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """The selected linears with all that was measured; `plan` is None until a search finds it.
+
+    `keep_ratio` is the budget as a share of the selected parameters, None where it is another.
+    `moments` are None where none were measured, or where they are measured again block by block.
     """
 
     linears: tuple[LinearSpec, ...]
     method: Method
     allocator: Allocator
-    moments: Moments | None
-    choices: tuple[Candidates, ...]
-    channels: dict[str, Tensor]
+    form: Form
+    moments: MomentStatistics | None
+    candidates: tuple[Candidates, ...]
+    channels: Mapping[str, Tensor]
     keep_ratio: float | None
     plan: Plan | None
     decompositions: DecompositionCache
 
     def for_many_plans(self) -> PreparedModel:
-        """The same, with decompositions that are kept: each then serves all plans."""
+        """The same with a cache of decompositions, each of which then serves all plans."""
         return replace(self, decompositions=DecompositionCache(self.method, keep=True))
 
     def ffns(self, model: Any) -> Iterator[FFN]:
         """The FFNs of `model`, block by block, with weights and statistics."""
         return ffns_of(model, self.linears, self.moments)
 
+    def narrowed(self, ffn: FFN, plan: Plan) -> FFN:
+        """`ffn` with the channels that `plan` keeps; the same where it keeps all."""
+        width = plan.widths.get(ffn.name)
+        if width is None:
+            return ffn
+        return self.method.narrow(ffn, self.channels[ffn.name][:width])
+
 
 @dataclass(frozen=True)
 class Planning:
-    """The method, the policy and the budget of a run: from FFNs to choices to a plan."""
+    """The method, the rank policy and the budget of a run: from FFNs to candidates to a plan."""
 
     method: Method
     allocator: Allocator
@@ -68,68 +98,144 @@ class Planning:
         return cls(settings.compressor(), settings.allocator(), grid, budget)
 
     @property
-    def is_early(self) -> bool:
-        """Whether a plan takes neither errors nor narrowing, so that nothing has to be measured."""
-        return not (self.allocator.needs_errors or self.method.narrows)
+    def needs_measurement(self) -> bool:
+        """Whether planning takes errors or an order of channels, and not parameter counts alone."""
+        return self.allocator.needs_errors or self.method.narrows
 
-    def reads_text(self, plan: Plan | None) -> bool:
-        """Whether moments are needed for `plan`, or to find one."""
+    def needs_moments(self, plan: Plan | None) -> bool:
+        """Whether moments are needed to carry out `plan`, or to find one where it is None."""
         return bool(self.method.requires) and not (plan is not None and not plan.ranks)
 
     @property
-    def gradients(self) -> bool:
+    def needs_gradients(self) -> bool:
         return "gradient_moment" in self.method.requires
 
     @property
-    def is_probed(self) -> bool:
-        """Whether estimates are of the loss, and compared from block to block."""
-        return self.gradients and self.method.estimates_loss and self.allocator.needs_errors
+    def needs_probes(self) -> bool:
+        """Whether errors estimate the loss and are compared from block to block."""
+        return self.needs_gradients and self.method.estimates_loss and self.allocator.needs_errors
 
-    def choices(self, ffns: Iterable[FFN]) -> tuple[tuple[Candidates, ...], dict[str, Tensor]]:
-        """Of each FFN, and the order of its channels where the method narrows."""
-        found, channels = [], {}
+    def candidates(self, ffns: Iterable[FFN]) -> ModelCandidates:
+        candidates: list[Candidates] = []
+        channels: dict[str, Tensor] = {}
         for ffn in ffns:
-            choices, order = list_candidates(
+            ffn_candidates, order = list_candidates(
                 ffn, self.method, self.grid, self.allocator.needs_errors
             )
-            found.append(choices)
+            candidates.append(ffn_candidates)
             if order is not None:
                 channels[ffn.name] = order.cpu()
-        return tuple(found), channels
+        return ModelCandidates(tuple(candidates), channels)
 
-    def probes(
-        self, ffns: Iterable[FFN], choices: Iterable[Candidates], channels: Mapping[str, Tensor]
-    ) -> list[Probe]:
-        """One of each FFN, as far as there is something to change."""
-        pairs = zip(ffns, choices, strict=True)
-        found = [probe(ffn, self.method, one, channels.get(ffn.name)) for ffn, one in pairs]
-        return [one for one in found if one is not None]
+    def probes(self, ffns: Iterable[FFN], candidates: ModelCandidates) -> list[Probe]:
+        """A probe of each FFN in which there is something to change."""
+        probes = [
+            probe_of(ffn, self.method, ffn_candidates, candidates.channels.get(ffn.name))
+            for ffn, ffn_candidates in zip(ffns, candidates.ffns, strict=True)
+        ]
+        return [probe for probe in probes if probe is not None]
 
     def corrected(
         self,
         ffns: Iterable[FFN],
-        choices: tuple[Candidates, ...],
-        channels: Mapping[str, Tensor],
+        candidates: ModelCandidates,
         measure: Callable[[list[Probe]], Mapping[str, Sequence[float]]],
-    ) -> tuple[Candidates, ...]:
-        """`choices` with the factors of probes, where there are to be any."""
-        if not self.is_probed:
-            return choices
-        made = self.probes(ffns, choices, channels)
-        return corrected(choices, made, measure(made))
+    ) -> ModelCandidates:
+        """`candidates` with the factors that probes give; unchanged where probes are not needed.
 
-    def plan(self, choices: Sequence[Candidates]) -> Plan | None:
+        `measure` returns the costs of probes as `measure_errors` does.
+        """
+        if not self.needs_probes:
+            return candidates
+        probes = self.probes(ffns, candidates)
+        return replace(candidates, ffns=corrected(candidates.ffns, probes, measure(probes)))
+
+    def plan(self, candidates: ModelCandidates) -> Plan | None:
+        """The plan for the budget; None where the budget is to be searched for."""
         if self.budget.rank is None and self.budget.keep_ratio is None:
             return None
-        return self.allocator.allocate(choices, self.budget)
+        return self.allocator.allocate(candidates.ffns, self.budget)
+
+
+class PlanningSource(Protocol):
+    """Measures what planning needs, on a whole model or on one block at a time."""
+
+    def calibrate(self, needs_moments: bool) -> MomentStatistics | None:
+        """The moments of the whole model, if they are needed and can be held at once."""
+        ...
+
+    def candidates(self, moments: MomentStatistics | None) -> ModelCandidates:
+        """The candidates of every FFN, from what `calibrate` measured."""
+        ...
+
+
+def plan_model(
+    model: Any, linears: tuple[LinearSpec, ...], planning: Planning, source: PlanningSource
+) -> PreparedModel:
+    """Calibrates if the method needs it, and plans if the budget is known.
+
+    A plan that needs parameter counts alone is made before anything is measured, so that a rank
+    that does not fit is refused at once.
+    """
+    plan = None
+    if not planning.needs_measurement:
+        candidates = planning.candidates(ffns_of(model, linears, None))
+        plan = planning.plan(candidates)
+    moments = source.calibrate(planning.needs_moments(plan))
+    if planning.needs_measurement:
+        candidates = source.candidates(moments)
+        plan = planning.plan(candidates)
+    return PreparedModel(
+        linears=linears,
+        method=planning.method,
+        allocator=planning.allocator,
+        form=planning.grid.form,
+        moments=moments,
+        candidates=candidates.ffns,
+        channels=candidates.channels,
+        keep_ratio=planning.budget.keep_ratio,
+        plan=plan,
+        decompositions=DecompositionCache(planning.method),
+    )
 
 
 class CalibrationSource(Protocol):
-    """What can be measured on the calibration text."""
+    """What can be measured on the calibration text; see CalibrationSession."""
 
-    def moments(self, gradients: bool) -> Moments: ...
+    def moments(self, gradients: bool) -> MomentStatistics: ...
 
     def errors(self, probes: Sequence[Probe]) -> dict[str, list[float]]: ...
+
+
+@dataclass(frozen=True)
+class InMemorySource:
+    """Measures on a model in memory. Several processes share the FFNs.
+
+    `calibration` may be None where the method needs no statistics.
+    """
+
+    model: Any
+    linears: tuple[LinearSpec, ...]
+    planning: Planning
+    calibration: CalibrationSource | None
+    progress: Progress
+
+    def calibrate(self, needs_moments: bool) -> MomentStatistics | None:
+        if not needs_moments:
+            return None
+        assert self.calibration is not None
+        return self.calibration.moments(self.planning.needs_gradients)
+
+    def candidates(self, moments: MomentStatistics | None) -> ModelCandidates:
+        def measure(specs: tuple[LinearSpec, ...]) -> ModelCandidates:
+            return self.planning.candidates(ffns_of(self.model, specs, moments))
+
+        parts = map_sharded(by_ffn(self.linears), measure, self.progress, "Measuring choices")
+        candidates = ModelCandidates.joined(parts)
+        if self.calibration is None:
+            return candidates
+        ffns = ffns_of(self.model, self.linears, moments)
+        return self.planning.corrected(ffns, candidates, self.calibration.errors)
 
 
 def prepare(
@@ -137,48 +243,26 @@ def prepare(
     linears: tuple[LinearSpec, ...],
     settings: FactorizeSettings,
     keep_ratio: float | None,
-    text: CalibrationSource | None,
+    calibration: CalibrationSource | None,
     progress: Progress,
 ) -> PreparedModel:
-    """Calibrates if the method needs it, and plans if the budget is known.
+    """`plan_model` for a model in memory, whose experts may be fused.
 
-    A plan that takes neither errors nor narrowing comes first, so that a rank that does not fit
-    is refused before anything is measured.
+    `keep_ratio` is the budget as a share of the parameters of `linears`, None for a rank or a
+    search. Raises InputError where the budget does not fit.
     """
-    planning, moments, plan = Planning.of(settings, keep_ratio), None, None
+    planning = Planning.of(settings, keep_ratio)
+    source = InMemorySource(model, linears, planning, calibration, progress)
     with unpacked(model):
-        if planning.is_early:
-            choices, channels = planning.choices(ffns_of(model, linears, None))
-            plan = planning.plan(choices)
-        if planning.reads_text(plan):
-            assert text is not None
-            moments = text.moments(planning.gradients)
-        if not planning.is_early:
-            groups = by_ffn(linears)
-            found = map_sharded(
-                groups,
-                lambda specs: planning.choices(ffns_of(model, specs, moments)),
-                progress,
-                "Measuring choices",
-            )
-            choices = tuple(one for part, _ in found for one in part)
-            channels = {name: order for _, orders in found for name, order in orders.items()}
-            if text is not None:
-                ffns = ffns_of(model, linears, moments)
-                choices = planning.corrected(ffns, choices, channels, text.errors)
-            plan = planning.plan(choices)
-    method, shared = planning.method, (moments, choices, channels)
-    return PreparedModel(
-        linears, method, planning.allocator, *shared, keep_ratio, plan, DecompositionCache(method)
-    )
+        return plan_model(model, linears, planning, source)
 
 
-def selected_share(
+def selected_keep_ratio(
     model: Any, linears: Sequence[LinearSpec], settings: FactorizeSettings
 ) -> float | None:
-    """The budget as a share of the selected parameters; None for a rank or a search.
+    """The budget as a share of the selected parameters, in (0, 1]; None for a rank or a search.
 
-    Raises InputError for a target that the rest of the model alone exceeds.
+    Raises InputError for a target that is smaller than the part of the model that is not selected.
     """
     total, target = parameter_count(model), settings.target_params
     if settings.target_size is not None:
@@ -195,7 +279,7 @@ def selected_share(
 
 
 def check_weights(model: nn.Module, linears: Iterable[LinearSpec]) -> None:
-    """Raises InputError where a weight is not here or not finite."""
+    """Raises InputError where a weight is offloaded, or has NaN or infinity."""
     for spec in linears:
         weight = dense_weight(model.get_submodule(spec.name))
         if weight.is_meta:
@@ -211,31 +295,36 @@ def by_ffn(linears: Iterable[LinearSpec]) -> list[tuple[LinearSpec, ...]]:
     return [tuple(group) for _, group in groupby(linears, key=lambda linear: linear.ffn)]
 
 
-def ffns_of(model: Any, linears: Sequence[LinearSpec], moments: Moments | None) -> Iterator[FFN]:
-    """The FFNs of `linears` one by one, with weights and what was measured."""
+def ffns_of(
+    model: Any, linears: Sequence[LinearSpec], moments: MomentStatistics | None
+) -> Iterator[FFN]:
+    """The FFNs of `linears` one by one, with weights and, unless None, with `moments`."""
     blocks = {linear.block for linear in linears}
     sizes = Counter(linear.ffn for linear in linears_of(model, blocks))
     for specs in by_ffn(linears):
-        modules = {spec.name: model.get_submodule(spec.name) for spec in specs}
         name = specs[0].ffn
+        modules = {spec.name: model.get_submodule(spec.name) for spec in specs}
         yield FFN(
-            name,
-            specs,
-            {n: dense_weight(module) for n, module in modules.items()},
-            {n: None if m.bias is None else m.bias.detach() for n, m in modules.items()},
-            _statistics(specs, moments),
-            len(specs) == sizes[name],
+            name=name,
+            linears=specs,
+            weights={key: dense_weight(m) for key, m in modules.items()},
+            biases={key: None if m.bias is None else m.bias.detach() for key, m in modules.items()},
+            statistics=_statistics(specs, moments),
+            whole=len(specs) == sizes[name],
         )
 
 
-def _statistics(specs: Sequence[LinearSpec], moments: Moments | None) -> dict[str, Statistics]:
+def _statistics(
+    specs: Sequence[LinearSpec], moments: MomentStatistics | None
+) -> dict[str, Statistics]:
     """Linears of one input group share one tensor, so that its roots are taken once."""
     if moments is None:
         return {spec.name: Statistics() for spec in specs}
-    first: dict[str, LinearSpec] = {}
+    readers: dict[str, LinearSpec] = {}
     for spec in specs:
-        first.setdefault(spec.input_group, spec)
-    shared = {group: moments.statistics(spec).second_moment for group, spec in first.items()}
+        readers.setdefault(spec.input_group, spec)
+    shared = {group: moments.statistics(spec).second_moment for group, spec in readers.items()}
     return {
-        spec.name: Statistics(shared[spec.input_group], moments.gradient(spec)) for spec in specs
+        spec.name: Statistics(shared[spec.input_group], moments.gradient_moment(spec))
+        for spec in specs
     }

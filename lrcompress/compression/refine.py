@@ -1,16 +1,16 @@
-"""Block refinement: a few gradient steps that pull one compressed block towards the dense one.
+"""Block refinement: a few gradient steps that bring a compressed block closer to the dense one.
 
 Two streams of hidden states go through the model, one dense, one compressed. The compressed
-layers of a block are trained to give, from the compressed stream, the output that the dense
-block gives from the dense stream; then both streams move on. Nothing flows back through more
-than one block, so memory stays that of one block and its text.
+layers of a block are trained so that its output from the compressed stream matches the dense
+block's output from the dense stream; then both streams move on. Gradients never cross a block
+boundary, so memory is that of one block and its activations.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,12 @@ from lrcompress.methods.types import LinearSpec
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress
 
-# of the samples, those that are held out, and the damping of the metric of the block's output
-HELD_OUT = 0.125
+# share of the samples that are held out to judge an epoch
+HELD_OUT_SHARE = 0.125
+# damping of the metric of a block's output
 METRIC_DAMPING = 1e-2
-BETAS = (0.9, 0.95)
-WARM_UP = 10
+ADAM_BETAS = (0.9, 0.95)
+WARMUP_STEPS = 10
 
 
 @torch.no_grad()
@@ -42,172 +43,194 @@ def refine(
     model: Any,
     originals: Mapping[str, nn.Module],
     prepared: PreparedModel,
+    *,
     tokens: Tensor,
     settings: RefineSettings,
     work: Path | None,
     progress: Progress,
 ) -> tuple[RefinedBlock, ...]:
-    """Trains the compressed layers of `model` in place, block by block.
+    """Trains the compressed layers of `model` in place, block by block, on `tokens`.
 
-    `originals` are the dense layers that they replaced; tokens (samples, length). With `work`,
-    a folder, finished blocks are kept there and found again. Raises InputError for fewer than
-    two samples, where the loss is not finite, or where a layer is never reached.
+    `originals` are the linears of `prepared` as they were before compression, by name; `tokens`
+    are (samples, length). Finished blocks are kept in the folder `work`, if given, and read from
+    it when they are there. Raises InputError for fewer than two samples, where the loss is not
+    finite, or where no token reaches a layer.
     """
     if len(tokens) < 2:
         raise InputError(
-            "refine holds samples out and there is one: give more text and --num-samples, or a "
-            "shorter --seq-len"
+            "refine holds samples out, but there is only one: give more text and a larger "
+            "--num-samples, or a shorter --seq-len"
         )
     with evaluation_mode(model):
-        refinement = Refinement(model, originals, prepared, tokens, settings)
-        return tuple(refinement.blocks(work, progress))
+        refinement = Refinement(model, tokens, settings)
+        count, refined = len(refinement.streams.blocks), list[RefinedBlock]()
+        for index in progress(range(count), "Refining", count):
+            file = None if work is None else work / f"block-{index:04}.safetensors"
+            block = refinement.block(index, prepared, originals, file)
+            refined += [] if block is None else [block]
+        return tuple(refined)
 
 
 class Refinement:
-    """The walk through the blocks, in float32 or better whatever the precision of the model."""
+    """Refines blocks in order, in at least float32 whatever the precision of the model."""
 
-    def __init__(
-        self,
-        model: Any,
-        originals: Mapping[str, nn.Module],
-        prepared: PreparedModel,
-        tokens: Tensor,
-        settings: RefineSettings,
-    ) -> None:
-        self.model, self.originals, self.prepared = model, originals, prepared
-        self.settings = settings
-        self.held = max(1, round(HELD_OUT * len(tokens)))
-        self.stored = model.dtype
+    def __init__(self, model: Any, tokens: Tensor, settings: RefineSettings) -> None:
+        self.model, self.settings = model, settings
+        self.held_out = range(max(1, round(HELD_OUT_SHARE * len(tokens))))
+        self.model_dtype = model.dtype
         self.streams = HiddenStreams(model, tokens, torch.promote_types(model.dtype, torch.float32))
 
-    def blocks(self, work: Path | None, progress: Progress) -> Iterator[RefinedBlock]:
-        count = len(self.streams.blocks)
-        for index in progress(range(count), "Refining", count):
-            yield from self.block(index, work)
+    def block(
+        self,
+        index: int,
+        prepared: PreparedModel,
+        originals: Mapping[str, nn.Module],
+        file: Path | None,
+    ) -> RefinedBlock | None:
+        """Refines block number `index` and moves both streams behind it.
 
-    def block(self, index: int, work: Path | None) -> Iterator[RefinedBlock]:
-        """What was done to one block, if it was compressed; then both streams are behind it."""
-        specs = [spec for spec in self.prepared.linears if spec.block == index]
+        Of `prepared` and `originals` the linears of this block are read. Returns None where none
+        of them was compressed. The refined block is read from `file` or written to it, if given.
+        """
+        specs = [spec for spec in prepared.linears if spec.block == index]
+        layers = {spec.name: self.model.get_submodule(spec.name) for spec in specs}
+        layers = {name: m for name, m in layers.items() if m is not originals[name]}
+        refined = None
         with in_float32(self.streams.blocks[index]):
-            targets = self._dense_outputs(index, specs)
-            layers = self._compressed(specs)
+            targets = self._dense_outputs(index, layers, originals)
             if layers:
-                yield self._refined(index, specs, layers, targets, work)
+                parameters = _named_parameters(layers)
+                refined = None if file is None else read_block(file, parameters)
+            if layers and refined is None:
+                metric = self._metric(index, specs, prepared)
+                error = BlockError(self.streams, index, targets, metric)
+                with only_trainable(self.streams.blocks[index], parameters.values()):
+                    refined = self._train(error, parameters)
+                if file is not None:
+                    write_block(file, parameters, refined)
             self.streams.compressed = [
                 self.streams.run(index, hidden).output for hidden in self.streams.compressed
             ]
             self.streams.dense = targets
+        return refined
 
-    def _compressed(self, specs: Sequence[LinearSpec]) -> dict[str, nn.Module]:
-        found = {spec.name: self.model.get_submodule(spec.name) for spec in specs}
-        return {name: m for name, m in found.items() if m is not self.originals[name]}
-
-    def _dense_outputs(self, index: int, specs: Sequence[LinearSpec]) -> list[Tensor]:
-        layers = self._compressed(specs)
+    def _dense_outputs(
+        self,
+        index: int,
+        layers: Mapping[str, nn.Module],
+        originals: Mapping[str, nn.Module],
+    ) -> list[Tensor]:
+        """The outputs of the dense block, in which `originals` stand in for the new `layers`."""
         try:
             for name in layers:
-                install(self.model, name, self.originals[name])
+                install(self.model, name, originals[name])
             with in_float32(self.streams.blocks[index]):
                 return [self.streams.run(index, h).output for h in self.streams.dense]
         finally:
             for name, layer in layers.items():
                 install(self.model, name, layer)
 
-    def _refined(
-        self,
-        index: int,
-        specs: Sequence[LinearSpec],
-        layers: Mapping[str, nn.Module],
-        targets: list[Tensor],
-        work: Path | None,
-    ) -> RefinedBlock:
-        parameters = {
-            f"{name}.{key}": parameter
-            for name, layer in layers.items()
-            for key, parameter in layer.named_parameters()
-        }
-        file = None if work is None else work / f"block-{index:04}.safetensors"
-        done = None if file is None else read_block(file, parameters)
-        if done is None:
-            error = BlockError(self.streams, index, targets, self._metric(index, specs))
-            with only_trainable(self.streams.blocks[index], parameters.values()):
-                done = self._train(error, parameters)
-            if file is not None:
-                write_block(file, parameters, done)
-        return done
+    def _metric(
+        self, index: int, specs: Sequence[LinearSpec], prepared: PreparedModel
+    ) -> Tensor | None:
+        """G^1/2 (width, width), by which errors of the block's output are weighed.
 
-    def _metric(self, index: int, specs: Sequence[LinearSpec]) -> Tensor | None:
-        """G^1/2 of the block's output, shrunk: what an error there costs, where that was measured.
-
-        A linear whose output is added to the residual stream has the block's own gradient.
+        G is the shrunk gradient moment of the output of down_proj, which is that of the block's
+        output where the two are added to the residual stream unchanged. None where they are not,
+        or where no gradients were measured.
         """
         down = [spec for spec in specs if spec.role == "down"]
-        moments, needs = self.prepared.moments, self.prepared.method.requires
-        if moments is None or "gradient_moment" not in needs or not down:
+        moments, required = prepared.moments, prepared.method.requires
+        if moments is None or "gradient_moment" not in required or not down:
             return None
-        gradient = moments.gradient(down[-1])
+        gradient = moments.gradient_moment(down[-1])
         if gradient is None or not self.streams.adds_to_residual(index, down[-1].name):
             return None
         moment = shrunk(to_float64(gradient), OUTPUT_SHRINKAGE)
         return roots(damped(moment, METRIC_DAMPING))[0].to(self.streams.dtype)
 
     def _train(self, error: BlockError, named: Mapping[str, nn.Parameter]) -> RefinedBlock:
-        """Adam with a cosine schedule; the parameters of the best epoch stay, or the first ones.
+        """Adam with a cosine schedule; keeps the parameters of the best epoch, or the first ones.
 
-        An epoch is judged by what would be saved: parameters rounded to the model's precision.
+        Epochs are compared on the held-out samples.
         """
         parameters = list(named.values())
-        started, samples = time.perf_counter(), range(self.held, len(self.streams.compressed))
-        order = torch.Generator().manual_seed(error.index)
-        before = best = error.mean(range(self.held))
+        started = time.perf_counter()
+        samples = range(self.held_out.stop, len(self.streams.compressed))
+        generator = torch.Generator().manual_seed(error.index)
+        before = best = error.mean(self.held_out)
         if not math.isfinite(before):
             raise InputError(
                 f"the output of block {error.index} is not finite: load with --dtype float32"
             )
-        relative = math.sqrt(before / max(error.energy(range(self.held)), before, 1e-30))
-        optimizer, schedule = self._optimizer(parameters, len(samples), relative)
-        state, steps = [p.clone() for p in parameters], 0
+        relative_error = math.sqrt(before / max(error.energy(self.held_out), before, 1e-30))
+        optimizer, schedule = self._optimizer(parameters, len(samples), relative_error)
+        best_values, steps = [p.clone() for p in parameters], 0
         for _ in range(self.settings.epochs):
-            for i in torch.randperm(len(samples), generator=order).tolist():
+            for i in torch.randperm(len(samples), generator=generator).tolist():
                 _step(error, samples[i], named, optimizer)
                 schedule.step()
                 steps += 1
-            exact = [p.clone() for p in parameters]
-            rounded = [p.to(self.stored).to(p.dtype) for p in parameters]
-            _copy(rounded, parameters)
-            now = error.mean(range(self.held))
-            if not math.isfinite(now):
-                raise InputError(
-                    f"refinement of block {error.index} diverged: use a smaller "
-                    "--refine-learning-rate"
-                )
-            if now < best:
-                best, state = now, rounded
-            _copy(exact, parameters)
-        _copy(state, parameters)
-        seconds = time.perf_counter() - started
-        return RefinedBlock(error.index, before, best, error.metric is not None, steps, seconds)
+            loss, values = self._saved_loss(error, parameters)
+            if loss < best:
+                best, best_values = loss, values
+        _copy(best_values, parameters)
+        return RefinedBlock(
+            block=error.index,
+            before=before,
+            after=best,
+            estimates_loss=error.metric is not None,
+            steps=steps,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _saved_loss(
+        self, error: BlockError, parameters: Sequence[nn.Parameter]
+    ) -> tuple[float, list[Tensor]]:
+        """The held-out loss of `parameters` as they would be saved, and those values.
+
+        That is rounded to the model's precision; `parameters` keep their exact values.
+        """
+        exact = [p.clone() for p in parameters]
+        rounded = [p.to(self.model_dtype).to(p.dtype) for p in parameters]
+        _copy(rounded, parameters)
+        loss = error.mean(self.held_out)
+        if not math.isfinite(loss):
+            raise InputError(
+                f"refinement of block {error.index} diverged: use a smaller --refine-learning-rate"
+            )
+        _copy(exact, parameters)
+        return loss, rounded
 
     def _optimizer(
-        self, parameters: list[nn.Parameter], samples: int, relative: float
+        self, parameters: list[nn.Parameter], samples: int, relative_error: float
     ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """The rate of every parameter is relative to its root mean square and the block's error.
+        """Learning rates in proportion to each parameter's root mean square and the block's error.
 
-        A block that lost little is near its optimum: the steps of one that lost much would throw
-        it farther off than it was.
+        A block with a small error is near its optimum, and steps as large as those of a block with
+        a large error would move it away.
         """
         scales = [float(p.square().mean().sqrt()) for p in parameters]
         groups = [
-            {"params": [p], "lr": self.settings.learning_rate * relative * scale}
+            {"params": [p], "lr": self.settings.learning_rate * relative_error * scale}
             for p, scale in zip(parameters, scales, strict=True)
         ]
         total = self.settings.epochs * samples
 
         def factor(step: int) -> float:
-            return min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / total)) / 2
+            warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+            return warmup * (1 + math.cos(math.pi * step / total)) / 2
 
-        optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12)
+        optimizer = torch.optim.Adam(groups, betas=ADAM_BETAS, eps=1e-12)
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _named_parameters(layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    return {
+        f"{name}.{key}": parameter
+        for name, layer in layers.items()
+        for key, parameter in layer.named_parameters()
+    }
 
 
 def _step(
@@ -217,8 +240,10 @@ def _step(
     optimizer: torch.optim.Optimizer,
 ) -> None:
     with torch.enable_grad():
-        found = torch.autograd.grad(error(sample), list(parameters.values()), allow_unused=True)
-    for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
+        gradients = torch.autograd.grad(
+            error.of_sample(sample), list(parameters.values()), allow_unused=True
+        )
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         if gradient is None:
             raise InputError(f"the text never reaches {name}: exclude its linear by name")
         parameter.grad = gradient

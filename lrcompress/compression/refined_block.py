@@ -1,4 +1,4 @@
-"""What refinement did to one block, and the file that keeps it until the whole model is saved."""
+"""The result of refining one block, and the file that keeps it until the model is saved."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lrcompress.runtime.atomic_io import replace_tensors, writing_state
 
 @dataclass(frozen=True)
 class RefinedBlock:
-    """What refinement did to one block: the loss on held-out samples before and after.
+    """What refinement did to one block: the error on held-out samples before and after.
 
-    With `estimates_loss` that loss is twice the estimated rise of the model's loss, in nats per
+    With `estimates_loss` the error is twice the estimated rise of the model's loss, in nats per
     token; otherwise it is a squared error of the block's output.
     """
 
@@ -32,24 +32,27 @@ class RefinedBlock:
 
 @torch.no_grad()
 def read_block(file: Path, parameters: Mapping[str, nn.Parameter]) -> RefinedBlock | None:
-    """Fills `parameters` from the file of a finished block; None if there is no whole one."""
+    """Fills `parameters` from the file of a finished block.
+
+    Returns None, and changes nothing, where the file is missing, damaged or of other shapes.
+    """
     if not file.is_file():
         return None
     try:
         with safe_open(file, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in parameters}
-            done = RefinedBlock(**json.loads(stored.metadata()["block"]))
+            refined = RefinedBlock(**json.loads(stored.metadata()["block"]))
     except (OSError, SafetensorError, TypeError, KeyError, ValueError):
         return None
     if any(tensors[name].shape != parameter.shape for name, parameter in parameters.items()):
         return None
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
-    return done
+    return refined
 
 
-def write_block(file: Path, parameters: Mapping[str, nn.Parameter], done: RefinedBlock) -> None:
-    """Keeps a finished block in one rename. Raises MachineError where it cannot be written."""
+def write_block(file: Path, parameters: Mapping[str, nn.Parameter], refined: RefinedBlock) -> None:
+    """Writes a finished block atomically. Raises MachineError where it cannot be written."""
     tensors = {name: p.detach().contiguous() for name, p in parameters.items()}
     with writing_state(f"the refined block in {str(file)!r}"):
-        replace_tensors(file, tensors, {"block": json.dumps(asdict(done))})
+        replace_tensors(file, tensors, {"block": json.dumps(asdict(refined))})

@@ -1,4 +1,4 @@
-"""Carries out a plan: narrowed and low-rank layers in the place of the dense ones."""
+"""Carries out a plan: replaces dense layers by narrowed and low-rank ones."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from lrcompress.layers.lowrank import (
     install,
 )
 from lrcompress.layers.model_info import parameter_count
-from lrcompress.methods.decomposition_cache import DecompositionCache
 from lrcompress.methods.linalg import pivot, to_float64
 from lrcompress.methods.plan import Plan
-from lrcompress.methods.types import FFN, Form, LinearSpec, Statistics
+from lrcompress.methods.types import FFN, LinearSpec, Statistics
 from lrcompress.runtime import distributed
 from lrcompress.runtime.distributed import map_sharded
 from lrcompress.runtime.progress import Progress
 
-# singular values of a linear that are kept for its picture
-SPECTRUM = 32
+# singular values recorded of each linear, to draw its spectrum
+SPECTRUM_POINTS = 32
 
 
 @dataclass(frozen=True)
 class LinearResult:
-    """What became of one linear: `form` is None where it stayed dense.
+    """What became of one linear: `form` and `rank` are None where it stayed dense.
 
-    `error` is the squared error relative to the weight, in the metric of the method, of the
-    truncation; `largest_coefficient` that of the pivoted form. `spectrum` has singular values of
-    the weight in that metric, each with its number from 1 on, down to the smallest known.
+    `shape` is that of W (out, in), `parameters` the exact count now. `error` is the squared error
+    of the truncation relative to the weight, in the method's metric; `largest_coefficient` is that
+    of the pivoted form. `spectrum` has singular values of the weight in that metric, each with its
+    number from 1 on, evenly spread from the first to the last that is known.
     """
 
     spec: LinearSpec
     form: str | None
     shape: tuple[int, int]
     rank: int | None
-    kept: int
+    parameters: int
     error: float | None = None
     largest_coefficient: float | None = None
     spectrum: tuple[tuple[int, float], ...] = ()
@@ -63,7 +63,7 @@ class LinearResult:
             "shape": list(self.shape),
             "rank": self.rank,
             "parameters_dense": spec.dense_parameters,
-            "parameters_kept": self.kept,
+            "parameters_kept": self.parameters,
             "relative_error": self.error,
             "largest_coefficient": self.largest_coefficient,
             "spectrum": [list(value) for value in self.spectrum],
@@ -71,108 +71,107 @@ class LinearResult:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], spec: LinearSpec) -> Self:
-        """What `to_dict` gave for `spec`."""
+        """The result of `spec` from what `to_dict` returned."""
         form, (rows, columns) = content["form"], content["shape"]
         return cls(
-            spec,
-            None if form == "dense" else form,
-            (rows, columns),
-            content["rank"],
-            content["parameters_kept"],
-            content["relative_error"],
-            content["largest_coefficient"],
-            tuple((number, value) for number, value in content["spectrum"]),
+            spec=spec,
+            form=None if form == "dense" else form,
+            shape=(rows, columns),
+            rank=content["rank"],
+            parameters=content["parameters_kept"],
+            error=content["relative_error"],
+            largest_coefficient=content["largest_coefficient"],
+            spectrum=tuple((number, value) for number, value in content["spectrum"]),
         )
 
     @property
     def layout(self) -> dict[str, Any]:
-        """What a checkpoint's config keeps of the layer, as in `lowrank.layout`."""
+        """The layer's entry in a checkpoint's config; see `lowrank.layout`."""
         rank = {} if self.rank is None else {"rank": self.rank}
         return {"form": self.form, "shape": list(self.shape)} | rank
 
 
-Replacement = tuple[
-    LinearResult, nn.Module | None
-]  # what was done, and the new layer if there is one
+@dataclass(frozen=True)
+class Replacement:
+    """What becomes of one linear; `layer` is the new layer, None where it stays dense."""
+
+    result: LinearResult
+    layer: nn.Module | None
 
 
 def apply_plan(
-    model: nn.Module, prepared: PreparedModel, plan: Plan, form: Form, progress: Progress
+    model: nn.Module, prepared: PreparedModel, plan: Plan, progress: Progress
 ) -> tuple[LinearResult, ...]:
     """Replaces the linears of `model` as `plan` says, in place.
 
-    All layers are computed before the first is installed: whatever fails, the model is whole.
+    All layers are computed before the first is installed: after an error the model is as it was.
     Several processes share the FFNs, and all install all layers.
     """
 
-    def shrunk(specs: tuple[LinearSpec, ...]) -> list[Replacement]:
-        own = replace(prepared, linears=specs)
-        found = [
-            one
-            for ffn in own.ffns(model)
-            for one in replacements_of_ffn(model, ffn, own, plan, form)
+    def replacements(specs: tuple[LinearSpec, ...]) -> list[Replacement]:
+        part = replace(prepared, linears=specs)
+        computed = [
+            replacement
+            for ffn in part.ffns(model)
+            for replacement in replacements_of_ffn(model, ffn, part, plan)
         ]
-        return (
-            found
-            if distributed.world_size() == 1
-            else [(w, layer and layer.cpu()) for w, layer in found]
-        )
+        return computed if distributed.world_size() == 1 else [_on_cpu(r) for r in computed]
 
-    groups = by_ffn(prepared.linears)
-    done = [one for part in map_sharded(groups, shrunk, progress, "Factorizing") for one in part]
-    for what, layer in done:
-        if layer is not None:
-            dense = dense_weight(model.get_submodule(what.spec.name))
-            install(model, what.spec.name, layer.to(dense.device))
-    return tuple(what for what, _ in done)
+    groups = map_sharded(by_ffn(prepared.linears), replacements, progress, "Factorizing")
+    computed = [replacement for group in groups for replacement in group]
+    for replacement in computed:
+        if replacement.layer is not None:
+            name = replacement.result.spec.name
+            dense = dense_weight(model.get_submodule(name))
+            install(model, name, replacement.layer.to(dense.device))
+    return tuple(replacement.result for replacement in computed)
+
+
+def _on_cpu(replacement: Replacement) -> Replacement:
+    """Its layer can be sent to another process."""
+    return replace(replacement, layer=replacement.layer and replacement.layer.cpu())
 
 
 def replacements_of_ffn(
-    model: nn.Module, ffn: FFN, prepared: PreparedModel, plan: Plan, form: Form
+    model: nn.Module, ffn: FFN, prepared: PreparedModel, plan: Plan
 ) -> Iterator[Replacement]:
-    """What becomes of each linear of `ffn`; nothing is installed."""
-    width = plan.widths.get(ffn.name)
-    left = ffn
-    if width is not None:
-        left = prepared.method.narrow(ffn, prepared.channels[ffn.name][:width])
+    """The replacement of each linear of the dense `ffn`; nothing is installed."""
+    narrowed = prepared.narrowed(ffn, plan)
     for spec in ffn.linears:
-        yield replacement_of(model, left, spec, prepared.decompositions, plan, form)
+        yield replacement_of(model, narrowed, spec, prepared, plan)
 
 
 def replacement_of(
-    model: nn.Module,
-    left: FFN,
-    spec: LinearSpec,
-    decompositions: DecompositionCache,
-    plan: Plan,
-    form: Form,
+    model: nn.Module, ffn: FFN, spec: LinearSpec, prepared: PreparedModel, plan: Plan
 ) -> Replacement:
-    """The new layer of one linear from its weight in `left`, the FFN after narrowing."""
-    rank, now = plan.ranks.get(spec.name), plan.spec(spec)
-    shape = (now.out_features, now.in_features)
+    """The new layer of the linear `spec` from its weight in `ffn`, which is already narrowed."""
+    rank, narrowed_spec = plan.ranks.get(spec.name), plan.spec(spec)
+    shape = (narrowed_spec.out_features, narrowed_spec.in_features)
     if rank is None and spec.ffn not in plan.widths:
-        return LinearResult(spec, None, shape, None, spec.dense_parameters), None
-    dense = model.get_submodule(spec.name)
-    layer = empty_like(dense, NARROWED if rank is None else form, shape, rank)
-    error = largest = None
-    spectrum: tuple[tuple[int, float], ...] = ()
+        return Replacement(LinearResult(spec, None, shape, None, spec.dense_parameters), None)
+    dense, form = model.get_submodule(spec.name), NARROWED if rank is None else prepared.form
+    layer = empty_like(dense, form, shape, rank)
+    result = LinearResult(spec, form, shape, rank, parameter_count(layer))
     if isinstance(layer, NarrowedLinear):
-        _fill_narrowed(layer, left.weights[spec.name])
+        _fill_narrowed(layer, ffn.weights[spec.name])
     else:
         assert rank is not None
-        factors = decompositions.factors(left, spec, rank)
-        largest = fill(layer, factors.A, factors.B, _input_sizes(left.statistics[spec.name]))
-        error = factors.error / factors.energy if factors.energy > 0 else 0.0
-        spectrum = _sampled(factors.spectrum)
-    finished = _finished(layer, dense, left.biases[spec.name])
-    kind = NARROWED if rank is None else form
-    kept = parameter_count(layer)
-    return LinearResult(spec, kind, shape, rank, kept, error, largest, spectrum), finished
+        factors = prepared.decompositions.factors(ffn, spec, rank)
+        input_sizes = _input_sizes(ffn.statistics[spec.name])
+        result = replace(
+            result,
+            error=factors.error / factors.energy if factors.energy > 0 else 0.0,
+            largest_coefficient=fill(layer, factors.A, factors.B, input_sizes),
+            spectrum=_sampled(factors.spectrum),
+        )
+    return Replacement(result, _like_dense(layer, dense, ffn.biases[spec.name]))
 
 
 def _input_sizes(statistics: Statistics) -> Tensor | None:
-    """Root mean squares of the inputs (in,), where they were measured; those below the median count
-    as the median, since other text may make them larger."""
+    """Root mean squares of the inputs (in,), if they were measured.
+
+    Those below the median count as the median, since other text may make them larger.
+    """
     if statistics.second_moment is None:
         return None
     sizes = to_float64(statistics.second_moment).diagonal().sqrt()
@@ -181,9 +180,9 @@ def _input_sizes(statistics: Statistics) -> Tensor | None:
 
 
 def _sampled(energies: Tensor) -> tuple[tuple[int, float], ...]:
-    """Singular values of some evenly spread numbers, the first and the last among them."""
+    """Some singular values with their numbers, evenly spread, from the first to the last."""
     values = energies.clamp_min(0).sqrt()
-    numbers = torch.linspace(0, len(values) - 1, min(len(values), SPECTRUM)).round().long()
+    numbers = torch.linspace(0, len(values) - 1, min(len(values), SPECTRUM_POINTS)).round().long()
     return tuple((int(n) + 1, float(f"{float(values[n]):.4g}")) for n in numbers)
 
 
@@ -194,9 +193,10 @@ def _fill_narrowed(layer: NarrowedLinear, weight: Tensor) -> None:
 
 @torch.no_grad()
 def fill(layer: LowRankLinear, A: Tensor, B: Tensor, sizes: Tensor | None = None) -> float | None:
-    """Writes W = B A into a low-rank layer; returns the largest pivot coefficient.
+    """Writes W = B A, A (rank, in) and B (out, rank), into a low-rank layer.
 
-    `sizes` (in,) of its inputs make the pivoted form bear rounding better.
+    Returns the largest pivot coefficient, None for the factored form. `sizes` (in,), the root mean
+    squares of the inputs, make the pivoted form lose less to rounding.
     """
     if isinstance(layer, FactoredLinear):
         layer.A.weight.copy_(A)
@@ -211,9 +211,10 @@ def fill(layer: LowRankLinear, A: Tensor, B: Tensor, sizes: Tensor | None = None
 
 
 @torch.no_grad()
-def _finished(
+def _like_dense(
     layer: LowRankLinear | NarrowedLinear, dense: nn.Module, bias: Tensor | None
 ) -> nn.Module:
+    """`layer` with `bias`, and with the mode and the gradient flags of `dense`."""
     if bias is not None and layer.bias is not None:
         layer.bias.copy_(bias)
     for parameter in layer.parameters():

@@ -1,24 +1,30 @@
-"""What `factorize` did: exact counts, linears, refined blocks, and what is worth a word."""
+"""What `factorize` returns: exact counts, what became of each linear, and warnings."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
+from torch import nn
+
+from lrcompress.compression.planning import PreparedModel
 from lrcompress.compression.refined_block import RefinedBlock
 from lrcompress.compression.replace_layers import LinearResult
 from lrcompress.data.packing import Fingerprint
-from lrcompress.methods.plan import Candidates, Plan
+from lrcompress.layers.ffn_layouts import FFNLinears, find_ffns
+from lrcompress.layers.model_info import parameter_count
+from lrcompress.methods.plan import Plan
 from lrcompress.methods.types import Form, LinearSpec
 
-# a budget that is missed by more is worth a word
+# a keep_ratio that differs by more from the requested one gets a warning
 BUDGET_TOLERANCE = 0.005
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Exact numbers of parameters before and after."""
+class ParameterCounts:
+    """Exact numbers of parameters: of the dense model, and kept after compression."""
 
     dense: int
     kept: int
@@ -33,16 +39,18 @@ class Counts:
 
 @dataclass(frozen=True)
 class Factorization:
-    """What `factorize` did. Counts: the selected linears, all FFNs, and the whole model.
+    """What `factorize` did. `selected`, `ffn` and `model` count the selected linears, all FFNs
+    and the whole model.
 
-    `probed` has by FFN what the probes of its block cost over their estimates, `trials` lists what
-    a search for a perplexity tried, `refined` what refinement did.
+    `calibration` is None where no text was read. `probed` has, by FFN, the factor by which probes
+    corrected its estimates, if they did. `trials` are the keep_ratios that a search for a
+    perplexity tried. `notes` are warnings. `seconds` is the wall time.
     """
 
     linears: tuple[LinearResult, ...]
-    selected: Counts
-    ffn: Counts
-    model: Counts
+    selected: ParameterCounts
+    ffn: ParameterCounts
+    model: ParameterCounts
     calibration: Fingerprint | None
     probed: Mapping[str, float]
     trials: tuple[dict[str, float], ...]
@@ -67,48 +75,91 @@ class Factorization:
         }
 
 
-def counts(linears: Sequence[LinearSpec], plan: Plan, form: Form) -> Counts:
+@dataclass(frozen=True)
+class DenseModel:
+    """What is counted of the dense model, before a layer is replaced, and when work on it began."""
+
+    ffns: FFNLinears
+    parameters: int
+    started: float
+
+    @classmethod
+    def of(cls, model: nn.Module, started: float) -> Self:
+        """`started` is a time of `time.perf_counter`."""
+        return cls(find_ffns(model), parameter_count(model), started)
+
+
+def factorization_of(
+    model: nn.Module,
+    before: DenseModel,
+    prepared: PreparedModel,
+    linears: tuple[LinearResult, ...],
+    refined: tuple[RefinedBlock, ...],
+    calibration: Fingerprint | None,
+    trials: tuple[dict[str, float], ...] = (),
+) -> Factorization:
+    """The result for `model`, whose layers were just replaced by the plan of `prepared`.
+
+    `before` is the same model while it was dense; `calibration` is None where no text was read.
+    """
+    plan, form = prepared.plan, prepared.form
+    assert plan is not None
+    selected = _planned_counts(prepared.linears, plan, form)
+    return Factorization(
+        linears=linears,
+        selected=selected,
+        ffn=_planned_counts(before.ffns.linears, plan, form),
+        model=ParameterCounts(before.parameters, parameter_count(model)),
+        calibration=calibration,
+        probed={c.ffn: c.factor for c in prepared.candidates if c.factor != 1.0},
+        trials=trials,
+        refined=refined,
+        notes=tuple(_warnings(prepared, linears, before.ffns.experts, selected)),
+        seconds=time.perf_counter() - before.started,
+    )
+
+
+def _planned_counts(linears: Sequence[LinearSpec], plan: Plan, form: Form) -> ParameterCounts:
     """Parameters of `linears`, dense and under `plan`."""
-    return Counts(
+    return ParameterCounts(
         sum(linear.dense_parameters for linear in linears),
         sum(plan.parameters(linear, form) for linear in linears),
     )
 
 
-def probed(choices: Sequence[Candidates]) -> dict[str, float]:
-    """The factor of each FFN whose estimates were corrected."""
-    return {one.ffn: one.factor for one in choices if one.factor != 1.0}
-
-
-def warnings_of(
-    done: tuple[LinearResult, ...],
-    experts: tuple[str, ...],
-    scarce: Sequence[tuple[str, int]],
-    kept: Counts,
-    wanted: float | None,
+def _warnings(
+    prepared: PreparedModel,
+    linears: Sequence[LinearResult],
+    dense_experts: Sequence[str],
+    selected: ParameterCounts,
 ) -> Iterator[str]:
     """Sentences on what a reader of the counts alone would miss.
 
-    `experts` are tensors that stay dense, `scarce` experts that few calibration tokens reached.
+    `dense_experts` are the names of expert tensors, which stay dense.
     """
-    if all(linear.form is None for linear in done):
-        spec = done[0].spec
+    keep_ratio = prepared.keep_ratio
+    if all(linear.form is None for linear in linears):
+        spec = linears[0].spec
         yield (
-            f"all {len(done)} linears stay dense, because at the budget asked for factors would "
+            f"all {len(linears)} linears stay dense, because at the requested budget factors would "
             f"not be smaller: {spec.name} breaks even at rank {spec.break_even_rank:.0f}"
         )
-    elif wanted is not None and abs(kept.keep_ratio - wanted) > BUDGET_TOLERANCE:
+    elif keep_ratio is not None and abs(selected.keep_ratio - keep_ratio) > BUDGET_TOLERANCE:
         yield (
-            f"{kept.keep_ratio:.1%} of the selected parameters are kept, not the {wanted:.1%} "
-            "asked for: ranks come in steps of --rank-multiple"
+            f"{selected.keep_ratio:.1%} of the selected parameters are kept, not the requested "
+            f"{keep_ratio:.1%}: ranks come in steps of --rank-multiple"
         )
-    if scarce:
-        every = {linear.spec.ffn for linear in done if linear.spec.mixture}
-        name, tokens = min(scarce, key=lambda one: one[1])
+    undersampled = [] if prepared.moments is None else prepared.moments.undersampled_experts()
+    if undersampled:
+        experts = {linear.spec.ffn for linear in linears if linear.spec.mixture}
+        name, tokens = min(undersampled, key=lambda expert: expert[1])
         yield (
-            f"{len(scarce)} of {len(every)} experts were given fewer calibration tokens than they "
-            f"have inputs, {name} the fewest with {tokens}: the mean of the experts beside them "
-            "stands in for the others; more --num-samples give them more"
+            f"{len(undersampled)} of {len(experts)} experts were given fewer calibration tokens "
+            f"than they have inputs, {name} the fewest with {tokens}: the mean of their mixture "
+            "stands in for the missing tokens; a larger --num-samples gives them more"
         )
-    if experts:
-        yield (f"{len(experts)} mixture-of-experts tensors stay dense, such as {experts[0]}")
+    if dense_experts:
+        yield (
+            f"{len(dense_experts)} mixture-of-experts tensors stay dense, such as "
+            f"{dense_experts[0]}"
+        )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from lrcompress.compression.factorize import apply
+from lrcompress.compression.factorize import factorize_model
 from lrcompress.compression.planning import prepare
 from lrcompress.config import (
     CalibrationSettings,
@@ -47,7 +47,7 @@ class NewModel:
         with unpacked(self.model):
             linears = select(self.model, dense_first=settings.dense_first)
             dense = {spec.name: self.model.get_submodule(spec.name) for spec in linears}
-            self.described = apply(self.model, None, *parts).to_dict()
+            self.described = factorize_model(self.model, None, *parts).to_dict()
         if settings.self_guided != "off":
             self.pairs = guides(self.model, dense)
 

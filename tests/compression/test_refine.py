@@ -27,7 +27,7 @@ FAMILIES = ["llama", "phi3", "gpt2", "openai-gpt", "opt", "gemma2", "falcon", "g
 def refined(
     model: Any, work: Path | None = None, text: dict[str, Any] = TEXT, **settings: Any
 ) -> Factorization:
-    return factorize.apply(
+    return factorize.factorize_model(
         model,
         byte_tokenizer(),
         CalibrationSettings(**text),
@@ -41,40 +41,43 @@ def refined(
 @pytest.mark.parametrize("method", ["auto", "whitened"])
 def test_no_block_gets_worse_on_held_out_samples(family: str, method: str) -> None:
     model = tiny_model(family)
-    done = refined(model, method=method)
-    assert done.refined
-    assert all(block.after <= block.before for block in done.refined)
-    assert done.calibration is not None
-    assert done.to_dict()["refined"][0]["steps"] == 3 * 14
+    result = refined(model, method=method)
+    assert result.refined
+    assert all(block.after <= block.before for block in result.refined)
+    assert result.calibration is not None
+    assert result.to_dict()["refined"][0]["steps"] == 3 * 14
 
 
 @pytest.mark.parametrize("method", ["auto", "whitened", "nystrom"])
 def test_blocks_get_better_on_held_out_samples(method: str) -> None:
-    done = refined(tiny_model(), text=LONG, method=method)
-    assert sum(b.after for b in done.refined) < 0.98 * sum(b.before for b in done.refined)
-    assert done.refined[0].estimates_loss == (method != "whitened")
+    result = refined(tiny_model(), text=LONG, method=method)
+    assert sum(b.after for b in result.refined) < 0.98 * sum(b.before for b in result.refined)
+    assert result.refined[0].estimates_loss == (method != "whitened")
 
 
 def test_the_loss_is_weighed_by_shrunk_gradients_and_by_size() -> None:
     model = tiny_model()
-    asked = CalibrationSettings(**TEXT), FactorizeSettings(keep_ratio=0.6, rank_multiple=2)
-    parts = factorize.Compressor(model, byte_tokenizer(), *asked, RefineSettings(), silent, None)
-    text = parts.text()
-    prepared = prepare(model, text.linears, asked[1], None, text, silent)
-    down = next(spec for spec in text.linears if spec.role == "down")
+    calibration = CalibrationSettings(**TEXT)
+    settings = FactorizeSettings(keep_ratio=0.6, rank_multiple=2)
+    compressor = factorize.Compressor(
+        model, byte_tokenizer(), calibration, settings, RefineSettings(), silent, None
+    )
+    session = compressor.calibration()
+    prepared = prepare(model, session.linears, settings, None, session, silent)
+    down = next(spec for spec in session.linears if spec.role == "down")
     assert prepared.moments is not None
-    found = prepared.moments.gradient(down)
-    assert found is not None
-    gradient = to_float64(found)
-    held = text.tokens[:2]
-    wanted = hidden_after_block_0(model, held)
-    factorize.apply(model, byte_tokenizer(), *asked, RefineSettings())
-    off = hidden_after_block_0(model, held) - wanted
+    moment = prepared.moments.gradient_moment(down)
+    assert moment is not None
+    gradient = to_float64(moment)
+    held_out = session.tokens[:2]
+    target = hidden_after_block_0(model, held_out)
+    factorize.factorize_model(model, byte_tokenizer(), calibration, settings, RefineSettings())
+    error = hidden_after_block_0(model, held_out) - target
     g = 0.4 * gradient + 0.6 * gradient.diagonal().diag()
     g += 1e-2 * gradient.diagonal().mean() * torch.eye(len(g))
-    size = wanted.square().sum(-1)
+    size = target.square().sum(-1)
     median = size.median(-1, keepdim=True).values
-    expected = ((off @ g * off).sum(-1) * (median / size).clamp_max(1)).mean()
+    expected = ((error @ g * error).sum(-1) * (median / size).clamp_max(1)).mean()
     assert refined(tiny_model()).refined[0].before == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -86,9 +89,9 @@ def hidden_after_block_0(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 def test_closer_to_the_dense_model() -> None:
     errors = []
     expected = logits(tiny_model())
-    for wanted in (False, True):
+    for enabled in (False, True):
         model = tiny_model()
-        settings = {"refine": wanted, "calibration": "pydoc", "num_samples": 64, "seq_len": 128}
+        settings = {"refine": enabled, "calibration": "pydoc", "num_samples": 64, "seq_len": 128}
         lrcompress.factorize(
             model,
             byte_tokenizer(),
@@ -102,9 +105,9 @@ def test_closer_to_the_dense_model() -> None:
 
 def test_bfloat16_trains_in_float32_and_leaves_the_rest_bit_for_bit() -> None:
     model, untouched = tiny_model().bfloat16(), tiny_model().bfloat16()
-    done = refined(model, text=LONG)
+    result = refined(model, text=LONG)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert sum(b.after for b in done.refined) < sum(b.before for b in done.refined)
+    assert sum(b.after for b in result.refined) < sum(b.before for b in result.refined)
     parameters = dict(model.named_parameters())
     for name, parameter in untouched.named_parameters():
         if ".mlp." not in name:

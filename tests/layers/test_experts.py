@@ -11,7 +11,7 @@ import torch
 
 import lrcompress
 from lrcompress.benchmark import flops
-from lrcompress.compression.calibration.moments import Moments, measure_moments
+from lrcompress.compression.calibration.moments import MomentStatistics, measure_moments
 from lrcompress.config import ModelSettings
 from lrcompress.layers.experts import Experts, fused_experts, is_fused
 from lrcompress.layers.ffn_layouts import ffn_parameters, find_ffns, select
@@ -110,7 +110,7 @@ def test_only_experts_of_the_supported_layout_are_recognized() -> None:
     assert not is_fused(module)
 
 
-def _moments(model: Any, sample: torch.Tensor) -> tuple[tuple[LinearSpec, ...], Moments]:
+def _moments(model: Any, sample: torch.Tensor) -> tuple[tuple[LinearSpec, ...], MomentStatistics]:
     with unpacked(model):
         linears = select(model)
     return linears, measure_moments(model, linears, sample, gradient_samples=len(sample))
@@ -143,7 +143,7 @@ def test_an_expert_has_the_moments_of_its_own_tokens() -> None:
             moment = moments.statistics(spec).second_moment
             torch.testing.assert_close(moment, inputs.T @ inputs / 200, rtol=1e-4, atol=1e-6)
     assert compared >= 2
-    assert {name for name, _ in moments.scarce()} != {spec.ffn for spec in linears}
+    assert {name for name, _ in moments.undersampled_experts()} != {spec.ffn for spec in linears}
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ def test_an_expert_without_tokens_gets_its_mixtures_mean() -> None:
     model = tiny_model("mixtral", num_experts_per_tok=1, num_experts=8)
     routed = _routed(model, sample)
     linears, moments = _moments(model, sample)
-    empty = {name for name, count in moments.scarce() if count == 0}
+    empty = {name for name, count in moments.undersampled_experts() if count == 0}
     assert len(empty) >= BLOCKS * 5
     for spec in (spec for spec in linears if spec.ffn in empty):
         statistics = moments.statistics(spec)

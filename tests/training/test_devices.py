@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from lrcompress.training.loop import last_checkpoint
 from tests import worker
 from tests.conftest import SMALL, invoke
 from tests.tiny import saved_model
+from tests.worker import TIMEOUT, run_torchrun, start_torchrun, wait_for
 
 # 5 held-out sequences: two processes do not have the same number of them
 SETTINGS: dict[str, Any] = {
@@ -30,12 +29,9 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 3e-3, "batch_size": 4,
 }  # fmt: skip
 LONG = SETTINGS | {"max_steps": 120, "eval_every": 10, "held_out": 2}
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 # float32 sums in another order, after 12 steps of Adam
 ROUNDING, EXACT = (1e-4, 1e-5), (0.0, 0.0)
-PATIENCE = 600  # seconds, on a machine that has other things to do
 
 
 @dataclass(frozen=True)
@@ -156,30 +152,8 @@ def _flags(settings: dict[str, Any]) -> list[str]:
     return [word for key, value in pairs for word in (f"--{key.replace('_', '-')}", str(value))]
 
 
-def _started(*command: str) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [*TORCHRUN, *command], env=ENVIRONMENT, text=True, stdout=pipe, stderr=pipe
-    )
-
-
-def _ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit code, output and errors; torchrun takes its processes with it if it is too slow."""
-    try:
-        output, errors = process.communicate(timeout=PATIENCE)
-    finally:
-        process.terminate()
-    return process.returncode, output, errors
-
-
-def run_torchrun(*command: str) -> None:
-    """Runs a module in two processes, to a good end."""
-    code, _, said = _ended(_started(*command))
-    assert code == 0, said
-
-
 def _finetune(source: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
-    return _started("-m", "lrcompress", "finetune", str(source), "--out", str(out), *flags)
+    return start_torchrun("-m", "lrcompress", "finetune", str(source), "--out", str(out), *flags)
 
 
 def _reached(work: Path) -> int:
@@ -192,13 +166,13 @@ def _kill_a_run(source: Path, out: Path) -> None:
     """Starts the run `out` and ends torchrun when there is a checkpoint, written to its end."""
     process = _finetune(source, out, *_flags(LONG))
     work = out.with_name(f".{out.name}.finetune")
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + TIMEOUT
     while _reached(work) < 20:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert _ended(process)[0] != 0
+    assert wait_for(process)[0] != 0
     assert not out.exists()
 
 
@@ -278,7 +252,7 @@ def test_every_process_ends_and_the_main_one_says_why(runs: Runs, name: str, wor
 
 
 def test_the_command_fails_with_one_sentence(factorized: Path, tmp_path: Path) -> None:
-    code, output, errors = _ended(_finetune(factorized, tmp_path, "--data", "pydoc"))
+    code, output, errors = wait_for(_finetune(factorized, tmp_path, "--data", "pydoc"))
     assert code != 0
     assert errors.count("Error: output") == 1
     assert errors.count("exitcode  : 2") == 2  # what torchrun says of each process

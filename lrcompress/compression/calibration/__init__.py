@@ -1,0 +1,1 @@
+"""Measures moments and probes on the calibration text."""

@@ -1,9 +1,11 @@
-"""One pass over calibration tokens: moments of the linears' inputs and output gradients."""
+"""Moments of the linears' inputs and output gradients, from one pass over calibration tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lrcompress.compression.calibration.probes import Probe, ProbeErrors, held_out
-from lrcompress.compression.calibration.token_sums import TokenSums, zeros
+from lrcompress.compression.calibration.token_sums import TokenSums
 from lrcompress.layers.block_runner import (
     Forward,
     logits_of,
@@ -26,132 +28,145 @@ from lrcompress.runtime.distributed import shard_of
 from lrcompress.runtime.errors import InputError, NotFiniteError
 from lrcompress.runtime.progress import Progress, silent
 
-# columns that a product of moments takes at a time
-COLUMNS = 384
 
+class MomentCollector:
+    """Hooks that sum x xᵀ per input group and, with `gradients`, g gᵀ per linear.
 
-class Moments:
-    """Running sums of x xᵀ per input group and, with `gradients`, of g gᵀ per linear.
-
-    Products are taken in float32, of the upper triangle alone. Sums of x xᵀ are kept in float64;
-    those of g gᵀ, which only weigh errors, in float32, at half the memory. What an expert lacks to
-    as many tokens as it has features is made up for by the mean of its mixture.
+    x are the inputs, g the gradients of the outputs. Sums of x xᵀ are kept in float64; those of
+    g gᵀ, which only weigh errors, in float32, at half the memory.
     """
 
     def __init__(self, linears: Sequence[LinearSpec], gradients: bool) -> None:
-        # linears of one group read the same input, so one of them is watched
-        self.watched = {spec.input_group: spec.name for spec in reversed(linears)}
-        self.outputs = [spec.name for spec in linears] if gradients else []
-        self.mixtures = _mixtures(linears)
-        self.sums, self.gradient_sums = TokenSums(), TokenSums()
-        self.tokens = self.gradient_tokens = 0
-        self.backward = False
+        self.linears, self.gradients = linears, gradients
+        self.input_sums = TokenSums(torch.float64)
+        self.gradient_sums = TokenSums(torch.float32)
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
+    def hooks(self, model: nn.Module) -> Iterator[None]:
+        """Sums forward passes of `model` inside; their backward passes may follow outside."""
+        # the linears of a group read the same input: one of them gets a hook
+        readers = {spec.input_group: spec.name for spec in reversed(self.linears)}
         with ExitStack() as stack:
-            for group, name in self.watched.items():
-                hook = model.get_submodule(name).register_forward_pre_hook(self._input(group))
-                stack.callback(hook.remove)
-            for name in self.outputs:
-                hook = model.get_submodule(name).register_forward_hook(self._output(name))
-                stack.callback(hook.remove)
+            for group, name in readers.items():
+                module = model.get_submodule(name)
+                stack.callback(module.register_forward_pre_hook(self._input_hook(group)).remove)
+            for spec in self.linears if self.gradients else ():
+                module = model.get_submodule(spec.name)
+                stack.callback(module.register_forward_hook(self._output_hook(spec.name)).remove)
             yield
 
-    def _input(self, group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            if not self.backward:  # gradient checkpointing runs the forward pass once more
-                _add(self.sums, group, arguments[0], torch.float64)
+    def _input_hook(self, group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add_input(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            self.input_sums.add(group, arguments[0])
 
-        return add
+        return add_input
 
-    def _output(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def watch(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.requires_grad and not self.backward:
+    def _output_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def add_gradient(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad:
                 output.register_hook(  # type: ignore[no-untyped-call]
-                    lambda g: _add(self.gradient_sums, name, g, torch.float32)
+                    lambda gradient: self.gradient_sums.add(name, gradient)
                 )
 
-        return watch
+        return add_gradient
 
-    def add_up(self, linears: Sequence[LinearSpec], device: torch.device) -> None:
-        """Sums over all processes in place of those over the samples of this one."""
-        inputs = {spec.input_group: spec.in_features for spec in linears}
-        outputs = {spec.name: spec.out_features for spec in linears}
-        self.sums.add_up(inputs, torch.float64, device)
-        self.gradient_sums.add_up(outputs, torch.float32, device)
+    def all_reduce(self, device: torch.device) -> None:
+        """Replaces the sums over the samples of this process by those over all processes."""
+        self.input_sums.all_reduce(
+            {spec.input_group: spec.in_features for spec in self.linears}, device
+        )
+        self.gradient_sums.all_reduce(
+            {spec.name: spec.out_features for spec in self.linears}, device
+        )
+
+    def statistics(self, tokens: int, gradient_tokens: int) -> MomentStatistics:
+        """What the finished sums say, over `tokens`, of which `gradient_tokens` have gradients."""
+        return MomentStatistics(
+            tuple(self.linears), self.input_sums, self.gradient_sums, tokens, gradient_tokens
+        )
+
+
+@dataclass(frozen=True)
+class MomentStatistics:
+    """Mean moments, read from finished sums over `tokens` and `gradient_tokens`.
+
+    An expert that fewer tokens reached than it has features gets the mean of its mixture for the
+    missing ones.
+    """
+
+    linears: tuple[LinearSpec, ...]
+    input_sums: TokenSums
+    gradient_sums: TokenSums
+    tokens: int
+    gradient_tokens: int
 
     def statistics(self, linear: LinearSpec) -> Statistics:
-        """The moments of `linear`. Raises InputError where one is missing or not finite."""
-        group = linear.input_group
+        """The moments of `linear`.
+
+        Raises InputError where no token reached it, NotFiniteError where one is not finite.
+        """
+        group, sums = linear.input_group, self.input_sums
         if linear.mixture:
-            parts = [spec.input_group for spec in self._alike(linear)]
-            hidden = linear.role != "down"
-            found = self.sums.filled_up(group, parts, linear.in_features, alike=hidden)
-        elif group in self.sums.of:
-            found = self.sums.of[group]
+            experts = [spec.input_group for spec in self._same_role(linear)]
+            reads_hidden = linear.role != "down"
+            total = sums.padded_by_mixture(group, experts, linear.in_features, reads_hidden)
+        elif group in sums.sums:
+            total = sums.sums[group]
         else:
             raise InputError(f"calibration never reached {linear.name}: exclude it by name")
-        moment = _symmetric(found) / self.tokens
-        return Statistics(_finite(moment, "input", linear), self.gradient(linear))
+        moment = _symmetric(total) / self.tokens
+        return Statistics(_finite(moment, "input", linear), self.gradient_moment(linear))
 
-    def gradient(self, linear: LinearSpec) -> Tensor | None:
-        """The gradient moment of `linear` if it was measured.
+    def gradient_moment(self, linear: LinearSpec) -> Tensor | None:
+        """The mean of g gᵀ (out, out) of `linear`; None if no gradient was measured.
 
-        That of an expert is a mean over its own tokens: that few come is in its input's moment.
+        That of an expert is a mean over the expert's own tokens, since its input moment already
+        accounts for how few they are.
         """
         name, sums = linear.name, self.gradient_sums
-        if linear.mixture and self.outputs:
-            size, parts = linear.out_features, [spec.name for spec in self._alike(linear)]
-            found = sums.filled_up(name, parts, size, alike=linear.role == "down")
+        if linear.mixture and self.gradient_tokens:
+            size, experts = linear.out_features, [spec.name for spec in self._same_role(linear)]
+            writes_hidden = linear.role == "down"
+            total = sums.padded_by_mixture(name, experts, size, writes_hidden)
             tokens = max(sums.count(name), size)
-        elif name in sums.of:
-            found, tokens = sums.of[name], self.gradient_tokens
+        elif name in sums.sums:
+            total, tokens = sums.sums[name], self.gradient_tokens
         else:
             return None
-        return _finite(_symmetric(found) / tokens, "output gradient", linear)
+        return _finite(_symmetric(total) / tokens, "output gradient", linear)
 
-    def _alike(self, linear: LinearSpec) -> list[LinearSpec]:
-        """The linears of its role in all experts of its mixture."""
-        return self.mixtures[linear.mixture, linear.role]
+    @cached_property
+    def _mixtures(self) -> dict[tuple[str, str], list[LinearSpec]]:
+        """The linears of all experts of a mixture, by mixture and role."""
+        mixtures: dict[tuple[str, str], list[LinearSpec]] = {}
+        for spec in self.linears:
+            if spec.mixture:
+                mixtures.setdefault((spec.mixture, spec.role), []).append(spec)
+        return mixtures
 
-    def scarce(self) -> list[tuple[str, int]]:
-        """The experts that fewer tokens reached than they have inputs, and how many did."""
-        reads = [s for (_, role), specs in self.mixtures.items() if role != "down" for s in specs]
-        counts = [(spec, self.sums.count(spec.input_group)) for spec in reads]
+    def _same_role(self, linear: LinearSpec) -> list[LinearSpec]:
+        """The linears of the same role in all experts of the mixture."""
+        return self._mixtures[linear.mixture, linear.role]
+
+    def undersampled_experts(self) -> list[tuple[str, int]]:
+        """The experts that fewer tokens reached than they have inputs, with that number."""
+        readers = [
+            spec for (_, role), specs in self._mixtures.items() if role != "down" for spec in specs
+        ]
+        counts = [(spec, self.input_sums.count(spec.input_group)) for spec in readers]
         return [(spec.ffn, tokens) for spec, tokens in counts if tokens < spec.in_features]
 
 
-def _mixtures(linears: Sequence[LinearSpec]) -> dict[tuple[str, str], list[LinearSpec]]:
-    found: dict[tuple[str, str], list[LinearSpec]] = {}
-    for spec in linears:
-        if spec.mixture:
-            found.setdefault((spec.mixture, spec.role), []).append(spec)
-    return found
-
-
-def _finite(moment: Tensor, what: str, linear: LinearSpec) -> Tensor:
+def _finite(moment: Tensor, subject: str, linear: LinearSpec) -> Tensor:
     if not bool(moment.isfinite().all()):
         raise NotFiniteError(
-            f"the {what} of {linear.name} is not finite: calibrate with --dtype float32"
+            f"the {subject} of {linear.name} is not finite: calibrate with --dtype float32"
         )
     return moment
 
 
-def _add(sums: TokenSums, key: str, rows: Tensor, dtype: torch.dtype) -> None:
-    """Adds v vᵀ over the tokens of v (..., features): the blocks on and above the diagonal."""
-    v = rows.detach().flatten(0, -2).float()
-    size = v.shape[1]
-    if key not in sums.of:
-        sums.of[key], sums.tokens[key] = zeros(size, dtype, v.device), torch.tensor(0)
-    total = sums.of[key]
-    sums.tokens[key] += len(v)
-    for begin in range(0, size, COLUMNS):
-        product = v[:, begin : begin + COLUMNS].T @ v[:, begin:]
-        total[begin : begin + COLUMNS, begin:] += product.to(total.device)
-
-
 def _symmetric(upper: Tensor) -> Tensor:
+    """The symmetric matrix whose upper triangle is that of `upper`."""
     return upper.triu() + upper.triu(1).T
 
 
@@ -161,65 +176,66 @@ def measure_moments(
     tokens: Tensor,
     gradient_samples: int = 0,
     progress: Progress = silent,
-) -> Moments:
+) -> MomentStatistics:
     """Runs `tokens` (samples, length) through the model, one sample at a time.
 
-    In the first `gradient_samples` of them a backward pass of `drawn_scores` follows the forward
-    pass; blocks are checkpointed, parameters get no gradients and stay as they are. Several
-    processes share the samples, and all get the sums.
+    In the first `gradient_samples` of them the forward pass is followed by a backward pass from
+    `sample_score_gradients`. Blocks are checkpointed; parameters get no gradients and stay as they
+    are. Several processes share the samples, and all get the sums.
     """
     samples, length = tokens.shape
     gradient_samples = min(gradient_samples, samples)
-    moments, own = Moments(linears, gradient_samples > 0), shard_of(range(samples))
-    with unpacked(model), evaluation_mode(model), moments.watching(model):
-        for index in progress(own, "Calibrating", len(own)):
+    collector, indices = MomentCollector(linears, gradient_samples > 0), shard_of(range(samples))
+    with unpacked(model), evaluation_mode(model):
+        for index in progress(indices, "Calibrating", len(indices)):
             batch = tokens[index][None].to(model.device)
             if index < gradient_samples:
-                _with_gradients(model, batch, moments, seed=index)
+                _forward_backward(model, batch, collector, seed=index)
             else:
-                _forward(model, batch)
-    moments.add_up(linears, model.device)
-    moments.tokens, moments.gradient_tokens = samples * length, gradient_samples * length
-    return moments
+                _forward(model, batch, collector)
+    collector.all_reduce(model.device)
+    return collector.statistics(samples * length, gradient_samples * length)
 
 
 def measure_errors(
     model: Any, probes: Sequence[Probe], tokens: Tensor, progress: Progress = silent
 ) -> dict[str, list[float]]:
-    """Mean (gᵀ D h)² of each probe by the name of its linear, for each of the `tokens` (samples,
-    length) that are held out."""
+    """Mean over tokens of each probe's (gᵀ D h)², by the name of its linear.
+
+    Each list has an entry per held-out sample of `tokens` (samples, length).
+    """
     samples, errors = held_out(len(tokens)), ProbeErrors(probes)
-    with unpacked(model), evaluation_mode(model), errors.watching(model):
+    with unpacked(model), evaluation_mode(model):
         for index in progress(samples, "Probing", len(samples)):
-            errors.start()
-            _with_gradients(model, tokens[index][None].to(model.device), errors, seed=index)
+            errors.start_sample()
+            batch = tokens[index][None].to(model.device)
+            _forward_backward(model, batch, errors, seed=index)
     return errors.means(tokens.shape[1])
 
 
 @torch.no_grad()
-def _forward(model: Any, sample: Tensor) -> None:
-    model.base_model(input_ids=sample, use_cache=False)  # without the head
+def _forward(model: Any, sample: Tensor, collector: MomentCollector) -> None:
+    with collector.hooks(model):
+        model.base_model(input_ids=sample, use_cache=False)  # without the head
 
 
 @torch.enable_grad()
-def _with_gradients(model: Any, sample: Tensor, watching: Moments | ProbeErrors, seed: int) -> None:
-    with (
-        _gradients_of_activations(model),
-        replaced_forwards(list(find_blocks(model)[1]), _checkpointing),
-    ):
-        logits = logits_of(model, sample)
-        watching.backward = True
-        try:
-            logits.backward(sample_score_gradients(logits.detach(), seed))  # type: ignore[no-untyped-call]
-        finally:
-            watching.backward = False
+def _forward_backward(
+    model: Any, sample: Tensor, observer: MomentCollector | ProbeErrors, seed: int
+) -> None:
+    blocks = list(find_blocks(model)[1])
+    with _gradients_of_activations(model), replaced_forwards(blocks, _checkpointed):
+        # checkpointing repeats the forward pass during the backward pass: then without hooks
+        with observer.hooks(model):
+            logits = logits_of(model, sample)
+        logits.backward(sample_score_gradients(logits.detach(), seed))  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def _gradients_of_activations(model: Any) -> Iterator[None]:
-    """No parameter takes a gradient; the embedded input does, so that there is a graph."""
+    """No parameter requires a gradient; the embedded input does, so that there is a graph."""
     hook = model.get_input_embeddings().register_forward_hook(
-        # a clone is no leaf, so that a family may scale its embedding in place
+        # some families scale the embedding in place, which autograd refuses for a leaf: clone it
         lambda _, __, output: output.detach().requires_grad_(True).clone()
     )
     try:
@@ -229,8 +245,8 @@ def _gradients_of_activations(model: Any) -> Iterator[None]:
         hook.remove()
 
 
-def _checkpointing(_: int, forward: Forward) -> Forward:
-    """Keeps the activations of one block at a time; works in eval mode, unlike the model's own."""
+def _checkpointed(_: int, forward: Forward) -> Forward:
+    """A block's `forward` that keeps no activations; unlike the model's own, also in eval mode."""
 
     def run(*arguments: Any, **keywords: Any) -> Any:
         return checkpoint(forward, *arguments, use_reentrant=False, **keywords)

@@ -1,4 +1,4 @@
-"""Sums over tokens, also of experts, each of which sees only the tokens that a router sends it."""
+"""Sums of v vᵀ over tokens, by key; an expert with few tokens borrows from its mixture."""
 
 from __future__ import annotations
 
@@ -10,54 +10,80 @@ from torch import Tensor
 
 from lrcompress.runtime import distributed
 
+# columns of v vᵀ that one product computes
+COLUMNS_PER_PRODUCT = 384
+
 
 @dataclass
 class TokenSums:
-    """Running sums of v vᵀ over tokens, by key, and the numbers of tokens.
+    """Running sums of v vᵀ over tokens, and the number of tokens, by key.
 
-    `of` holds upper triangles (features, features) alone.
+    `sums` are square matrices (features, features) of `dtype` whose upper triangle alone is
+    filled: the lower one holds partial results. Products are computed in float32.
     """
 
-    of: dict[str, Tensor] = field(default_factory=dict)
+    dtype: torch.dtype
+    sums: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, Tensor] = field(default_factory=dict)
-    _pools: dict[tuple[str, ...], tuple[Tensor, int]] = field(default_factory=dict)
+    _mixture_totals: dict[tuple[str, ...], tuple[Tensor, int]] = field(default_factory=dict)
+
+    def add(self, key: str, vectors: Tensor) -> None:
+        """Adds v vᵀ of every token in `vectors` (..., features) to the sum of `key`."""
+        v = vectors.detach().flatten(0, -2).float()
+        size = v.shape[1]
+        if key not in self.sums:
+            self.sums[key], self.tokens[key] = self._zeros(size, v.device), torch.tensor(0)
+        total = self.sums[key]
+        self.tokens[key] += len(v)
+        for begin in range(0, size, COLUMNS_PER_PRODUCT):
+            columns = slice(begin, begin + COLUMNS_PER_PRODUCT)
+            product = v[:, columns].T @ v[:, begin:]
+            total[columns, begin:] += product.to(total.device)
 
     def count(self, key: str) -> int:
+        """The number of tokens in the sum of `key`; 0 for an unknown key."""
         return int(self.tokens[key]) if key in self.tokens else 0
 
-    def add_up(self, sizes: dict[str, int], dtype: torch.dtype, device: torch.device) -> None:
-        """Sums over all processes in place of those of this one; `sizes` are features by key."""
-        distributed.all_reduce_sums(self.of, lambda key: zeros(sizes[key], dtype, device))
+    def all_reduce(self, sizes: dict[str, int], device: torch.device) -> None:
+        """Replaces the sums of this process by those over all processes.
+
+        `sizes` are the features by key: a process that saw no token of a key adds zeros.
+        """
+        distributed.all_reduce_sums(self.sums, lambda key: self._zeros(sizes[key], device))
         distributed.all_reduce_sums(self.tokens, lambda _: torch.zeros((), dtype=torch.int64))
 
-    def filled_up(self, key: str, mixture: Sequence[str], size: int, alike: bool) -> Tensor:
-        """The sum of `key`, filled up to as many tokens as features by its mixture's mean.
+    def padded_by_mixture(
+        self, key: str, mixture: Sequence[str], size: int, shared_features: bool
+    ) -> Tensor:
+        """The sum of one expert, padded with the mean of its mixture to `size` tokens.
 
-        `mixture` are the keys of all its experts, `key` among them. Where their features are
-        `alike`, as those of the hidden state are, the mean is that of v vᵀ. Channels of one
-        expert have nothing to do with another's, and the mean is then that of all their squares.
+        `key` is the expert's, `mixture` are the keys of all experts, `size` its features: with
+        fewer tokens than features the sum would be singular. With `shared_features`, as those of
+        the hidden state, each missing token counts as the mixture's mean of v vᵀ. The channels of
+        different experts are unrelated; without `shared_features` it counts as the mean of all
+        their squares, times the identity.
         """
-        everyone, count = self._pool(tuple(mixture), size)
-        own, missing = self.of.get(key, torch.zeros_like(everyone)), size - self.count(key)
-        if missing <= 0 or not count:
-            return own
-        mean = everyone / count
-        if not alike:
+        mixture_sum, mixture_tokens = self._mixture_total(tuple(mixture), size)
+        expert_sum = self.sums.get(key, torch.zeros_like(mixture_sum))
+        missing = size - self.count(key)
+        if missing <= 0 or not mixture_tokens:
+            return expert_sum
+        mean = mixture_sum / mixture_tokens
+        if not shared_features:
             mean = torch.eye(size, dtype=mean.dtype, device=mean.device) * mean.diagonal().mean()
-        return own + missing * mean
+        return expert_sum + missing * mean
 
-    def _pool(self, keys: tuple[str, ...], size: int) -> tuple[Tensor, int]:
-        """Sum and tokens of all `keys`; zeros where no token came at all."""
-        if keys not in self._pools:
-            reached = [self.of[key] for key in keys if key in self.of]
-            total = torch.zeros_like(reached[0]) if reached else torch.zeros(size, size)
-            for one in reached:
-                total += one
-            self._pools[keys] = total, sum(map(self.count, keys))
-        return self._pools[keys]
+    def _mixture_total(self, keys: tuple[str, ...], size: int) -> tuple[Tensor, int]:
+        """Sum and number of tokens over all `keys`; zeros where no token reached any of them."""
+        if keys not in self._mixture_totals:
+            sums = [self.sums[key] for key in keys if key in self.sums]
+            total = torch.zeros_like(sums[0]) if sums else torch.zeros(size, size)
+            for expert_sum in sums:
+                total += expert_sum
+            self._mixture_totals[keys] = total, sum(map(self.count, keys))
+        return self._mixture_totals[keys]
 
-
-def zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On the CPU where the device does not have `dtype`."""
-    place = "cpu" if device.type == "mps" and dtype == torch.float64 else device
-    return torch.zeros(size, size, dtype=dtype, device=place)
+    def _zeros(self, size: int, device: torch.device) -> Tensor:
+        """On the CPU where the device does not support the dtype."""
+        unsupported = device.type == "mps" and self.dtype == torch.float64
+        return torch.zeros(size, size, dtype=self.dtype, device="cpu" if unsupported else device)

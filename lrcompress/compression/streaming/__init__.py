@@ -1,0 +1,1 @@
+"""Compresses a model larger than memory, one block at a time."""

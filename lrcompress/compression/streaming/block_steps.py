@@ -1,7 +1,8 @@
-"""What becomes of one block: shrunk by itself or anchored, and refined; streams kept on disk.
+"""Compresses one block: replaces its layers, anchored or not, and refines them.
 
-With anchored fits or refinement a block depends on the streams in front of it, which the blocks
-before it made; a walk through the blocks can go on from any block that it has reached.
+With anchored fits or refinement a block depends on the streams of hidden states in front of it,
+which the blocks before it made. The streams are kept on disk, so that the work can resume at any
+block that was reached.
 """
 
 from __future__ import annotations
@@ -23,30 +24,31 @@ from lrcompress.methods.plan import Plan
 
 
 class BlockCompressor:
-    """Through the blocks of the model of `text`; the first one has to hold its weights.
+    """Compresses the blocks of the model of `session` in order.
 
-    `work` keeps both streams of hidden states in front of the block that comes next.
+    The first block has to be resident when this is made. The folder `work` keeps both streams of
+    hidden states in front of the next block.
     """
 
     def __init__(
         self,
-        text: CalibrationSession,
+        session: CalibrationSession,
         recipe: Recipe,
         prepared: PreparedModel,
         plan: Plan,
         work: Path,
     ) -> None:
-        self.model, self.plan, self.form = text.model, plan, recipe.factorize.form
+        self.model, self.plan = session.model, plan
         self.streams: dict[StreamFiles, HiddenStreams] = {}
         self.anchoring: AnchoredWalk | None = None
         self.refinement: Refinement | None = None
         if recipe.factorize.sequential == "anchored":
-            streams = HiddenStreams(self.model, text.tokens)
-            parts = (self.model, prepared, plan, self.form, streams)
-            self.anchoring = AnchoredWalk(*parts, recipe.factorize.anchor_damping)
+            streams = HiddenStreams(self.model, session.tokens)
+            damping = recipe.factorize.anchor_damping
+            self.anchoring = AnchoredWalk(self.model, prepared, plan, streams, damping)
             self.streams[StreamFiles(work / "anchored")] = streams
         if recipe.refine.enabled:
-            self.refinement = Refinement(self.model, {}, prepared, text.tokens, recipe.refine)
+            self.refinement = Refinement(self.model, session.tokens, recipe.refine)
             self.streams[StreamFiles(work / "refined")] = self.refinement.streams
 
     @property
@@ -55,39 +57,35 @@ class BlockCompressor:
         return bool(self.streams)
 
     def go_to(self, index: int) -> None:
-        """The next block is number `index`, which an earlier walk had reached."""
-        for kept, streams in self.streams.items():
+        """Makes block number `index` the next one; an earlier run has to have reached it."""
+        for files, streams in self.streams.items():
             if index:
-                streams.dense, streams.compressed = kept.read(index, len(streams.dense))
+                streams.dense, streams.compressed = files.read(index, len(streams.dense))
 
     def block(
         self, index: int, prepared: PreparedModel
-    ) -> tuple[list[LinearResult], list[RefinedBlock]]:
-        """Shrinks block number `index`, which is resident; `prepared` has its linears alone."""
+    ) -> tuple[list[LinearResult], RefinedBlock | None]:
+        """Compresses block number `index`, which is resident; `prepared` has its linears alone."""
         originals = {s.name: self.model.get_submodule(s.name) for s in prepared.linears}
         if self.anchoring is None:
-            done = list(self._independent(prepared))
+            linears = list(self._independent(prepared))
         else:
-            self.anchoring.prepared = prepared
-            done = list(self.anchoring.block(index, list(prepared.ffns(self.model))))
-        refined: list[RefinedBlock] = []
+            linears = list(self.anchoring.block(index, list(prepared.ffns(self.model))))
+        refined = None
         if self.refinement is not None:
-            self.refinement.originals, self.refinement.prepared = originals, prepared
-            refined = list(self.refinement.block(index, None))
-        for kept, streams in self.streams.items():
-            kept.write(index + 1, (streams.dense, streams.compressed))
-        return done, refined
+            refined = self.refinement.block(index, prepared, originals, file=None)
+        for files, streams in self.streams.items():
+            files.write(index + 1, (streams.dense, streams.compressed))
+        return linears, refined
 
     def finish(self, index: int) -> None:
-        """Block number `index` is kept: the streams in front of it are needed no more."""
-        for kept in self.streams:
-            kept.drop(index)
+        """Drops the streams in front of block number `index`, which is saved."""
+        for files in self.streams:
+            files.drop(index)
 
     def _independent(self, prepared: PreparedModel) -> Iterator[LinearResult]:
         for ffn in prepared.ffns(self.model):
-            for what, layer in list(
-                replacements_of_ffn(self.model, ffn, prepared, self.plan, self.form)
-            ):
-                if layer is not None:
-                    install(self.model, what.spec.name, layer)
-                yield what
+            for replacement in list(replacements_of_ffn(self.model, ffn, prepared, self.plan)):
+                if replacement.layer is not None:
+                    install(self.model, replacement.result.spec.name, replacement.layer)
+                yield replacement.result

@@ -1,4 +1,4 @@
-"""What a run that holds one block at a time keeps of each block, until the whole model is saved."""
+"""The files that a streaming run keeps of each block until the whole model is saved."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lrcompress.compression.planning import ModelCandidates
 from lrcompress.methods.plan import Candidates, RankCurve, WidthOption
 from lrcompress.methods.types import LinearSpec
 from lrcompress.runtime.atomic_io import replace_tensors, replace_text, writing_state
 
-ARRAYS = ("ranks", "parameters", "errors")  # of a Curve
-FORMAT = {"format": "pt"}  # without it transformers refuses a file
+# the fields of a RankCurve that are arrays
+CURVE_ARRAYS = ("ranks", "parameters", "errors")
+# transformers refuses a safetensors file without it
+SAFETENSORS_METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True)
 class Activations:
-    """A tensor (1, length, width) for every block and sample: hidden states, or gradients."""
+    """A file per block and sample with a tensor (1, length, width): hidden states, or gradients."""
 
     folder: Path
 
@@ -42,16 +45,14 @@ class Activations:
             replace_tensors(self._file(block, sample), {"states": states.contiguous()})
 
     def drop(self, block: int) -> None:
+        """Removes the files of one block."""
         for file in self.folder.glob(f"{block:04}-*.safetensors"):
             file.unlink()
 
 
-Found = tuple[tuple[Candidates, ...], dict[str, Tensor]]  # of one block, and orders of channels
-
-
 @dataclass(frozen=True)
 class BlockFiles:
-    """The choices and the finished weights of blocks, by their number."""
+    """The candidates, finished weights and records of blocks, by the number of the block."""
 
     folder: Path
 
@@ -61,86 +62,89 @@ class BlockFiles:
     def _record(self, block: int) -> Path:
         return self.folder / f"block-{block:04}.json"
 
-    def _choices(self, block: int) -> Path:
+    def _candidates(self, block: int) -> Path:
         return self.folder / f"choices-{block:04}.json"
 
     def has(self, block: int) -> bool:
         return self._record(block).is_file() and self.weights(block).is_file()
 
     def write(self, block: int, weights: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """The record comes last: where it is, the block is finished."""
+        """Writes a finished block; the record comes last, and marks the block as finished."""
         with writing_state(f"block {block} in {str(self.folder)!r}"):
-            replace_tensors(self.weights(block), weights, FORMAT)
+            replace_tensors(self.weights(block), weights, SAFETENSORS_METADATA)
             replace_text(self._record(block), json.dumps(record))
 
     def record(self, block: int) -> dict[str, Any]:
         return json.loads(self._record(block).read_text("utf-8"))  # type: ignore[no-any-return]
 
-    def has_choices(self, block: int) -> bool:
-        return self._choices(block).is_file()
+    def has_candidates(self, block: int) -> bool:
+        return self._candidates(block).is_file()
 
-    def write_choices(self, block: int, found: Found) -> None:
-        choices, channels = found
+    def write_candidates(self, block: int, candidates: ModelCandidates) -> None:
         content = {
             "choices": [
-                {"ffn": one.ffn, "factor": one.factor, "shapes": [*map(_shape, one.shapes)]}
-                for one in choices
+                {"ffn": c.ffn, "factor": c.factor, "shapes": [_option_to_json(o) for o in c.shapes]}
+                for c in candidates.ffns
             ],
-            "channels": {name: order.tolist() for name, order in channels.items()},
+            "channels": {name: order.tolist() for name, order in candidates.channels.items()},
         }
-        with writing_state(f"the choices of block {block} in {str(self.folder)!r}"):
+        with writing_state(f"the candidates of block {block} in {str(self.folder)!r}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace_text(self._choices(block), json.dumps(content))
+            replace_text(self._candidates(block), json.dumps(content))
 
-    def choices(self, block: int, linears: Sequence[LinearSpec]) -> Found:
-        """Of the FFNs that `linears` belong to."""
-        content = json.loads(self._choices(block).read_text("utf-8"))
+    def candidates(self, block: int, linears: Sequence[LinearSpec]) -> ModelCandidates:
+        """The candidates of the block's FFNs, whose linears are among `linears`."""
+        content = json.loads(self._candidates(block).read_text("utf-8"))
         channels = {name: torch.tensor(order) for name, order in content["channels"].items()}
-        found = [_read_choices(one, linears) for one in content["choices"]]
-        return tuple(found), channels
+        ffns = [_candidates_from_json(ffn, linears) for ffn in content["choices"]]
+        return ModelCandidates(tuple(ffns), channels)
 
 
-def _shape(shape: WidthOption) -> dict[str, Any]:
+def _option_to_json(option: WidthOption) -> dict[str, Any]:
     """JSON keeps every bit of a float."""
     curves = [
-        {"name": c.name} | {key: getattr(c, key).tolist() for key in ARRAYS} for c in shape.curves
+        {"name": curve.name} | {key: getattr(curve, key).tolist() for key in CURVE_ARRAYS}
+        for curve in option.curves
     ]
-    return {"width": shape.width, "error": shape.error, "curves": curves}
+    return {"width": option.width, "error": option.error, "curves": curves}
 
 
-def _read_choices(content: Mapping[str, Any], linears: Sequence[LinearSpec]) -> Candidates:
-    own = tuple(linear for linear in linears if linear.ffn == content["ffn"])
-    shapes = [
-        WidthOption(shape["width"], shape["error"], tuple(map(_read_curve, shape["curves"])))
-        for shape in content["shapes"]
+def _candidates_from_json(content: Mapping[str, Any], linears: Sequence[LinearSpec]) -> Candidates:
+    ffn_linears = tuple(linear for linear in linears if linear.ffn == content["ffn"])
+    options = [
+        WidthOption(option["width"], option["error"], tuple(map(_curve, option["curves"])))
+        for option in content["shapes"]
     ]
-    return Candidates(content["ffn"], own, tuple(shapes), content["factor"])
+    return Candidates(content["ffn"], ffn_linears, tuple(options), content["factor"])
 
 
-def _read_curve(content: Mapping[str, Any]) -> RankCurve:
-    arrays = (np.array(content[key]) for key in ARRAYS)
+def _curve(content: Mapping[str, Any]) -> RankCurve:
+    arrays = (np.array(content[key]) for key in CURVE_ARRAYS)
     return RankCurve(content["name"], *arrays)
 
 
 @dataclass(frozen=True)
 class StreamFiles:
-    """Both streams of hidden states in front of a block, dense and compressed, of all samples."""
+    """The dense and the compressed hidden states of all samples, in front of a block."""
 
     folder: Path
 
     @property
-    def _both(self) -> tuple[Activations, Activations]:
+    def _streams(self) -> tuple[Activations, Activations]:
         return Activations(self.folder / "dense"), Activations(self.folder / "compressed")
 
     def read(self, block: int, samples: int) -> tuple[list[Tensor], list[Tensor]]:
-        dense, compressed = ([kept.read(block, i) for i in range(samples)] for kept in self._both)
+        dense, compressed = (
+            [stream.read(block, sample) for sample in range(samples)] for stream in self._streams
+        )
         return dense, compressed
 
-    def write(self, block: int, streams: tuple[Sequence[Tensor], Sequence[Tensor]]) -> None:
-        for kept, states in zip(self._both, streams, strict=True):
-            for sample, one in enumerate(states):
-                kept.write(block, sample, one)
+    def write(self, block: int, states: tuple[Sequence[Tensor], Sequence[Tensor]]) -> None:
+        """`states` are the dense and the compressed ones, (1, length, width) for each sample."""
+        for stream, samples in zip(self._streams, states, strict=True):
+            for sample, hidden in enumerate(samples):
+                stream.write(block, sample, hidden)
 
     def drop(self, block: int) -> None:
-        for kept in self._both:
-            kept.drop(block)
+        for stream in self._streams:
+            stream.drop(block)

@@ -37,9 +37,9 @@ class CostLedger:
         Reading the calibration text is left out: `charge_calibration` adds it.
         """
         started = time.perf_counter()
-        reading, saved = self.session.reading, decompositions.saved
+        reading, saved = self.session.text_seconds, decompositions.saved
         yield
-        seconds = time.perf_counter() - started - (self.session.reading - reading)
+        seconds = time.perf_counter() - started - (self.session.text_seconds - reading)
         self.seconds += seconds + decompositions.saved - saved
 
     def charge_calibration(self, prepared: PreparedModel, memory: int | None) -> None:
@@ -49,7 +49,7 @@ class CostLedger:
         """
         moments = prepared.moments
         if moments is None:
-            self.charge(self.session.reading, None)
+            self.charge(self.session.text_seconds, None)
         else:
-            measuring = self.session.measuring[moments.gradient_tokens > 0]
-            self.charge(self.session.reading + measuring, memory)
+            measuring = self.session.moment_seconds[moments.gradient_tokens > 0]
+            self.charge(self.session.text_seconds + measuring, memory)

@@ -188,7 +188,7 @@ class SweepRunner:
     def _calibration(self) -> SharedCalibration:
         """With the moments that any variant needs: without gradients, with gradients, or both."""
         self._refuse_contamination()
-        session = self._compressor(self.variants[0], self._model).text()
+        session = self._compressor(self.variants[0], self._model).calibration()
         requirements = [variant.factorize.compressor().requires for variant in self.variants]
         with_gradients = {"gradient_moment" in required for required in requirements if required}
         with peak_memory() as memory:
@@ -252,10 +252,10 @@ class SweepRunner:
     def _compress(self, point: PointSpec, prepared: PreparedModel, model: Any) -> float:
         """Compresses `model` in place; returns the share of the selected parameters kept."""
         budget = Budget(keep_ratio=point.keep_ratio)
-        plan = prepared.allocator.allocate(prepared.choices, budget)
+        plan = prepared.allocator.allocate(prepared.candidates, budget)
         planned = replace(prepared, keep_ratio=point.keep_ratio, plan=plan)
         compressor = self._compressor(point.variant, model)
-        result = compressor.carry_out(planned, self._calibration.session)
+        result = compressor.compress(planned, self._calibration.session)
         return result.selected.keep_ratio
 
     def _measure(self, name: str, keep_ratio: float, model: Any) -> SweepPoint:

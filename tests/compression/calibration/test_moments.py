@@ -31,16 +31,16 @@ def test_second_moment_of_every_linear(family: str) -> None:
     for spec in linears:
         x = torch.cat(seen[spec.name])
         assert x.shape == (60, spec.in_features)
-        found = moments.statistics(spec).second_moment
-        assert found is not None
-        assert found.dtype == torch.float64
-        torch.testing.assert_close(found, x.T @ x / 60, rtol=1e-5, atol=1e-6)
+        moment = moments.statistics(spec).second_moment
+        assert moment is not None
+        assert moment.dtype == torch.float64
+        torch.testing.assert_close(moment, x.T @ x / 60, rtol=1e-5, atol=1e-6)
 
 
 def test_gate_and_up_share_one_moment() -> None:
     linears = select(tiny_model())
     moments = measure_moments(tiny_model(), linears, tokens(1, 8))
-    assert len(moments.watched) == 4  # two blocks: gate with up, and down
+    assert len(moments.input_sums.sums) == 4  # two blocks: gate with up, and down
     assert moments.statistics(linears[0]).second_moment is not None
 
 
@@ -69,14 +69,6 @@ def test_non_finite_activations_name_the_linear() -> None:
         )
 
 
-def test_non_finite_weight_names_the_linear() -> None:
-    model = tiny_model()
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("inf")
-    with pytest.raises(InputError, match=r"weight of model\.layers\.1\.mlp\.up_proj is not finite"):
-        lrcompress.factorize(model, keep_ratio=0.5, method="svd")
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("trained", [True, False])
 def test_gradient_moment_of_every_linear(family: str, trained: bool) -> None:
@@ -102,12 +94,12 @@ def test_gradient_moment_of_every_linear(family: str, trained: bool) -> None:
         handle.remove()
     for spec in linears:
         g = torch.cat(seen[spec.name])
-        found = moments.statistics(spec)
-        assert found.gradient_moment is not None
+        statistics = moments.statistics(spec)
+        assert statistics.gradient_moment is not None
         torch.testing.assert_close(
-            found.gradient_moment.double(), g.T @ g / 40, rtol=1e-4, atol=1e-6
+            statistics.gradient_moment.double(), g.T @ g / 40, rtol=1e-4, atol=1e-6
         )
-        torch.testing.assert_close(found.second_moment, plain.statistics(spec).second_moment)
+        torch.testing.assert_close(statistics.second_moment, plain.statistics(spec).second_moment)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -118,9 +110,9 @@ def test_gradients_survive_low_precision_and_the_models_own_checkpointing(
     exact = measure_moments(tiny_model(), linears, sample, gradient_samples=len(sample))
     model = tiny_model().to(dtype)
     model.activation_checkpointing_enable()
-    found = measure_moments(model.train(), linears, sample, gradient_samples=len(sample))
+    rounded = measure_moments(model.train(), linears, sample, gradient_samples=len(sample))
     for spec in linears:
-        a, b = exact.statistics(spec).gradient_moment, found.statistics(spec).gradient_moment
+        a, b = exact.statistics(spec).gradient_moment, rounded.statistics(spec).gradient_moment
         assert a is not None
         assert b is not None
         assert float((a - b).norm() / a.norm()) < (0.1 if dtype == torch.bfloat16 else 1e-5)

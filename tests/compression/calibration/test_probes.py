@@ -1,4 +1,4 @@
-"""What a change costs is measured without taking inputs and gradients as independent."""
+"""Probes measure what a change costs; their factors correct the estimates of their block."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.tiny import byte_tokenizer, tiny_model, tokens
 
 
 def down_of(model: torch.nn.Module, block: int) -> LinearSpec:
-    found: LinearSpec = next(s for s in select(model) if s.block == block and s.role == "down")
-    return found
+    down: LinearSpec = next(s for s in select(model) if s.block == block and s.role == "down")
+    return down
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
@@ -35,7 +35,7 @@ def test_errors_are_means_over_tokens(family: str) -> None:
     model, sample = tiny_model(family), tokens(23, 20)
     down = down_of(model, 0)
     change = 0.1 * torch.randn(down.out_features, down.in_features)
-    found = measure_errors(model, [Probe(down, change, 1.0)], sample)
+    errors = measure_errors(model, [Probe(down, change, 1.0)], sample)
     module, seen = model.get_submodule(down.name), []
     module.register_forward_hook(lambda _, x, y: seen.append((x[0].flatten(0, -2), y)))
     expected = []
@@ -46,7 +46,7 @@ def test_errors_are_means_over_tokens(family: str) -> None:
         g = torch.autograd.grad(logits, output, sample_score_gradients(logits.detach(), seed))[0]
         products = (g.flatten(0, -2) * (h.detach() @ change.T)).sum(-1)
         expected.append(float(products.square().mean()))
-    assert found == {down.name: pytest.approx(expected, rel=1e-4)}
+    assert errors == {down.name: pytest.approx(expected, rel=1e-4)}
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
@@ -57,17 +57,17 @@ def test_an_error_is_twice_the_divergence_of_a_small_change() -> None:
     weight = model.get_submodule(down.name).weight
     generator = torch.Generator().manual_seed(0)
     change = 0.02 * weight.std().detach() * torch.randn(weight.shape, generator=generator)
-    found = measure_errors(model, [Probe(down, change, 1.0)], sample)
+    errors = measure_errors(model, [Probe(down, change, 1.0)], sample)
     sample = sample[-6:]
     with torch.no_grad():
         before = model(input_ids=sample).logits.double().log_softmax(-1)
         weight -= change
         after = model(input_ids=sample).logits.double().log_softmax(-1)
     divergence = float((before.exp() * (before - after)).sum(-1).mean())
-    assert sum(found[down.name]) / 6 / 2 == pytest.approx(divergence, rel=0.3)
+    assert sum(errors[down.name]) / 6 / 2 == pytest.approx(divergence, rel=0.3)
 
 
-def choices_of(block: int) -> Candidates:
+def candidates_of(block: int) -> Candidates:
     linear = LinearSpec(f"{block}.down", block, "down", 8, 4, False, "h", f"{block}")
     curve = RankCurve(linear.name, np.array([1, 0]), np.array([12, 32]), np.array([3.0, 0.0]))
     return Candidates(
@@ -76,16 +76,16 @@ def choices_of(block: int) -> Candidates:
 
 
 def test_a_factor_is_that_of_its_block() -> None:
-    first, second, third = (choices_of(block) for block in range(3))
-    probes = [Probe(one.linears[0], torch.zeros(4, 8), 2.0) for one in (first, second)]
+    first, second, third = (candidates_of(block) for block in range(3))
+    probes = [Probe(c.linears[0], torch.zeros(4, 8), 2.0) for c in (first, second)]
     measured = {"0.down": [2.5, 10.0], "1.down": [0.0, 0.0]}
-    found = corrected([first, second, third], probes, measured)
+    result = corrected([first, second, third], probes, measured)
     # the geometric mean; then nothing measured, and nothing probed
-    assert [one.factor for one in found] == pytest.approx([2.5, 1.0, 1.0])
-    assert [one.shapes for one in found] == [one.shapes for one in (first, second, third)]
+    assert [c.factor for c in result] == pytest.approx([2.5, 1.0, 1.0])
+    assert [c.shapes for c in result] == [c.shapes for c in (first, second, third)]
 
 
-def choices_with_ranks(block: int, factor: float) -> Candidates:
+def candidates_with_ranks(block: int, factor: float) -> Candidates:
     linear = LinearSpec(f"{block}.down", block, "down", 64, 64, False, "h", f"{block}")
     ranks = np.arange(1, 64)
     counts = [linear.parameters(int(rank), "pivoted") for rank in ranks]
@@ -98,14 +98,14 @@ def choices_with_ranks(block: int, factor: float) -> Candidates:
 
 @pytest.mark.parametrize(("keep_ratio", "moves"), [(0.9, True), (0.6, True), (0.4, False)])
 def test_factors_count_less_the_less_is_kept(keep_ratio: float, moves: bool) -> None:
-    choices = [choices_with_ranks(0, 3.0), choices_with_ranks(1, 1.0)]
-    ranks = LossAware().allocate(choices, Budget(keep_ratio=keep_ratio)).ranks
+    candidates = [candidates_with_ranks(0, 3.0), candidates_with_ranks(1, 1.0)]
+    ranks = LossAware().allocate(candidates, Budget(keep_ratio=keep_ratio)).ranks
     first, second = (ranks.get(f"{block}.down", 64) for block in (0, 1))
     assert first > second + 2 if moves else abs(first - second) <= 1
 
 
-class Told:
-    """A text of which every probe cost `factor` times its estimate in block 0."""
+class FixedCosts:
+    """A calibration in which every probe of block 0 costs `factor` times its estimate."""
 
     def __init__(self, model: torch.nn.Module, factor: float) -> None:
         self.model, self.factor = model, factor
@@ -118,8 +118,8 @@ class Told:
     def errors(self, probes):  # type: ignore[no-untyped-def]
         self.probes = list(probes)
         return {
-            one.linear.name: [one.estimated * (1.0 if one.linear.block else self.factor)]
-            for one in probes
+            probe.linear.name: [probe.estimated * (1.0 if probe.linear.block else self.factor)]
+            for probe in probes
         }
 
 
@@ -128,15 +128,15 @@ def test_what_costs_more_than_it_seemed_keeps_more(method: str) -> None:
     model = tiny_model()
     linears = select(model)
     settings = FactorizeSettings(keep_ratio=0.7, method=method, rank_multiple=1)
-    kept = []
+    parameters = []
     for factor in (1.0, 100.0):
-        text = Told(model, factor)
-        plan = prepare(model, linears, settings, 0.7, text, silent).plan
+        calibration = FixedCosts(model, factor)
+        plan = prepare(model, linears, settings, 0.7, calibration, silent).plan
         assert plan is not None
-        assert len(text.probes) == 2
-        assert all(bool((one.change != 0).any()) for one in text.probes)
-        kept.append(sum(plan.parameters(s, settings.form) for s in linears if s.block == 0))
-    assert kept[1] > kept[0]
+        assert len(calibration.probes) == 2
+        assert all(bool((probe.change != 0).any()) for probe in calibration.probes)
+        parameters.append(sum(plan.parameters(s, settings.form) for s in linears if s.block == 0))
+    assert parameters[1] > parameters[0]
 
 
 def test_errors_in_another_unit_are_not_corrected() -> None:
@@ -145,9 +145,9 @@ def test_errors_in_another_unit_are_not_corrected() -> None:
     settings = FactorizeSettings(
         keep_ratio=0.5, method="nystrom", method_options=options, ranks="loss_aware"
     )
-    text = Told(model, 100.0)
-    assert prepare(model, select(model), settings, 0.5, text, silent).plan is not None
-    assert text.probes == []
+    calibration = FixedCosts(model, 100.0)
+    assert prepare(model, select(model), settings, 0.5, calibration, silent).plan is not None
+    assert calibration.probes == []
 
 
 @pytest.mark.parametrize("method", [Auto(), Nystrom(), FisherSVD()])
@@ -158,14 +158,16 @@ def test_the_estimate_is_that_of_the_change(method: Auto | Nystrom | FisherSVD) 
     name = {"Auto": "auto", "Nystrom": "nystrom", "FisherSVD": "fisher"}[type(method).__name__]
     options = {"shrinkage": 0, "output_shrinkage": 0}
     settings = FactorizeSettings(keep_ratio=0.5, method=name, method_options=options)
-    planning, moments = Planning.of(settings, 0.5), Told(model, 1.0).moments(True)
-    choices, channels = planning.choices(ffns_of(model, linears, moments))
-    for one in planning.probes(ffns_of(model, linears, moments), choices, channels):
-        found = moments.statistics(one.linear)
-        assert found.gradient_moment is not None
-        D = one.change.double()
-        cost = float((found.gradient_moment.double() @ D @ found.second_moment @ D.T).trace())
-        assert one.estimated == pytest.approx(cost, rel=0.05)
+    planning, moments = Planning.of(settings, 0.5), FixedCosts(model, 1.0).moments(True)
+    candidates = planning.candidates(ffns_of(model, linears, moments))
+    for probe in planning.probes(ffns_of(model, linears, moments), candidates):
+        statistics = moments.statistics(probe.linear)
+        assert statistics.gradient_moment is not None
+        D = probe.change.double()
+        cost = float(
+            (statistics.gradient_moment.double() @ D @ statistics.second_moment @ D.T).trace()
+        )
+        assert probe.estimated == pytest.approx(cost, rel=0.05)
 
 
 def test_what_probes_found_is_recorded() -> None:
@@ -174,13 +176,13 @@ def test_what_probes_found_is_recorded() -> None:
         "seq_len": 32,
         "gradient_samples": 4,
     }
-    found = []
+    factors = []
     for samples in (4, 16):  # too few to hold one out, and two held out
         model = tiny_model()
-        done = lrcompress.factorize(
+        result = lrcompress.factorize(
             model, byte_tokenizer(), keep_ratio=0.8, num_samples=samples, **settings
         )
-        found.append(done.to_dict()["probed"])
-    assert found[0] == {}
-    assert found[1].keys() == {spec.ffn for spec in select(tiny_model())}
-    assert all(0 < factor < 100 for factor in found[1].values())
+        factors.append(result.to_dict()["probed"])
+    assert factors[0] == {}
+    assert factors[1].keys() == {spec.ffn for spec in select(tiny_model())}
+    assert all(0 < factor < 100 for factor in factors[1].values())

@@ -1,78 +1,24 @@
-"""Calibration text: mixtures, the model's own, and what is recorded about them."""
+"""A session reads its text and measures its moments once."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-import pytest
-import torch
-
 from lrcompress.compression.calibration.session import CalibrationSession
 from lrcompress.config import CalibrationSettings
-from lrcompress.data.calibration_text import calibration_tokens
-from lrcompress.data.packing import Fingerprint
 from lrcompress.layers.ffn_layouts import select
-from lrcompress.runtime.errors import InputError
 from tests.tiny import byte_tokenizer, tiny_model
-
-
-def text(bos: bool = False, **settings: Any) -> tuple[torch.Tensor, Fingerprint]:
-    checked = CalibrationSettings(**{"num_samples": 5, "seq_len": 16} | settings)
-    return calibration_tokens(tiny_model(), byte_tokenizer(bos), checked)
-
-
-def test_several_texts_take_turns(tmp_path: Path) -> None:
-    for letter in "ab":
-        (tmp_path / f"{letter}.txt").write_text(letter * 200)
-    blocks, mark = text(data=[str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
-    assert [len(set(block.tolist())) for block in blocks] == [1] * 5
-    a, b = int(blocks[0][0]), int(blocks[1][0])
-    assert a != b
-    assert [int(block[0]) for block in blocks] == [a, b, a, b, a]
-    assert mark.data == f"{tmp_path}/a.txt,{tmp_path}/b.txt"
-    assert mark.tokens == 5 * 16
-
-
-def test_the_seed_decides_and_the_fingerprint_tells() -> None:
-    assert text(seed=1)[1] == text(seed=1)[1]
-    assert text(seed=1)[1].sha256 != text(seed=2)[1].sha256
-
-
-@pytest.mark.parametrize("bos", [False, True])
-def test_the_model_writes_its_own_text(bos: bool) -> None:
-    blocks, mark = text(bos, data=["self"])
-    assert blocks.shape == (5, 16)
-    assert mark.data == "self"
-    assert torch.equal(blocks, text(bos, data=["self"])[0])
-    assert not torch.equal(blocks, text(bos, data=["self"], seed=1)[0])
-    assert len(set(blocks.flatten().tolist())) > 10
-    if bos:
-        assert bool((blocks[:, 0] == 0).all())
-
-
-def test_writing_leaves_the_random_state_alone() -> None:
-    model, settings = tiny_model(), CalibrationSettings(data=["self"], num_samples=1, seq_len=16)
-    before = torch.random.get_rng_state()
-    calibration_tokens(model, byte_tokenizer(), settings)
-    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_moments_are_measured_once_with_gradients_and_once_without() -> None:
     model = tiny_model()
     settings = CalibrationSettings(num_samples=9, gradient_samples=2, seq_len=16)
-    found = CalibrationSession(model, byte_tokenizer(), select(model), settings)
-    assert found.fingerprint is None
-    plain = found.moments(False)
-    assert found.moments(False) is plain
-    both = found.moments(True)
-    assert found.moments(True) is both
-    assert found.moments(False) is plain
+    session = CalibrationSession(model, byte_tokenizer(), select(model), settings)
+    assert session.fingerprint is None
+    plain = session.moments(False)
+    assert session.moments(False) is plain
+    with_gradients = session.moments(True)
+    assert session.moments(True) is with_gradients
+    assert session.moments(False) is plain
     assert (plain.tokens, plain.gradient_tokens) == (144, 0)
-    assert (both.tokens, both.gradient_tokens) == (128, 32)  # one sample is held out
-    assert found.fingerprint is not None
-
-
-def test_no_tokenizer_is_refused() -> None:
-    with pytest.raises(InputError, match="no tokenizer"):
-        calibration_tokens(tiny_model(), None, CalibrationSettings())
+    assert with_gradients.tokens == 128  # one sample is held out
+    assert with_gradients.gradient_tokens == 32
+    assert session.fingerprint is not None
