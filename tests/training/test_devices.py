@@ -273,7 +273,7 @@ def test_every_process_ends_and_the_main_one_says_why(runs: Runs, name: str, wor
     main, other = (runs.seen(name, rank)["error"] for rank in (0, 1))
     assert main[0] == "InputError"
     assert words in main[1]
-    assert other[0] == "SaidElsewhereError"
+    assert other[0] == "MainProcessFailedError"
     assert not (runs.folder / name).exists()
 
 

@@ -105,13 +105,13 @@ def test_guides_get_gradients_and_let_go(config: Path) -> None:
     new = new_model.new_model(new_model.read_config(str(config)), PretrainSettings(**given))
     guidance = Guidance(steps=8, reduced=False, seed=0)
     assert guidance.guided_steps == 4
-    with guidance.guiding(new.pairs, training=True):
+    with guidance.guiding(new.guide_pairs, train_guides=True):
         new.model.train()
         for share, trains in ((0.5, True), (0.0, False)):
             guidance.share = share
             new.model.zero_grad()
             new.model(input_ids=tokens(), labels=tokens()).loss.backward()
-            assert all((dense.weight.grad is not None) == trains for _, dense in new.pairs)
+            assert all((dense.weight.grad is not None) == trains for _, dense in new.guide_pairs)
     assert not any("guide" in name for name, _ in new.model.named_parameters())
 
 

@@ -24,7 +24,7 @@ from lrcompress.reporting.metric import Metric
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, silent
 from lrcompress.training import new_model, pretrain
-from lrcompress.training.loop import Trained
+from lrcompress.training.loop import Trained, TrainingInputs
 from lrcompress.training.trainer import BlockDataset
 from lrcompress.workflows.scaling.folder import ScalingFolder
 from lrcompress.workflows.scaling.ladder import LadderModel, non_embedding, rungs, variant_settings
@@ -105,10 +105,9 @@ class Scaling:
         text = self._text
         new = new_model.new_model(copy.deepcopy(rung.config), rung.settings)
         blocks = BlockDataset(text.training[: rung.sequences])
-        done = pretrain.train(
-            new, blocks, BlockDataset(text.test), rung.settings, work, self._named(rung.name)
-        )
-        return _point(rung, new.model, done)
+        held_out = BlockDataset(text.test)
+        inputs = TrainingInputs(blocks, held_out, work, self._named(rung.name))
+        return _point(rung, new.model, pretrain.train(new, rung.settings, inputs))
 
     def _named(self, name: str) -> Progress:
         """A `Progress` that says which model it is."""
