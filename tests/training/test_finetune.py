@@ -330,15 +330,14 @@ def test_a_run_that_had_ended_is_not_trained_on(
 ) -> None:
     stops = {"learning_rate": 0.01, "max_steps": 60, "eval_every": 2, "patience": 2}
     finetuned(factorized, tmp_path / "undisturbed", **stops)
-    save = job.save_checkpoint
 
     def fails(*_: Any, **__: Any) -> Any:
         raise MachineError("the disk is full")
 
-    monkeypatch.setattr(job, "save_checkpoint", fails)
-    with pytest.raises(MachineError):
-        finetuned(factorized, tmp_path / "out", **stops)
-    monkeypatch.setattr(job, "save_checkpoint", save)
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "save_checkpoint", fails)
+        with pytest.raises(MachineError):
+            finetuned(factorized, tmp_path / "out", **stops)
     monkeypatch.setattr(DistillationTrainer, "training_step", None)  # would fail if it were called
     record = finetuned(factorized, tmp_path / "out", **stops)
     assert record["finetuned"]["tokens_per_second"] is None
