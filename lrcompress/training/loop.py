@@ -102,7 +102,6 @@ class TrainingLoop:
         self.early_stopping = EarlyStopping(settings.patience)
         self.pace = ProgressCallback(inputs.progress, settings.max_steps, self.tokens_per_step)
         self.callbacks = [self.early_stopping, self.pace, *callbacks]
-        self.callbacks += tensorboard(settings.tensorboard)
         self.trainer: TextTrainer | None = None
         self.trained_parameters = 0
 
@@ -113,7 +112,7 @@ class TrainingLoop:
             args=_arguments(self.settings, self.inputs.checkpoints, self.model, self.checkpoint),
             train_dataset=self.inputs.blocks,
             eval_dataset=self.inputs.held_out,
-            callbacks=self.callbacks,
+            callbacks=[*self.callbacks, *tensorboard(self.settings.tensorboard)],
         )
         self._train_or_restore(self.trainer)
         self.trained_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
