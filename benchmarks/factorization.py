@@ -1,12 +1,13 @@
-"""Time of one whitened factorization, ours against SVD-LLM's procedure on the same matrices.
+"""Time of one whitened factorization: lrcompress and SVD-LLM's procedure on the same matrices.
 
     python benchmarks/factorization.py [--out-features 4096] [--in-features 11008] [--repeats 3]
 
-SVD-LLM (arXiv 2403.07378) takes a Cholesky factor L of the second moment in float64, the full SVD
-of W L in float32, and multiplies the right vectors by the inverse of L; the inverse is taken here
-as that of a triangular matrix, which is less work than its general inverse. Both give factors of
-the same rank, of which the squared errors in the metric of the second moment are shown. Runs
-alternate; ratios are of medians, with the smallest and largest ratio of two neighbouring runs.
+SVD-LLM (arXiv 2403.07378) computes a Cholesky factor L of the second moment in float64 and the full
+SVD of W L in float32, and multiplies the right vectors by the inverse of L. Here that inverse is
+computed as one of a triangular matrix, which is less work than a general inverse. Both procedures
+give factors of the same rank; the script prints their squared errors in the norm of the second
+moment. Runs alternate. The ratio is that of the medians, with the smallest and largest ratio of two
+neighbouring runs. Exits with 1 where the ratio is below --limit.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def svd_llm(weight: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def ours(weight: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The same by the method `whitened`, its damping included."""
+    """The same by the method `whitened`, with its damping."""
     method = WhitenedSVD()
     factors = method.decompose(weight, Statistics(moment), rank).factors(weight, rank)
     return factors.A, factors.B
@@ -50,11 +51,11 @@ def problem(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def error(weight: Tensor, moment: Tensor, factors: tuple[Tensor, Tensor]) -> float:
-    """Squared error in the metric of the moment, relative to the weight's norm in it."""
+    """Squared error of B A in the norm of the moment, over the squared norm of the weight."""
     A, B = (factor.double() for factor in factors)
-    left = weight.double() - B @ A
+    residual = weight.double() - B @ A
     energy = ((weight.double() @ moment) * weight).sum()
-    return float(((left @ moment) * left).sum() / energy)
+    return float(((residual @ moment) * residual).sum() / energy)
 
 
 def main() -> None:
@@ -63,27 +64,27 @@ def main() -> None:
     parser.add_argument("--in-features", type=int, default=11008)
     parser.add_argument("--keep-ratio", type=float, default=0.6)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=2.0, help="least ratio")
-    asked = parser.parse_args()
-    rows, columns = asked.out_features, asked.in_features
-    rank = int(asked.keep_ratio * rows * columns / (rows + columns))
+    parser.add_argument("--limit", type=float, default=2.0, help="smallest ratio that passes")
+    arguments = parser.parse_args()
+    rows, columns = arguments.out_features, arguments.in_features
+    rank = int(arguments.keep_ratio * rows * columns / (rows + columns))
     weight, moment = problem(rows, columns)
-    ways = {"svd_llm": svd_llm, "ours": ours}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    procedures = {"svd_llm": svd_llm, "ours": ours}
+    seconds: dict[str, list[float]] = {name: [] for name in procedures}
     click.echo(f"{rows} x {columns}, rank {rank}, {torch.get_num_threads()} threads")
-    for repeat in range(asked.repeats):
-        for name in ways if repeat % 2 == 0 else reversed(ways):
+    for repeat in range(arguments.repeats):
+        for name in procedures if repeat % 2 == 0 else reversed(procedures):
             started = time.perf_counter()
-            factors = ways[name](weight, moment, rank)
+            factors = procedures[name](weight, moment, rank)
             seconds[name].append(time.perf_counter() - started)
-            wrong = error(weight, moment, factors) if repeat == 0 else None
-            note = "" if wrong is None else f", relative squared error {wrong:.6f}"
+            note = ""
+            if repeat == 0:
+                note = f", relative squared error {error(weight, moment, factors):.6f}"
             click.echo(f"{name}: {seconds[name][-1]:.1f} s{note}")
-    ratios = [other / own for other, own in zip(*seconds.values(), strict=True)]
-    medians = [statistics.median(found) for found in seconds.values()]
-    ratio = medians[0] / medians[1]
+    ratios = [slow / fast for slow, fast in zip(*seconds.values(), strict=True)]
+    ratio = statistics.median(seconds["svd_llm"]) / statistics.median(seconds["ours"])
     click.echo(f"{ratio:.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})")
-    if ratio < asked.limit:
+    if ratio < arguments.limit:
         raise SystemExit(1)
 
 

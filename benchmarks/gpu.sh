@@ -11,11 +11,11 @@ lrcompress bench ffn --preset paper --device cuda --backward --path plain,optimi
 lrcompress bench ffn --preset paper --device cuda --form factored,pivoted --path compiled \
     --out "$out/paper-compiled"
 
-# from decode to long prompts
+# from one token (decode) to long prompts
 lrcompress bench ffn --width 4096 --device cuda --dtype bfloat16 --tokens 1,32,1024,32768 \
     --out "$out/ffn"
 
-# a whole model; the quality of its factors does not matter here
+# a whole model; the quality of its factors does not change the speed
 lrcompress factorize $model --out "$out/pivoted" --device cuda --dtype bfloat16 --method svd \
     --form pivoted --keep-ratio 0.6 --rank-multiple 16
 lrcompress bench model "$out/pivoted" --device cuda --batch-size 1,8,32 --out "$out/smollm2"

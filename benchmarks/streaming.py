@@ -1,11 +1,11 @@
-"""Peak memory of `factorize --streaming` on a model of 1.5 GiB, and the same weights as in memory.
+"""Peak memory of `factorize --streaming`, and whether its weights equal those made in memory.
 
     python benchmarks/streaming.py [--gib 1.5] [--method whitened] [--folder FOLDER]
 
-A llama with random float32 weights and many blocks is written to FOLDER, which needs some four
-times its size. Each way runs in a process of its own; what is compared is the peak of its resident
-memory less that of a bare interpreter with torch imported. Ends with 1 where the weights differ, or
-where streaming takes more than `--limit` MiB or than it says before it starts.
+Writes a llama with random float32 weights and many blocks to FOLDER, which needs about four times
+the model's size. Each way runs in a process of its own. The numbers are the peak of its resident
+memory minus that of a bare interpreter with torch imported. Exits with 1 where the weights differ,
+or where streaming takes more than --limit MiB or than it states before it starts.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WIDTH, INNER, HEADS = 512, 1408, 8
-BLOCK = 4 * (4 * WIDTH**2 + 3 * WIDTH * INNER)  # bytes
+BLOCK_BYTES = 4 * (4 * WIDTH**2 + 3 * WIDTH * INNER)
 ARGUMENTS = (
     *("--keep-ratio", "0.6", "--calibration", "pydoc", "--num-samples", "8"),
     *("--gradient-samples", "4", "--seq-len", "256", "--device", "cpu"),
 )
 
 
-def make(folder: Path, size: float) -> None:
-    """A random model of `size` bytes, in shards."""
+def save_random_model(folder: Path, size: float) -> None:
+    """Writes a random model of `size` bytes, in shards."""
     config = LlamaConfig(
         vocab_size=257,
         hidden_size=WIDTH,
         intermediate_size=INNER,
         num_attention_heads=HEADS,
-        num_hidden_layers=round(size / BLOCK),
+        num_hidden_layers=round(size / BLOCK_BYTES),
         max_position_embeddings=1024,
     )
     torch.manual_seed(0)
@@ -57,9 +57,8 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<s>")
 
 
-# what a process says of itself when it ends: the system's own record of a child begins with
-# the memory of its parent
-TELL = """
+# a process writes its own peak when it ends: getrusage of a child starts at its parent's memory
+WRITE_PEAK = """
 import atexit, runpy, sys, torch
 from pathlib import Path
 peak = lambda: Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
@@ -70,31 +69,31 @@ if sys.argv:
 """
 
 
-def measured(folder: Path, *command: str) -> tuple[float, float, str]:
+def measure(folder: Path, *command: str) -> tuple[float, float, str]:
     """Peak of resident memory in MiB, seconds, and stderr of a process that runs a module."""
     started, file = time.perf_counter(), folder / "peak"
-    words = [sys.executable, "-c", TELL, str(file), *command]
-    ended = subprocess.run(words, check=False, stderr=subprocess.PIPE, text=True)
-    if ended.returncode:
-        raise SystemExit(ended.stderr)
-    return int(file.read_text()) / 1024, time.perf_counter() - started, ended.stderr
+    words = [sys.executable, "-c", WRITE_PEAK, str(file), *command]
+    process = subprocess.run(words, check=False, stderr=subprocess.PIPE, text=True)
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    return int(file.read_text()) / 1024, time.perf_counter() - started, process.stderr
 
 
-def differing(one: Path, other: Path) -> tuple[int, int]:
-    """Number of tensors, and of those that are not equal bit for bit."""
-    first, second = (_places(folder) for folder in (one, other))
+def count_unequal(streamed: Path, in_memory: Path) -> tuple[int, int]:
+    """The number of tensors, and of those that are not equal bit for bit."""
+    first, second = _files_of_tensors(streamed), _files_of_tensors(in_memory)
     if first.keys() != second.keys():
         raise SystemExit(f"not the same tensors: {sorted(first.keys() ^ second.keys())[:3]}")
     unequal = sum(not torch.equal(_read(first[n], n), _read(second[n], n)) for n in first)
     return len(first), unequal
 
 
-def _places(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+def _files_of_tensors(folder: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            found |= dict.fromkeys(tensors.keys(), file)
-    return found
+            files |= dict.fromkeys(tensors.keys(), file)
+    return files
 
 
 def _read(file: Path, name: str) -> torch.Tensor:
@@ -109,26 +108,26 @@ def main() -> None:
     parser.add_argument("--method", default="whitened")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--limit", type=float, default=600.0, help="MiB")
-    asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=asked.folder) as name:
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        make(folder / "dense", asked.gib * 2**30)
+        save_random_model(folder / "dense", arguments.gib * 2**30)
         size = sum(f.stat().st_size for f in (folder / "dense").glob("*.safetensors")) / 2**20
-        bare, _, _ = measured(folder)
+        bare, _, _ = measure(folder)
         click.echo(f"weights {size:,.0f} MiB; bare interpreter with torch {bare:,.0f} MiB")
-        peaks, limit = {}, asked.limit
+        peaks, limit = {}, arguments.limit
         for way in ("streaming", "no-streaming"):
             out = str(folder / way)
             command = ("lrcompress", "factorize", str(folder / "dense"), "--out", out, *ARGUMENTS)
-            flags = ("--method", asked.method, f"--{way}")
-            peak, seconds, errors = measured(folder, *command, *flags)
+            flags = ("--method", arguments.method, f"--{way}")
+            peak, seconds, errors = measure(folder, *command, *flags)
             peaks[way] = peak - bare
             click.echo(f"--{way}: {peaks[way]:,.0f} MiB above it, {seconds:,.0f} s")
-            if said := re.search(r"at most ([\d,.]+) MiB", errors):
-                stated = float(said[1].replace(",", "")) - bare
-                click.echo(f"--{way} said: at most {stated:,.0f} MiB above it")
+            if statement := re.search(r"at most ([\d,.]+) MiB", errors):
+                stated = float(statement[1].replace(",", "")) - bare
+                click.echo(f"--{way} stated: at most {stated:,.0f} MiB above it")
                 limit = min(limit, stated)
-        count, unequal = differing(folder / "streaming", folder / "no-streaming")
+        count, unequal = count_unequal(folder / "streaming", folder / "no-streaming")
         click.echo(f"{count} tensors, {unequal} of them not equal bit for bit")
     if unequal or peaks["streaming"] > limit:
         raise SystemExit(1)

@@ -1,0 +1,1 @@
+"""Measured time and counted operations: whole models, one FFN, and training steps."""

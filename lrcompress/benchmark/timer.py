@@ -1,4 +1,4 @@
-"""Timing of alternatives in turn, beside the speed-up that their costs would allow."""
+"""Timings of several alternatives in alternation, and the speed-up that their costs would allow."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ import torch
 from lrcompress.runtime.progress import Progress
 
 T = TypeVar("T")
-Measured = TypeVar("Measured")
+R = TypeVar("R")
 
-# seconds that one timing should last, and the most calls that it may take to that end
-SPAN, MOST_CALLS = 0.02, 1000
-# with so few tokens in a pass, reading the weights takes the time, and not multiplying
-FEW_TOKENS = 16
+# one timing repeats its call until it lasts about so long, but not more often than this
+TARGET_SECONDS, MAX_CALLS = 0.02, 1000
+# with at most so many tokens in a pass, reading the weights takes longer than multiplying
+MEMORY_BOUND_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Exact counts for one pass: floating point operations of its matrix products (two for each
-    multiplication and addition), and the bytes of the weights that it reads."""
+    """Exact costs of one pass.
+
+    `flops` are the floating point operations of its matrix products (2 for a multiplication and an
+    addition), `weight_bytes` the bytes of the weights that it reads.
+    """
 
     flops: int
     weight_bytes: int
@@ -33,10 +36,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Timing:
-    """One alternative in one `setting`: the seconds of a pass in each repeat, in their order.
+    """The seconds of a pass of one alternative in one `setting`, for each repeat.
 
-    All of a setting took turns. `baseline` names the one that the others are compared with; a pass
-    has `tokens` rows in its products; `peak` is the most memory it took, in bytes, where measured.
+    All alternatives of a setting were timed in alternation. `baseline` is the name of the one that
+    they are compared with. The matrix products of the pass have `tokens` rows. `about` describes
+    the alternative. `peak` is the largest memory of the pass in bytes; None where not measured.
     """
 
     setting: Mapping[str, object]
@@ -55,10 +59,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Speedup:
-    """A timing over its baseline's, repeat by repeat: the median, the lowest and the highest ratio.
+    """How many times faster a timing is than its baseline.
 
-    `by_flops` and `by_bytes` are the baseline's costs over its own, the best that could be had
-    where either is all that counts: the bytes with few tokens, else the operations.
+    `ratio`, `low` and `high` are the median, lowest and highest ratio of the seconds of one repeat.
+    `by_flops` and `by_bytes` are the ratios of the costs: the ideal speed-up where only operations,
+    or only bytes, take time.
     """
 
     timing: Timing
@@ -70,19 +75,21 @@ class Speedup:
 
     @property
     def ideal(self) -> float:
-        return self.by_bytes if self.timing.tokens <= FEW_TOKENS else self.by_flops
+        """`by_bytes` for a pass of few tokens, else `by_flops`."""
+        memory_bound = self.timing.tokens <= MEMORY_BOUND_TOKENS
+        return self.by_bytes if memory_bound else self.by_flops
 
     @property
     def share(self) -> float:
-        """Of the ideal."""
+        """The measured ratio as a share of the ideal one."""
         return self.ratio / self.ideal
 
 
 def speedups(timings: Sequence[Timing]) -> list[Speedup]:
-    """Of every timing that is no baseline, in the order given."""
-    known = {(_key(timing), timing.name): timing for timing in timings}
+    """The speed-up of every timing that is not a baseline, in the same order."""
+    by_setting_and_name = {(_key(timing), timing.name): timing for timing in timings}
     return [
-        _speedup(timing, known[_key(timing), timing.baseline])
+        _speedup(timing, by_setting_and_name[_key(timing), timing.baseline])
         for timing in timings
         if not timing.is_baseline
     ]
@@ -92,40 +99,49 @@ def _key(timing: Timing) -> tuple[tuple[str, object], ...]:
     return tuple(timing.setting.items())
 
 
-def _speedup(timing: Timing, base: Timing) -> Speedup:
-    ratios = [b / own for b, own in zip(base.seconds, timing.seconds, strict=True)]
-    by_flops = base.cost.flops / timing.cost.flops
-    by_bytes = base.cost.weight_bytes / timing.cost.weight_bytes
-    return Speedup(timing, median(ratios), min(ratios), max(ratios), by_flops, by_bytes)
+def _speedup(timing: Timing, baseline: Timing) -> Speedup:
+    ratios = [slow / fast for slow, fast in zip(baseline.seconds, timing.seconds, strict=True)]
+    return Speedup(
+        timing,
+        ratio=median(ratios),
+        low=min(ratios),
+        high=max(ratios),
+        by_flops=baseline.cost.flops / timing.cost.flops,
+        by_bytes=baseline.cost.weight_bytes / timing.cost.weight_bytes,
+    )
 
 
-def in_turn(
+def run_alternating(
     subjects: Mapping[str, T],
     repeats: int,
-    run: Callable[[T], Measured],
+    run: Callable[[T], R],
     progress: Progress,
     description: str,
-) -> dict[str, list[Measured]]:
-    """The subjects take turns within every repeat, the order turning round each time, after one
-    uncounted run of each."""
-    measured: dict[str, list[Measured]] = {label: [] for label in subjects}
+) -> dict[str, list[R]]:
+    """What `run` returns for each subject in each repeat.
+
+    All subjects run once in every repeat, in an order that is reversed from repeat to repeat, so
+    that a change in the machine's speed meets all alike. A first run of each is not counted.
+    """
+    results: dict[str, list[R]] = {label: [] for label in subjects}
     order = list(subjects)
     for repeat in progress(range(repeats + 1), description, repeats + 1):
         for label in order if repeat % 2 else reversed(order):
-            found = run(subjects[label])
+            result = run(subjects[label])
             if repeat:
-                measured[label].append(found)
-    return measured
+                results[label].append(result)
+    return results
 
 
-def calls_for(run: Callable[[], object], device: torch.device) -> int:
-    """How many calls in a row are long enough to be timed, found after one that warms up."""
+def calls_per_timing(run: Callable[[], object], device: torch.device) -> int:
+    """How many calls of `run` take about TARGET_SECONDS, measured after a call to warm up."""
     run()
-    return max(1, min(MOST_CALLS, math.ceil(SPAN / seconds(run, device, 1))))
+    calls = math.ceil(TARGET_SECONDS / seconds_per_call(run, device, 1))
+    return max(1, min(MAX_CALLS, calls))
 
 
-def seconds(run: Callable[[], object], device: torch.device, calls: int) -> float:
-    """Of one call, as the mean of several in a row: by the events of a GPU, else by the clock."""
+def seconds_per_call(run: Callable[[], object], device: torch.device, calls: int) -> float:
+    """The mean over `calls` calls in a row: by CUDA events on a GPU, else by the clock."""
     if device.type == "cuda":
         return _device_seconds(run, calls)
     start = time.perf_counter()
@@ -135,8 +151,8 @@ def seconds(run: Callable[[], object], device: torch.device, calls: int) -> floa
 
 
 def _device_seconds(run: Callable[[], object], calls: int) -> float:
-    events = torch.cuda.Event
-    start, end = (events(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     start.record()
     for _ in range(calls):
         run()
@@ -145,7 +161,7 @@ def _device_seconds(run: Callable[[], object], calls: int) -> float:
     return float(start.elapsed_time(end)) / 1000 / calls
 
 
-def machine(device: torch.device) -> dict[str, object]:
-    """What a timing was made on."""
+def describe_machine(device: torch.device) -> dict[str, object]:
+    """The device's name and the number of CPU threads, to be reported with a timing."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"device": name, "threads": torch.get_num_threads()}

@@ -16,15 +16,15 @@ from lrcompress.training.trainer import TextTrainer
 
 @dataclass(frozen=True)
 class Objective:
-    """Forward KL to the teacher at a temperature, plus weights of what else is trained for."""
+    """What the student is trained for: the forward KL divergence, and weights of further losses."""
 
-    temperature: float = 1.0
-    cross_entropy: float = 0.0
-    hidden_states: float = 0.0
+    temperature: float = 1.0  # of the KL divergence
+    cross_entropy: float = 0.0  # weight of the cross-entropy of the next tokens
+    hidden_states: float = 0.0  # weight of the relative squared error of every block's output
 
 
 class DistillationTrainer(TextTrainer):
-    """`teacher` may be None where every sequence brings its predictions."""
+    """Trains a student towards `teacher`, which may be None if all sequences have predictions."""
 
     def __init__(self, *, teacher: Any, objective: Objective, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -32,30 +32,39 @@ class DistillationTrainer(TextTrainer):
         self.objective = objective
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        asked, tokens = self.objective, inputs["input_ids"]
-        outputs = model(
-            input_ids=tokens, use_cache=False, output_hidden_states=asked.hidden_states > 0
+        objective, tokens = self.objective, inputs["input_ids"]
+        student = model(
+            input_ids=tokens, use_cache=False, output_hidden_states=objective.hidden_states > 0
         )
-        student = outputs.logits[:, :-1].flatten(0, 1)
-        loss = self._divergence(outputs, student, inputs)
-        if asked.cross_entropy:
-            loss = loss + asked.cross_entropy * token_loss(student, tokens[:, 1:].flatten())
+        logits = _predictions(student)
+        if LOG_PROBS in inputs:
+            ids, log_probs = inputs[IDS].flatten(0, 1), inputs[LOG_PROBS].flatten(0, 1)
+            loss = top_k_divergence(logits, ids, log_probs, objective.temperature)
+        else:
+            loss = self._teacher_loss(student, logits, tokens)
+        if objective.cross_entropy:
+            loss = loss + objective.cross_entropy * token_loss(logits, tokens[:, 1:].flatten())
         return loss
 
-    def _divergence(self, outputs: Any, student: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """From the teacher, live or as kept; of hidden states too, if they are asked for."""
-        asked = self.objective
-        if LOG_PROBS in inputs:
-            kept = (inputs[IDS].flatten(0, 1), inputs[LOG_PROBS].flatten(0, 1))
-            return top_k_divergence(student, *kept, asked.temperature)
-        states = asked.hidden_states > 0
+    def _teacher_loss(self, student: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        """Runs the teacher: the KL divergence, and the error of hidden states if it has a weight.
+
+        `student` is the output of the student for `tokens` (batch, length), `logits` its
+        predictions (tokens, vocabulary).
+        """
+        objective = self.objective
         with torch.no_grad(), self.accelerator.autocast():
-            taught = self.teacher(
-                input_ids=inputs["input_ids"], use_cache=False, output_hidden_states=states
+            teacher = self.teacher(
+                input_ids=tokens, use_cache=False, output_hidden_states=objective.hidden_states > 0
             )
-        teacher = taught.logits[:, :-1].flatten(0, 1)
-        loss = kl_divergence(student, teacher, asked.temperature)
-        if states:
-            error = hidden_error(outputs.hidden_states, taught.hidden_states)
-            loss = loss + asked.hidden_states * error
+        loss = kl_divergence(logits, _predictions(teacher), objective.temperature)
+        if objective.hidden_states > 0:
+            error = hidden_error(student.hidden_states, teacher.hidden_states)
+            loss = loss + objective.hidden_states * error
         return loss
+
+
+def _predictions(output: Any) -> Tensor:
+    """Logits (tokens, vocabulary) of all positions except the last of each sequence."""
+    logits: Tensor = output.logits[:, :-1].flatten(0, 1)
+    return logits

@@ -1,4 +1,4 @@
-"""Loads a compressed checkpoint, trains it towards its dense teacher, saves the result."""
+"""Finetuning: trains a compressed checkpoint towards its dense teacher and saves the result."""
 
 from __future__ import annotations
 
@@ -26,15 +26,13 @@ from lrcompress.runtime.distributed import run_on_all, run_on_main
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.packages import require_extra
 from lrcompress.runtime.progress import Progress, silent
-from lrcompress.training import fsdp, job
+from lrcompress.training import fsdp
 from lrcompress.training.distillation import DistillationTrainer, Objective
-from lrcompress.training.fsdp import is_sharded
-from lrcompress.training.job import TrainingJob, check_device
-from lrcompress.training.loop import Trained, autocast, run
-from lrcompress.training.self_guided import Guidance, guides
+from lrcompress.training.job import TrainingJob, check_device, check_training_settings
+from lrcompress.training.loop import Trained, TrainingInputs, TrainingLoop, uses_autocast
+from lrcompress.training.self_guided import Guidance, guide_pairs
 from lrcompress.training.teacher_cache import TeacherCache
 from lrcompress.training.trainable import balance, pack, trainable, with_adapters
-from lrcompress.training.trainer import BlockDataset
 
 LoadTeacher = Callable[[ModelSettings], Loaded]
 
@@ -49,21 +47,21 @@ def finetune_to(
     replace: bool = False,
     load_teacher: LoadTeacher | None = None,
 ) -> dict[str, Any]:
-    """Trains the checkpoint `source` and saves it to `out`; returns what lrcompress.json holds.
+    """Trains the checkpoint `source` and saves it to `out`; returns the content of lrcompress.json.
 
-    Checkpoints are kept beside `out` until it is whole: the same call goes on from the last
-    unless `resume` is off. Under torchrun every process calls it, and the main one writes. Raises
-    InputError if `out` exists and is not to be replaced, where text, teacher or checkpoint do not
-    fit, and where training diverged; the best weights before that are saved.
+    Training keeps checkpoints beside `out` until `out` is complete. The same call resumes from the
+    last of them, unless `resume` is False. Under torchrun every process makes this call, and the
+    main process writes. Raises InputError if `out` exists and `replace` is False, where the text,
+    the teacher or the checkpoint do not fit, and where training diverged; in that last case the
+    best weights before it are saved.
     """
     with distributed.process_group(source.device):
         shown = progress if distributed.is_main() else silent
-        run = Finetuning(source, settings, shown, load_teacher)
-        return run.whole(out, resume, replace)
+        return FinetuneJob(source, settings, shown, load_teacher).run(out, resume, replace)
 
 
-class Finetuning(TrainingJob):
-    """Of a compressed checkpoint, towards its dense teacher."""
+class FinetuneJob(TrainingJob):
+    """Trains a compressed checkpoint towards its dense teacher."""
 
     command = "finetune"
     stage = "finetune"
@@ -79,110 +77,118 @@ class Finetuning(TrainingJob):
     ) -> None:
         super().__init__(settings, progress)
         self.source, self.load_teacher = source, load_teacher
-        self.dense = source  # the teacher, once the checkpoint's record is read
+        self.teacher_source = source  # set by check_inputs, which reads the name in the record
         self.teacher: Any = None
 
-    def checked(self) -> dict[str, Any]:
+    def check_inputs(self) -> dict[str, Any]:
         source, settings = self.source, self.settings
         check_settings(settings, source.device)
         record = read_record(Path(locate(source.source).path)) or {}
-        name = settings.teacher or record.get("source")
-        if name is None:
+        teacher_name = settings.teacher or record.get("source")
+        if teacher_name is None:
             raise InputError(f"{source.source!r} names no source: give --teacher MODEL")
-        self.dense = with_source(source, name)
-        for each in (source, self.dense) if settings.shard else ():
-            fsdp.check_source(each)
+        self.teacher_source = with_source(source, teacher_name)
+        if settings.shard:
+            fsdp.check_source(source)
+            fsdp.check_source(self.teacher_source)
         check_device(source.device, self.command)
-        record.pop("metrics", None)  # they are of the model before training
+        record.pop("metrics", None)  # measured on the model before training
         if "finetuned" in record:
             record["before"] = learned(record)
         return record
 
-    def loaded(self, work: Path) -> Loaded:
+    def load(self, work: Path) -> Loaded:
         shard = self.settings.shard
         model, tokenizer = load_model(self.source, **fsdp.placement(self.source, shard))
         refuse_quantized(model, "finetune it before it is quantized")
         fsdp.check_precision(model)
         if shard and self.settings.train == "all":
             fsdp.check_embedding(model, "--train norms")
-        if self.load_teacher is not None:
-            self.teacher, _ = self.load_teacher(self.dense)
-        else:
-            place = fsdp.placement(self.dense, shard)
-            self.teacher, _ = load_model(self.dense, **place)
+        self.teacher = self._load_teacher()
         check_pair(model, self.teacher, self.settings.hidden_states > 0)
         return model, tokenizer
 
-    def trained(self, model: Any, text: TrainingText, run: Path) -> Trained:
-        settings, held = self.settings, self.settings.held_out
-        cache = self._cache(text)
-        if cache is not None and settings.self_guided == "off":
-            self.teacher = None  # all that it says is kept, and its memory is needed
-        return train_student(
-            model,
-            self.teacher,
-            BlockDataset(text.tokens[held:], cache, held),
-            BlockDataset(text.tokens[:held], cache),
-            settings,
-            run,
-            self.progress,
-        )
+    def _load_teacher(self) -> Any:
+        if self.load_teacher is not None:
+            return self.load_teacher(self.teacher_source)[0]
+        placement = fsdp.placement(self.teacher_source, self.settings.shard)
+        return load_model(self.teacher_source, **placement)[0]
 
-    def inputs(self) -> list[Any]:
-        asked = self.settings.model_dump(mode="json", exclude={"tensorboard", "teacher_cache"})
-        cached = self.settings.teacher_cache is not None  # its loss is another one, wherever it is
-        return [fingerprints.model_inputs(self.source), asked, cached]
+    def train(self, model: Any, text: TrainingText, checkpoints: Path) -> Trained:
+        cache = self._fill_teacher_cache(text)
+        if cache is not None and self.settings.self_guided == "off":
+            self.teacher = None  # the cache replaces it; this frees its memory
+        inputs = self.training_inputs(text, checkpoints, cache)
+        return train_student(model, self.teacher, self.settings, inputs)
 
-    def _cache(self, text: TrainingText) -> TeacherCache | None:
-        """The teacher's predictions for all sequences, if they are kept; made where missing."""
+    def fingerprint_inputs(self) -> list[Any]:
+        settings = self.settings.model_dump(mode="json", exclude={"tensorboard", "teacher_cache"})
+        # a cache changes the loss, wherever its folder is
+        has_cache = self.settings.teacher_cache is not None
+        return [fingerprints.model_inputs(self.source), settings, has_cache]
+
+    def _fill_teacher_cache(self, text: TrainingText) -> TeacherCache | None:
+        """Writes the teacher's predictions that the cache lacks; None if the settings name none."""
         settings = self.settings
         if settings.teacher_cache is None:
             return None
-        kept = (settings.teacher_top_k, settings.temperature, autocast(self.teacher, settings))
-        inputs = [fingerprints.model_inputs(self.dense), text.fingerprint["sha256"], kept]
+        autocast = uses_autocast(self.teacher, settings)
+        options = (settings.teacher_top_k, settings.temperature, autocast)
+        inputs = [
+            fingerprints.model_inputs(self.teacher_source),
+            text.fingerprint["sha256"],
+            options,
+        ]
         folder = Path(settings.teacher_cache) / fingerprints.digest(inputs, "teacher")[:16]
-        cache = TeacherCache(folder, *kept)
-        missing = run_on_main(lambda: cache.missing(len(text.tokens)))
-        own = distributed.shard_of(missing)
-        run_on_all(lambda: cache.fill(self.teacher, text.tokens, own, self.progress))
+        cache = TeacherCache(
+            folder,
+            top_k=settings.teacher_top_k,
+            temperature=settings.temperature,
+            autocast=autocast,
+        )
+        missing = run_on_main(lambda: cache.missing_chunks(len(text.tokens)))
+        chunks = distributed.shard_of(missing)
+        run_on_all(lambda: cache.fill(self.teacher, text.tokens, chunks, self.progress))
         return cache
 
 
 def check_settings(settings: FinetuneSettings, device: str) -> None:
-    """Raises InputError for what cannot work on this machine, before anything is loaded."""
-    job.check_settings(settings, device, Finetuning.command)
+    """Raises InputError for settings that cannot work on this machine; loads no model."""
+    check_training_settings(settings, device, FinetuneJob.command)
     if settings.train == "lora":
         require_extra("peft", "lora")
 
 
 def train_student(
-    model: Any,
-    teacher: Any,
-    blocks: BlockDataset,
-    held_out: BlockDataset,
-    settings: FinetuneSettings,
-    work: Path,
-    progress: Progress = silent,
+    model: Any, teacher: Any, settings: FinetuneSettings, inputs: TrainingInputs
 ) -> Trained:
-    """Trains `model` in place towards `teacher`; the parameters of the best measurement stay.
+    """Trains `model` in place towards `teacher`; it ends with the weights of the best step.
 
-    Checkpoints are kept in `work`; a run that finds one there goes on from it. `teacher` may be
-    None where the sequences bring its predictions. Raises InputError where nothing is gained.
+    Resumes from a checkpoint in `inputs.checkpoints`. `teacher` may be None where a cache gives its
+    predictions. Raises InputError where the held-out loss does not improve.
     """
-    guidance = Guidance(settings.max_steps, settings.self_guided == "reduced", settings.seed)
-    make = partial(DistillationTrainer, teacher=teacher, objective=_objective(settings))
-    prepared = _guided(model, teacher, settings, guidance)
-    done = run(
-        model, prepared, make, blocks, held_out, settings, work, progress, callbacks=[guidance]
+    objective = Objective(
+        temperature=settings.temperature,
+        cross_entropy=settings.cross_entropy,
+        hidden_states=settings.hidden_states,
     )
+    make_trainer = partial(DistillationTrainer, teacher=teacher, objective=objective)
+    guidance = Guidance(settings.max_steps, settings.self_guided == "reduced", settings.seed)
+    loop = TrainingLoop(model, settings, inputs, callbacks=[guidance])
+    with _guided_student(model, teacher, settings, guidance) as student:
+        loop.run(student, make_trainer)
+    trained = loop.result()
     if settings.self_guided == "off":
-        return done
-    return replace(done, guided_share=guidance.layers / len(list(compressed_layers(model))))
+        return trained
+    layer_count = len(list(compressed_layers(model)))
+    return replace(trained, guided_share=guidance.guided_layers / layer_count)
 
 
 def check_pair(model: Any, teacher: Any, hidden_states: bool) -> None:
-    """Raises InputError where nothing is compressed, or where the vocabularies differ; with
-    `hidden_states` also where those have another number or width."""
+    """Raises InputError where `model` has no compressed layer, or another vocabulary.
+
+    With `hidden_states` the number of blocks and the width have to be equal too.
+    """
     if not any(compressed_layers(model)):
         raise InputError("nothing in the model is compressed: factorize it first")
     sizes = [m.get_input_embeddings().num_embeddings for m in (model, teacher)]
@@ -202,41 +208,44 @@ def check_pair(model: Any, teacher: Any, hidden_states: bool) -> None:
 
 
 @contextmanager
-def _guided(
+def _guided_student(
     model: Any, teacher: Any, settings: FinetuneSettings, guidance: Guidance
 ) -> Iterator[Any]:
-    """`_prepared`, with the teacher's dense layers beside the low-rank ones if asked for."""
+    """`_student`; in self-guided training the teacher's dense layers guide the low-rank ones."""
     with ExitStack() as stack:
-        student = stack.enter_context(_prepared(model, settings))
+        student = stack.enter_context(_student(model, settings))
         if settings.self_guided != "off":
             stack.enter_context(unpacked(teacher))
-            pairs = guides(model, dict(teacher.named_modules()))
+            pairs = guide_pairs(model, dict(teacher.named_modules()))
             stack.enter_context(guidance.guiding(pairs))
         yield student
 
 
 @contextmanager
-def _prepared(model: Any, settings: FinetuneSettings) -> Iterator[Any]:
-    """The model as it trains, with what trains of it; afterwards it has its own layers again."""
+def _student(model: Any, settings: FinetuneSettings) -> Iterator[Any]:
+    """`model` in the form in which it trains: balanced factors, adapters, float32 parameters.
+
+    Only the parameters that `settings.train` names require a gradient. At the end `model` has its
+    stored layers and its precision again, with the trained weights.
+    """
     precision = model.dtype
     with requires_grad_restored(model):
         stored = balance(model) if settings.balances else {}
-        lora = settings.train == "lora"
-        student = with_adapters(model, settings.lora_rank, settings.seed) if lora else model
+        has_adapters = settings.train == "lora"
+        student = model
+        if has_adapters:
+            student = with_adapters(model, settings.lora_rank, settings.seed)
         parameters = list(trainable(student, settings.train))
         with only_trainable(student, parameters):
-            # small steps vanish in weights of lower precision; without autocast all that a layer
-            # reads has to have one precision
-            for parameter in parameters if autocast(model, settings) else student.parameters():
+            # Small steps would be rounded away in lower precision. Without autocast all the
+            # operands of a layer need one precision, so that the frozen parameters change too.
+            widened = parameters if uses_autocast(model, settings) else student.parameters()
+            for parameter in widened:
                 if parameter.dtype != torch.float32:
                     parameter.data = parameter.data.float()
             yield student
-        if lora:
+        if has_adapters:
             student.merge_and_unload()
         pack(model, stored)
-        if not is_sharded(model):
+        if not fsdp.is_sharded(model):
             model.to(precision)
-
-
-def _objective(settings: FinetuneSettings) -> Objective:
-    return Objective(settings.temperature, settings.cross_entropy, settings.hidden_states)

@@ -1,14 +1,13 @@
 """Parameters, gradients and optimizer state split over the processes (FSDP2).
 
-transformers splits a model while it loads: each process reads its own part of each weight. Its
-Trainer trains such a model and cannot resume it, so the checkpoints are made here. The other way,
-Trainer's `fsdp` argument, has accelerate split a model that every process has loaded whole, and
-on CPU it trains without splitting and does not say so.
+transformers can split a model while it loads: each process reads its own shard of each weight. Its
+Trainer can train such a model but not resume it, so this module saves and loads the checkpoints.
+The alternative is Trainer's argument `fsdp`: accelerate then splits a model that every process has
+loaded whole, and on CPU it trains without splitting and without a warning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,11 @@ from lrcompress.models.loading import locate, skeleton
 from lrcompress.runtime import distributed
 from lrcompress.runtime.errors import InputError
 
-OPTIMIZER, SCHEDULER = "optimizer_parts", "scheduler.pt"
+OPTIMIZER_FOLDER, SCHEDULER_FILE = "optimizer_parts", "scheduler.pt"
 
 
 def check_processes(command: str, device: str) -> None:
-    """Raises InputError where `command` has no processes to split a model over, or not on GPUs."""
+    """Raises InputError where there is one process only, or `device` leaves the GPUs unused."""
     if distributed.world_size() == 1:
         raise InputError(
             "--shard splits a model over several processes and there is one: start it with "
@@ -48,15 +47,15 @@ def check_processes(command: str, device: str) -> None:
 
 
 def check_source(source: ModelSettings) -> None:
-    """Raises InputError where the model `source` is stored in a way that cannot be split."""
+    """Raises InputError where `source` is a GGUF file, which transformers cannot split."""
     if locate(source.source, source.gguf_file).gguf_file:
         raise InputError(f"--shard does not read GGUF, as of {source.source!r}: give a folder")
 
 
 def placement(source: ModelSettings, shard: bool) -> dict[str, Any]:
-    """Arguments of `models.load` that put `source` where this process needs it.
+    """Arguments of `load_model` that put `source` on this process's device, or split it.
 
-    Raises InputError for mixtures of experts that would be split.
+    Raises InputError where a mixture of experts would be split.
     """
     if not shard:
         return {"device": distributed.local_device(source.device)}
@@ -66,84 +65,87 @@ def placement(source: ModelSettings, shard: bool) -> dict[str, Any]:
             f"--shard does not split mixtures of experts, as of {source.source!r}: leave it out"
         )
     blocks, _ = find_blocks(bare)
-    plan = {f"{blocks}.*": "free_full_weight"}  # one block at a time is whole, then given up
+    plan = {f"{blocks}.*": "free_full_weight"}  # only one block at a time has its whole weights
     split = DistributedConfig(fsdp_size=distributed.world_size(), fsdp_plan=plan)
     return {"placement": {"distributed_config": split}}
 
 
 def check_precision(model: Any) -> None:
-    """Raises InputError where a sharded model would train in lower precision than float32."""
+    """Raises InputError where a sharded model would train in less than float32."""
     if is_sharded(model) and model.dtype != torch.float32:
         raise InputError(
             f"--shard trains what it loads and this is {str(model.dtype)[6:]}: use --dtype float32"
         )
 
 
-def check_embedding(model: Any, instead: str) -> None:
-    """Raises InputError where `model`, once sharded, would train a tied embedding in unequal parts;
-    `instead` is what to use.
+def check_embedding(model: Any, remedy: str) -> None:
+    """Raises InputError where the processes would have unequal shards of a tied embedding.
 
-    transformers ties it after it was split, and the two uses then go apart in the last part.
+    transformers ties the weights after it has split them. Where the last shard has another size,
+    the embedding and the output layer would then be trained apart. The error proposes `remedy`.
     """
-    entry, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and head.weight is entry.weight
-    if tied and len(entry.weight) % distributed.world_size():
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    if tied and len(embedding.weight) % distributed.world_size():
         raise InputError(
-            f"--shard cannot train a tied embedding of {len(entry.weight)} tokens, which "
-            f"{distributed.world_size()} processes do not share evenly: use {instead}, or other "
+            f"--shard cannot train a tied embedding of {len(embedding.weight)} tokens, which "
+            f"{distributed.world_size()} processes do not share evenly: use {remedy}, or another "
             "--nproc-per-node"
         )
 
 
 def is_sharded(model: Any) -> bool:
+    """Whether transformers split `model` over the processes while it loaded."""
     return bool(getattr(model, "is_distributed_loading_by_transformers", False))
 
 
-def whole_state(model: Any) -> dict[str, Tensor] | None:
-    """The weights of a sharded model in the main process, on the CPU; None of any other model.
+def gather_state_dict(model: Any) -> dict[str, Tensor] | None:
+    """The whole weights of a sharded model on the CPU; None if the model is not sharded.
 
-    Every process has to call it. The model's config forgets that it was sharded.
+    Every process has to call it; only the main one gets the weights. Removes what the model's
+    config says of sharding, so that the saved model loads in one process.
     """
     if not is_sharded(model):
         return None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: Any = get_model_state_dict(model, options=options)
+    state_dict: Any = get_model_state_dict(model, options=options)
     model.config.__dict__.pop("distributed_config", None)
-    tied = set(_names(model, once=False)) - set(_names(model, once=True))
-    return {name: tensor for name, tensor in state.items() if name not in tied}
+    tied = _parameter_names(model, with_tied=True) - _parameter_names(model, with_tied=False)
+    return {name: tensor for name, tensor in state_dict.items() if name not in tied}
 
 
-def _names(model: nn.Module, once: bool) -> Iterator[str]:
-    return (name for name, _ in model.named_parameters(remove_duplicate=once))
+def _parameter_names(model: nn.Module, with_tied: bool) -> set[str]:
+    return {name for name, _ in model.named_parameters(remove_duplicate=not with_tied)}
 
 
 class ShardingTrainer(Trainer):  # type: ignore[misc]
-    """A silent Trainer whose sharded models can be resumed, on any number of processes."""
+    """A Trainer that prints nothing and can resume sharded models, on any number of processes."""
 
     def __init__(self, *, model: Any, args: TrainingArguments, **arguments: Any) -> None:
-        # Trainer refuses to save optimizer states of sharded models, as it knows no way to
+        # Trainer refuses sharded models unless only the model is saved; the overrides below save
+        # the optimizer too
         args.save_only_model = is_sharded(model)
         super().__init__(model=model, args=args, **arguments)
         args.save_only_model = False
-        self.remove_callback(PrinterCallback)  # it writes to stdout, once on each machine
+        self.remove_callback(PrinterCallback)  # it prints once on each machine
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not is_sharded(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         states = {"optimizer": self._optimizer_state()}
-        save(states, checkpoint_id=Path(output_dir) / OPTIMIZER)
+        save(states, checkpoint_id=Path(output_dir) / OPTIMIZER_FOLDER)
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not is_sharded(self.model):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         states = {"optimizer": self._optimizer_state()}
-        load(states, checkpoint_id=Path(checkpoint) / OPTIMIZER)
+        load(states, checkpoint_id=Path(checkpoint) / OPTIMIZER_FOLDER)
         set_optimizer_state_dict(self.model, self.optimizer, states["optimizer"])
-        schedule = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
+        schedule = torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True)
         self.lr_scheduler.load_state_dict(schedule)
 
     def _optimizer_state(self) -> Any:
@@ -151,36 +153,38 @@ class ShardingTrainer(Trainer):  # type: ignore[misc]
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        distributed.barrier()  # all have written before the main process says that it is whole
+        # the main process then writes the state file, which marks the checkpoint as complete
+        distributed.barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if is_sharded(self.model):
-            _read_weights(self.model, Path(resume_from_checkpoint))
+            _load_shards(self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         if is_sharded(self.model):
-            _read_weights(self.model, Path(self.state.best_model_checkpoint))
+            _load_shards(self.model, Path(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
 
 
-def _read_weights(model: Any, folder: Path) -> None:
-    """Fills the parts that this process has from whole weights, one tensor at a time."""
-    state = model.state_dict()
+def _load_shards(model: Any, folder: Path) -> None:
+    """Fills this process's shards from the whole weights in `folder`, one tensor at a time."""
+    state_dict = model.state_dict()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:  # type: ignore[no-untyped-call,unused-ignore]
             for name in tensors.keys():  # noqa: SIM118
-                _fill(state[name], tensors.get_tensor(name))
+                _copy_shard(state_dict[name], tensors.get_tensor(name))
 
 
 @torch.no_grad()
-def _fill(target: Tensor, whole: Tensor) -> None:
+def _copy_shard(target: Tensor, whole: Tensor) -> None:
     if isinstance(target, DTensor):
         whole = whole.to(target.device, target.dtype)
-        # every process reads the file, so that none has to send
-        mesh, parts = target.device_mesh, target.placements
-        target.copy_(distribute_tensor(whole, mesh, parts, src_data_rank=None))
+        # every process has read the whole tensor: with src_data_rank None none has to send it
+        target.copy_(
+            distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+        )
     else:
         target.copy_(whole)

@@ -1,4 +1,4 @@
-"""One training run on transformers' Trainer; an interrupted one goes on from its checkpoint."""
+"""One training run on transformers' Trainer. An interrupted run resumes from its checkpoint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,36 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from lrcompress.config import TrainingSettings
 from lrcompress.runtime.distributed import run_on_main, sequences_per_pass
 from lrcompress.runtime.errors import InputError
-from lrcompress.runtime.progress import Progress
+from lrcompress.runtime.progress import Progress, silent
 from lrcompress.training.callbacks import ProgressCallback, tensorboard
 from lrcompress.training.trainer import BlockDataset, EarlyStopping, TextTrainer, held_out_losses
 
-STATE = "trainer_state.json"
+STATE_FILE = "trainer_state.json"
+
+MakeTrainer = Callable[..., TextTrainer]  # a subclass, or one with some arguments set
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What a training run reads, the folder of its checkpoints, and how it shows progress."""
+
+    blocks: BlockDataset
+    held_out: BlockDataset
+    checkpoints: Path
+    progress: Progress = silent
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training did: held-out losses (nats per token) by step, None where not finite.
+    """The result of a training run.
 
-    The weights of the best step are kept; `after` is their loss as they are saved: merged, packed,
-    in the model's own precision.
-    `seconds` are of this process, and the rate is of the steps that it took; None if it took none.
-    `diverged` is the reason for which training was stopped, if it was. `guided_share` is that of
-    the compressed layers which a teacher's weights guided, if that was asked for.
+    `losses` are (step, held-out loss in nats per token), with None for a loss that is not finite.
+    `before` and `after` are the first such loss and that of the saved model, after merging and
+    packing, in the model's own precision. The model has the weights of `best_step`.
+    `seconds` are those of this process. `tokens_per_second` covers the steps that this process
+    took; it is None if there were none. `diverged` is why training was stopped, if it diverged.
+    `guided_share` is the share of the compressed layers that had a dense guide; it is None unless
+    training was self-guided.
     """
 
     steps: int
@@ -47,85 +60,116 @@ class Trained:
     diverged: str | None = None
     guided_share: float | None = None
 
-    def then(self, other: Trained) -> Trained:
-        """One training of this and `other`, which went on with what this one had made."""
-        tokens, rate = self.tokens + other.tokens, None
-        if self.tokens_per_second and other.tokens_per_second:
-            spent = self.tokens / self.tokens_per_second + other.tokens / other.tokens_per_second
-            rate = tokens / spent
+    def followed_by(self, second: Trained) -> Trained:
+        """Both runs as one, where `second` started from the result of this one."""
+        tokens, rate = self.tokens + second.tokens, None
+        if self.tokens_per_second and second.tokens_per_second:
+            seconds = (
+                self.tokens / self.tokens_per_second + second.tokens / second.tokens_per_second
+            )
+            rate = tokens / seconds
         return replace(
-            other,
-            steps=self.steps + other.steps,
+            second,
+            steps=self.steps + second.steps,
             tokens=tokens,
-            best_step=self.steps + other.best_step,
+            best_step=self.steps + second.best_step,
             before=self.before,
-            losses=self.losses + tuple((self.steps + step, x) for step, x in other.losses),
-            seconds=self.seconds + other.seconds,
+            losses=self.losses + tuple((self.steps + step, x) for step, x in second.losses),
+            seconds=self.seconds + second.seconds,
             tokens_per_second=rate,
         )
 
 
-def run(
-    model: Any,
-    prepared: AbstractContextManager[Any],
-    trainer: Callable[..., TextTrainer],
-    blocks: BlockDataset,
-    held_out: BlockDataset,
-    settings: TrainingSettings,
-    work: Path,
-    progress: Progress,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> Trained:
-    """Trains `model` in place; the parameters of the best measurement stay.
+class TrainingLoop:
+    """Trains `model` in place; it ends with the weights of the best held-out loss.
 
-    Inside `prepared` the model is as it trains; what is entered is given to `trainer`, and what of
-    it wants a gradient trains. Checkpoints are kept in `work`; a run that finds one there goes on
-    from it. Raises InputError where nothing is gained.
+    `run` trains the student: the model itself, or a form of it that only exists while it trains,
+    such as one with adapters. `result` comes after it, once `model` is as it will be saved. A loop
+    that finds a checkpoint in `inputs.checkpoints` resumes from it.
     """
-    started, found = time.perf_counter(), run_on_main(lambda: last_checkpoint(work))
-    watch = EarlyStopping(settings.patience)
-    each = settings.batch_size * blocks.blocks.shape[1]
-    steps = ProgressCallback(progress, settings.max_steps, each)
-    with prepared as student:
-        made = trainer(
+
+    def __init__(
+        self,
+        model: Any,
+        settings: TrainingSettings,
+        inputs: TrainingInputs,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.started = time.perf_counter()
+        self.model, self.settings, self.inputs = model, settings, inputs
+        self.checkpoint = run_on_main(lambda: last_checkpoint(inputs.checkpoints))
+        self.tokens_per_step = settings.batch_size * inputs.blocks.blocks.shape[1]
+        self.early_stopping = EarlyStopping(settings.patience)
+        self.pace = ProgressCallback(inputs.progress, settings.max_steps, self.tokens_per_step)
+        self.callbacks = [self.early_stopping, self.pace, *callbacks]
+        self.trainer: TextTrainer | None = None
+        self.trained_parameters = 0
+
+    def run(self, student: Any, make_trainer: MakeTrainer) -> None:
+        """Trains the parameters of `student` that require a gradient."""
+        self.trainer = make_trainer(
             model=student,
-            args=_arguments(settings, work, model, found is None),
-            train_dataset=blocks,
-            eval_dataset=held_out,
-            callbacks=[watch, steps, *callbacks, *tensorboard(settings.tensorboard)],
+            args=_arguments(self.settings, self.inputs.checkpoints, self.model, self.checkpoint),
+            train_dataset=self.inputs.blocks,
+            eval_dataset=self.inputs.held_out,
+            callbacks=[*self.callbacks, *tensorboard(self.settings.tensorboard)],
         )
-        _go_on(made, watch, found)
-        count = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    after = made.loss_of(model)
-    return _trained(made, watch, count, each, after, steps, time.perf_counter() - started)
+        self._train_or_restore(self.trainer)
+        self.trained_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
+
+    def _train_or_restore(self, trainer: TextTrainer) -> None:
+        """Trains from the checkpoint, unless the run that wrote it has ended already."""
+        if self.checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE_FILE))
+            if self.early_stopping.has_ended(state):
+                trainer.restore(state)
+                return
+        trainer.train(resume_from_checkpoint=self.checkpoint)
+
+    def result(self) -> Trained:
+        """Measures the model. Raises InputError where its held-out loss has not improved."""
+        assert self.trainer is not None, "run comes first"
+        after, state = self.trainer.loss_of(self.model), self.trainer.state
+        losses = tuple((s, x if math.isfinite(x) else None) for s, x in held_out_losses(state))
+        before = losses[0][1]
+        best_step = state.best_global_step  # None if only the first loss, or none, was finite
+        diverged = self.early_stopping.diverged
+        if best_step is None or before is None or not after < before:
+            outcome = f"diverged: {diverged}" if diverged else "gained nothing on held-out text"
+            raise InputError(
+                f"training {outcome} (loss {before} before it, {after:.4g} after): use a smaller "
+                "--learning-rate"
+            )
+        return Trained(
+            steps=state.global_step,
+            tokens=state.global_step * self.tokens_per_step,
+            trained_parameters=self.trained_parameters,
+            best_step=best_step,
+            before=before,
+            after=after,
+            losses=losses,
+            seconds=time.perf_counter() - self.started,
+            tokens_per_second=self.pace.tokens_per_second or None,
+            diverged=diverged,
+        )
 
 
-def _go_on(trainer: TextTrainer, watch: EarlyStopping, found: str | None) -> None:
-    """Trains from the checkpoint `found`, unless it is of a run that had ended."""
-    if found is not None:
-        state = TrainerState.load_from_json(str(Path(found) / STATE))
-        if watch.has_ended(state):
-            trainer.restore(state)
-            return
-    trainer.train(resume_from_checkpoint=found)
-
-
-def autocast(model: Any, settings: TrainingSettings) -> bool:
-    """Whether products are in bfloat16."""
+def uses_autocast(model: Any, settings: TrainingSettings) -> bool:
+    """Whether matrix products are computed in bfloat16."""
     on_cuda = model.device.type == "cuda"
     return settings.precision == "bfloat16" or (settings.precision == "auto" and on_cuda)
 
 
 def _arguments(
-    settings: TrainingSettings, work: Path, model: Any, from_start: bool
+    settings: TrainingSettings, checkpoints: Path, model: Any, checkpoint: str | None
 ) -> TrainingArguments:
     arguments = TrainingArguments(
-        output_dir=str(work),
+        output_dir=str(checkpoints),
         max_steps=settings.max_steps,
         per_device_train_batch_size=sequences_per_pass(
             settings.batch_size, settings.gradient_accumulation
         ),
-        per_device_eval_batch_size=1,  # Trainer weighs batches alike, whatever they hold
+        per_device_eval_batch_size=1,  # Trainer gives batches equal weight, whatever their size
         gradient_accumulation_steps=settings.gradient_accumulation,
         activation_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,
@@ -136,7 +180,7 @@ def _arguments(
         max_grad_norm=1.0,
         eval_strategy="steps",
         eval_steps=settings.eval_every,
-        eval_on_start=from_start,  # a run that goes on has measured there already
+        eval_on_start=checkpoint is None,  # a resumed run was measured at its checkpoint
         save_strategy="steps",
         save_steps=settings.eval_every,
         save_total_limit=2,
@@ -145,7 +189,7 @@ def _arguments(
         greater_is_better=False,
         logging_steps=min(10, settings.eval_every),
         logging_nan_inf_filter=False,  # it would hide a loss that is not finite
-        bf16=autocast(model, settings),
+        bf16=uses_autocast(model, settings),
         use_cpu=model.device.type == "cpu",
         seed=settings.seed,
         data_seed=settings.seed,
@@ -155,57 +199,24 @@ def _arguments(
         remove_unused_columns=False,
         prediction_loss_only=True,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # or Trainer copies the model to every GPU
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise Trainer copies the model to every GPU
     return arguments
 
 
-def last_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint that is whole: its state is written last."""
-    found = [
-        (int(folder.name.rpartition("-")[2]), folder)
-        for folder in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if _whole(folder / STATE)
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint in `folder`; None if there is none."""
+    checkpoints = [
+        (int(checkpoint.name.rpartition("-")[2]), checkpoint)
+        for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if _is_complete(checkpoint)
     ]
-    return str(max(found)[1]) if found else None
+    return str(max(checkpoints)[1]) if checkpoints else None
 
 
-def _whole(state: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
+    """Trainer writes the state file last."""
     try:
-        json.loads(state.read_text("utf-8"))
+        json.loads((checkpoint / STATE_FILE).read_text("utf-8"))
     except (OSError, ValueError):
         return False
     return True
-
-
-def _trained(
-    trainer: TextTrainer,
-    watch: EarlyStopping,
-    count: int,
-    each: int,
-    after: float,
-    steps: ProgressCallback,
-    seconds: float,
-) -> Trained:
-    """Raises InputError where what is left is not better than what there was."""
-    state = trainer.state
-    losses = tuple((s, x if math.isfinite(x) else None) for s, x in held_out_losses(state))
-    before = losses[0][1]
-    best = state.best_global_step  # None where no measurement but the first was finite
-    if best is None or before is None or not after < before:
-        why = f"diverged: {watch.diverged}" if watch.diverged else "gained nothing on held-out text"
-        raise InputError(
-            f"training {why} (loss {before} before it, {after:.4g} after): use a smaller "
-            "--learning-rate"
-        )
-    return Trained(
-        steps=state.global_step,
-        tokens=state.global_step * each,
-        trained_parameters=count,
-        best_step=best,
-        before=before,
-        after=after,
-        losses=losses,
-        seconds=seconds,
-        tokens_per_second=steps.tokens_per_second or None,
-        diverged=watch.diverged,
-    )

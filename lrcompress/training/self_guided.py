@@ -1,9 +1,10 @@
-"""Self-guided training: the dense weight carries a layer at first, and lets go (Wei et al. 2024).
+"""Self-guided training (Wei et al. 2024): dense weights help low-rank layers to start.
 
-While training, a low-rank layer gives o = a W x + (1 - a) B A x. The share a falls from 1 to 0
-by a cosine; then only the factors are left. In the variant of fewer operations a step does so
-with probability a, and runs the factors alone otherwise. In training from scratch W trains too,
-as in the paper. Where the dense model was trained already, its W stays as it is.
+While training, a low-rank layer outputs o = s W x + (1 - s) B A x, where W is a dense weight, its
+guide. The dense weight's share s falls from 1 to 0 along a cosine; after that only the factors are
+left. In the reduced variant, which needs fewer operations, a step mixes in the dense weight only
+with probability s. In training from scratch W is trained too, as in the paper. In finetuning W is
+the weight of the dense teacher and does not change.
 """
 
 from __future__ import annotations
@@ -20,19 +21,25 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lrcompress.layers.lowrank import LowRankLinear, compressed_layers, is_linear, linear_shape
 from lrcompress.runtime.errors import InputError
 
-# of all steps, those over which the dense weights let go
-SHARE_OF_STEPS = 0.5
+# the dense weight's share is 0 after this share of the steps
+GUIDED_SHARE_OF_STEPS = 0.5
+GUIDE_NAME = "guide"  # of the dense layer, as a submodule of the low-rank one
 
-Pairs = Sequence[tuple[LowRankLinear, nn.Module]]  # a layer and its dense guide
+GuidePairs = Sequence[tuple[LowRankLinear, nn.Module]]  # (low-rank layer, its dense guide)
 
 
 class Guidance(TrainerCallback):  # type: ignore[misc]
-    """The share of the dense weights in each step; a function of step and seed alone."""
+    """The share of the dense weights in each step, which depends on the step and the seed alone.
+
+    `steps` are those of the whole training. With `reduced` the share is 0 in a growing number of
+    steps. `guided_layers` is the number of layers with a guide, once `guiding` was entered.
+    """
 
     def __init__(self, steps: int, reduced: bool, seed: int) -> None:
-        self.steps, self.reduced, self.seed = max(1, round(SHARE_OF_STEPS * steps)), reduced, seed
+        self.steps = max(1, round(GUIDED_SHARE_OF_STEPS * steps))
+        self.reduced, self.seed = reduced, seed
         self.share = 1.0
-        self.layers = 0  # that have a guide
+        self.guided_layers = 0
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -40,59 +47,56 @@ class Guidance(TrainerCallback):  # type: ignore[misc]
         self.share = self.share_of(state.global_step)
 
     def share_of(self, step: int) -> float:
-        """What the dense weights give of a layer's output in a step; 0: they are not computed."""
+        """The dense weights' share of a layer's output in a step; at 0 they are not computed."""
         share = (1 + math.cos(math.pi * min(1.0, step / self.steps))) / 2
-        return share if not self.reduced or self._chosen(step, share) else 0.0
+        return share if not self.reduced or self._is_drawn(step, share) else 0.0
 
-    def _chosen(self, step: int, share: float) -> bool:
+    def _is_drawn(self, step: int, probability: float) -> bool:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        return float(torch.rand((), generator=generator)) < share
+        return float(torch.rand((), generator=generator)) < probability
 
     @property
     def guided_steps(self) -> int:
-        """Steps in which the dense weights are computed."""
+        """The number of steps in which the dense weights are computed."""
         return sum(self.share_of(step) > 0 for step in range(self.steps))
 
     @contextmanager
-    def guiding(self, pairs: Pairs, training: bool = False) -> Iterator[None]:
-        """Adds to each layer the output of its dense guide.
+    def guiding(self, pairs: GuidePairs, train_guides: bool = False) -> Iterator[None]:
+        """Inside, each low-rank layer mixes in the output of its guide while it trains.
 
-        With `training` the guides are parts of the model inside, so that they train with it and
-        are in its checkpoints.
+        With `train_guides` the guides are submodules of the layers inside, so that they train with
+        the model and are in its checkpoints.
         """
-        self.layers = len(pairs)
+        self.guided_layers = len(pairs)
         with ExitStack() as stack:
-            for layer, dense in pairs:
-                if training:
-                    layer.add_module(GUIDE, dense)
-                    stack.callback(delattr, layer, GUIDE)
-                stack.callback(layer.register_forward_hook(self._hook(dense)).remove)
+            for layer, guide in pairs:
+                if train_guides:
+                    layer.add_module(GUIDE_NAME, guide)
+                    stack.callback(delattr, layer, GUIDE_NAME)
+                stack.callback(layer.register_forward_hook(self._mixing_hook(guide)).remove)
             yield
 
-    def _hook(self, dense: nn.Module) -> Any:
+    def _mixing_hook(self, guide: nn.Module) -> Any:
         def mix(layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not layer.training or self.share == 0:
                 return output
-            guide: Tensor = dense(arguments[0].to(next(dense.parameters()).dtype))
-            return torch.lerp(output, guide.to(output.dtype), self.share)
+            dense: Tensor = guide(arguments[0].to(next(guide.parameters()).dtype))
+            return torch.lerp(output, dense.to(output.dtype), self.share)
 
         return mix
 
 
-GUIDE = "guide"
+def guide_pairs(model: nn.Module, dense_modules: Mapping[str, nn.Module]) -> GuidePairs:
+    """The low-rank layers of `model`, each with the dense module of the same name and shape.
 
-
-def guides(model: nn.Module, dense: Mapping[str, nn.Module]) -> Pairs:
-    """The low-rank layers of `model` with those modules `dense`, by name, of the same shape.
-
-    Raises InputError where there are none: narrowed FFNs have other shapes than the dense.
+    Raises InputError where there is none: the layers of a narrowed FFN have other shapes.
     """
     pairs = [
-        (layer, dense[name])
+        (layer, dense_modules[name])
         for name, layer in compressed_layers(model)
         if isinstance(layer, LowRankLinear)
-        and is_linear(dense.get(name))
-        and linear_shape(layer) == linear_shape(dense[name])
+        and is_linear(dense_modules.get(name))
+        and linear_shape(layer) == linear_shape(dense_modules[name])
     ]
     if not pairs:
         raise InputError(

@@ -1,4 +1,4 @@
-"""How compressed layers are written down while they train, and what is added to them."""
+"""The parameters that train: balanced factors, LoRA adapters, or those that the layers store."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ from lrcompress.layers.lowrank import (
 )
 from lrcompress.methods.linalg import decompose
 
-PREFERRED = 4.0
+# the present pivots of a layer count as this many times as large as other columns
+PIVOT_PREFERENCE = 4.0
 
 
 @torch.no_grad()
 def balance(model: nn.Module) -> dict[str, LowRankLinear]:
-    """Writes every low-rank layer as two factors that share its singular values: B A with
-    B = U S^1/2 and A = S^1/2 Vᵀ. Returns the layers that gave way, for `pack`."""
-    stored = {n: layer for n, layer in compressed_layers(model) if isinstance(layer, LowRankLinear)}
+    """Replaces every low-rank layer by balanced factors B = U S^1/2 and A = S^1/2 Vᵀ.
+
+    U S Vᵀ is the SVD of the layer's weight. Returns the replaced layers by name, for `pack`.
+    """
+    stored = {
+        name: layer for name, layer in compressed_layers(model) if isinstance(layer, LowRankLinear)
+    }
     for name, layer in stored.items():
         install(model, name, _balanced(layer))
     return stored
@@ -33,31 +38,40 @@ def balance(model: nn.Module) -> dict[str, LowRankLinear]:
 
 @torch.no_grad()
 def pack(model: nn.Module, stored: Mapping[str, LowRankLinear]) -> None:
-    """Puts the layers that `balance` took back, with the weights that their factors have now."""
+    """Puts back the layers that `balance` replaced, with the product of the trained factors."""
     for name, layer in stored.items():
         factors = model.get_submodule(name)
         assert isinstance(factors, FactoredLinear)
-        fill(layer, factors.A.weight, factors.B.weight, _preference(layer))
+        fill(layer, factors.A.weight, factors.B.weight, _column_sizes(layer))
         if layer.bias is not None and factors.bias is not None:
             layer.bias.copy_(factors.bias)
         install(model, name, layer)
 
 
-def _preference(layer: LowRankLinear) -> Tensor | None:
-    """Sizes of the inputs (in,) by which a pivoted layer tends to keep the pivots that it has: they
-    were chosen for the inputs, which are not measured here."""
+def _column_sizes(layer: LowRankLinear) -> Tensor | None:
+    """Sizes of the inputs (in,) by which pivots are chosen; None if the layer is not pivoted.
+
+    The present pivots were chosen with measured sizes of the inputs. Nothing is measured here, so
+    that they get a larger size than the rest and most of them stay pivots.
+    """
     if not isinstance(layer, PivotedLinear):
         return None
     sizes = torch.ones(layer.in_features)
-    sizes[layer.order[: layer.rank].long().cpu()] = PREFERRED
+    sizes[layer.order[: layer.rank].long().cpu()] = PIVOT_PREFERENCE
     return sizes
 
 
 def _balanced(layer: LowRankLinear) -> FactoredLinear:
     product = layer.product()
-    place: dict[str, Any] = {"device": product.device, "dtype": product.dtype}
-    shape, has_bias = (layer.in_features, layer.out_features), layer.bias is not None
-    factored = FactoredLinear(*shape, layer.rank, has_bias, layer.dense_type, **place)
+    factored = FactoredLinear(
+        in_features=layer.in_features,
+        out_features=layer.out_features,
+        rank=layer.rank,
+        bias=layer.bias is not None,
+        dense_type=layer.dense_type,
+        device=product.device,
+        dtype=product.dtype,
+    )
     factors = decompose(product, rank=layer.rank).factors(product, layer.rank)
     fill(factored, factors.A, factors.B)
     if layer.bias is not None and factored.bias is not None:
@@ -66,37 +80,39 @@ def _balanced(layer: LowRankLinear) -> FactoredLinear:
 
 
 def with_adapters(model: Any, rank: int, seed: int) -> Any:
-    """`model` with a LoRA adapter of `rank` on every matrix of every compressed layer, by PEFT.
+    """The PEFT model of `model` with a LoRA adapter on every matrix of every compressed layer.
 
-    Their scale is one, alpha = rank; `seed` draws one of their two matrices, the other is zero.
+    The scale of an adapter is 1 (alpha = rank). One of its two matrices is drawn by `seed`, the
+    other is zero.
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_matrices(model)))
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_linear_names(model)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 
 
-def _matrices(model: nn.Module) -> Iterator[str]:
+def _linear_names(model: nn.Module) -> Iterator[str]:
     for name, layer in compressed_layers(model):
         if isinstance(layer, LowRankLinear):
-            children = (child for child, m in layer.named_children() if isinstance(m, nn.Linear))
-            yield from (f"{name}.{child}" for child in children)
+            for child_name, child in layer.named_children():
+                if isinstance(child, nn.Linear):
+                    yield f"{name}.{child_name}"
         else:
             yield name
 
 
-def trainable(model: nn.Module, what: str) -> Iterator[nn.Parameter]:
-    """The parameters that `train` names: factors, norms (and factors), all, or lora."""
-    if what == "all":
+def trainable(model: nn.Module, train: str) -> Iterator[nn.Parameter]:
+    """The parameters that the setting `train` names: factors, norms (and factors), all, or lora."""
+    if train == "all":
         yield from model.parameters()
-    elif what == "lora":
+    elif train == "lora":
         yield from (p for name, p in model.named_parameters() if "lora_" in name)
     else:
         for _, layer in compressed_layers(model):
             yield from layer.parameters()
-    if what == "norms":
+    if train == "norms":
         for module in model.modules():
             if type(module).__name__.endswith("Norm"):
                 yield from module.parameters(recurse=False)

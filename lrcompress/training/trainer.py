@@ -1,4 +1,4 @@
-"""Training on packed text with transformers' Trainer: the next tokens, measured and watched."""
+"""A transformers Trainer for packed text, its dataset, and the callback that stops a bad run."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lrcompress.runtime.atomic_io import writing_state
+from lrcompress.training.callbacks import training_losses
 from lrcompress.training.fsdp import ShardingTrainer
 from lrcompress.training.losses import token_loss
 from lrcompress.training.teacher_cache import TeacherCache
 
-# a loss this many times the best one is divergence
-DIVERGED = 3.0
+# training has diverged where the held-out loss is more than this many times the best one
+DIVERGENCE_RATIO = 3.0
 
 
 class BlockDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Packed token blocks (samples, length) as the Trainer reads them.
+    """Packed token blocks (sequences, length) as Trainer reads them.
 
-    With a cache each comes with the teacher's predictions; `first` is its number there.
+    With a cache every sequence comes with the teacher's predictions; `first` is the number of the
+    first sequence in the cache.
     """
 
     def __init__(self, blocks: Tensor, cache: TeacherCache | None = None, first: int = 0) -> None:
         self.blocks, self.cache, self.first = blocks, cache, first
 
     def part(self, begin: int, end: int | None = None) -> BlockDataset:
+        """The sequences from `begin` to `end`, without `end`."""
         return BlockDataset(self.blocks[begin:end], self.cache, self.first + begin)
 
     def __len__(self) -> int:
@@ -37,16 +40,17 @@ class BlockDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         block = self.blocks[index]
-        kept = {} if self.cache is None else self.cache.read(self.first + index)
-        return {"input_ids": block, "labels": block} | kept  # Trainer wants labels for a loss
+        predictions = {} if self.cache is None else self.cache.read(self.first + index)
+        # Trainer computes no evaluation loss without labels
+        return {"input_ids": block, "labels": block} | predictions
 
 
 class TextTrainer(ShardingTrainer):
-    """Trains by the mean cross-entropy of the next tokens; subclasses by another loss."""
+    """Minimizes the mean cross-entropy of the next tokens; subclasses override `loss`."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        # the loss is a mean over a micro-batch: Trainer must divide by the accumulation steps
+        # the loss is a mean over a micro-batch: Trainer has to divide it by the accumulation steps
         self.loss_is_scaled_for_ga = False
 
     def compute_loss(
@@ -60,14 +64,14 @@ class TextTrainer(ShardingTrainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Nats per token of the sequences `input_ids` (batch, length)."""
+        """Mean loss in nats per token of the sequences `input_ids` (batch, length)."""
         tokens = inputs["input_ids"]
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
         return token_loss(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     @torch.no_grad()
     def loss_of(self, model: Any) -> float:
-        """Mean held-out loss of `model` as it is, without autocast; the same in every process."""
+        """Mean held-out loss of `model` without autocast; every process computes all of it."""
         model.eval()
         losses = []
         for index in range(len(self.eval_dataset)):
@@ -77,34 +81,40 @@ class TextTrainer(ShardingTrainer):
         return sum(losses) / len(losses)
 
     def restore(self, state: TrainerState) -> None:
-        """Loads the best weights of a run that has ended already, if a measurement was finite."""
+        """Loads the best weights of a run that has ended, if any held-out loss was finite."""
         self.state = state
         if state.best_model_checkpoint is not None:
             self._load_best_model()
 
     def _save_checkpoint(self, *arguments: Any, **keywords: Any) -> None:
-        with writing_state(f"a checkpoint in {self.args.output_dir!r}"), _own_names(self.model):
+        with (
+            writing_state(f"a checkpoint in {self.args.output_dir!r}"),
+            _without_renaming(self.model),
+        ):
             super()._save_checkpoint(*arguments, **keywords)
 
 
 @contextmanager
-def _own_names(model: Any) -> Iterator[None]:
-    """Weights are saved under the names that Trainer finds them by; some families have others for
-    their files."""
-    before = vars(model).get("_weight_conversions")
+def _without_renaming(model: Any) -> Iterator[None]:
+    """Inside, transformers saves weights under their names in the model.
+
+    Trainer loads a checkpoint by these names, while some model families use other names in files.
+    """
+    conversions = vars(model).get("_weight_conversions")
     model._weight_conversions = []
     try:
         yield
     finally:
         del model._weight_conversions
-        if before is not None:
-            model._weight_conversions = before
+        if conversions is not None:
+            model._weight_conversions = conversions
 
 
 class EarlyStopping(TrainerCallback):  # type: ignore[misc]
-    """Stops a run that diverges, or that has not improved for `patience` measurements.
+    """Stops a run that diverges, or whose held-out loss has not improved `patience` times in a row.
 
-    It remembers nothing but the reason: what it needs is in the state that checkpoints keep.
+    `diverged` is the reason if the run diverged. Everything else is read from the trainer's state,
+    which is in the checkpoints, so that a resumed run stops at the same step.
     """
 
     def __init__(self, patience: int | None) -> None:
@@ -122,21 +132,21 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
         control.should_training_stop |= self.has_ended(state)
 
     def has_ended(self, state: TrainerState) -> bool:
-        """Whether a run with this state is over; notes the reason if it diverged."""
-        training = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        """Whether a run with this state is over; sets `diverged` if it diverged."""
+        training = training_losses(state)
         losses = [loss for _, loss in held_out_losses(state)]
         best = min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
         if training and not math.isfinite(training[-1]):
             self.diverged = f"the training loss is {training[-1]} at step {state.global_step}"
-        elif losses and not losses[-1] <= DIVERGED * best:
+        elif losses and not losses[-1] <= DIVERGENCE_RATIO * best:
             self.diverged = f"the held-out loss is {losses[-1]:.4g} at step {state.global_step}"
         if self.diverged or (state.max_steps and state.global_step >= state.max_steps):
             return True
-        without = len(losses) - 1 - losses.index(best) if math.isfinite(best) else 0
-        return self.patience is not None and without >= self.patience
+        since_best = len(losses) - 1 - losses.index(best) if math.isfinite(best) else 0
+        return self.patience is not None and since_best >= self.patience
 
 
 def held_out_losses(state: TrainerState) -> list[tuple[int, float]]:
-    """(step, loss) of every measurement, in order."""
-    found = [entry for entry in state.log_history if "eval_loss" in entry]
-    return [(int(entry["step"]), float(entry["eval_loss"])) for entry in found]
+    """(step, held-out loss) of every measurement, in order."""
+    entries = [entry for entry in state.log_history if "eval_loss" in entry]
+    return [(int(entry["step"]), float(entry["eval_loss"])) for entry in entries]

@@ -19,9 +19,9 @@ def test_training_speed_leaves_the_models_as_they_were() -> None:
         model.lm_head.weight.requires_grad_(True)
         model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     with torch.no_grad():
-        found = throughput.training_throughput(models, 2, 16, 3)
-    assert [metric.model for metric in found] == ["dense", "other"]
-    for metric in found:
+        metrics = throughput.training_throughput(models, 2, 16, 3)
+    assert [metric.model for metric in metrics] == ["dense", "other"]
+    for metric in metrics:
         assert metric.name == "training"
         assert metric.low is not None
         assert metric.high is not None
@@ -47,6 +47,6 @@ def test_training_speed_of_low_rank_models(factorized: Path, dense: Path) -> Non
 def test_several_models_from_python(factorized: Path, dense: Path) -> None:
     small, tokenizer = lrcompress.load(factorized)
     others = [lrcompress.load(dense)[0] for _ in range(2)]
-    found = lrcompress.evaluate(small, tokenizer, baseline=others, perplexity=[], speed=False)
-    labels = list(dict.fromkeys(metric.model for metric in found))
+    metrics = lrcompress.evaluate(small, tokenizer, baseline=others, perplexity=[], speed=False)
+    labels = list(dict.fromkeys(metric.model for metric in metrics))
     assert labels == ["dense baseline 1", "dense baseline 2", "factorized"]

@@ -1,4 +1,4 @@
-"""finetune on several processes: what one process gives, resumable, one voice."""
+"""Training on two processes: the results of one process, exact resuming, one error message."""
 
 from __future__ import annotations
 
@@ -36,17 +36,18 @@ ROUNDING, EXACT = (1e-4, 1e-5), (0.0, 0.0)
 
 @dataclass(frozen=True)
 class Runs:
-    """The folder of the jobs, which two processes have done, and their settings by name."""
+    """The folder with the results of two processes, and their jobs by name."""
 
     folder: Path
     jobs: dict[str, dict[str, Any]]
 
-    def seen(self, name: str, rank: int) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.folder / f"{name}.{rank}.json").read_text())
-        return found
+    def outcome(self, name: str, rank: int) -> dict[str, Any]:
+        """The passes and the error that a process wrote for a job."""
+        content: dict[str, Any] = json.loads((self.folder / f"{name}.{rank}.json").read_text())
+        return content
 
-    def alone(self, name: str) -> dict[str, Any]:
-        """What a job's settings give in this process; its output is called NAME.alone."""
+    def run_alone(self, name: str) -> dict[str, Any]:
+        """Runs a job in this process; its output is called NAME.alone."""
         settings = dict(self.jobs[name]["settings"])
         if settings.pop("shard", False) and "source" in self.jobs[name]:
             settings["parametrization"] = "stored"
@@ -59,16 +60,19 @@ class Runs:
         trained = record.get("finetuned") or record["pretrained"]
         return torch.tensor(sorted(dict(trained["losses"]).items()))
 
-    def check_same(self, one: str, other: str, within: tuple[float, float]) -> None:
-        _check_close(self.losses(one), self.losses(other), within)
-        first, second = (load_file(self.folder / n / "model.safetensors") for n in (one, other))
-        assert first.keys() == second.keys()
-        for name in first:
-            _check_close(first[name], second[name], within)
+    def check_same(self, name: str, expected_name: str, tolerance: tuple[float, float]) -> None:
+        _check_close(self.losses(name), self.losses(expected_name), tolerance)
+        weights = load_file(self.folder / name / "model.safetensors")
+        expected = load_file(self.folder / expected_name / "model.safetensors")
+        assert weights.keys() == expected.keys()
+        for key in weights:
+            _check_close(weights[key], expected[key], tolerance)
 
 
-def _check_close(one: torch.Tensor, other: torch.Tensor, within: tuple[float, float]) -> None:
-    torch.testing.assert_close(one, other, rtol=within[0], atol=within[1])
+def _check_close(
+    actual: torch.Tensor, expected: torch.Tensor, tolerance: tuple[float, float]
+) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance[0], atol=tolerance[1])
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +161,9 @@ def _finetune(source: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
 
 
 def _reached(work: Path) -> int:
-    """The step of the newest whole checkpoint under `work`; 0 if there is none."""
-    found = [last_checkpoint(folder) for folder in work.glob("*")]
-    return max((int(one.rpartition("-")[2]) for one in found if one), default=0)
+    """The step of the newest complete checkpoint under `work`; 0 if there is none."""
+    checkpoints = [last_checkpoint(folder) for folder in work.glob("*")]
+    return max((int(path.rpartition("-")[2]) for path in checkpoints if path), default=0)
 
 
 def _kill_a_run(source: Path, out: Path) -> None:
@@ -178,16 +182,17 @@ def _kill_a_run(source: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "passes", "epochs", "shard", "shard_passes", "new"])
 def test_two_processes_give_what_one_gives(runs: Runs, name: str) -> None:
-    alone = runs.alone(name)
+    alone = runs.run_alone(name)["passes"]
     runs.check_same(name, f"{name}.alone", ROUNDING)
-    together = [runs.seen(name, rank)["passes"] for rank in (0, 1)]
+    by_rank = [runs.outcome(name, rank)["passes"] for rank in (0, 1)]
     passes = runs.jobs[name]["settings"].get("gradient_accumulation", 1)
-    assert len(together[0]) == len(together[1]) == 12 * passes
-    for step in range(0, 12 * passes, passes):
-        steps = [one for seen in together for part in seen[step : step + passes] for one in part]
-        whole = [one for part in alone["passes"][step : step + passes] for one in part]
-        assert sorted(steps) == sorted(whole)
-        assert len(whole) == 4
+    assert len(by_rank[0]) == len(by_rank[1]) == 12 * passes
+    for start in range(0, 12 * passes, passes):
+        step = slice(start, start + passes)
+        shared = [sequence for ran in by_rank for batch in ran[step] for sequence in batch]
+        expected = [sequence for batch in alone[step] for sequence in batch]
+        assert sorted(shared) == sorted(expected)
+        assert len(expected) == 4
 
 
 @pytest.mark.parametrize(
@@ -195,18 +200,18 @@ def test_two_processes_give_what_one_gives(runs: Runs, name: str) -> None:
     [("stopped", "plain"), ("shard_stopped", "shard"), ("new_stopped", "new_shard")],
 )
 def test_an_interrupted_run_ends_with_the_same_weights(runs: Runs, name: str, like: str) -> None:
-    assert [len(runs.seen(name, rank)["passes"]) for rank in (0, 1)] == [12 - 4] * 2
+    assert [len(runs.outcome(name, rank)["passes"]) for rank in (0, 1)] == [12 - 4] * 2
     runs.check_same(name, like, EXACT)
 
 
 def test_an_interrupted_run_goes_on_in_one_process(runs: Runs) -> None:
-    assert runs.seen("moved", 0)["error"][0] == "KeyboardInterrupt"
+    assert runs.outcome("moved", 0)["error"][0] == "KeyboardInterrupt"
     assert len(worker.run(runs.jobs["moved"] | {"stop": None})["passes"]) == 12 - 4
     runs.check_same("moved", "plain", ROUNDING)
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(runs: Runs) -> None:
-    assert len(runs.seen("killed", 0)["passes"]) <= 100
+    assert len(runs.outcome("killed", 0)["passes"]) <= 100
     runs.check_same("killed", "undisturbed", EXACT)
 
 
@@ -223,13 +228,13 @@ def test_a_sharded_run_leaves_an_ordinary_checkpoint(runs: Runs) -> None:
 
 @pytest.mark.parametrize("name", ["new_shard", "new_dense"])
 def test_a_new_model_that_was_sharded_is_like_one_that_was_not(runs: Runs, name: str) -> None:
-    runs.alone(name)
+    runs.run_alone(name)
     runs.check_same(name, f"{name}.alone", ROUNDING)
     sharded, alone = runs.folder / name, runs.folder / f"{name}.alone"
     assert {f.name for f in sharded.iterdir()} == {f.name for f in alone.iterdir()}
     assert (sharded / "config.json").read_text() == (alone / "config.json").read_text()
-    keys = [json.loads((one / "lrcompress.json").read_text()).keys() for one in (sharded, alone)]
-    assert keys[0] == keys[1]
+    records = [json.loads((out / "lrcompress.json").read_text()) for out in (sharded, alone)]
+    assert records[0].keys() == records[1].keys()
     assert not list(runs.folder.glob(".new*"))
 
 
@@ -244,7 +249,7 @@ def test_a_new_model_that_was_sharded_is_like_one_that_was_not(runs: Runs, name:
     ],
 )
 def test_every_process_ends_and_the_main_one_says_why(runs: Runs, name: str, words: str) -> None:
-    main, other = (runs.seen(name, rank)["error"] for rank in (0, 1))
+    main, other = (runs.outcome(name, rank)["error"] for rank in (0, 1))
     assert main[0] == "InputError"
     assert words in main[1]
     assert other[0] == "MainProcessFailedError"

@@ -35,9 +35,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def quick_settings(config: Path, **settings: Any) -> PretrainSettings:
+    return PretrainSettings(**(QUICK | {"source": str(config)} | settings))
+
+
 def pretrained(config: Path, out: Path, **settings: Any) -> dict[str, Any]:
-    given = QUICK | {"source": str(config), "tokenizer": str(config)} | settings
-    return pretrain.pretrain_to(PretrainSettings(**given), out)
+    return pretrain.pretrain_to(quick_settings(config, tokenizer=str(config), **settings), out)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -45,10 +48,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_dense_model_is_an_ordinary_folder(config: Path, tmp_path: Path, text: Path) -> None:
-    done = pretrained(config, tmp_path / "out", data=[str(text)], train_length=64)["pretrained"]
-    assert done["after"] < done["before"]
-    assert [step for step, _ in done["losses"]] == [0, 4, 8, 12]
-    assert done["tokens"] == 12 * 4 * 64
+    record = pretrained(config, tmp_path / "out", data=[str(text)], train_length=64)
+    trained = record["pretrained"]
+    assert trained["after"] < trained["before"]
+    assert [step for step, _ in trained["losses"]] == [0, 4, 8, 12]
+    assert trained["tokens"] == 12 * 4 * 64
     stored = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in stored
     card = (tmp_path / "out" / "README.md").read_text()
@@ -73,8 +77,7 @@ def test_all_but_the_first_block_are_low_rank(config: Path, tmp_path: Path) -> N
 
 
 def test_factors_begin_as_the_truncated_dense_weights(config: Path) -> None:
-    given = QUICK | {"source": str(config), "tokenizer": str(config)}
-    settings = PretrainSettings(**given)
+    settings = quick_settings(config, tokenizer=str(config))
     dense = new_model.new_model(new_model.read_config(str(config)), settings).model
     low = settings.model_copy(update={"keep_ratio": 0.5})
     model = new_model.new_model(new_model.read_config(str(config)), low).model
@@ -88,30 +91,31 @@ def test_factors_begin_as_the_truncated_dense_weights(config: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["full", "reduced"])
-def test_guides_train_and_go(config: Path, tmp_path: Path, how: str) -> None:
+def test_guides_train_and_are_removed(config: Path, tmp_path: Path, how: str) -> None:
     """The guided run differs from the plain one, and leaves nothing of the guides behind."""
     plain = pretrained(config, tmp_path / "plain", keep_ratio=0.5)
-    done = pretrained(config, tmp_path / "out", keep_ratio=0.5, self_guided=how)
-    assert done["pretrained"]["after"] < done["pretrained"]["before"]
-    more = done["pretrained"]["trained_parameters"] - plain["pretrained"]["trained_parameters"]
-    assert more == done["counts"]["selected"]["dense"]
-    found, other = weights(tmp_path / "out"), weights(tmp_path / "plain")
-    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in other.items()}
-    assert any(not torch.equal(found[name], other[name]) for name in found)
+    guided = pretrained(config, tmp_path / "out", keep_ratio=0.5, self_guided=how)
+    assert guided["pretrained"]["after"] < guided["pretrained"]["before"]
+    counts = [record["pretrained"]["trained_parameters"] for record in (guided, plain)]
+    assert counts[0] - counts[1] == guided["counts"]["selected"]["dense"]
+    after, unguided = weights(tmp_path / "out"), weights(tmp_path / "plain")
+    assert {n: t.shape for n, t in after.items()} == {n: t.shape for n, t in unguided.items()}
+    assert any(not torch.equal(after[name], unguided[name]) for name in after)
 
 
-def test_guides_get_gradients_and_let_go(config: Path) -> None:
-    given = QUICK | {"source": str(config), "keep_ratio": 0.5, "self_guided": "full"}
-    new = new_model.new_model(new_model.read_config(str(config)), PretrainSettings(**given))
+def test_guides_get_gradients_until_their_share_is_zero(config: Path) -> None:
+    settings = quick_settings(config, keep_ratio=0.5, self_guided="full")
+    new = new_model.new_model(new_model.read_config(str(config)), settings)
     guidance = Guidance(steps=8, reduced=False, seed=0)
     assert guidance.guided_steps == 4
-    with guidance.guiding(new.pairs, training=True):
+    with guidance.guiding(new.guide_pairs, train_guides=True):
         new.model.train()
-        for share, trains in ((0.5, True), (0.0, False)):
+        for share, has_gradient in ((0.5, True), (0.0, False)):
             guidance.share = share
             new.model.zero_grad()
             new.model(input_ids=tokens(), labels=tokens()).loss.backward()
-            assert all((dense.weight.grad is not None) == trains for _, dense in new.pairs)
+            for _, guide in new.guide_pairs:
+                assert (guide.weight.grad is not None) == has_gradient
     assert not any("guide" in name for name, _ in new.model.named_parameters())
 
 
@@ -121,27 +125,27 @@ WARM: dict[str, Any] = {"keep_ratio": 0.5, "dense_share": 0.3}  # 4 steps of 12
 def test_a_warm_start_is_dense_at_first(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both trainings read other text, and the second begins with the first's best weights cut."""
-    seen = list[tuple[int, torch.Tensor]]()
-    step = TextTrainer.training_step
+    """The phases read different text; the second starts from the truncated weights of the first."""
+    steps = list[tuple[int, torch.Tensor]]()  # compressed layers and batch of every step
+    training_step = TextTrainer.training_step
 
-    def watched(self: Any, model: Any, inputs: Any, *more: Any) -> Any:
-        seen.append((len(list(compressed_layers(model))), inputs["input_ids"].clone()))
-        return step(self, model, inputs, *more)
+    def recorded(self: Any, model: Any, inputs: Any, *more: Any) -> Any:
+        steps.append((len(list(compressed_layers(model))), inputs["input_ids"].clone()))
+        return training_step(self, model, inputs, *more)
 
-    monkeypatch.setattr(TextTrainer, "training_step", watched)
-    done = pretrained(config, tmp_path / "out", **WARM)
-    assert [layers for layers, _ in seen] == [0] * 4 + [3] * 8
-    rows = [tuple(row.tolist()) for _, batch in seen for row in batch]
+    monkeypatch.setattr(TextTrainer, "training_step", recorded)
+    record = pretrained(config, tmp_path / "out", **WARM)
+    assert [layers for layers, _ in steps] == [0] * 4 + [3] * 8
+    rows = [tuple(row.tolist()) for _, batch in steps for row in batch]
     assert len(set(rows)) == len(rows) == 12 * 4
-    trained = done["pretrained"]
-    assert [at for at, _ in trained["losses"]] == [0, 4, 4, 8, 12]
+    trained = record["pretrained"]
+    assert [step for step, _ in trained["losses"]] == [0, 4, 4, 8, 12]
     assert (trained["steps"], trained["tokens"]) == (12, 12 * 4 * 32)
     assert trained["after"] < trained["before"] == trained["losses"][0][1]
     assert trained["best_step"] > 4
     model, _ = lrcompress.load(str(tmp_path / "out"))
     assert len(list(compressed_layers(model))) == 3
-    assert done["counts"]["selected"]["keep_ratio"] == pytest.approx(0.5, abs=0.05)
+    assert record["counts"]["selected"]["keep_ratio"] == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize("settings", [{}, {"keep_ratio": 0.5, "self_guided": "reduced"}, WARM])
@@ -155,11 +159,11 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     assert not (tmp_path / "out").exists()
     pretrained(config, tmp_path / "out", **settings)
     assert len(steps) == 7 + 12 - 4  # from the checkpoint at step 4
-    expected, found = weights(tmp_path / "undisturbed"), weights(tmp_path / "out")
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, resumed = weights(tmp_path / "undisturbed"), weights(tmp_path / "out")
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
-def test_command_with_a_preset_and_an_own_tokenizer(tmp_path: Path) -> None:
+def test_command_with_a_preset_and_a_trained_tokenizer(tmp_path: Path) -> None:
     flags = ("--data", "pydoc", "--vocab-size", 300, "--max-steps", 2, "--train-length", 32)
     more = ("--held-out", 2, "--keep-ratio", 0.32, "--batch-size", 2)
     result = invoke("pretrain", "llama-0.3m", "--out", tmp_path / "out", *flags, *more)
@@ -177,7 +181,7 @@ def test_divergence_stops_with_one_sentence(config: Path, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_wrong_is_said(config: Path, tmp_path: Path) -> None:
+def test_bad_inputs_are_refused(config: Path, tmp_path: Path) -> None:
     (tmp_path / "torn.json").write_text('{"model_type": ')
     (tmp_path / "small.json").write_text('{"model_type": "llama", "vocab_size": 100}')
     data = ("--data", "pydoc")
@@ -207,8 +211,7 @@ def test_what_is_wrong_is_said(config: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_without_weights_has_the_same_shapes(config: Path) -> None:
-    given = QUICK | {"source": str(config), "keep_ratio": 0.5}
-    settings = PretrainSettings(**given)
+    settings = quick_settings(config, keep_ratio=0.5)
     model = new_model.new_model(new_model.read_config(str(config)), settings).model
     bare = new_model.bare_model(new_model.read_config(str(config)), settings)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}

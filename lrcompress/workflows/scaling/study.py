@@ -24,7 +24,7 @@ from lrcompress.reporting.metric import Metric
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, silent
 from lrcompress.training import new_model, pretrain
-from lrcompress.training.loop import Trained
+from lrcompress.training.loop import Trained, TrainingInputs
 from lrcompress.training.trainer import BlockDataset
 from lrcompress.workflows.scaling.folder import ScalingFolder
 from lrcompress.workflows.scaling.ladder import (
@@ -110,14 +110,13 @@ class ScalingStudy:
     def _train(self, model: LadderModel, checkpoints: Path) -> ScalingPoint:
         text = self._text
         new = new_model.new_model(copy.deepcopy(model.config), model.settings)
-        trained = pretrain.train(
-            new,
+        inputs = TrainingInputs(
             BlockDataset(text.training[: model.sequences]),
             BlockDataset(text.test),
-            model.settings,
             checkpoints,
             self._progress_of(model.name),
         )
+        trained = pretrain.train(new, model.settings, inputs)
         return _point(model, new.model, trained)
 
     def _progress_of(self, name: str) -> Progress:

@@ -1,0 +1,14 @@
+"""The memory that the process holds, and how far it rises."""
+
+from __future__ import annotations
+
+import torch
+
+from lrcompress.runtime import memory
+
+
+def test_memory_rises_from_its_start() -> None:
+    with memory.peak_memory() as measured:
+        held = torch.ones(8 * 2**20)  # 32 MiB
+    assert measured.rise is None or measured.rise > 2**24
+    assert held.numel() == 8 * 2**20
