@@ -24,7 +24,7 @@ def test_target_params_and_size_are_budgets_of_the_whole_model() -> None:
         assert result.model.kept == pytest.approx(30_000, rel=0.01)
     with pytest.raises(InputError, match=r"target of 100 parameters is out of reach"):
         lrcompress.factorize(tiny_model(), byte_tokenizer(), target_params=100, **SETTINGS)
-    with pytest.raises(InputError, match="no size, write it like"):
+    with pytest.raises(InputError, match="is not a size, write it like"):
         lrcompress.factorize(tiny_model(), byte_tokenizer(), target_size="big")
 
 

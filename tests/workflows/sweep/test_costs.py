@@ -20,11 +20,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_reading_is_charged_once_and_saved_decompositions_are(clock: list[float]) -> None:
-    session: Any = SimpleNamespace(reading=0.0, measuring={True: 7.0})
+    session: Any = SimpleNamespace(text_seconds=0.0, moment_seconds={True: 7.0})
     decompositions: Any = SimpleNamespace(saved=2.0)
     ledger = CostLedger(session)
     with ledger.timing(decompositions):
-        session.reading = 3.0
+        session.text_seconds = 3.0
         clock[0] += 10.0
         decompositions.saved += 5.0
     assert ledger.seconds == 10.0 - 3.0 + 5.0
@@ -35,7 +35,7 @@ def test_reading_is_charged_once_and_saved_decompositions_are(clock: list[float]
 
 
 def test_without_moments_only_reading_is_charged() -> None:
-    session: Any = SimpleNamespace(reading=3.0, measuring={})
+    session: Any = SimpleNamespace(text_seconds=3.0, moment_seconds={})
     ledger = CostLedger(session)
     ledger.charge_calibration(SimpleNamespace(moments=None), 1000)  # type: ignore[arg-type]
     assert (ledger.seconds, ledger.memory) == (3.0, None)
