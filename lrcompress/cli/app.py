@@ -77,7 +77,7 @@ def _show(found: Report, out: Path | None, max_loss: float | None, as_json: bool
     display.show_report(found, out, as_json)
     if max_loss is None:
         return
-    failed = significance.not_shown(found.metrics, max_loss)
+    failed = significance.non_inferiority_failures(found.metrics, max_loss)
     display.show_verdict(failed, max_loss, err=as_json)
     if failed:
         click.get_current_context().exit(BEYOND_MAX_LOSS)

@@ -141,7 +141,7 @@ def sweep_report_to(folders: Sequence[Path], out: Path | None = None) -> SweepRe
         )
     if out is not None:
         check_free(out)
-    with metrics_json.showing(folders):
+    with metrics_json.refuse_inconsistent(folders):
         found = read_report(folders[0])
         if out is None:
             sweep_report.markdown(found)
