@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from lrcompress.reporting.differences import (
     BlockChange,
     Continuation,
@@ -13,6 +15,7 @@ from lrcompress.reporting.differences import (
     TokenChange,
 )
 from lrcompress.reporting.metric import PERPLEXITY, Metric
+from lrcompress.workflows.scaling.point import ScalingPoint
 from lrcompress.workflows.sweep.point import SweepPoint
 
 SCRIPT = "<script>window.broken = true</script>"
@@ -96,3 +99,32 @@ def _point(variant: str, ratio: float, parameters: int, loss: float) -> SweepPoi
     name = variant if variant == "dense" else f"{variant} at {ratio:g}"
     metrics = tuple(_metrics(name, parameters, loss, 5)[:2])
     return SweepPoint(variant, ratio, ratio, 1.0, 2**30, "8 x 64 tokens of train.txt", metrics)
+
+
+def scaling_points(slopes: dict[str, float], noise: float = 0.004) -> list[ScalingPoint]:
+    """Points of known slopes in nats per decade; the dense model is ahead at 1e12 FLOPs."""
+    random, made = np.random.default_rng(1), []
+    for variant, slope in slopes.items():
+        for index, flops in enumerate(np.geomspace(1e12, 1e15, 4)):
+            for seed in range(2):
+                loss = 6 - slope * (np.log10(flops) - 12) + 0.1 * (variant != "dense")
+                loss += noise * random.standard_normal()
+                made.append(
+                    ScalingPoint(
+                        size=f"s{index}",
+                        variant=variant,
+                        seed=seed,
+                        parameters=1000 * 4**index,
+                        non_embedding=500 * 4**index,
+                        ffn_parameters=300 * 4**index,
+                        steps=8,
+                        tokens=800,
+                        flops=int(flops),
+                        seconds=float(flops) / 1e10,
+                        loss=float(loss),
+                        curve=((0, 7.0),),
+                        device="cpu",
+                        diverged=None,
+                    )
+                )
+    return made

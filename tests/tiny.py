@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +196,11 @@ def saved_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
     tiny_model(family, **changes).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def copied_model(folder: Path, out: Path, **config: Any) -> Path:
+    """A copy of a model folder with other values of `config` keys."""
+    shutil.copytree(folder, out)
+    original = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(original | config))
+    return out
