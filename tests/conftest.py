@@ -57,7 +57,9 @@ def factorized(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+# options for commands on the tiny model: seconds of calibration, of evaluation
 SMALL = ("--num-samples", "4", "--seq-len", "64")
+QUICK_EVAL = ("--perplexity", "pydoc", "--context-length", "64", "--limit", "1", "--no-speed")
 
 Invoke = Callable[..., Result]
 
@@ -70,6 +72,15 @@ def invoke(*arguments: object) -> Result:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+def refusal(*arguments: object) -> str:
+    """The error of a command that refuses its input: one sentence, with exit code 2."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    error = result.stderr[result.stderr.index("Error: ") :]
+    assert error.count("\n") == 1
+    return error
 
 
 def interrupt(patch: pytest.MonkeyPatch, kind: type, method: str, at: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -262,3 +263,11 @@ def saved_record(folder: Path) -> dict[str, Any]:
     for block in record["refined"]:
         block.pop("seconds")
     return {key: value for key, value in record.items() if key not in RUN_SPECIFIC}
+
+
+def copied_model(folder: Path, out: Path, **config: Any) -> Path:
+    """A copy of a model folder with other values of `config` keys."""
+    shutil.copytree(folder, out)
+    original = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(original | config))
+    return out

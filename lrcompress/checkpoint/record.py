@@ -14,7 +14,7 @@ from lrcompress.layers import model_info
 from lrcompress.models.loading import Loaded, load_model, locate
 from lrcompress.reporting.metric import Metric, Summary
 from lrcompress.reporting.provenance import training
-from lrcompress.reporting.record_schema import checked_record
+from lrcompress.reporting.record_schema import validate_record
 from lrcompress.reporting.render import json_text, render
 from lrcompress.reporting.significance import Comparison
 from lrcompress.reporting.tables import table
@@ -34,7 +34,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        return checked_record(read_object(file))
+        return validate_record(read_object(file))
     except ValueError as error:
         raise InputError(f"{str(file)!r} is damaged ({error}): restore it, or remove it") from None
 

@@ -84,7 +84,7 @@ def _show(report: Report, out: Path | None, max_loss: float | None, as_json: boo
     display.show_report(report, out, as_json)
     if max_loss is None:
         return
-    failed = significance.not_shown(report.metrics, max_loss)
+    failed = significance.non_inferiority_failures(report.metrics, max_loss)
     display.show_verdict(failed, max_loss, err=as_json)
     if failed:
         click.get_current_context().exit(MAX_LOSS_EXCEEDED)

@@ -14,7 +14,7 @@ from lrcompress.compression.streaming.factorize import StreamingCompressor
 from lrcompress.config.recipe import Recipe
 from lrcompress.models.loading import load_model
 from lrcompress.models.offload import OffloadedModel
-from lrcompress.reporting.provenance import learned
+from lrcompress.reporting.provenance import provenance_of
 from lrcompress.runtime import distributed, locks
 from lrcompress.runtime.atomic_io import discard
 from lrcompress.runtime.distributed import run_on_all, run_on_main
@@ -115,6 +115,6 @@ def _record(recipe: Recipe, result: Factorization) -> dict[str, Any]:
         "recipe": recipe.model_dump(mode="json"),
         **result.to_dict(),
     }
-    if before := learned(record_of(recipe.model) or {}):
+    if before := provenance_of(record_of(recipe.model) or {}):
         record["before"] = before
     return record

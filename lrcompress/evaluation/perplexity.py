@@ -13,7 +13,7 @@ from lrcompress.data.corpora import Corpus
 from lrcompress.data.packing import bos_token, token_hash
 from lrcompress.data.windows import Window, corpus_windows, window_step
 from lrcompress.layers.nonfinite import explain_nonfinite
-from lrcompress.reporting.differences import LARGEST
+from lrcompress.reporting.differences import MAX_EXPONENT
 from lrcompress.reporting.metric import PERPLEXITY, Metric
 from lrcompress.runtime.errors import NotFiniteError
 from lrcompress.runtime.progress import Progress, silent
@@ -78,7 +78,7 @@ def perplexity(
         "sha256": token_hash(torch.cat([window.tokens for window in windows])),
     }
     mean = sum(loss for loss, _ in samples) / count
-    value = math.exp(min(mean, LARGEST))
+    value = math.exp(min(mean, MAX_EXPONENT))
     return Metric(
         model=label,
         name=PERPLEXITY,

@@ -1,0 +1,1 @@
+"""Results as plain data, and the reports that show them: JSON, CSV, Markdown, HTML, figures."""

@@ -1,4 +1,4 @@
-"""What changed between the first model of an evaluation and a later one, beyond single numbers."""
+"""How a later model of an evaluation differs from the first: per token, per block, in free text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from statistics import median
 
 from lrcompress.reporting.metric import PUBLISHED
 
-LARGEST = 700.0  # exp overflows above 709
+# a perplexity is exp(loss), and exp overflows a float64 above 709
+MAX_EXPONENT = 700.0
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,16 @@ class PositionLoss:
 
     @property
     def baseline_perplexity(self) -> float:
-        return exp(min(self.baseline, LARGEST))
+        return exp(min(self.baseline, MAX_EXPONENT))
 
     @property
     def perplexity(self) -> float:
-        return exp(min(self.model, LARGEST))
+        return exp(min(self.model, MAX_EXPONENT))
 
     @property
     def ratio(self) -> float:
-        return exp(min(self.model - self.baseline, LARGEST))
+        """Perplexity of the model / perplexity of the baseline."""
+        return exp(min(self.model - self.baseline, MAX_EXPONENT))
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ class TokenChange:
     """The tokens of the largest divergence, largest first."""
 
     @property
-    def way(self) -> tuple[object, ...]:
-        """How it was measured."""
+    def comparable_key(self) -> tuple[object, ...]:
+        """Equal for two changes on one text that may stand in one table."""
         return self.context_length, self.windows
 
 
@@ -109,13 +111,13 @@ class BlockChange:
     that passes h on unchanged has 1."""
 
     @property
-    def way(self) -> tuple[object, ...]:
-        """How it was measured."""
+    def comparable_key(self) -> tuple[object, ...]:
+        """Equal for two changes that may stand in one table."""
         return self.baseline, self.data, self.tokens, len(self.errors)
 
     @property
     def worst(self) -> int:
-        """One that is no number counts as infinite."""
+        """The index of the block with the largest error; NaN counts as infinite."""
         errors = [inf if isnan(error) else error for error in self.errors]
         return errors.index(max(errors))
 
@@ -145,12 +147,21 @@ class Differences:
     blocks: tuple[BlockChange, ...] = ()
     continuations: tuple[Continuation, ...] = ()
 
-    def alike(self) -> Differences:
-        """Without those that have no place in one table with the first of their kind: against
-        another model, or measured in another way."""
-        base = self.tokens[0].baseline if self.tokens else ""
-        against = [one for one in self.tokens if one.baseline == base]
-        ways = {one.data: one.way for one in reversed(against)}
-        tokens = (one for one in against if one.way == ways[one.data])
-        blocks = (one for one in self.blocks if one.way == self.blocks[0].way)
+    def comparable(self) -> Differences:
+        """Only the changes that fit into one table with the first change.
+
+        Token changes need its baseline and, for each text, the windows of the first change on that
+        text. Block changes need its baseline, text, token count and number of blocks.
+        """
+        baseline = self.tokens[0].baseline if self.tokens else ""
+        candidates = [change for change in self.tokens if change.baseline == baseline]
+        keys: dict[str, tuple[object, ...]] = {}
+        for change in candidates:
+            keys.setdefault(change.data, change.comparable_key)
+        tokens = (change for change in candidates if change.comparable_key == keys[change.data])
+        blocks = (
+            change
+            for change in self.blocks
+            if change.comparable_key == self.blocks[0].comparable_key
+        )
         return replace(self, tokens=tuple(tokens), blocks=tuple(blocks))

@@ -1,4 +1,4 @@
-"""A picture of a report: drawn by matplotlib, as SVG in the reader's text colour, and as PNG."""
+"""Draws one picture of a report by matplotlib: as SVG in the text colour of its page, and PNG."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from lrcompress.runtime.atomic_io import writing
 
 FOLDER = "figures"
-# what is drawn in it becomes the text colour of the page that shows the SVG
+# a placeholder: in the SVG it becomes the text colour of the page
 INK = "#010203"
-# told apart in light and dark, and by most colour-blind readers
+# distinct on light and dark pages, and for most colour-blind readers
 COLOURS = ("#5b8ff9", "#e8853d", "#2fa37c", "#c063c0", "#b8a11f", "#8a8f98")
 STYLE: dict[str, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
@@ -36,7 +36,7 @@ STYLE: dict[str, Any] = {
     "grid.color": "#88888855",
     "image.cmap": "viridis",
     "svg.fonttype": "none",
-    "text.parse_math": False,  # names of models and texts may hold a $
+    "text.parse_math": False,  # names of models and texts may contain $
 }
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 ON_DARK = "<style>@media (prefers-color-scheme: dark) { svg { color: #ddd } }</style>"
@@ -44,19 +44,22 @@ ON_DARK = "<style>@media (prefers-color-scheme: dark) { svg { color: #ddd } }</s
 
 @dataclass(frozen=True)
 class Picture:
-    """`name` is that of its files, `section` the part of a page that it belongs to; `text` says
-    what it shows to who cannot see it. `svg` is an element of a page."""
+    """A picture with its title and text alternative, as SVG and PNG."""
 
     name: str
+    """Of its files, without a suffix."""
     section: str
+    """The part of the page that shows it."""
     title: str
     text: str
+    """The text alternative: what the picture shows, in words."""
     svg: str
+    """An element to put into an HTML page."""
     png: bytes
 
     @property
     def file(self) -> str:
-        """The SVG as a file of its own, readable on a dark page too."""
+        """The content of an SVG file, readable on dark pages too."""
         head, _, body = self.svg.partition(">")
         return f"{head} {NAMESPACES}>{ON_DARK}{body}"
 
@@ -66,45 +69,55 @@ def draw(
     section: str,
     title: str,
     text: str,
-    onto: Callable[[Figure], None],
+    paint: Callable[[Figure], None],
     size: tuple[float, float] = (7.5, 3.2),
 ) -> Picture:
-    """What `onto` draws on an empty figure of `size` inches; equal drawings give equal bytes."""
+    """A Picture of what `paint` draws on an empty figure; `size` is in inches.
+
+    Equal drawings give equal bytes.
+    """
     style: Any = STYLE | {"svg.hashsalt": name}
     with mpl.rc_context(style):
         figure = Figure(size)
-        onto(figure)
+        paint(figure)
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", dpi=144, facecolor="white", metadata={"Software": None})
-    return Picture(name, section, title, text, _inline(svg.getvalue(), text), png.getvalue())
+    return Picture(
+        name=name,
+        section=section,
+        title=title,
+        text=text,
+        svg=_inline_svg(svg.getvalue(), text),
+        png=png.getvalue(),
+    )
 
 
 def legend(figure: Figure) -> None:
-    """Above all panels, each label once."""
-    found: dict[str, Any] = {}
+    """Puts one legend above all panels, with each label once."""
+    handle_of: dict[str, Any] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
-        found = dict(zip(labels, handles, strict=True)) | found
-    if found:
-        figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=4)
+        handle_of = dict(zip(labels, handles, strict=True)) | handle_of
+    if handle_of:
+        figure.legend(handle_of.values(), handle_of.keys(), loc="outside upper left", ncols=4)
 
 
-def plain_logarithms(axis: Axis) -> None:
-    """Numbers as they are read, enough of them where the axis spans little."""
+def plain_log_ticks(axis: Axis) -> None:
+    """Labels a logarithmic axis by plain numbers, at 1, 2 and 5 times powers of ten where it spans
+    less than two decades."""
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
-def _inline(svg: str, text: str) -> str:
-    """The element alone, with a text alternative, and no ids but those that it refers to."""
+def _inline_svg(svg: str, text: str) -> str:
+    """The <svg> element of a file: with a text alternative, without the ids that nothing uses."""
     body = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])
-    used = set(re.findall(r"#([\w-]+)", body))
-    body = re.sub(
-        r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", body
-    ).replace(INK, "currentColor")
+    used_ids = set(re.findall(r"#([\w-]+)", body))
+    body = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used_ids else "", body)
+    body = body.replace(INK, "currentColor")
     body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
     return body.replace("<svg ", f'<svg role="img" aria-label="{_attribute(text)}" ', 1).strip()
 
@@ -114,7 +127,7 @@ def _attribute(text: str) -> str:
 
 
 def write(folder: Path, pictures: Sequence[Picture]) -> None:
-    """Writes `folder`/figures with an SVG and a PNG of each; what stood there gives way to it."""
+    """Replaces `folder`/figures by an SVG and a PNG of each picture; without any, removes it."""
     if not pictures:
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
         return

@@ -1,4 +1,4 @@
-"""Reports of several evaluations -> one comparison."""
+"""Merges the reports of several evaluations into one comparison."""
 
 from __future__ import annotations
 
@@ -16,172 +16,185 @@ from lrcompress.reporting.tables import labels, title
 from lrcompress.runtime.atomic_io import writing
 from lrcompress.runtime.paths import check_free
 
-# parts of a record that a report shows of one model only
-SHOWN_OF_LAST = {"linears", "finetuned"}
+# keys of records that a merged report shows for the model of the last report only
+LAST_MODEL_ONLY = {"linears", "finetuned"}
 
 Change = TypeVar("Change", TokenChange, BlockChange)
 
 
 @dataclass
 class _Model:
-    """A column of the comparison: how reports call it, which they are, and its metrics."""
+    """A column of the comparison: a label in reports, the folders of these, and the metrics by
+    their titles."""
 
     label: str
-    places: list[str]
+    folders: list[str]
     metrics: dict[str, Metric]
     title: str = ""
 
     def is_same(self, other: _Model) -> bool:
-        """Whether both are called alike and have the same numbers where both have one, at least
-        one of quality among them."""
-        both = self.metrics.keys() & other.metrics.keys()
-        mine, others = ([_text(one.metrics[name]) for name in both] for one in (self, other))
-        qualities = [name for name in both if self.metrics[name].name not in NO_QUALITY]
-        return self.label == other.label and bool(qualities) and mine == others
+        """Whether both have the same label and the same numbers for every metric that both have,
+        at least one of them a metric of quality."""
+        shared = self.metrics.keys() & other.metrics.keys()
+        is_equal = all(
+            _comparable_text(self.metrics[name]) == _comparable_text(other.metrics[name])
+            for name in shared
+        )
+        has_quality = any(self.metrics[name].name not in NO_QUALITY for name in shared)
+        return self.label == other.label and has_quality and is_equal
 
 
-def _text(metric: Metric) -> str:
-    """Equal where all is equal, also what is no number."""
+def _comparable_text(metric: Metric) -> str:
+    """Equal for equal metrics, also where a value is NaN."""
     return json_text(asdict(metric))
 
 
-def join(reports: Mapping[str, Report]) -> Report:
-    """One comparison of `reports`, which are given by the names of their folders.
+def merge_reports(reports: Mapping[str, Report]) -> Report:
+    """One comparison of `reports`, which maps the name of a folder to its report.
 
-    The first model of the first is the baseline. A model that several have with the same numbers is
-    there once; others that are called alike get the names of their folders. Speeds are left out.
-    One report, also if it is given several times, stays as it is.
+    The first model of the first report is the baseline. A model that several reports hold with the
+    same numbers appears once; different models of one label get the names of their folders. Speeds
+    are left out. A single report, also if it is given several times, stays as it is.
     """
-    found = dict[str, Report]()
-    for place, report in reports.items():
-        if report not in found.values():
-            found[place] = report
-    return _joined(found) if len(found) > 1 else next(iter(found.values()))
+    distinct = dict[str, Report]()
+    for folder, report in reports.items():
+        if report not in distinct.values():
+            distinct[folder] = report
+    return _merge_distinct(distinct) if len(distinct) > 1 else next(iter(distinct.values()))
 
 
-def _joined(reports: Mapping[str, Report]) -> Report:
-    models, last = _columns(reports), list(reports.values())[-1]
-    details = _united(
+def _merge_distinct(reports: Mapping[str, Report]) -> Report:
+    models, last = _distinct_models(reports), list(reports.values())[-1]
+    details = _merge_details(
         [
-            _renamed(report.details, {m.label: m.title for m in models if place in m.places})
-            for place, report in reports.items()
+            _rename_models(
+                report.details, {m.label: m.title for m in models if folder in m.folders}
+            )
+            for folder, report in reports.items()
         ]
     )
     return Report(
-        f"{', '.join(reports)}: comparison",
-        tuple(replace(one, model=m.title) for m in models for one in m.metrics.values()),
-        details,
-        {key: part for key, part in last.record.items() if key != "notes"},
-        tuple(dict.fromkeys(_notes(reports, details))),
-        tuple(text for report in reports.values() for text in report.texts),
+        title=f"{', '.join(reports)}: comparison",
+        metrics=tuple(
+            replace(metric, model=model.title)
+            for model in models
+            for metric in model.metrics.values()
+        ),
+        details=details,
+        record={key: value for key, value in last.record.items() if key != "notes"},
+        notes=tuple(dict.fromkeys(_notes(reports, details))),
+        listed=tuple(text for report in reports.values() for text in report.texts),
     )
 
 
-def _columns(reports: Mapping[str, Report]) -> list[_Model]:
-    """Every model once, with a title of its own."""
-    found = list[_Model]()
-    for place, report in reports.items():
-        for model in _models(place, report):
-            _add(found, model)
-    titles = labels([model.label for model in found], [model.places[0] for model in found])
-    return [replace(model, title=name) for model, name in zip(found, titles, strict=True)]
+def _distinct_models(reports: Mapping[str, Report]) -> list[_Model]:
+    """Every model once, with a distinct title."""
+    models = list[_Model]()
+    for folder, report in reports.items():
+        for model in _models_of(folder, report):
+            _add_model(models, model)
+    titles = labels([model.label for model in models], [model.folders[0] for model in models])
+    return [replace(model, title=text) for model, text in zip(models, titles, strict=True)]
 
 
-def _models(place: str, report: Report) -> Iterator[_Model]:
+def _models_of(folder: str, report: Report) -> Iterator[_Model]:
     for label in dict.fromkeys(metric.model for metric in report.metrics):
-        own = (m for m in report.metrics if m.model == label and m.name not in SPEEDS)
-        yield _Model(label, [place], {title(metric): metric for metric in own})
+        metrics = (m for m in report.metrics if m.model == label and m.name not in SPEEDS)
+        yield _Model(label, [folder], {title(metric): metric for metric in metrics})
 
 
-def _add(models: list[_Model], model: _Model) -> None:
-    """To the one that is the same, with what it does not have, or at the end."""
-    for known in models:
-        if known.is_same(model):
-            known.metrics |= model.metrics
-            known.places += model.places
+def _add_model(models: list[_Model], model: _Model) -> None:
+    """Adds the metrics of `model` to the same model in `models`, or appends it."""
+    for earlier in models:
+        if earlier.is_same(model):
+            earlier.metrics |= model.metrics
+            earlier.folders += model.folders
             return
     models.append(model)
 
 
-def _renamed(details: Differences, names: Mapping[str, str]) -> Differences:
-    def named(one: Change) -> Change:
-        return replace(one, baseline=names[one.baseline], model=names[one.model])
+def _rename_models(details: Differences, names: Mapping[str, str]) -> Differences:
+    def rename(change: Change) -> Change:
+        return replace(change, baseline=names[change.baseline], model=names[change.model])
 
-    texts = ({names[label]: text for label, text in c.texts.items()} for c in details.continuations)
-    prompts = [continuation.prompt for continuation in details.continuations]
     return Differences(
-        tuple(named(change) for change in details.tokens),
-        tuple(named(change) for change in details.blocks),
-        tuple(map(Continuation, prompts, texts)),
+        tokens=tuple(rename(change) for change in details.tokens),
+        blocks=tuple(rename(change) for change in details.blocks),
+        continuations=tuple(
+            Continuation(c.prompt, {names[label]: text for label, text in c.texts.items()})
+            for c in details.continuations
+        ),
     )
 
 
-def _united(parts: Sequence[Differences]) -> Differences:
+def _merge_details(details: Sequence[Differences]) -> Differences:
     return Differences(
-        _once(change for part in parts for change in part.tokens),
-        _once(change for part in parts for change in part.blocks),
-        tuple(_beside(text for part in parts for text in part.continuations)),
+        tokens=_without_duplicates(change for each in details for change in each.tokens),
+        blocks=_without_duplicates(change for each in details for change in each.blocks),
+        continuations=_merge_continuations(c for each in details for c in each.continuations),
     )
 
 
-def _once(changes: Iterable[Change]) -> tuple[Change, ...]:
-    found = list[Change]()
+def _without_duplicates(changes: Iterable[Change]) -> tuple[Change, ...]:
+    unique = list[Change]()
     for change in changes:
-        if change not in found:
-            found.append(change)
-    return tuple(found)
+        if change not in unique:
+            unique.append(change)
+    return tuple(unique)
 
 
-def _beside(continuations: Iterable[Continuation]) -> list[Continuation]:
-    """Those of one prompt in one, as far as no model goes on in two ways."""
-    found = list[Continuation]()
-    for one in continuations:
-        for index, known in enumerate(found):
-            both = known.texts.keys() & one.texts.keys()
-            if known.prompt == one.prompt and all(known.texts[m] == one.texts[m] for m in both):
-                found[index] = replace(known, texts={**known.texts, **one.texts})
+def _merge_continuations(continuations: Iterable[Continuation]) -> tuple[Continuation, ...]:
+    """Continuations of one prompt become one, unless they hold different texts of one model."""
+    merged = list[Continuation]()
+    for continuation in continuations:
+        for index, earlier in enumerate(merged):
+            if earlier.prompt == continuation.prompt and _agree(earlier.texts, continuation.texts):
+                merged[index] = replace(earlier, texts={**earlier.texts, **continuation.texts})
                 break
         else:
-            found.append(one)
-    return found
+            merged.append(continuation)
+    return tuple(merged)
+
+
+def _agree(texts: Mapping[str, str], others: Mapping[str, str]) -> bool:
+    return all(texts[model] == others[model] for model in texts.keys() & others.keys())
 
 
 def _notes(reports: Mapping[str, Report], details: Differences) -> Iterator[str]:
-    for place, report in reports.items():
+    for folder, report in reports.items():
         yield from report.notes
-        yield from (f"{place}: {note}" for note in report.record.get("notes", ()))
+        yield from (f"{folder}: {note}" for note in report.record.get("notes", ()))
     if any(metric.name in SPEEDS for report in reports.values() for metric in report.metrics):
         yield (
             "speeds are left out: a speed is a ratio within one run, and these were measured in "
             "several"
         )
-    *others, _ = reports
-    if elsewhere := [place for place in others if {*reports[place].record} & SHOWN_OF_LAST]:
-        yield f"training and ranks of {', '.join(elsewhere)} are left out"
-    if details.alike() != details:
+    *earlier, _ = reports
+    if omitted := [name for name in earlier if {*reports[name].record} & LAST_MODEL_ONLY]:
+        yield f"training and ranks of {', '.join(omitted)} are left out"
+    if details.comparable() != details:
         yield (
-            "where models differ from another first model, or were compared on other windows, it "
-            "is in metrics.json alone"
+            "differences from another first model, or on other windows, are in metrics.json alone"
         )
 
 
 def report_to(folders: Sequence[Path], out: Path | None = None) -> Report:
-    """The report of an evaluation or a run once more, or those of several as one comparison;
-    written to `out`, if given.
+    """The report of an evaluation or a run, or several of them merged into one comparison.
 
-    Raises InputError where a folder has no report that can be read.
+    Written to the folder `out` where one is given. Raises InputError where a folder has no report
+    that can be read, or where `out` exists.
     """
     if out is not None:
         check_free(out)
-    with metrics_json.showing(folders):
-        made = join({_name(folder): read(folder) for folder in folders})
+    with metrics_json.refuse_inconsistent(folders):
+        report = merge_reports({_folder_name(folder): read(folder) for folder in folders})
         if out is None:
-            markdown(made)
+            markdown(report)  # finds inconsistent values, as `write` does
         else:
             with writing(out) as partial:
-                write(partial, made)
-    return made
+                write(partial, report)
+    return report
 
 
-def _name(folder: Path) -> str:
+def _folder_name(folder: Path) -> str:
     return str(folder if folder.name not in ("", "..") else folder.resolve())

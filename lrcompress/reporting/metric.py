@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-# of dataclasses that are published as JSON: a field's meaning is the docstring after it
+# pydantic config of dataclasses that are written to JSON: the JSON Schema describes a field by the
+# docstring below it
 PUBLISHED = {"use_attribute_docstrings": True, "json_schema_serialization_defaults_required": True}
-Number = int | float  # what is counted stays an int when it is read back
+# a count stays an int when JSON is read back
+Number = int | float
 PERPLEXITY = "token perplexity"
+# names of metrics
+SIZES = ("parameters", "weight bytes")
+SPEEDS = ("prefill", "decode", "training")
+# metrics that say nothing about the quality of a model
+NO_QUALITY = {"FFN parameters", *SIZES, *SPEEDS}
 
 
 @dataclass(frozen=True)
@@ -34,28 +41,19 @@ class Summary:
 
 @dataclass(frozen=True)
 class Metric(Summary):
-    """A number with its samples, where they are known.
+    """A number with the samples that it is the mean of, where they are known.
 
-    They are what it is a mean of: the sum and the weight of each window (nats, tokens) or the score
-    and 1 of each item of a task.
+    `samples` has shape (count, 2): for each window of a text its summed loss in nats and its
+    tokens, for each item of a task its score and 1.
     """
 
     samples: Sequence[Sequence[Number]] = field(default_factory=list)
 
     @property
     def is_exponential(self) -> bool:
-        """Whether it is exp of the mean of its samples, and not the mean."""
+        """Whether the value is exp(mean of the samples), and not their mean."""
         return self.name == PERPLEXITY
 
     def summary(self) -> dict[str, object]:
-        """All fields but the samples, of which a task has thousands."""
+        """All fields except the samples: a task has thousands of them."""
         return {k: v for k, v in vars(self).items() if k != "samples"}
-
-
-SIZES = ("parameters", "weight bytes")
-
-
-SPEEDS = ("prefill", "decode", "training")
-
-
-NO_QUALITY = {"FFN parameters", *SIZES, *SPEEDS}

@@ -1,4 +1,4 @@
-"""What metrics.json and sweep.json hold, with the JSON Schema of each."""
+"""The content of metrics.json: its types, and how it is written, read and checked."""
 
 from __future__ import annotations
 
@@ -69,24 +69,28 @@ Content = TypeVar("Content")
 
 
 def to_json(content: Any) -> str:
+    """Valid JSON of a published dataclass, such as Evaluation."""
     return json_text(TypeAdapter[Any](type(content)).dump_python(content))
 
 
-def read(kind: type[Content], file: Path) -> Content:
-    """Raises InputError where `file` is missing, damaged, or of another version."""
-    found = _object(file)
-    if (version := found.get("version")) != VERSION:
+def read(content_type: type[Content], file: Path) -> Content:
+    """The `content_type` in a JSON file.
+
+    Raises InputError where `file` is missing, damaged, or of another version.
+    """
+    values = _read_values(file)
+    if (version := values.get("version")) != VERSION:
         raise InputError(
             f"{str(file)!r} has version {version or 'none'} of the layout, and this lrcompress "
             f"reads {VERSION}: measure again, or use the lrcompress that wrote it"
         )
     try:
-        return TypeAdapter(kind).validate_python(found)
+        return TypeAdapter(content_type).validate_python(values)
     except ValidationError as error:
-        raise damaged(file, validation_reason(error)) from None
+        raise damaged_file(file, validation_reason(error)) from None
 
 
-def _object(file: Path) -> dict[str, Any]:
+def _read_values(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(
             f"{str(file.parent)!r} has no {file.name}: give a folder with a finished report"
@@ -94,13 +98,16 @@ def _object(file: Path) -> dict[str, Any]:
     try:
         return read_object(file)
     except ValueError as error:
-        raise damaged(file, str(error)) from None
+        raise damaged_file(file, str(error)) from None
 
 
 @contextmanager
-def showing(folders: Sequence[Path]) -> Iterator[None]:
-    """Around what makes reports of numbers that others may have written: of the right kind each,
-    they may still not go together. Raises one InputError then."""
+def refuse_inconsistent(folders: Sequence[Path]) -> Iterator[None]:
+    """Turns the errors that inconsistent values cause inside the block into one InputError.
+
+    Values read from `folders` have the right types, but may contradict each other: for example, two
+    models may have losses at different numbers of positions.
+    """
     try:
         yield
     except InputError:
@@ -109,9 +116,10 @@ def showing(folders: Sequence[Path]) -> Iterator[None]:
         names = ", ".join(repr(str(folder)) for folder in folders)
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(
-            f"what {names} holds cannot be shown ({reason}): restore it, or measure again"
+            f"the report in {names} cannot be shown ({reason}): restore it, or measure again"
         ) from error
 
 
-def damaged(file: Path, reason: str) -> InputError:
+def damaged_file(file: Path, reason: str) -> InputError:
+    """The error to raise for a file that cannot be read."""
     return InputError(f"{str(file)!r} is damaged ({reason}): restore it, or measure again")

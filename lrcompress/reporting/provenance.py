@@ -1,4 +1,4 @@
-"""Where a model comes from: the texts that made it, and how it was trained."""
+"""Where a model comes from: the texts that it was made from, and how it was trained."""
 
 from __future__ import annotations
 
@@ -26,20 +26,22 @@ class Text:
 
 
 def texts(metrics: Sequence[Summary], record: Mapping[str, Any] | None) -> tuple[Text, ...]:
-    """Of calibration and training, as `record` (lrcompress.json) names them, and of evaluation."""
-    found = [text for part in history(record or {}) for text in _made_of(part)]
+    """Each text once: of calibration and training from `record` (lrcompress.json), of evaluation
+    from `metrics`."""
+    found_texts = [text for part in history(record or {}) for text in _recorded_texts(part)]
     for metric in metrics:
-        if mark := metric.conditions.get("sha256"):
+        if sha256 := metric.conditions.get("sha256"):
             data, tokens = str(metric.conditions["data"]), int(str(metric.conditions["tokens"]))
-            found.append(Text("evaluation", data, tokens, str(mark)))
-    return tuple(dict.fromkeys(found))
+            found_texts.append(Text("evaluation", data, tokens, str(sha256)))
+    return tuple(dict.fromkeys(found_texts))
 
 
 @dataclass(frozen=True)
-class Training:
-    """What is shown of a training: its texts, and title -> value of everything else.
+class TrainingSummary:
+    """What reports and cards show of a training.
 
-    Seconds are of the process that ended it, its measurements and checkpoints included.
+    `values` maps the title of a column to its text. Seconds are those of the last process of the
+    training, its measurements and checkpoints included.
     """
 
     how: str
@@ -47,54 +49,55 @@ class Training:
     values: Mapping[str, str]
 
 
-# part of a record -> how a model was trained that has it; the latest training first
+# key of a record with a training -> how that training is described; the latest training first
 TRAININGS = {"finetuned": "Trained towards the dense model", "pretrained": "Trained from scratch"}
 
 
-def training(record: Mapping[str, Any]) -> Training | None:
-    """Of the latest training in `record`, if there was one."""
+def training(record: Mapping[str, Any]) -> TrainingSummary | None:
+    """The latest training in `record`; None where there was none."""
     key = next((key for key in TRAININGS if record.get(key)), None)
     if key is None:
         return None
-    done = record[key]
-    rate, asked = done["tokens_per_second"], done["settings"]
+    trained = record[key]
+    rate, settings = trained["tokens_per_second"], trained["settings"]
     values = {
-        "steps": f"{done['steps']:,}",
-        "tokens": f"{done['tokens']:,}",
-        "learning rate": f"{asked['learning_rate']:g}",
-        "trained": asked.get("train", "all"),
-        "parameters trained": f"{done['trained_parameters']:,}",
-        f"loss on {asked['held_out']} held-out sequences before": f"{done['before']:.4f}",
-        "after": f"{done['after']:.4f}",
-        "of step": f"{done['best_step']:,}",
-        "seconds": f"{done['seconds']:.1f}",
+        "steps": f"{trained['steps']:,}",
+        "tokens": f"{trained['tokens']:,}",
+        "learning rate": f"{settings['learning_rate']:g}",
+        "trained": settings.get("train", "all"),
+        "parameters trained": f"{trained['trained_parameters']:,}",
+        f"loss on {settings['held_out']} held-out sequences before": f"{trained['before']:.4f}",
+        "after": f"{trained['after']:.4f}",
+        "of step": f"{trained['best_step']:,}",
+        "seconds": f"{trained['seconds']:.1f}",
         "tokens/s in its steps": "–" if rate is None else f"{rate:.4g}",
     }
-    return Training(TRAININGS[key], ", ".join(asked["data"]), values)
+    return TrainingSummary(TRAININGS[key], ", ".join(settings["data"]), values)
 
 
-# what a record keeps of the models that its own was made of, and of the texts of all of them
-LEARNED = ("calibration", "pretrained", "finetuned", "before", "factorized_from")
+# keys of a record that name the texts of its model, or the models that it was made from
+PROVENANCE_KEYS = ("calibration", "pretrained", "finetuned", "before", "factorized_from")
 
 
-def learned(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `record` goes, as `before`, into that of a model made of its own."""
-    return {key: record[key] for key in LEARNED if record.get(key)}
+def provenance_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of `record` that the record of a model made from this one stores as `before`."""
+    return {key: record[key] for key in PROVENANCE_KEYS if record.get(key)}
 
 
 def history(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """`record`, and those of the models that it was made of."""
+    """The records of the models that the model of `record` was made from, then `record`."""
     for earlier in (record.get("factorized_from"), record.get("before")):
         if earlier:
             yield from history(earlier)
     yield record
 
 
-def _made_of(record: Mapping[str, Any]) -> Iterator[Text]:
-    if read := record.get("calibration"):
-        yield Text("calibration", read["data"], read["tokens"], read["sha256"])
+def _recorded_texts(record: Mapping[str, Any]) -> Iterator[Text]:
+    if calibration := record.get("calibration"):
+        data, tokens = calibration["data"], calibration["tokens"]
+        yield Text("calibration", data, tokens, calibration["sha256"])
     for key in TRAININGS:
-        if not (done := record.get(key)):
+        if not (trained := record.get(key)):
             continue
-        data, tokens = done["settings"]["data"], done["sequences"] * done["length"]
-        yield Text("training", ",".join(data), tokens, done["sha256"])
+        data, tokens = trained["settings"]["data"], trained["sequences"] * trained["length"]
+        yield Text("training", ",".join(data), tokens, trained["sha256"])

@@ -1,4 +1,4 @@
-"""What lrcompress.json may hold: kinds of values that reports, cards and trainings rely on."""
+"""The schema of lrcompress.json: the fields that reports, cards and trainings rely on."""
 
 from __future__ import annotations
 
@@ -11,106 +11,109 @@ from typing_extensions import TypedDict
 from lrcompress.methods.types import Role
 from lrcompress.runtime.errors import validation_reason
 
-OPEN = {"extra": "allow"}
+# fields that the schema does not name pass through
+ALLOW_EXTRA = {"extra": "allow"}
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Number = Count | float
-# a picture has a place for every block
-Block = Annotated[int, Field(ge=0, lt=10_000)]
+CountOrFloat = Count | float
+# bounded, because a figure draws a column for every block
+BlockIndex = Annotated[int, Field(ge=0, lt=10_000)]
 
 
-class Counts(TypedDict):
-    __pydantic_config__ = OPEN  # type: ignore[misc]
+class CountsRecord(TypedDict):
+    __pydantic_config__ = ALLOW_EXTRA  # type: ignore[misc]
 
     dense: Count
     kept: Count
-    keep_ratio: Number
+    keep_ratio: CountOrFloat
 
 
-class Calibration(TypedDict):
-    __pydantic_config__ = OPEN  # type: ignore[misc]
+class CalibrationRecord(TypedDict):
+    __pydantic_config__ = ALLOW_EXTRA  # type: ignore[misc]
 
     data: str
     tokens: Count
     sha256: str
 
 
-class Asked(TypedDict, total=False):
-    __pydantic_config__ = OPEN  # type: ignore[misc]
+class TrainingSettingsRecord(TypedDict, total=False):
+    __pydantic_config__ = ALLOW_EXTRA  # type: ignore[misc]
 
     data: Required[list[str]]
-    learning_rate: Required[Number]
+    learning_rate: Required[CountOrFloat]
     held_out: Required[Count]
     train: str
 
 
-class Training(TypedDict):
-    __pydantic_config__ = OPEN  # type: ignore[misc]
+class TrainingRecord(TypedDict):
+    __pydantic_config__ = ALLOW_EXTRA  # type: ignore[misc]
 
     steps: Count
     tokens: Count
     trained_parameters: Count
     best_step: Count
-    before: Number
-    after: Number
-    losses: list[tuple[Count, Number | None]]
-    seconds: Number
-    tokens_per_second: Number | None
-    settings: Asked
+    before: CountOrFloat
+    after: CountOrFloat
+    losses: list[tuple[Count, CountOrFloat | None]]
+    seconds: CountOrFloat
+    tokens_per_second: CountOrFloat | None
+    settings: TrainingSettingsRecord
     sequences: Count
     length: Count
     sha256: str
 
 
-class Linear(TypedDict):
-    __pydantic_config__ = OPEN  # type: ignore[misc]
+class LinearRecord(TypedDict):
+    __pydantic_config__ = ALLOW_EXTRA  # type: ignore[misc]
 
     name: str
-    block: Block
+    block: BlockIndex
     role: Role
     form: str
     shape: tuple[Count, Count]
     rank: Count | None
     parameters_dense: Count
     parameters_kept: Count
-    relative_error: Number | None
-    spectrum: list[tuple[Count, Number]]
+    relative_error: CountOrFloat | None
+    spectrum: list[tuple[Count, CountOrFloat]]
 
 
-class Refined(TypedDict):
-    __pydantic_config__ = OPEN  # type: ignore[misc]
+class RefinedBlockRecord(TypedDict):
+    __pydantic_config__ = ALLOW_EXTRA  # type: ignore[misc]
 
-    block: Block
-    before: Number
-    after: Number
+    block: BlockIndex
+    before: CountOrFloat
+    after: CountOrFloat
 
 
-class Record(TypedDict, total=False):
-    """docs/checkpoint.md has the meaning of each field; others are kept as they are."""
+class ModelRecord(TypedDict, total=False):
+    """lrcompress.json; docs/checkpoint.md describes each field."""
 
-    __pydantic_config__ = OPEN  # type: ignore[misc]
+    __pydantic_config__ = ALLOW_EXTRA  # type: ignore[misc]
 
     source: str | None
     trained_from: str | None
     export: str
     recipe: dict[str, dict[str, Any]]
-    counts: dict[str, Counts]
-    calibration: Calibration | None
-    finetuned: Training
-    pretrained: Training
-    before: Record
-    factorized_from: Record
+    counts: dict[str, CountsRecord]
+    calibration: CalibrationRecord | None
+    finetuned: TrainingRecord
+    pretrained: TrainingRecord
+    before: ModelRecord
+    factorized_from: ModelRecord
     notes: list[str]
-    linears: list[Linear]
-    refined: list[Refined]
+    linears: list[LinearRecord]
+    refined: list[RefinedBlockRecord]
 
 
-_RECORD = TypeAdapter(Record)
+_MODEL_RECORD = TypeAdapter(ModelRecord)
 
 
-def checked_record(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with its numbers as numbers; raises ValueError that names a field of another kind
-    than reports can show."""
+def validate_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` with the fields of the schema converted to their types, and all others as they are.
+
+    Raises ValueError that names the first field of the wrong type.
+    """
     try:
-        return {**found, **_RECORD.validate_python(found)}
+        return {**record, **_MODEL_RECORD.validate_python(record)}
     except ValidationError as error:
         raise ValueError(validation_reason(error)) from None

@@ -1,4 +1,4 @@
-"""Values and templates as text: valid JSON, Markdown and pages."""
+"""Writes values as JSON, and fills the templates of Markdown and HTML pages."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-# of the texts that stand for numbers which JSON lacks
-NOT_FINITE = "^(NaN|-?Infinity)$"
+# matches the strings that JSON holds in place of numbers that it does not have
+NONFINITE_PATTERN = "^(NaN|-?Infinity)$"
 
 
 def json_text(content: Any) -> str:
-    """Valid JSON, also where numbers are not finite."""
-    return json.dumps(finite(content), indent=2, allow_nan=False, default=str) + "\n"
+    """Valid JSON: NaN and infinity become strings."""
+    return json.dumps(nonfinite_to_text(content), indent=2, allow_nan=False, default=str) + "\n"
 
 
-def finite(value: Any) -> Any:
-    """`value` with texts for the numbers in it that are not finite."""
+def nonfinite_to_text(value: Any) -> Any:
+    """`value` with "NaN", "Infinity" or "-Infinity" for each such number in it."""
     if isinstance(value, float) and not math.isfinite(value):
         return json.dumps(float(value))
     if isinstance(value, Mapping):
-        return {key: finite(part) for key, part in value.items()}
+        return {key: nonfinite_to_text(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
+        return [nonfinite_to_text(item) for item in value]
     return value
 
 
 def render(template: str, escape: bool, **values: Any) -> str:
-    """A template of this package, with HTML escaping where `escape` says so."""
+    """The text of a file in templates/, filled with `values`; `escape` escapes them for HTML."""
     environment = Environment(
         loader=PackageLoader("lrcompress.reporting"),
         autoescape=escape,

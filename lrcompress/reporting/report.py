@@ -1,4 +1,4 @@
-"""What an evaluation found <-> one report: Markdown, HTML, CSV, and JSON, which is read again."""
+"""The report of one evaluation, written as Markdown, HTML, CSV and JSON, and read from the JSON."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lrcompress.reporting.figures import Picture
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.metrics_json import Evaluation, Samples
 from lrcompress.reporting.provenance import Text, texts, training
-from lrcompress.reporting.record_schema import checked_record
-from lrcompress.reporting.render import finite, render
+from lrcompress.reporting.record_schema import validate_record
+from lrcompress.reporting.render import nonfinite_to_text, render
 from lrcompress.reporting.significance import Comparison, comparisons
 from lrcompress.reporting.tables import table
 from lrcompress.reporting.tables import title as title_of
@@ -28,16 +28,17 @@ from lrcompress.runtime.atomic_io import replace_text
 
 @dataclass(frozen=True)
 class Report:
-    """Of one evaluation. `record` is the lrcompress.json of the compressed model, if there is one,
-    whose texts, training, ranks and errors are listed; `notes` are sentences without a full stop,
-    `listed` texts that are known besides, such as those of other records."""
+    """The results of one evaluation."""
 
     title: str
     metrics: tuple[Metric, ...]
     details: Differences = field(default_factory=Differences)
     record: Mapping[str, Any] = field(default_factory=dict)
+    """lrcompress.json of the last model, where it has one: its texts, training and ranks."""
     notes: tuple[str, ...] = ()
+    """Sentences without a full stop."""
     listed: tuple[Text, ...] = ()
+    """Texts that neither `metrics` nor `record` name, such as those of other records."""
 
     @property
     def texts(self) -> tuple[Text, ...]:
@@ -49,69 +50,80 @@ class Report:
 
     @cached_property
     def pictures(self) -> tuple[Picture, ...]:
-        return tuple(pictures(self.metrics, self.details.alike(), self.record))
+        return tuple(pictures(self.metrics, self.details.comparable(), self.record))
 
 
 def markdown(report: Report) -> str:
-    return render("report.md.jinja", escape=False, **_shown(report))
+    return render("report.md.jinja", escape=False, **_template_values(report))
 
 
 def html(report: Report) -> str:
-    """One self-contained page, with the pictures in it: no network."""
-    return render("report.html.jinja", escape=True, **_shown(report), pictures=report.pictures)
+    """One self-contained page: it holds its figures, and loads nothing."""
+    values = _template_values(report)
+    return render("report.html.jinja", escape=True, **values, pictures=report.pictures)
 
 
-def _shown(report: Report) -> dict[str, Any]:
-    record = {**report.record, "notes": [*report.record.get("notes", ()), *report.notes]}
-    known = {"title": report.title, "record": record, "details": report.details.alike()}
-    shown = {"table": table(report.metrics), "texts": report.texts}
-    return (
-        known
-        | shown
-        | {
-            "training": training(report.record),
-            "comparisons": report.comparisons,
-        }
-    )
+def _template_values(report: Report) -> dict[str, Any]:
+    return {
+        "title": report.title,
+        "table": table(report.metrics),
+        "comparisons": report.comparisons,
+        "details": report.details.comparable(),
+        "texts": report.texts,
+        "training": training(report.record),
+        "record": {**report.record, "notes": [*report.record.get("notes", ()), *report.notes]},
+    }
+
+
+# fields of a record that metrics.json holds elsewhere
+HELD_ELSEWHERE = ("metrics", "comparisons")
 
 
 def to_json(report: Report) -> str:
-    """`factorization` and `training` are the record's, less what stands elsewhere or is no news."""
-    known: dict[str, Any] = _without_sketches(report.record)
-    found = Evaluation(
+    """The text of metrics.json.
+
+    `training` and `factorization` come from the record, without fields that metrics.json holds
+    elsewhere and without the sketches of texts.
+    """
+    record: dict[str, Any] = _without_sketches(report.record)
+    evaluation = Evaluation(
         title=report.title,
         notes=report.notes,
         metrics=report.metrics,
         comparisons=report.comparisons,
         details=report.details,
         texts=report.texts,
-        training=known.pop("finetuned", None),
-        factorization={k: v for k, v in known.items() if k not in NOT_FACTORIZATION} or None,
+        training=record.pop("finetuned", None),
+        factorization={k: v for k, v in record.items() if k not in HELD_ELSEWHERE} or None,
         samples=tuple(
             Samples(m.model, title_of(m), m.samples) for m in report.metrics if m.samples
         ),
     )
-    return metrics_json.to_json(found)
+    return metrics_json.to_json(evaluation)
 
 
 def read(folder: Path) -> Report:
-    """The report whose metrics.json is in `folder`; raises InputError where that cannot be read."""
-    found = metrics_json.read(Evaluation, folder / metrics_json.METRICS)
-    samples = {(one.model, one.metric): one.values for one in found.samples}
+    """The report in `folder`; raises InputError where its metrics.json cannot be read."""
+    file = folder / metrics_json.METRICS
+    evaluation = metrics_json.read(Evaluation, file)
+    samples = {(s.model, s.metric): s.values for s in evaluation.samples}
     metrics = tuple(
         Metric(**vars(metric), samples=samples.get((metric.model, title_of(metric)), []))
-        for metric in found.metrics
+        for metric in evaluation.metrics
     )
-    training = {"finetuned": found.training} if found.training else {}
+    training = {"finetuned": evaluation.training} if evaluation.training else {}
     try:
-        record = checked_record({**(found.factorization or {}), **training})
+        record = validate_record({**(evaluation.factorization or {}), **training})
     except ValueError as error:
-        raise metrics_json.damaged(folder / metrics_json.METRICS, str(error)) from None
-    return Report(found.title, metrics, found.details, record, found.notes, found.texts)
-
-
-# parts of a record that a report has elsewhere
-NOT_FACTORIZATION = ("metrics", "comparisons")
+        raise metrics_json.damaged_file(file, str(error)) from None
+    return Report(
+        title=evaluation.title,
+        metrics=metrics,
+        details=evaluation.details,
+        record=record,
+        notes=evaluation.notes,
+        listed=evaluation.texts,
+    )
 
 
 def _without_sketches(value: Any) -> Any:
@@ -121,19 +133,19 @@ def _without_sketches(value: Any) -> Any:
 
 
 def to_csv(report: Report) -> str:
-    """One row for each metric of each model; its conditions as JSON."""
+    """A row for each metric of each model; its conditions are JSON in one cell."""
     out = io.StringIO()
     names = ("model", "metric", "value", "unit", "low", "high", "higher_is_better", "conditions")
     rows = csv.writer(out, lineterminator="\n")
     rows.writerow(names)
     for m in report.metrics:
-        conditions = json.dumps(finite(m.conditions), default=str)
+        conditions = json.dumps(nonfinite_to_text(m.conditions), default=str)
         better = str(m.higher_is_better).lower()
         rows.writerow([m.model, m.name, m.value, m.unit, m.low, m.high, better, conditions])
     return out.getvalue()
 
 
-# file name -> what writes it: a new format is one function and one row
+# file name -> function that makes its text
 FORMATS = {
     metrics_json.METRICS: to_json,
     "metrics.csv": to_csv,
@@ -143,7 +155,7 @@ FORMATS = {
 
 
 def write(folder: Path, report: Report) -> None:
-    """Writes the report in every format into `folder`, each file in one rename, and figures/."""
-    for name, formatted in FORMATS.items():
-        replace_text(folder / name, formatted(report))
+    """Writes the report in every format into `folder`, each file atomically, and figures/."""
+    for name, to_text in FORMATS.items():
+        replace_text(folder / name, to_text(report))
     figures.write(folder, report.pictures)

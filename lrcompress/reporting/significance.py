@@ -1,4 +1,4 @@
-"""Is the difference between two models real? Paired over windows of a text, items of a task."""
+"""Tests whether two models differ, paired over the windows of a text or the items of a task."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from lrcompress.reporting.differences import LARGEST
+from lrcompress.reporting.differences import MAX_EXPONENT
 from lrcompress.reporting.metric import PUBLISHED, Metric
 from lrcompress.reporting.tables import comparable, title
 from lrcompress.runtime.errors import InputError
 
 ALPHA = 0.05
 POWER = 0.8
-# nats per token, or a share of right answers: differences below it are called none
+# nats per token, or share of right answers: a smaller difference counts as none
 NEGLIGIBLE = 0.01
-RESAMPLES = 2000
-# flipping the signs of fewer cannot give p < ALPHA: 2 / 2**5 = 0.06
-FEWEST = 6
+BOOTSTRAP_RESAMPLES = 2000
+SIGN_FLIPS = 9999
+# with 5 samples the smallest p of the sign-flip test is 2 / 2**5 = 0.06, above ALPHA
+MIN_SAMPLES = 6
 
 
 @dataclass(frozen=True)
@@ -59,113 +60,140 @@ class Comparison:
 
 
 def comparisons(metrics: Sequence[Metric]) -> tuple[Comparison, ...]:
-    """Of every metric whose samples are known, each later model against the first."""
-    found = list(_pairs(metrics))
-    results = [_compared(base, other) for base, other in found]
+    """Each later model against the first, by every metric that has samples."""
+    pairs = list(_pairs(metrics))
+    results = [_compare(base, other) for base, other in pairs]
     adjusted = holm([result.p_value for result in results])
     return tuple(
-        _judged(replace(result, p_value=p), other.higher_is_better)
-        for result, p, (_, other) in zip(results, adjusted, found, strict=True)
+        _with_verdict(replace(result, p_value=p), other.higher_is_better)
+        for result, p, (_, other) in zip(results, adjusted, pairs, strict=True)
     )
 
 
-def not_shown(metrics: Sequence[Metric], max_loss: float) -> list[Comparison]:
-    """Of the last model against the first, the metrics that may have lost more than `max_loss`.
+def non_inferiority_failures(metrics: Sequence[Metric], max_loss: float) -> list[Comparison]:
+    """The metrics by which the last model may have lost more than `max_loss` against the first.
 
-    Non-inferiority: the whole 95 % interval has to lie within the margin, which is a share of a
-    perplexity, and points of an accuracy. Raises InputError where there is nothing to compare, a
-    text or task was measured in another way on the first model, or a value is not finite.
+    A metric passes the test of non-inferiority where the whole 95 % interval of the loss lies below
+    `max_loss`: a share of a perplexity, or points of an accuracy. Fewer than MIN_SAMPLES samples
+    always fail. Raises InputError where there is nothing to compare, where a text or task was
+    measured under other conditions on the first model, or where a value is not finite.
     """
     last = metrics[-1].model if metrics else ""
-    found = [one for one in comparisons(metrics) if one.model == last]
-    if not found:
+    results = [result for result in comparisons(metrics) if result.model == last]
+    if not results:
         raise InputError(
             "max_loss needs a first model to compare with, and a text or task that both models are "
             "measured on"
         )
-    compared = {one.metric for one in found}
-    for metric in (metric for metric in metrics if metric.model == last):
+    _check_all_compared([m for m in metrics if m.model == last], metrics[0].model, results)
+    return [r for r in results if r.samples < MIN_SAMPLES or r.worst > max_loss]
+
+
+def _check_all_compared(
+    metrics: Sequence[Metric], baseline: str, results: Sequence[Comparison]
+) -> None:
+    """Raises InputError for a metric that is not finite, or has samples but no comparison."""
+    compared = {result.metric for result in results}
+    for metric in metrics:
         if not math.isfinite(metric.value):
             raise InputError(
-                f"{title(metric)!r} of {last!r} is {metric.value}, which shows nothing: leave it "
-                "out of what max_loss decides"
+                f"{title(metric)!r} of {metric.model!r} is {metric.value}, which shows nothing: "
+                "leave it out of what max_loss decides"
             )
         if metric.samples and title(metric) not in compared:
             raise InputError(
-                f"{title(metric)!r} was measured in another way on {metrics[0].model!r}: leave it "
-                "out of what max_loss decides, or compare with a model of the same tokenizer"
+                f"{title(metric)!r} was measured in another way on {baseline!r}: leave it out of "
+                "what max_loss decides, or compare with a model of the same tokenizer"
             )
-    return [one for one in found if one.samples < FEWEST or one.worst > max_loss]
 
 
 def _pairs(metrics: Sequence[Metric]) -> Iterator[tuple[Metric, Metric]]:
+    """The metric of the first model, and the same of a later one."""
     first = metrics[0].model if metrics else ""
     for row in dict.fromkeys(title(metric) for metric in metrics):
         by_model = {metric.model: metric for metric in metrics if title(metric) == row}
         base = by_model.pop(first, None)
         for other in by_model.values():
-            if base is not None and _paired(base, other):
+            if base is not None and _can_pair(base, other):
                 yield base, other
 
 
-def _paired(base: Metric, other: Metric) -> bool:
+def _can_pair(base: Metric, other: Metric) -> bool:
     if not base.samples or len(base.samples) != len(other.samples):
         return False
-    same = all(a[1] == b[1] for a, b in zip(base.samples, other.samples, strict=True))
-    finite = bool(np.isfinite([base.samples, other.samples]).all())
-    return same and finite and comparable(base, other)
+    same_weights = all(a[1] == b[1] for a, b in zip(base.samples, other.samples, strict=True))
+    all_finite = bool(np.isfinite([base.samples, other.samples]).all())
+    return same_weights and all_finite and comparable(base, other)
 
 
-def _compared(base: Metric, other: Metric) -> Comparison:
+def _compare(base: Metric, other: Metric) -> Comparison:
     values, weights = np.array(base.samples, dtype=float).T
     changed = np.array(other.samples, dtype=float)[:, 0]
     difference = float((changed - values).sum() / weights.sum())
     gains = changed - values
-    if np.isin([values, changed], (0.0, 1.0)).all():
-        low, high = _share_interval((gains > 0).mean(), (gains < 0).mean(), len(gains))
-        p_value = _mcnemar(gains)
+    is_binary = bool(np.isin([values, changed], (0.0, 1.0)).all())
+    if is_binary:
+        low, high = _newcombe_interval((gains > 0).mean(), (gains < 0).mean(), len(gains))
     else:
-        low, high = _interval(gains, weights, difference)
-        p_value = _sign_flips(gains)
-    names = (title(base), base.model, other.model)
-    worst = _worst(other, low, high)
-    return Comparison(*names, len(values), difference, low, high, worst, p_value, "")
+        low, high = _bootstrap_interval(gains, weights, difference)
+    return Comparison(
+        metric=title(base),
+        baseline=base.model,
+        model=other.model,
+        samples=len(values),
+        difference=difference,
+        low=low,
+        high=high,
+        worst=_largest_loss(other, low, high),
+        p_value=_mcnemar(gains) if is_binary else _sign_flip_test(gains),
+        verdict="",
+    )
 
 
-def _worst(metric: Metric, low: float, high: float) -> float:
+def _largest_loss(metric: Metric, low: float, high: float) -> float:
+    """The largest loss inside the interval: of a perplexity as a share, else in its unit."""
     if metric.higher_is_better:
         return -low
-    return math.expm1(min(high, LARGEST)) if metric.is_exponential else high
+    return math.expm1(min(high, MAX_EXPONENT)) if metric.is_exponential else high
 
 
-def _interval(gains: Any, weights: Any, mean: float) -> tuple[float, float]:
-    """The 95 % interval of sum(gains) / sum(weights), both of shape (samples,)."""
+def _bootstrap_interval(gains: Any, weights: Any, mean: float) -> tuple[float, float]:
+    """The 95 % BCa interval of sum(gains) / sum(weights), both of shape (samples,); the `mean`
+    alone where it cannot vary."""
     if len(gains) < 2 or np.ptp(gains / weights) == 0:
         return mean, mean
 
     def ratio(gains: Any, weights: Any, axis: int) -> Any:
         return gains.sum(axis) / weights.sum(axis)
 
-    options = {"paired": True, "n_resamples": RESAMPLES, "vectorized": True, "method": "BCa"}
-    generator = np.random.default_rng(0)
-    found = stats.bootstrap((gains, weights), ratio, rng=generator, **options)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    interval = stats.bootstrap(
+        (gains, weights),
+        ratio,
+        paired=True,
+        n_resamples=BOOTSTRAP_RESAMPLES,
+        vectorized=True,
+        method="BCa",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
-def _share_interval(won: float, lost: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of won - lost, shares of `count` items, by their Wilson intervals.
+def _newcombe_interval(won: float, lost: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of won - lost, which are shares of `count` items.
 
-    Newcombe (1998) with the correlation of the two shares, which exclude each other. Unlike a
-    bootstrap it has a width where no item changed.
+    Newcombe (1998), from the Wilson intervals of both shares and their correlation: an item is
+    either won or lost. Unlike a bootstrap interval it has a width also where no item changed.
     """
     wins, losses = (
         stats.binomtest(round(share * count), count).proportion_ci(method="wilson")
         for share in (won, lost)
     )
-    apart = math.sqrt(won * lost / ((1 - won) * (1 - lost))) if max(won, lost) < 1 else 0.0
+    anticorrelation = 0.0
+    if max(won, lost) < 1:
+        anticorrelation = math.sqrt(won * lost / ((1 - won) * (1 - lost)))
 
-    def distance(one: float, other: float) -> float:
-        return math.sqrt(one**2 + other**2 + 2 * apart * one * other)
+    def distance(first: float, second: float) -> float:
+        return math.sqrt(first**2 + second**2 + 2 * anticorrelation * first * second)
 
     low = won - lost - distance(won - wins.low, losses.high - lost)
     high = won - lost + distance(wins.high - won, lost - losses.low)
@@ -173,47 +201,57 @@ def _share_interval(won: float, lost: float, count: int) -> tuple[float, float]:
 
 
 def _mcnemar(gains: Any) -> float:
+    """p of McNemar's exact test: of the items that changed, half should be gains."""
     changed = int((gains != 0).sum())
     return float(stats.binomtest(int((gains > 0).sum()), changed).pvalue) if changed else 1.0
 
 
-def _sign_flips(gains: Any) -> float:
+def _sign_flip_test(gains: Any) -> float:
+    """p of the permutation test that flips the signs of the gains."""
     if len(gains) < 2 or not gains.any():
         return 1.0
-    options = {"permutation_type": "samples", "vectorized": True, "n_resamples": 9999}
-    generator = np.random.default_rng(0)
-    return float(stats.permutation_test((gains,), np.mean, rng=generator, **options).pvalue)
+    result = stats.permutation_test(
+        (gains,),
+        np.mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=SIGN_FLIPS,
+        rng=np.random.default_rng(0),
+    )
+    return float(result.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted for their number by Holm (1979), which bounds the chance of any false alarm."""
+    """`p_values` adjusted for their number by Holm (1979): bounds the chance of any false alarm."""
     order = np.argsort(p_values)
-    adjusted = np.array(p_values, dtype=float)[order] * np.arange(len(order), 0, -1)
-    found = np.empty(len(order))
-    found[order] = np.minimum(np.maximum.accumulate(adjusted), 1.0)
-    return [float(p) for p in found]
+    scaled = np.array(p_values, dtype=float)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return [float(p) for p in adjusted]
 
 
-def _judged(result: Comparison, higher_is_better: bool) -> Comparison:
+def _with_verdict(result: Comparison, higher_is_better: bool) -> Comparison:
     if result.p_value < ALPHA:
         better = (result.difference > 0) == higher_is_better
         return replace(result, verdict="better" if better else "worse")
-    if result.samples >= FEWEST and max(-result.low, result.high) < NEGLIGIBLE:
+    if result.samples >= MIN_SAMPLES and max(-result.low, result.high) < NEGLIGIBLE:
         return replace(result, verdict="no difference seen")
-    needed = _needed(result)
+    needed = _samples_needed(result)
     more = f": about {needed:,} samples would decide" if needed else ""
     return replace(result, verdict=f"not enough data{more}")
 
 
-def _needed(result: Comparison) -> int | None:
-    """Samples that show a difference as large as the one seen, or that it is negligible."""
-    half = (result.high - result.low) / 2
-    if half == 0:
+def _samples_needed(result: Comparison) -> int | None:
+    """The fewer of two counts: samples that show a difference of the observed size with POWER, and
+    samples that show it to be negligible. None where the interval has no width."""
+    half_width = (result.high - result.low) / 2
+    if half_width == 0:
         return None
     normal = NormalDist()
-    seen = normal.inv_cdf(1 - ALPHA / 2)
-    power = (seen + normal.inv_cdf(POWER)) / seen * half
+    z_alpha = normal.inv_cdf(1 - ALPHA / 2)
+    detectable = (z_alpha + normal.inv_cdf(POWER)) / z_alpha * half_width
     size, gap = abs(result.difference), NEGLIGIBLE - abs(result.difference)
-    shares = [power / size] if size else []
-    shares += [half / gap] if gap > 0 else []
-    return max(result.samples + 1, math.ceil(result.samples * min(shares) ** 2))
+    # an interval that has to be this many times narrower takes the square of that in samples
+    narrowing = [detectable / size] if size else []
+    narrowing += [half_width / gap] if gap > 0 else []
+    return max(result.samples + 1, math.ceil(result.samples * min(narrowing) ** 2))

@@ -1,4 +1,4 @@
-"""What reports and model cards show: metrics as one table, the texts of a model, its history."""
+"""Metrics of several models as one table of text, for reports and model cards."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from pathlib import PurePath
 
 from lrcompress.reporting.metric import Summary
 
-# conditions that may differ between two models whose numbers are still worth a ratio
-COMPARABLE = {"dtype", "device"}
+# conditions that may differ between two metrics that are still comparable
+MAY_DIFFER = {"dtype", "device"}
 QUESTIONS = "questions"
-# conditions that identify what was asked: they decide what is comparable, and nobody reads them
+# conditions that identify the text or the questions: they decide what is comparable, and tables do
+# not show them
 HASHES = {"sha256", QUESTIONS}
-# what is left of a difference of equal numbers
-ROUNDING = 1e-15
+# a smaller absolute value is a rounding error of 0
+ROUNDING_ERROR = 1e-15
 
 
 @dataclass(frozen=True)
-class Row:
-    """One metric across models: cells of text, and the ratio of each later model to the first."""
+class MetricRow:
+    """One metric of all models: a cell for each, and the ratio of each later one to the first."""
 
     title: str
     better: str
@@ -31,76 +32,84 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class MetricTable:
     labels: tuple[str, ...]
-    rows: tuple[Row, ...]
+    """The models: titles of the columns."""
+    rows: tuple[MetricRow, ...]
 
 
-def table(metrics: Sequence[Summary]) -> Table:
-    """Models as columns in the order in which they were measured, metrics as rows."""
+def table(metrics: Sequence[Summary]) -> MetricTable:
+    """A column for each model, a row for each metric and text, in the order of `metrics`."""
     labels = tuple(dict.fromkeys(m.model for m in metrics))
     groups: dict[tuple[str, object], dict[str, Summary]] = {}
     for metric in metrics:
         groups.setdefault((metric.name, metric.conditions.get("data")), {})[metric.model] = metric
-    return Table(labels, tuple(_row(labels, by_model) for by_model in groups.values()))
+    return MetricTable(labels, tuple(_row(labels, by_model) for by_model in groups.values()))
 
 
 def labels(kinds: Sequence[str], sources: Sequence[str]) -> list[str]:
-    """Distinct column titles of a report: the kind of model where it is the only one of its kind,
-    else with the name of its folder or file, the whole source, or a number."""
-    short = [f"{one} {PurePath(source).name}" for one, source in zip(kinds, sources, strict=True)]
-    whole = [f"{one} {source}" for one, source in zip(kinds, sources, strict=True)]
-    found = list(kinds)
-    for longer in (short, whole, [f"{name} {i}" for i, name in enumerate(whole, 1)]):
-        counts = Counter(found)
-        clash = {one for one, name in zip(kinds, found, strict=True) if counts[name] > 1}
-        found = [
-            better if one in clash else name
-            for one, name, better in zip(kinds, found, longer, strict=True)
+    """A distinct column title for each model.
+
+    A title is the kind of the model if no other model has it. Otherwise all models of the kind add
+    the name of their folder or file; if that is not distinct, the whole source; else also a number.
+    """
+    names = [f"{kind} {PurePath(source).name}" for kind, source in zip(kinds, sources, strict=True)]
+    paths = [f"{kind} {source}" for kind, source in zip(kinds, sources, strict=True)]
+    numbered = [f"{path} {number}" for number, path in enumerate(paths, 1)]
+    titles = list(kinds)
+    for longer_titles in (names, paths, numbered):
+        counts = Counter(titles)
+        ambiguous = {kind for kind, text in zip(kinds, titles, strict=True) if counts[text] > 1}
+        titles = [
+            longer if kind in ambiguous else text
+            for kind, text, longer in zip(kinds, titles, longer_titles, strict=True)
         ]
-    return found
+    return titles
 
 
 def title(metric: Summary) -> str:
+    """The name of the metric, and its text or file of questions where it has one."""
     data = metric.conditions.get("data")
     return metric.name + (f", {data}" if data else "")
 
 
 def comparable(base: Summary, metric: Summary) -> bool:
-    both = {*base.conditions.items()} ^ {*metric.conditions.items()}
-    return not {name for name, _ in both} - COMPARABLE
+    """Whether both were measured under the same conditions; dtype and device may differ."""
+    differing = {*base.conditions.items()} ^ {*metric.conditions.items()}
+    return not {name for name, _ in differing} - MAY_DIFFER
 
 
-def _row(labels: Sequence[str], by_model: Mapping[str, Summary]) -> Row:
+def _row(labels: Sequence[str], by_model: Mapping[str, Summary]) -> MetricRow:
     first = next(iter(by_model.values()))
     base = by_model.get(labels[0])
     unit = f" ({first.unit})" if first.unit else ""
-    return Row(
-        title(first) + unit,
-        "higher is better" if first.higher_is_better else "lower is better",
-        tuple(cell(by_model.get(label)) for label in labels),
-        tuple(_ratio(base, by_model.get(label)) for label in labels[1:]),
-        conditions(by_model),
+    return MetricRow(
+        title=title(first) + unit,
+        better="higher is better" if first.higher_is_better else "lower is better",
+        cells=tuple(cell(by_model.get(label)) for label in labels),
+        ratios=tuple(_ratio(base, by_model.get(label)) for label in labels[1:]),
+        conditions=conditions(by_model),
     )
 
 
 def conditions(by_model: Mapping[str, Summary]) -> str:
-    """The conditions of a row, once if all models share them, else model by model.
+    """The conditions of one metric as text: once if all models share them, else for each model.
 
-    The hash of a text is left to `texts`, that of a task's questions is not shown.
+    Hashes are not shown.
     """
-    words = {
+    texts = {
         label: ", ".join(
             f"{k.replace('_', ' ')} {v}" for k, v in metric.conditions.items() if k not in HASHES
         )
         for label, metric in by_model.items()
     }
-    if len(set(words.values())) == 1:
-        return next(iter(words.values()))
-    return "; ".join(f"{label}: {text}" for label, text in words.items())
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return "; ".join(f"{label}: {text}" for label, text in texts.items())
 
 
 def cell(metric: Summary | None) -> str:
+    """The value as text, with its range in brackets where it has one; – for None."""
     if metric is None:
         return "–"
     spread = ""
@@ -110,13 +119,12 @@ def cell(metric: Summary | None) -> str:
 
 
 def number(value: float) -> str:
+    """Four significant digits below 10,000, no decimals above; whole numbers in full from 1000."""
     if not isfinite(value):
         return str(value)
-    value = 0.0 if abs(value) < ROUNDING else value
+    value = 0.0 if abs(value) < ROUNDING_ERROR else value
     if value == int(value) and abs(value) >= 1000:
         return f"{int(value):,}"
-    if abs(value) >= 1e6:
-        return f"{value:,.0f}"
     return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 

@@ -20,7 +20,7 @@ from lrcompress.layers.model_info import refuse_quantized
 from lrcompress.layers.model_state import only_trainable, requires_grad_restored
 from lrcompress.layers.moe import unpacked
 from lrcompress.models.loading import Loaded, load_model, locate, with_source
-from lrcompress.reporting.provenance import learned
+from lrcompress.reporting.provenance import provenance_of
 from lrcompress.runtime import distributed
 from lrcompress.runtime.distributed import run_on_all, run_on_main
 from lrcompress.runtime.errors import InputError
@@ -94,7 +94,7 @@ class FinetuneJob(TrainingJob):
         check_device(source.device, self.command)
         record.pop("metrics", None)  # measured on the model before training
         if "finetuned" in record:
-            record["before"] = learned(record)
+            record["before"] = provenance_of(record)
         return record
 
     def load(self, work: Path) -> Loaded:

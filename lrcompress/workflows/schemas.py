@@ -9,16 +9,29 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
 from lrcompress.reporting.metrics_json import METRICS, Evaluation
-from lrcompress.reporting.render import NOT_FINITE, json_text
+from lrcompress.reporting.render import NONFINITE_PATTERN, json_text
 from lrcompress.runtime.atomic_io import replace_text
 from lrcompress.workflows.sweep.sweep_json import SWEEP, Sweep
+
+# class -> its name in the published schemas: programs may generate types from them, so it stays
+PUBLISHED_NAMES = {"Differences": "Details", "FrontAxis": "Axis"}
 
 
 class _Schema(GenerateJsonSchema):
     """Numbers may be texts where they are not finite; fields have no titles."""
 
+    def normalize_name(self, name: str) -> str:
+        return super().normalize_name(PUBLISHED_NAMES.get(name, name))
+
+    def dataclass_schema(self, schema: Any) -> dict[str, Any]:
+        described = super().dataclass_schema(schema)
+        return described | {"title": PUBLISHED_NAMES.get(described["title"], described["title"])}
+
     def float_schema(self, schema: Any) -> dict[str, Any]:
-        return super().float_schema(schema) | {"type": ["number", "string"], "pattern": NOT_FINITE}
+        return super().float_schema(schema) | {
+            "type": ["number", "string"],
+            "pattern": NONFINITE_PATTERN,
+        }
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False

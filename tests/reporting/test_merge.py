@@ -19,7 +19,7 @@ from lrcompress.reporting.differences import (
     PositionLoss,
     TokenChange,
 )
-from lrcompress.reporting.merge import join
+from lrcompress.reporting.merge import merge_reports
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.report import FORMATS, Report
 from lrcompress.workflows.sweep import report as sweep_report
@@ -70,8 +70,8 @@ def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def loads(*_: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("lrcompress.commands.load_settings", loads)
-    monkeypatch.setattr("lrcompress.workflows.sweep.sweep.load_settings", loads)
+    monkeypatch.setattr("lrcompress.checkpoint.record.load_model", loads)
+    monkeypatch.setattr("lrcompress.workflows.sweep.sweep.load_model", loads)
 
 
 def test_a_report_is_written_again_byte_for_byte(
@@ -138,7 +138,7 @@ def test_only_equal_numbers_of_quality_make_one_model() -> None:
     first = Report("a", measured, record={"notes": ["39 % are kept"]})
     more = (metric("dense", 0.75, "more acc"), metric("small", 0.75, "more acc"))
     second = Report("b", (metric("dense", 0.5), more[0], sizes[1], more[1]))
-    joined = join({"runs/a": first, "runs/b": second})
+    joined = merge_reports({"runs/a": first, "runs/b": second})
     assert [(m.model, m.name) for m in joined.metrics] == [
         ("dense", "parameters"), ("dense", "task acc"), ("dense", "more acc"),
         ("small a", "parameters"), ("small a", "task acc"),
@@ -146,14 +146,14 @@ def test_only_equal_numbers_of_quality_make_one_model() -> None:
     ]  # fmt: skip
     assert joined.notes == ("runs/a: 39 % are kept",)
     shots = Report("c", (metric("dense", 0.5, num_fewshot=5),))
-    assert models(join({"a": first, "c": shots})) == ("dense a", "small", "dense c")
+    assert models(merge_reports({"a": first, "c": shots})) == ("dense a", "small", "dense c")
 
 
 def test_numbers_that_are_none_are_equal_to_each_other() -> None:
     nan = float("nan")
     first = Report("a", (metric("dense", nan), metric("small", 0.5)))
     second = Report("b", (metric("dense", nan), metric("tiny", 0.5)))
-    assert models(join({"a": first, "b": second})) == ("dense", "small", "tiny")
+    assert models(merge_reports({"a": first, "b": second})) == ("dense", "small", "tiny")
 
 
 def test_details_of_all_are_kept_and_shown_where_they_fit_together(tmp_path: Path) -> None:
@@ -168,20 +168,20 @@ def test_details_of_all_are_kept_and_shown_where_they_fit_together(tmp_path: Pat
         metrics = (metric(base, 0.75), metric("small", value))
         return Report(base, metrics, details(base, blocks))
 
-    joined = join({"a": made("dense", 0.5, 2), "b": made("dense", 0.25, 2)})
+    joined = merge_reports({"a": made("dense", 0.5, 2), "b": made("dense", 0.25, 2)})
     assert [t.model for t in joined.details.tokens] == ["small a", "small b"]
-    assert joined.details.alike() == joined.details
+    assert joined.details.comparable() == joined.details
     assert joined.details.continuations[0].texts == {
         "dense": "upon dense", "small a": " 2", "small b": " 2"
     }  # fmt: skip
-    apart = join({"a": made("dense", 0.5, 2), "b": made("base", 0.25, 5)})
+    apart = merge_reports({"a": made("dense", 0.5, 2), "b": made("base", 0.25, 5)})
     report.write(tmp_path, apart)
     assert report.read(tmp_path).details == apart.details
     assert [b.baseline for b in apart.details.blocks] == ["dense", "base"]
     for page in ("report.md", "report.html"):
         text = (tmp_path / page).read_text()
         assert text.count("changed most in block") == 1
-        assert "is in metrics.json alone" in text
+        assert "are in metrics.json alone" in text
 
 
 def test_max_loss_decides_on_the_joined_models(folders: tuple[Path, Path], tmp_path: Path) -> None:

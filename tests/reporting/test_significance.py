@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from lrcompress.reporting.metric import Metric
-from lrcompress.reporting.significance import comparisons, holm, not_shown
+from lrcompress.reporting.significance import comparisons, holm, non_inferiority_failures
 from lrcompress.runtime.errors import InputError
 
 
@@ -57,10 +57,10 @@ def test_few_equal_answers_show_nothing() -> None:
     (few,) = comparisons(pair)
     assert few.verdict.startswith("not enough data: about ")
     assert few.low == -few.high < -0.03
-    assert not_shown(pair, 0.01) == [few]
+    assert non_inferiority_failures(pair, 0.01) == [few]
     many = [items("dense", np.ones(1000)), items("small", np.ones(1000))]
     assert comparisons(many)[0].verdict == "no difference seen"
-    assert not_shown(many, 0.01) == []
+    assert non_inferiority_failures(many, 0.01) == []
 
 
 @pytest.mark.parametrize(("shift", "verdict"), [(0.05, "worse"), (-0.05, "better")])
@@ -129,19 +129,19 @@ def test_a_loss_has_to_be_shown_to_be_within_the_margin() -> None:
     pair = [windows("dense", losses), windows("small", losses + noise)]
     (found,) = comparisons(pair)
     assert found.worst == pytest.approx(np.expm1(found.high))
-    assert not_shown(pair, found.worst + 1e-9) == []
-    assert not_shown(pair, found.worst - 1e-9) == [found]
+    assert non_inferiority_failures(pair, found.worst + 1e-9) == []
+    assert non_inferiority_failures(pair, found.worst - 1e-9) == [found]
     right = np.array([1] * 70 + [0] * 30)
     tasks = [items("dense", right), items("small", right[::-1])]
     (lost,) = comparisons(tasks)
     assert lost.worst == -lost.low > 0
     alone = [windows("dense", losses[:1]), windows("small", losses[:1])]
-    assert len(not_shown(alone, 0.5)) == 1  # one window shows nothing
+    assert len(non_inferiority_failures(alone, 0.5)) == 1  # one window shows nothing
     another = replace(tasks[1], conditions={"num_fewshot": 5})
     with pytest.raises(InputError, match="'piqa acc' was measured in another way on 'dense'"):
-        not_shown([pair[0], tasks[0], pair[1], another], 0.5)
+        non_inferiority_failures([pair[0], tasks[0], pair[1], another], 0.5)
     with pytest.raises(InputError, match="needs a first model"):
-        not_shown(pair[:1], 0.01)
+        non_inferiority_failures(pair[:1], 0.01)
 
 
 def test_other_questions_of_a_task_are_not_compared() -> None:

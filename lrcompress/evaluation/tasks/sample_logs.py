@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lrcompress.reporting.render import finite
+from lrcompress.reporting.render import nonfinite_to_text
 from lrcompress.runtime.atomic_io import writing
 from lrcompress.runtime.paths import unique_file_names
 
@@ -23,5 +23,5 @@ def write(folder: Path, logs: Logs) -> None:
         return
     with writing(folder, replace=True) as partial:
         for task, name in unique_file_names(logs).items():
-            lines = [json.dumps(finite(item), ensure_ascii=False) for item in logs[task]]
+            lines = [json.dumps(nonfinite_to_text(item), ensure_ascii=False) for item in logs[task]]
             (partial / f"{name}.jsonl").write_text("\n".join([*lines, ""]), "utf-8")

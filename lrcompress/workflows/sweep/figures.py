@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from lrcompress.reporting.figures import COLOURS, INK, Picture, draw, legend, plain_logarithms
+from lrcompress.reporting.figures import COLOURS, INK, Picture, draw, legend, plain_log_ticks
 from lrcompress.reporting.metric import SIZES
 from lrcompress.runtime.paths import unique_file_names
 from lrcompress.workflows.sweep.pareto import Front, FrontPoint
@@ -76,7 +76,7 @@ def _draw_front(axes: Axes, front: Front) -> None:
     if front.cost.title in SIZES:
         axes.xaxis.set_major_formatter(EngFormatter(front.cost.unit))
     if front.quality.scale == "log":
-        plain_logarithms(axes.yaxis)
+        plain_log_ticks(axes.yaxis)
 
 
 def _draw_points(

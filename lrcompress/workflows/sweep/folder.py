@@ -136,7 +136,7 @@ def sweep_report_to(folders: Sequence[Path], out: Path | None = None) -> SweepRe
         )
     if out is not None:
         check_free(out)
-    with metrics_json.showing(folders):
+    with metrics_json.refuse_inconsistent(folders):
         report = read_report(folders[0])
         if out is None:
             sweep_report.markdown(report)  # fails here if the numbers cannot be shown

@@ -1,0 +1,119 @@
+"""Reports of values that others may have written: shown as text, or refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrcompress.config import ScalingSettings
+from lrcompress.reporting import report
+from lrcompress.reporting.metric import Metric
+from lrcompress.reporting.report import Report
+from lrcompress.workflows.scaling import report as scaling_report
+from lrcompress.workflows.scaling.report import ScalingReport
+from lrcompress.workflows.sweep import report as sweep_report
+from lrcompress.workflows.sweep.report import SweepReport
+from tests.conftest import invoke, refusal
+from tests.samples import DETAILS, METRICS, RECORD, points, scaling_points
+
+# absurd numbers make numpy and matplotlib warn
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_a_sweep_names_points_of_its_folder(tmp_path: Path) -> None:
+    sweep_report.write(tmp_path, SweepReport("here", tuple(points())))
+    (tmp_path / "points").mkdir()
+    content = json.loads((tmp_path / "sweep.json").read_text())
+    content["points"][1]["variant"] = "../../outside"
+    (tmp_path / "sweep.json").write_text(json.dumps(content))
+    assert "is damaged" in refusal("report", tmp_path)
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "NaN", "-Infinity", "1e999", "null", '"x"'])
+def test_extreme_and_missing_values_of_a_report(value: str, tmp_path: Path) -> None:
+    report.write(tmp_path, Report("title", METRICS, DETAILS, RECORD))
+    file = tmp_path / "metrics.json"
+    text = file.read_text()
+    assert text.count('"value": 1200') == 1
+    file.write_text(text.replace('"value": 1200', f'"value": {value}'))
+    result = invoke("report", tmp_path)
+    assert result.exit_code == (2 if value in ("null", '"x"') else 0), result.output
+
+
+ATTACK = "\"'><script>broken()</script><img src=x onerror=broken()>{{ 7 * 7 }}</svg></style>]]>"
+
+
+# fields whose values the code compares, and keys that are names of models or percentages
+UNCHANGED_FIELDS = ("role", "form", "sha256")
+NAME_KEYS = ("dense", "low", "50", "99")
+
+
+def _attacking(value: Any) -> Any:
+    """`value` with the attack behind every text in it, but for UNCHANGED_FIELDS."""
+    if isinstance(value, str):
+        return value + ATTACK
+    if isinstance(value, Mapping):
+        return {
+            _attacking(key) if key in NAME_KEYS else key: item
+            if key in UNCHANGED_FIELDS
+            else _attacking(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return type(value)(_attacking(item) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        names = {field.name for field in fields(value)} - {*UNCHANGED_FIELDS}
+        if isinstance(value, Metric):
+            names -= {"name", "unit"}
+        return replace(value, **{name: _attacking(getattr(value, name)) for name in names})
+    return value
+
+
+class _ElementParser(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+
+def _pages() -> Iterator[tuple[str, str]]:
+    metrics = tuple(_attacking(METRICS))
+    attacked = Report(ATTACK, metrics, _attacking(DETAILS), _attacking(RECORD), (ATTACK,))
+    yield "report", report.html(attacked)
+    yield "sweep", sweep_report.html(SweepReport(ATTACK, tuple(_attacking(points()))))
+    low = f"low{ATTACK}"
+    ladder = scaling_points({"dense": 0.35, low: 0.40})
+    ladder[0] = replace(ladder[0], size=ATTACK, device=ATTACK, diverged=ATTACK)
+    settings = ScalingSettings(
+        sizes={name: {} for name in ("a", "b", "c")}, variants={"low": {}}, resamples=50
+    )
+    incomplete = ScalingReport(settings, ladder, [ATTACK], metrics[:1])
+    yield "scaling", scaling_report.html(incomplete)
+    complete = ScalingReport(settings, ladder[1:], [], [])
+    yield "scaling with pictures", scaling_report.html(complete)
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, str]:
+    return dict(_pages())
+
+
+@pytest.mark.parametrize("name", ["report", "sweep", "scaling", "scaling with pictures"])
+def test_pages_hold_nothing_but_their_own_elements(name: str, pages: dict[str, str]) -> None:
+    page, parser = pages[name], _ElementParser()
+    parser.feed(page)
+    tags = [tag for tag, _ in parser.elements]
+    assert tags.count("script") == 1
+    assert "img" not in tags
+    assert not [names for _, names in parser.elements if any(n.startswith("on") for n in names)]
+    assert tags.count("svg") == page.count("</svg>")
+    assert "broken()" in page
+    assert "{{ 7 * 7 }}" in page, "the attack was read as a template"
