@@ -37,7 +37,7 @@ def test_a_machine_fault_while_loading_is_not_an_input_error(
     def limited(*_: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(loading, "_load_model", limited)
+    monkeypatch.setattr(loading, "_model_from_pretrained", limited)
     result = invoke("inspect", dense, "--energy")
     assert result.exit_code == 1
     assert "cannot be loaded: too many files are open" in result.stderr
