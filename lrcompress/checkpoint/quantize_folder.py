@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.checkpoint.folder import save_checkpoint
-from lrcompress.checkpoint.record import record_of
+from lrcompress.checkpoint.record import drop_measured, record_of
 from lrcompress.config import ModelSettings, QuantizeSettings
 from lrcompress.layers.model_info import weight_bytes
 from lrcompress.models.loading import load_model
@@ -22,8 +22,7 @@ def quantize_to(source: ModelSettings, settings: QuantizeSettings, out: Path) ->
     """
     with locks.beside(out):
         record = record_of(source) or {"source": source.source}
-        record.pop("metrics", None)  # measured on the model before quantization
-        record.pop("comparisons", None)
+        drop_measured(record)
         model, tokenizer = load_model(source)
         before = weight_bytes(model)
         names = quantize(model, settings.weights)

@@ -23,6 +23,8 @@ from lrcompress.runtime.errors import InputError, validation_reason
 from lrcompress.runtime.safe_parsing import read_object
 
 RECORD, CARD = "lrcompress.json", "README.md"
+# fields of a record that `write_measured` writes
+MEASURED = ("metrics", "comparisons")
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -67,6 +69,12 @@ def _card(folder: Path, record: Mapping[str, Any]) -> str:
         training=training(record),
         comparisons=compared,
     )
+
+
+def drop_measured(record: dict[str, Any]) -> None:
+    """Removes what `write_measured` wrote: it describes the model before it was changed."""
+    for key in MEASURED:
+        record.pop(key, None)
 
 
 def write_measured(

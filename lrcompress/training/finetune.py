@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lrcompress.checkpoint import fingerprints
-from lrcompress.checkpoint.record import read_record
+from lrcompress.checkpoint.record import drop_measured, read_record
 from lrcompress.config import FinetuneSettings, ModelSettings
 from lrcompress.data.training_text import TrainingText
 from lrcompress.layers.lowrank import compressed_layers
@@ -92,7 +92,7 @@ class FinetuneJob(TrainingJob):
             fsdp.check_source(source)
             fsdp.check_source(self.teacher_source)
         check_device(source.device, self.command)
-        record.pop("metrics", None)  # measured on the model before training
+        drop_measured(record)
         if "finetuned" in record:
             record["before"] = provenance_of(record)
         return record

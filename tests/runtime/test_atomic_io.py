@@ -15,7 +15,7 @@ from lrcompress.runtime.atomic_io import discard, replace_text, writing
 from lrcompress.runtime.errors import InputError, MachineError
 from lrcompress.workflows.run.folder import RunFolder
 from lrcompress.workflows.scaling import folder as scaling_folder
-from lrcompress.workflows.scaling.folder import ScalingFolder
+from lrcompress.workflows.scaling.folder import POINT_STAGES, ScalingFolder
 from lrcompress.workflows.scaling.point import ScalingPoint
 from tests.conftest import small_recipe
 
@@ -112,7 +112,7 @@ def test_a_point_is_saved_before_its_checkpoints_are_removed(
         folder.point("one", [1], train)
     assert fingerprints.read_state(tmp_path / "points" / "one.json")[
         "inputs"
-    ] == fingerprints.digest([1], "pretrain")
+    ] == fingerprints.digest([1], *POINT_STAGES)
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:

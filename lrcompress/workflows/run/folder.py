@@ -23,7 +23,7 @@ T = TypeVar("T")
 MODEL, FINETUNED, STAGES = "model", "finetuned", "stages"
 # stage that makes a model -> folder of the model
 MODEL_FOLDERS: dict[Stage, str] = {"factorize": MODEL, "finetune": FINETUNED}
-METRIC_STAGES: tuple[Stage, ...] = ("evaluate", "benchmark")
+METRIC_STAGES: tuple[Stage, ...] = ("evaluate", "tasks", "benchmark")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from lrcompress.workflows.scaling.report import ScalingReport
 from lrcompress.workflows.work_folder import RECIPE, ResultFile, WorkFolder
 
 POINTS, TOKENIZER, CHECKPOINTS, SPEED = "points", "tokenizer", "training", "speed.json"
-POINT_STAGES: tuple[Stage, ...] = ("pretrain",)
+# a low-rank model begins as a factorization, and FLOPs are counted
+POINT_STAGES: tuple[Stage, ...] = ("pretrain", "factorize", "benchmark")
 SPEED_STAGES: tuple[Stage, ...] = ("benchmark",)
 
 

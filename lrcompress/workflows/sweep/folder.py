@@ -25,7 +25,7 @@ from lrcompress.workflows.sweep.report import SweepReport
 from lrcompress.workflows.work_folder import RECIPE, ResultFile, WorkFolder, partial_names
 
 POINTS = "points"
-DENSE_STAGES: tuple[Stage, ...] = ("evaluate", "benchmark")
+DENSE_STAGES: tuple[Stage, ...] = ("evaluate", "tasks", "benchmark")
 COMPRESSED_STAGES: tuple[Stage, ...] = ("factorize", *DENSE_STAGES)
 
 
