@@ -211,8 +211,8 @@ class AnchoredWalk:
         adds_to_residual = streams.adds_to_residual(index, spec.name)
         for hidden, target in zip(streams.compressed, dense, strict=True):
             current = streams.run(index, hidden, (spec.name,), (spec.name,))
-            wanted = target.outputs[spec.name]
+            goal = target.outputs[spec.name]
             if adds_to_residual:  # then it can make up for all that the block's output lacks
-                wanted = target.output - (current.output - current.outputs[spec.name])
-            fit.add(current.inputs[spec.name], wanted if bias is None else wanted - bias)
+                goal = target.output - (current.output - current.outputs[spec.name])
+            fit.add(current.inputs[spec.name], goal if bias is None else goal - bias)
         return fit

@@ -95,12 +95,11 @@ class Refinement:
         specs = [spec for spec in prepared.linears if spec.block == index]
         layers = {spec.name: self.model.get_submodule(spec.name) for spec in specs}
         layers = {name: m for name, m in layers.items() if m is not originals[name]}
-        refined = None
+        parameters, refined = _named_parameters(layers), None
         with in_float32(self.streams.blocks[index]):
             targets = self._dense_outputs(index, layers, originals)
-            if layers:
-                parameters = _named_parameters(layers)
-                refined = None if file is None else read_block(file, parameters)
+            if layers and file is not None:
+                refined = read_block(file, parameters)
             if layers and refined is None:
                 metric = self._metric(index, specs, prepared)
                 error = BlockError(self.streams, index, targets, metric)
