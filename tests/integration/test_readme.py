@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""The commands and the Python example of the README run as they are written there."""
 
 from __future__ import annotations
 
