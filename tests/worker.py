@@ -1,8 +1,8 @@
-"""What each process of tests that start torchrun does: several jobs, one after another.
+"""The program of each process that tests start by torchrun: it runs several jobs in turn.
 
-Its argument is a folder with jobs.json: a list of {name, source, out, settings, stop} for
-trainings, without `source` those of new models; with `stop` every process is interrupted in that
-pass. {name, out, recipe} is a factorization. What a process saw goes to NAME.RANK.json there.
+Its argument is a folder with jobs.json, a list of jobs. {name, source, out, settings, stop} is a
+training; without `source`, of a new model; with `stop`, every process is interrupted in that pass.
+{name, out, recipe} is a factorization. Each process writes its result to NAME.RANK.json.
 """
 
 from __future__ import annotations
