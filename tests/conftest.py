@@ -8,7 +8,7 @@ import tempfile
 from collections import Counter
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lrcompress-tests-")  # not the user's own
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lrcompress-tests-")  # not that of the user
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -26,16 +26,18 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="tests/torture: all tries, no sample")
+    parser.addoption(
+        "--full", action="store_true", help="tests/torture: run all tries, not a sample of them"
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What tests/torture counted, summed over tests of the same count."""
+    """Prints what tests/torture counted, summed over all tests."""
     counts: Counter[str] = Counter()
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         counts.update(dict[str, int](getattr(report, "user_properties", ())))
-    for what, count in sorted(counts.items()):
-        terminalreporter.write_line(f"{what}: {count}")
+    for name, count in sorted(counts.items()):
+        terminalreporter.write_line(f"{name}: {count}")
 
 
 def pytest_unconfigure() -> None:
@@ -65,7 +67,7 @@ Invoke = Callable[..., Result]
 
 
 def invoke(*arguments: object) -> Result:
-    """The command line in this process. An exception that is no exit is a traceback: raised."""
+    """Runs a command line in this process; raises exceptions other than SystemExit."""
     from lrcompress.cli.app import main
 
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -84,21 +86,21 @@ def refusal(*arguments: object) -> str:
 
 
 def interrupt(patch: pytest.MonkeyPatch, kind: type, method: str, at: int) -> list[int]:
-    """The call number `at` of a method presses Ctrl-C; returns a list that grows with the calls."""
+    """Lets call number `at` of a method raise KeyboardInterrupt; returns a list of all calls."""
     original, calls = getattr(kind, method), list[int]()
 
-    def breaks(self: Any, *arguments: Any, **keywords: Any) -> Any:
+    def counted(self: Any, *arguments: Any, **keywords: Any) -> Any:
         calls.append(len(calls) + 1)
         if len(calls) == at:
             raise KeyboardInterrupt
         return original(self, *arguments, **keywords)
 
-    patch.setattr(kind, method, breaks)
+    patch.setattr(kind, method, counted)
     return calls
 
 
 def small_recipe(file: Path, dense: Path, text: Path, more: str = "") -> Path:
-    """A recipe over the tiny model, seconds for a run, with the lines `more`."""
+    """A recipe of the tiny model whose run takes seconds, with the lines `more`."""
     file.write_text(
         f"model: {{source: {dense}}}\n"
         "calibration: {num_samples: 4, seq_len: 64}\n"

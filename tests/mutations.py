@@ -1,4 +1,4 @@
-"""Inputs that somebody tampered with, drawn by hypothesis: trees of values, and texts."""
+"""Tampered inputs, drawn by hypothesis: trees of values, texts and bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FRAGMENTS = (
 
 
 def explore(strategy: st.SearchStrategy[T], check: Callable[[T], None], count: int) -> int:
-    """Checks about `count` examples, the same in every run; returns how many. Nothing is kept."""
+    """Runs `check` on about `count` examples, the same ones in every run; returns their number."""
     options: dict[str, Any] = {
         "max_examples": count,
         "derandomize": True,
@@ -36,51 +36,51 @@ def explore(strategy: st.SearchStrategy[T], check: Callable[[T], None], count: i
         "phases": [Phase.generate],
         "suppress_health_check": list(HealthCheck),
     }
-    done = 0
+    checked = 0
 
     @settings(**options)
-    @given(one=strategy)
-    def every(one: T) -> None:
-        nonlocal done
-        done += 1
-        check(one)
+    @given(example=strategy)
+    def check_each(example: T) -> None:
+        nonlocal checked
+        checked += 1
+        check(example)
 
-    every()
-    return done
+    check_each()
+    return checked
 
 
-def _spots(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place of a value in `tree`: its container, and its key or index there."""
+def _locations(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """The container and the key or index of every value in `tree`."""
     keys = tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()
     for key in list(keys):
         yield tree, key
-        yield from _spots(tree[key])
+        yield from _locations(tree[key])
 
 
 def _changed(draw: Callable[..., Any], value: Any) -> Any:
-    ways = [st.sampled_from(NASTY), st.just([value])]
+    strategies = [st.sampled_from(NASTY), st.just([value])]
     if isinstance(value, int | float) and not isinstance(value, bool):
-        ways += [st.sampled_from([value + 1, value - 1, -value, 2 * value, value * 10**9])]
+        strategies += [st.sampled_from([value + 1, value - 1, -value, 2 * value, value * 10**9])]
     if isinstance(value, str):
-        ways += [st.sampled_from([value[:-1], value + "x", value.upper(), f"../{value}"])]
+        strategies += [st.sampled_from([value[:-1], value + "x", value.upper(), f"../{value}"])]
     if isinstance(value, list):
-        ways += [st.sampled_from([value[:-1], value[::-1], [*value, *value]])]
-    return copy.deepcopy(draw(st.one_of(ways)))
+        strategies += [st.sampled_from([value[:-1], value[::-1], [*value, *value]])]
+    return copy.deepcopy(draw(st.one_of(strategies)))
 
 
 @st.composite
 def tampered(draw: Callable[..., Any], tree: Any) -> Any:
-    """`tree` with one to three of its places changed, removed, renamed or exchanged."""
+    """`tree` with one to three of its values changed, removed or renamed."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 3))):
-        spots = list(_spots(tree))
-        if not spots:
+        locations = list(_locations(tree))
+        if not locations:
             break
-        container, key = spots[draw(st.integers(0, len(spots) - 1))]
-        how = draw(st.sampled_from(["change", "change", "change", "remove", "rename"]))
-        if how == "change":
+        container, key = locations[draw(st.integers(0, len(locations) - 1))]
+        action = draw(st.sampled_from(["change", "change", "change", "remove", "rename"]))
+        if action == "change":
             container[key] = _changed(draw, container[key])
-        elif how == "remove" or isinstance(container, list):
+        elif action == "remove" or isinstance(container, list):
             del container[key]
         else:
             container[f"{key}{draw(st.sampled_from(['x', '.', ' ', '/..']))}"] = container.pop(key)
@@ -89,7 +89,7 @@ def tampered(draw: Callable[..., Any], tree: Any) -> Any:
 
 @st.composite
 def disturbed(draw: Callable[..., Any], text: str) -> str:
-    """`text` with one to three of its pieces replaced by what means something else."""
+    """`text` with one to three pieces replaced by FRAGMENTS."""
     for _ in range(draw(st.integers(1, 3))):
         begin = draw(st.integers(0, len(text)))
         end = min(len(text), begin + draw(st.integers(0, 12)))
@@ -100,10 +100,10 @@ def disturbed(draw: Callable[..., Any], text: str) -> str:
 @st.composite
 def damaged(draw: Callable[..., Any], content: bytes, before: int) -> bytes:
     """`content` cut, longer, or with some of its first `before` bytes changed."""
-    how = draw(st.sampled_from(["cut", "longer", "flip", "flip", "flip"]))
-    if how == "cut":
+    action = draw(st.sampled_from(["cut", "longer", "flip", "flip", "flip"]))
+    if action == "cut":
         return content[: draw(st.integers(0, len(content) - 1))]
-    if how == "longer":
+    if action == "longer":
         return content + bytes(draw(st.integers(1, 64)))
     changed = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):

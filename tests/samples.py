@@ -1,4 +1,4 @@
-"""Hand-made findings with something of every kind, for reports and pictures."""
+"""Hand-made results of every kind, for reports and pictures."""
 
 from __future__ import annotations
 
@@ -89,10 +89,12 @@ RECORD: dict[str, Any] = {
 
 
 def points() -> list[SweepPoint]:
-    """A dense model and three points, of which one is not on the front."""
+    """A dense model and three points, one of which is not on the front."""
     sizes = {"dense": (1.0, 1200, 2.0), "small": (0.8, 1000, 2.1), "large": (0.9, 1100, 2.4)}
-    found = [_point(variant, *values) for variant, values in sizes.items()]
-    return [*found, _point("small", 0.5, 700, 3.0)]
+    return [
+        *(_point(variant, *values) for variant, values in sizes.items()),
+        _point("small", 0.5, 700, 3.0),
+    ]
 
 
 def _point(variant: str, ratio: float, parameters: int, loss: float) -> SweepPoint:

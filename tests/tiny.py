@@ -102,7 +102,7 @@ MIXTURE = STANDARD | {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
 }
-# families with experts; those of glm4_moe are in the second block alone
+# families with experts; glm4_moe has them in its second block only
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": MIXTURE,
     "qwen3_moe": MIXTURE,
@@ -154,7 +154,7 @@ MORE_MIXTURES: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
-    """A random model with weights far from zero, so that an error in one layer shows."""
+    """A random model with large weights, so that an error in one layer is visible in the output."""
     torch.manual_seed(seed)
     keys = (FAMILIES | MIXTURES | MORE_MIXTURES)[family] | {"vocab_size": 257} | changes
     config = AutoConfig.for_model(family, **keys)
@@ -169,7 +169,7 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
 
 
 def byte_tokenizer(bos: bool = False) -> Any:
-    """256 bytes and one special token; with `bos` it puts that token in front of every text."""
+    """A tokenizer of 256 bytes and one special token, which `bos` puts in front of every text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<s>": 0} | {character: i for i, character in enumerate(alphabet, 1)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

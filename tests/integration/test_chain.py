@@ -13,7 +13,6 @@ import pytest
 from lrcompress.config.recipe import Recipe, read_recipe
 from lrcompress.evaluation import evaluate
 from lrcompress.models import loading
-from lrcompress.reporting import tables
 from lrcompress.runtime.errors import InputError
 from lrcompress.training.distillation import DistillationTrainer
 from lrcompress.workflows.run import pipeline
@@ -24,7 +23,7 @@ MODELS = ["dense", "factorized", "finetuned"]
 
 @pytest.fixture
 def training_text(tmp_path: Path) -> Path:
-    """Random letters: nothing of it stands in any other text."""
+    """Random letters, which no other text contains."""
     letters = random.Random(0).choices("abcdefgh ", k=6_000)
     file = tmp_path / "train.txt"
     file.write_text("".join(letters), "utf-8")
@@ -98,7 +97,7 @@ def test_interrupted_training_goes_on(
         loaded.append(settings.source)
         return load(settings)
 
-    monkeypatch.setattr(pipeline, "load_settings", counted)
+    monkeypatch.setattr(pipeline, "load_model", counted)
     steps = interrupt(monkeypatch, DistillationTrainer, "training_step", 4)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(recipe, out)
@@ -109,8 +108,9 @@ def test_interrupted_training_goes_on(
     pipeline.run(recipe, out)
     assert len(steps) == 4 + 2  # from the checkpoint at step 2
     assert loaded.count(recipe.model.source) == 1  # teacher and dense model are one
-    done = json.loads((out / "finetuned" / "lrcompress.json").read_text())["finetuned"]
-    assert done["tokens_per_second"] * done["seconds"] > 2 * 2 * 64  # of the last two steps alone
+    training = json.loads((out / "finetuned" / "lrcompress.json").read_text())["finetuned"]
+    tokens = training["tokens_per_second"] * training["seconds"]
+    assert tokens > 2 * 2 * 64  # of the last two steps alone
     assert not list(out.glob(".finetuned*"))
 
 
@@ -144,8 +144,8 @@ def test_a_changed_model_is_trained_again(
     before = times(out)
     other = read_recipe(recipe_file, ["factorize.keep_ratio=0.4"])
     pipeline.run(other, out, overwrite=True)
-    kept = {name for name, time in times(out).items() if time == before[name]}
-    assert kept == {"quality-dense.json"}
+    unchanged = {name for name, time in times(out).items() if time == before[name]}
+    assert unchanged == {"quality-dense.json"}
 
 
 def test_a_folder_of_the_users_is_left_alone(recipe: Recipe, tmp_path: Path) -> None:
@@ -154,24 +154,24 @@ def test_a_folder_of_the_users_is_left_alone(recipe: Recipe, tmp_path: Path) -> 
     pipeline.run(plain, out)
     (out / "finetuned").mkdir()
     (out / "finetuned" / "mine.txt").write_text("trained by hand")
-    for one in (plain, recipe):
+    for refused in (plain, recipe):
         with pytest.raises(InputError, match="is no run"):
-            pipeline.run(one, out, overwrite=True)
+            pipeline.run(refused, out, overwrite=True)
     assert (out / "finetuned" / "mine.txt").is_file()
 
 
 def test_a_recipes_baselines_come_first(recipe_file: Path, dense: Path, tmp_path: Path) -> None:
     settings = [f"evaluate.baseline={dense}", "finetune.data=[]", "evaluate.speed=false"]
-    metrics = pipeline.run(read_recipe(recipe_file, settings), tmp_path / "one")
+    metrics = pipeline.run(read_recipe(recipe_file, settings), tmp_path / "first")
     assert list(dict.fromkeys(m.model for m in metrics)) == ["baseline", "factorized"]
-    settings[0] = f"evaluate.baseline=[{dense}, {tmp_path / 'one' / 'model'}]"
-    metrics = pipeline.run(read_recipe(recipe_file, settings), tmp_path / "two")
+    settings[0] = f"evaluate.baseline=[{dense}, {tmp_path / 'first' / 'model'}]"
+    metrics = pipeline.run(read_recipe(recipe_file, settings), tmp_path / "second")
     labels = list(dict.fromkeys(m.model for m in metrics))
-    assert {path.name for path in (tmp_path / "two" / "stages").glob("quality-b*")} == {
+    assert {path.name for path in (tmp_path / "second" / "stages").glob("quality-b*")} == {
         "quality-baseline-1.json",
         "quality-baseline-2.json",
     }
-    assert labels == [f"baseline {dense}", f"baseline {tmp_path / 'one' / 'model'}", "factorized"]
+    assert labels == [f"baseline {dense}", f"baseline {tmp_path / 'first' / 'model'}", "factorized"]
 
 
 @pytest.mark.parametrize("use", ["calibration", "finetune"])
@@ -210,9 +210,9 @@ def test_eval_refuses_what_a_model_learned_from(
 ) -> None:
     small, tuned = tmp_path / "small", tmp_path / "tuned"
     quick = ("--context-length", 64, "--no-speed", "--limit", 4)
-    made = invoke("factorize", dense, "--out", small, "--keep-ratio", 0.6,
-                  "--calibration", text, *SMALL)  # fmt: skip
-    assert made.exit_code == 0, made.output
+    result = invoke("factorize", dense, "--out", small, "--keep-ratio", 0.6,
+                    "--calibration", text, *SMALL)  # fmt: skip
+    assert result.exit_code == 0, result.output
     flags = ("--data", training_text, "--max-steps", 40, "--train-length", 64, "--held-out", 2)
     assert invoke("finetune", small, "--out", tuned, *flags).exit_code == 0
     for model, spec, words in (
@@ -277,13 +277,3 @@ def test_a_damaged_sketch_is_said(factorized: Path, text: Path, tmp_path: Path) 
     result = invoke("eval", damaged, "--perplexity", text, "--context-length", 64)
     assert result.exit_code == 2
     assert "is damaged" in result.output
-
-
-def test_columns_of_one_kind_get_names() -> None:
-    dense = ["a/base", "b/small"]
-    assert tables.labels(["dense", "factorized"], dense) == ["dense", "factorized"]
-    assert tables.labels(["dense", "dense"], dense) == ["dense base", "dense small"]
-    assert tables.labels(["dense", "finetuned", "finetuned"], ["m", "a/model", "b/model"]) == [
-        "dense", "finetuned a/model", "finetuned b/model",
-    ]  # fmt: skip
-    assert tables.labels(["dense", "dense"], ["m", "m"]) == ["dense m 1", "dense m 2"]

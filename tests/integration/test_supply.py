@@ -1,4 +1,4 @@
-"""What is installed: every dependency has both bounds, and the oldest are those that are tested."""
+"""Dependencies: each has a lower and an upper bound, and the tests run on the lower bounds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ import pytest
 
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-EVERY = [*PROJECT["dependencies"], *(one for extra in EXTRAS.values() for one in extra)]
+REQUIREMENTS = [
+    *PROJECT["dependencies"],
+    *(requirement for extra in EXTRAS.values() for requirement in extra),
+]
 BOUNDS = re.compile(r"([\w-]+)(?:\[\w+\])?>=([\d.]+),<([\d.]+)")
 
 
@@ -24,28 +27,28 @@ def pinned(file: str) -> dict[str, str]:
     return dict(line.lower().split("==") for line in lines if "==" in line and line[0] != "#")
 
 
-@pytest.mark.parametrize("dependency", EVERY)
+@pytest.mark.parametrize("dependency", REQUIREMENTS)
 def test_every_dependency_is_bounded(dependency: str) -> None:
-    found = BOUNDS.fullmatch(dependency)
-    assert found, "write NAME>=OLDEST,<NEXT"
-    low, high = (tuple(map(int, found[n].split("."))) for n in (2, 3))
+    match = BOUNDS.fullmatch(dependency)
+    assert match, "write NAME>=OLDEST,<NEXT"
+    low, high = (tuple(map(int, match[group].split("."))) for group in (2, 3))
     assert low < high
-    own = tuple(map(int, pinned("constraints.txt")[found[1].lower()].split(".")[:3]))
-    assert low <= own < high
+    installed = tuple(map(int, pinned("constraints.txt")[match[1].lower()].split(".")[:3]))
+    assert low <= installed < high
 
 
 def test_the_oldest_versions_are_the_lower_bounds() -> None:
-    """Of all that users install; what development needs besides is as new as it comes."""
-    extras = [one for name, extra in EXTRAS.items() if name != "dev" for one in extra]
-    bounds = [BOUNDS.fullmatch(one) for one in (*PROJECT["dependencies"], *extras)]
-    oldest = {found[1].lower(): found[2] for found in bounds if found}
+    """Of everything that users install; the packages of the extra `dev` are the newest ones."""
+    extras = [item for name, extra in EXTRAS.items() if name != "dev" for item in extra]
+    matches = [BOUNDS.fullmatch(item) for item in (*PROJECT["dependencies"], *extras)]
+    oldest = {match[1].lower(): match[2] for match in matches if match}
     assert pinned("constraints-oldest.txt") == oldest
 
 
 def test_what_is_imported_is_declared() -> None:
     """Of every package that lrcompress imports, in lower case and with the name of its project."""
     names = {"yaml": "pyyaml", "lm_eval": "lm-eval", "typing_extensions": "typing-extensions"}
-    declared = {re.split(r"[\[>]", one)[0].lower() for one in EVERY}
+    declared = {re.split(r"[\[>]", item)[0].lower() for item in REQUIREMENTS}
     outside = set(_imported()) - set(sys.stdlib_module_names) - {"lrcompress", "pydoc_data"}
     assert {names.get(name, name) for name in outside} <= declared
 
@@ -59,7 +62,7 @@ def _imported() -> Iterator[str]:
                 yield from (alias.name.partition(".")[0] for alias in node.names)
 
 
-FOUND = {
+ENTRIES = {
     "good": {"name": "a", "version": "1", "vulns": []},
     "weak": {"name": "b", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["3"]}]},
     "unknown": {"name": "c", "skip_reason": "not found"},
@@ -79,13 +82,13 @@ def test_the_audit_says_what_it_found_and_what_it_could_not(
     names: tuple[str, ...], code: int, words: str, tmp_path: Path
 ) -> None:
     stand_in = tmp_path / "pip-audit"
-    found = json.dumps({"dependencies": [FOUND[name] for name in names]}) if names else ""
-    (tmp_path / "found.json").write_text(found)
-    stand_in.write_text(f"#!/bin/sh\ncat {tmp_path / 'found.json'}\n")
+    answer = json.dumps({"dependencies": [ENTRIES[name] for name in names]}) if names else ""
+    (tmp_path / "answer.json").write_text(answer)
+    stand_in.write_text(f"#!/bin/sh\ncat {tmp_path / 'answer.json'}\n")
     stand_in.chmod(0o755)
-    done = subprocess.run(
+    audit = subprocess.run(
         [sys.executable, ".ci/audit.py", "constraints.txt"],
         env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (code, "")
-    assert words in done.stdout
+    assert (audit.returncode, audit.stderr) == (code, "")
+    assert words in audit.stdout

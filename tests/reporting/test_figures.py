@@ -1,4 +1,4 @@
-"""Pictures: which there are, what they say in words, and that equal numbers give equal files."""
+"""Pictures: which are drawn, their text alternatives, and that equal numbers give equal files."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def drawn() -> dict[str, Picture]:
 
 
 def test_every_kind_of_number_has_its_picture() -> None:
-    found = drawn()
-    assert list(found) == [
+    pictures = drawn()
+    assert list(pictures) == [
         "tasks", "positions", "blocks", "refined", "ranks", "spectra", "training",
     ]  # fmt: skip
-    assert {p.section for p in found.values()} == {
+    assert {p.section for p in pictures.values()} == {
         "metrics", "tokens", "blocks", "refinement", "ranks", "training",
     }  # fmt: skip
     assert not list(evaluation_figures.pictures(METRICS[:1], Differences(), {}))
 
 
 def test_the_words_have_the_numbers() -> None:
-    found = drawn()
-    assert "q acc: dense 0.600, low 0.500" in found["tasks"].text
-    assert "low 2x after few tokens, 1.5x after many" in found["positions"].text
-    assert "low: most in block 1, 0.5" in found["blocks"].text
-    assert "lower after it in 1 of 2 blocks" in found["refined"].text
-    assert "ranks 2 to 6; energy kept 0.7000 to 1.0000" in found["ranks"].text
-    assert "from 0.5000 to 0.3000, the best at step 10" in found["training"].text
+    pictures = drawn()
+    assert "q acc: dense 0.600, low 0.500" in pictures["tasks"].text
+    assert "low 2x after few tokens, 1.5x after many" in pictures["positions"].text
+    assert "low: most in block 1, 0.5" in pictures["blocks"].text
+    assert "lower after it in 1 of 2 blocks" in pictures["refined"].text
+    assert "ranks 2 to 6; energy kept 0.7000 to 1.0000" in pictures["ranks"].text
+    assert "from 0.5000 to 0.3000, the best at step 10" in pictures["training"].text
 
 
 def test_svg_is_an_element_in_the_colour_of_its_page() -> None:
@@ -82,15 +82,15 @@ def test_files_take_the_place_of_older_ones(tmp_path: Path) -> None:
 
 
 def test_ids_of_one_page_differ() -> None:
-    ids = [found for p in drawn().values() for found in re.findall(r' id="([^"]+)"', p.svg)]
+    ids = [name for p in drawn().values() for name in re.findall(r' id="([^"]+)"', p.svg)]
     assert ids
     assert len(set(ids)) == len(ids)
 
 
 def test_a_sweep_has_a_picture_for_each_quality() -> None:
-    found = list(sweep_figures.pictures(fronts(points())))
-    assert [p.name for p in found] == ["front-token_perplexity_t.txt"]
-    assert "against parameters: small at 0.5, small at 0.8, dense" in found[0].text
+    pictures = list(sweep_figures.pictures(fronts(points())))
+    assert [p.name for p in pictures] == ["front-token_perplexity_t.txt"]
+    assert "against parameters: small at 0.5, small at 0.8, dense" in pictures[0].text
 
 
 def test_every_cost_has_a_panel_and_no_panel_is_empty() -> None:
@@ -102,8 +102,8 @@ def test_every_cost_has_a_panel_and_no_panel_is_empty() -> None:
 
 def test_texts_of_alike_names_have_pictures_of_their_own() -> None:
     twice = [replace(DETAILS.tokens[0], data=data) for data in ("a/b.txt", "a_b.txt")]
-    found = evaluation_figures.pictures([], Differences(tokens=tuple(twice)), {})
-    assert [p.name for p in found] == ["positions-a_b.txt", "positions-a_b.txt-2"]
+    pictures = evaluation_figures.pictures([], Differences(tokens=tuple(twice)), {})
+    assert [p.name for p in pictures] == ["positions-a_b.txt", "positions-a_b.txt-2"]
 
 
 def test_more_variants_than_colours_have_other_marks() -> None:

@@ -1,4 +1,4 @@
-"""`lrcompress report`: a report once more, several as one comparison; and the card by `eval`."""
+"""`lrcompress report` writes a report again, or merges several; `eval --write-card`."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ def test_two_reports_become_one_comparison(
     out, together = tmp_path / "joined", tmp_path / "together"
     result = invoke("report", *folders, "--out", out)
     assert result.exit_code == 0, result.output
-    done = invoke(
+    evaluation = invoke(
         "eval", other, "--baseline", dense, "--baseline", factorized, "--perplexity", words, *QUICK,
         "--no-speed", "--prompt", "The quick", "--continuation-tokens", "4", "--out", together,
     )  # fmt: skip
-    assert done.exit_code == 0, done.output
+    assert evaluation.exit_code == 0, evaluation.output
     joined, measured = report.read(out), report.read(together)
     names = dict(
         zip(("dense", "factorized first", "factorized second"), models(measured), strict=True)
@@ -124,8 +124,8 @@ def test_two_reports_become_one_comparison(
     assert invoke("report", out, "--json").stdout == (out / "metrics.json").read_text()
 
 
-def models(found: Report) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(metric.model for metric in found.metrics))
+def models(evaluated: Report) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(metric.model for metric in evaluated.metrics))
 
 
 def metric(model: str, value: float, name: str = "task acc", **more: Any) -> Metric:
@@ -149,7 +149,7 @@ def test_only_equal_numbers_of_quality_make_one_model() -> None:
     assert models(merge_reports({"a": first, "c": shots})) == ("dense a", "small", "dense c")
 
 
-def test_numbers_that_are_none_are_equal_to_each_other() -> None:
+def test_nan_values_are_equal_to_each_other() -> None:
     nan = float("nan")
     first = Report("a", (metric("dense", nan), metric("small", 0.5)))
     second = Report("b", (metric("dense", nan), metric("tiny", 0.5)))
@@ -164,17 +164,17 @@ def test_details_of_all_are_kept_and_shown_where_they_fit_together(tmp_path: Pat
         texts = (Continuation("Once", {base: f"upon {base}", "small": f" {blocks}"}),)
         return Differences((tokens,), (BlockChange(*change, 126, (0.5,) * blocks),), texts)
 
-    def made(base: str, value: float, blocks: int) -> Report:
+    def comparison(base: str, value: float, blocks: int) -> Report:
         metrics = (metric(base, 0.75), metric("small", value))
         return Report(base, metrics, details(base, blocks))
 
-    joined = merge_reports({"a": made("dense", 0.5, 2), "b": made("dense", 0.25, 2)})
+    joined = merge_reports({"a": comparison("dense", 0.5, 2), "b": comparison("dense", 0.25, 2)})
     assert [t.model for t in joined.details.tokens] == ["small a", "small b"]
     assert joined.details.comparable() == joined.details
     assert joined.details.continuations[0].texts == {
         "dense": "upon dense", "small a": " 2", "small b": " 2"
     }  # fmt: skip
-    apart = merge_reports({"a": made("dense", 0.5, 2), "b": made("base", 0.25, 5)})
+    apart = merge_reports({"a": comparison("dense", 0.5, 2), "b": comparison("base", 0.25, 5)})
     report.write(tmp_path, apart)
     assert report.read(tmp_path).details == apart.details
     assert [b.baseline for b in apart.details.blocks] == ["dense", "base"]
@@ -302,10 +302,20 @@ def test_points_that_change_take_the_report_with_them(
 def test_eval_writes_the_card_of_its_checkpoint(
     dense: Path, factorized: Path, words: Path, tmp_path: Path
 ) -> None:
-    model, base = (shutil.copytree(one, tmp_path / one.parent.name) for one in (factorized, dense))
+    model, base = (
+        shutil.copytree(source, tmp_path / source.parent.name) for source in (factorized, dense)
+    )
     baseline = shutil.copytree(factorized, tmp_path / "baseline")
-    asked = ("--perplexity", words, *QUICK, "--no-speed", "--compared-windows", "0", "--write-card")
-    result = invoke("eval", model, "--baseline", base, "--baseline", baseline, *asked, "--json")
+    options = (
+        "--perplexity",
+        words,
+        *QUICK,
+        "--no-speed",
+        "--compared-windows",
+        "0",
+        "--write-card",
+    )
+    result = invoke("eval", model, "--baseline", base, "--baseline", baseline, *options, "--json")
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout)
     record = json.loads((model / "lrcompress.json").read_text())
@@ -337,7 +347,7 @@ def test_a_recipe_of_one_line_is_enough(dense: Path, tmp_path: Path) -> None:
     recipe.write_text(f"model: {{source: {dense}}}\n")
     assert invoke("check", recipe).exit_code == 0
     quick = ("evaluate.limit=2", "evaluate.repeats=2", "calibration.num_samples=2")
-    result = invoke("run", recipe, out, *(one for key in quick for one in ("--set", key)))
+    result = invoke("run", recipe, out, *(option for key in quick for option in ("--set", key)))
     assert result.exit_code == 0, result.output
     assert (out / "model" / "README.md").is_file()
     assert (out / "report.html").is_file()

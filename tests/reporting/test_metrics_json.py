@@ -1,4 +1,4 @@
-"""The files that programs read: valid JSON of a published schema, whatever was measured."""
+"""The JSON files fit the published schemas, whatever was measured."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAN, INF = math.nan, math.inf
 
 
 def strict(text: str) -> Any:
-    """JSON as the standard has it, without NaN and Infinity."""
+    """Reads standard JSON: NaN and Infinity are errors."""
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
@@ -40,7 +40,7 @@ def strict(text: str) -> Any:
 
 
 def hopeless() -> Report:
-    """Of a model that has broken in every way that a number can say."""
+    """A report of a broken model, with NaN and infinity wherever a number can be."""
     metrics = [
         Metric("dense", "parameters", 1000, "", False),
         Metric("dense", "task acc", 0.5, "", True, {"samples": 8}, 0.4, 0.6, [[1, 1], [0, 1]] * 4),
@@ -56,7 +56,7 @@ def hopeless() -> Report:
 
 
 def test_the_published_schemas_are_those_of_the_code() -> None:
-    """`make schemas` writes them anew."""
+    """`make schemas` writes them again."""
     for name, text in schemas.schemas().items():
         assert (Path("docs") / name).read_text("utf-8") == text
 
@@ -69,10 +69,10 @@ def test_what_is_written_fits_the_published_schemas() -> None:
         "sweep.schema.json": sweep_report.to_json(swept),
     }
     for name, text in written.items():
-        schema, found = json.loads(schemas.schemas()[name]), strict(text)
-        Draft202012Validator(schema).validate(found)
+        schema, content = json.loads(schemas.schemas()[name]), strict(text)
+        Draft202012Validator(schema).validate(content)
         with pytest.raises(SchemaError, match="1 was expected"):
-            Draft202012Validator(schema).validate(found | {"version": 2})
+            Draft202012Validator(schema).validate(content | {"version": 2})
 
 
 @pytest.mark.parametrize("name", ["metrics.schema.json", "sweep.schema.json"])
@@ -88,13 +88,12 @@ def test_every_kind_of_thing_is_described(name: str) -> None:
 
 
 def test_numbers_that_are_not_finite_are_texts_and_are_read_again(tmp_path: Path) -> None:
-    made = hopeless()
-    report.write(tmp_path, made)
+    report.write(tmp_path, hopeless())
     text = (tmp_path / "metrics.json").read_text()
-    found = strict(text)
-    assert [metric["value"] for metric in found["metrics"][-2:]] == ["NaN", "Infinity"]
-    assert found["metrics"][-1]["conditions"] == {"floor": "-Infinity"}
-    assert found["metrics"][0]["low"] is None
+    content = strict(text)
+    assert [metric["value"] for metric in content["metrics"][-2:]] == ["NaN", "Infinity"]
+    assert content["metrics"][-1]["conditions"] == {"floor": "-Infinity"}
+    assert content["metrics"][0]["low"] is None
     again = report.read(tmp_path)
     assert math.isnan(again.metrics[3].value)
     assert again.metrics[4].value == INF
@@ -129,10 +128,10 @@ def test_a_sweep_with_them_has_its_report(tmp_path: Path) -> None:
         SweepPoint("svd", 0.8, 0.8, 1.0, None, "", broken),
     ]
     sweep_report.write(tmp_path, SweepReport("model", tuple(points)))
-    found = metrics_json.read(sweep_json.Sweep, tmp_path / "sweep.json")
-    assert math.isnan(found.points[1].metrics[1].value)
+    sweep = metrics_json.read(sweep_json.Sweep, tmp_path / "sweep.json")
+    assert math.isnan(sweep.points[1].metrics[1].value)
     assert strict((tmp_path / "sweep.json").read_text())["fronts"][0]["left_out"] == ["svd at 0.8"]
-    assert metrics_json.to_json(found) == (tmp_path / "sweep.json").read_text()
+    assert metrics_json.to_json(sweep) == (tmp_path / "sweep.json").read_text()
 
 
 def test_records_cards_and_logs_are_valid_json_too(tmp_path: Path) -> None:

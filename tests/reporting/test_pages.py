@@ -1,4 +1,4 @@
-"""The report pages in a real browser: what they show, sort, load, print, and never run."""
+"""The report pages in a real browser: what they show, sort and print; they load nothing."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
+    executable = next(filter(None, map(shutil.which, NAMES)), None)
+    if executable is None:
         assert not os.environ.get("CI"), "CI has to install chromium"
         pytest.skip("needs chromium on the PATH")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -34,8 +34,8 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    made = Report(f"{SCRIPT} & report", METRICS, DETAILS, RECORD)
-    (folder / "report.html").write_text(report.html(made), "utf-8")
+    content = Report(f"{SCRIPT} & report", METRICS, DETAILS, RECORD)
+    (folder / "report.html").write_text(report.html(content), "utf-8")
     swept = SweepReport(SCRIPT, tuple(points()))
     (folder / "sweep.html").write_text(sweep_report.html(swept), "utf-8")
     return {name: folder / f"{name}.html" for name in ("report", "sweep")}
@@ -45,17 +45,17 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def page(
     request: pytest.FixtureRequest, browser: Browser, pages: dict[str, Path]
 ) -> Iterator[Page]:
-    """A page that fails the test for any message, error or request."""
+    """A page; the test fails for any console message, error or request."""
     context = browser.new_context()
-    page, trouble = context.new_page(), list[str]()
+    page, messages = context.new_page(), list[str]()
     file = f"file://{pages[request.param]}"
-    page.on("console", lambda message: trouble.append(message.text))
-    page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.on("request", lambda asked: trouble.append(asked.url))
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("request", lambda request: messages.append(request.url))
     page.goto(file)
     yield page
     context.close()
-    assert [one for one in trouble if one != file and not one.startswith("data:")] == []
+    assert [text for text in messages if text != file and not text.startswith("data:")] == []
 
 
 def test_what_comes_from_outside_is_text(page: Page) -> None:

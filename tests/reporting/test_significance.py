@@ -20,7 +20,7 @@ def windows(model: str, losses: np.ndarray, tokens: int = 100) -> Metric:
 
 
 def items(model: str, right: np.ndarray) -> Metric:
-    samples = [[float(one), 1] for one in right]
+    samples = [[float(answer), 1] for answer in right]
     return Metric(model, "piqa acc", float(right.mean()), "", True, samples=samples)
 
 
@@ -30,9 +30,9 @@ def test_the_interval_covers_where_there_is_no_difference() -> None:
     for _ in range(1000):
         losses = generator.normal(3, 0.5, 60)
         noise = generator.normal(0, 0.05, 60)
-        (found,) = comparisons([windows("dense", losses), windows("small", losses + noise)])
-        covered += found.low <= 0 <= found.high
-        alarms += found.verdict in {"better", "worse"}
+        (result,) = comparisons([windows("dense", losses), windows("small", losses + noise)])
+        covered += result.low <= 0 <= result.high
+        alarms += result.verdict in {"better", "worse"}
     assert 930 <= covered <= 970
     assert 30 <= alarms <= 70
 
@@ -45,9 +45,9 @@ def test_the_interval_of_accuracies_covers(changes: float) -> None:
         right = generator.random(300) < 0.5
         flipped = generator.random(300) < changes
         pair = [items("dense", right), items("small", right ^ flipped)]
-        (found,) = comparisons(pair)
-        covered += found.low <= 0 <= found.high
-        alarms += found.verdict in {"better", "worse"}
+        (result,) = comparisons(pair)
+        covered += result.low <= 0 <= result.high
+        alarms += result.verdict in {"better", "worse"}
     assert 930 <= covered <= 970
     assert alarms <= 50
 
@@ -68,19 +68,19 @@ def test_a_planted_difference_of_losses_is_found(shift: float, verdict: str) -> 
     generator = np.random.default_rng(2)
     losses = generator.normal(3, 0.5, 60)
     changed = losses + shift + generator.normal(0, 0.05, 60)
-    (found,) = comparisons([windows("dense", losses), windows("small", changed)])
-    assert found.verdict == verdict
-    assert found.low < shift < found.high
-    assert found.difference == pytest.approx((changed - losses).mean())
+    (result,) = comparisons([windows("dense", losses), windows("small", changed)])
+    assert result.verdict == verdict
+    assert result.low < shift < result.high
+    assert result.difference == pytest.approx((changed - losses).mean())
 
 
 def test_accuracies_are_judged_by_mcnemar() -> None:
     right = np.array([1] * 70 + [0] * 30)
     changed = np.array([1] * 50 + [0] * 20 + [1] * 5 + [0] * 25)
-    (found,) = comparisons([items("dense", right), items("small", changed)])
-    assert found.p_value == pytest.approx(stats.binomtest(5, 25).pvalue)
-    assert found.difference == pytest.approx(-0.15)
-    assert found.verdict == "worse"
+    (result,) = comparisons([items("dense", right), items("small", changed)])
+    assert result.p_value == pytest.approx(stats.binomtest(5, 25).pvalue)
+    assert result.difference == pytest.approx(-0.15)
+    assert result.verdict == "worse"
 
 
 def test_equal_and_nearly_equal_models_are_told_from_too_little_data() -> None:
@@ -101,8 +101,8 @@ def test_equal_and_nearly_equal_models_are_told_from_too_little_data() -> None:
 
 def test_one_sample_decides_nothing() -> None:
     pair = [windows("dense", np.array([3.0])), windows("small", np.array([4.0]))]
-    (found,) = comparisons(pair)
-    assert found.verdict == "not enough data"
+    (result,) = comparisons(pair)
+    assert result.verdict == "not enough data"
 
 
 def test_p_values_are_adjusted_for_all_rows() -> None:
@@ -127,10 +127,10 @@ def test_a_loss_has_to_be_shown_to_be_within_the_margin() -> None:
     losses = np.random.default_rng(6).normal(3, 0.5, 60)
     noise = np.random.default_rng(7).normal(0.02, 0.05, 60)
     pair = [windows("dense", losses), windows("small", losses + noise)]
-    (found,) = comparisons(pair)
-    assert found.worst == pytest.approx(np.expm1(found.high))
-    assert non_inferiority_failures(pair, found.worst + 1e-9) == []
-    assert non_inferiority_failures(pair, found.worst - 1e-9) == [found]
+    (result,) = comparisons(pair)
+    assert result.worst == pytest.approx(np.expm1(result.high))
+    assert non_inferiority_failures(pair, result.worst + 1e-9) == []
+    assert non_inferiority_failures(pair, result.worst - 1e-9) == [result]
     right = np.array([1] * 70 + [0] * 30)
     tasks = [items("dense", right), items("small", right[::-1])]
     (lost,) = comparisons(tasks)

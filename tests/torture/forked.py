@@ -1,6 +1,7 @@
-"""Commands in forked processes: they start at once, and can be killed or starved at any moment.
+"""Runs commands in forked processes, which can be killed or limited at any moment.
 
-A server process imports what the commands need; each command is a fork of it. Linux only.
+A server process imports what the commands need, and forks for each command, so that it starts at
+once. Linux only.
 """
 
 from __future__ import annotations
@@ -34,9 +35,12 @@ POLL = 0.002  # seconds
 
 @dataclass(frozen=True)
 class Moment:
-    """When a process is to die: by SIGKILL once it has used `seconds` of CPU time, or just before
-    its change number `operation` of a file or folder below `folder`; with `torn` not there, but in
-    the middle of the next file that grows beyond so many bytes."""
+    """When to kill a process.
+
+    Either by SIGKILL once it has used `seconds` of CPU time; or by SIGKILL just before it changes a
+    file or folder below `folder` for the time number `operation`; or, with `torn` in addition, from
+    that change on in the write that makes a file larger than `torn` bytes.
+    """
 
     seconds: float | None = None
     operation: int | None = None
@@ -48,14 +52,17 @@ NEVER = Moment()
 
 
 @dataclass(frozen=True)
-class Done:
-    """How a command ended: its exit code, or minus the signal that ended it; what it said; and, if
-    it came to an end, its seconds of CPU time and its changes of files."""
+class Outcome:
+    """How a command ended."""
 
     code: int
-    said: str
+    """Its exit code, or minus the signal that ended it."""
+    output: str
+    """What it wrote to stdout and stderr."""
     seconds: float = 0.0
+    """Of CPU time; 0 where it was killed."""
     operations: int = 0
+    """Changes of files; 0 where it was killed."""
 
     @property
     def was_killed(self) -> bool:
@@ -63,40 +70,41 @@ class Done:
 
 
 class Forked:
-    """A command that runs."""
+    """A running command."""
 
     def __init__(
         self, command: Sequence[object], moment: Moment, limits: Mapping[str, int]
     ) -> None:
         self.moment = moment
-        self.said, speaks = CONTEXT.Pipe(duplex=False)
-        self.found, finds = CONTEXT.Pipe(duplex=False)
+        self.output, output_writer = CONTEXT.Pipe(duplex=False)
+        self.usage, usage_writer = CONTEXT.Pipe(duplex=False)
         arguments = [str(argument) for argument in command]
-        given = (arguments, moment, dict(limits), speaks, finds)
-        self.process = CONTEXT.Process(target=_command, args=given)
+        self.process = CONTEXT.Process(
+            target=_command, args=(arguments, moment, dict(limits), output_writer, usage_writer)
+        )
         self.process.start()
-        speaks.close()
-        finds.close()
+        output_writer.close()
+        usage_writer.close()
 
-    def wait(self) -> Done:
-        """Until it has ended, by itself or by SIGKILL when its moment has come."""
+    def wait(self) -> Outcome:
+        """Waits until the command ends by itself, or kills it when its moment has come."""
         if self.moment.seconds is not None:
-            while self.process.exitcode is None and self._used() < self.moment.seconds:
+            while self.process.exitcode is None and self._cpu_seconds() < self.moment.seconds:
                 time.sleep(POLL)
             self.process.kill()
-        said = b""
-        while part := os.read(self.said.fileno(), 65536):
-            said += part
+        output = b""
+        while chunk := os.read(self.output.fileno(), 65536):
+            output += chunk
         self.process.join()
         assert self.process.exitcode is not None
         try:
-            seconds, operations = self.found.recv()
+            seconds, operations = self.usage.recv()
         except EOFError:
             seconds, operations = 0.0, 0
-        return Done(self.process.exitcode, said.decode(), seconds, operations)
+        return Outcome(self.process.exitcode, output.decode(), seconds, operations)
 
-    def _used(self) -> float:
-        """Seconds of CPU time: unlike the clock's they are the same on a busy machine."""
+    def _cpu_seconds(self) -> float:
+        """CPU time, because a busy machine does not change it, unlike wall-clock time."""
         try:
             text = Path(f"/proc/{self.process.pid}/schedstat").read_text()
         except OSError:  # it has ended
@@ -106,11 +114,11 @@ class Forked:
 
 def run(
     command: Sequence[object], moment: Moment = NEVER, limits: Mapping[str, int] | None = None
-) -> Done:
-    """A command line of lrcompress, in a process of its own.
+) -> Outcome:
+    """Runs a command line of lrcompress in its own process.
 
-    `limits` are those of `resource` by the ends of their names: FSIZE, or how much more than now of
-    NOFILE and AS.
+    `limits` maps the end of a name RLIMIT_... of `resource` to its value: FSIZE in bytes, NOFILE
+    and AS as the amount above what the process uses at its start.
     """
     return Forked(command, moment, limits or {}).wait()
 
@@ -119,12 +127,12 @@ def _command(
     arguments: list[str],
     moment: Moment,
     limits: Mapping[str, int],
-    speaks: Connection,
-    finds: Connection,
+    output_writer: Connection,
+    usage_writer: Connection,
 ) -> None:
     torch.set_num_threads(1)
     for stream in (1, 2):
-        os.dup2(speaks.fileno(), stream)
+        os.dup2(output_writer.fileno(), stream)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     changes = _watch(moment)
     for name, value in limits.items():
@@ -133,7 +141,7 @@ def _command(
         main(arguments)
     finally:
         sys.stdout.flush()
-        finds.send((time.thread_time(), len(changes)))
+        usage_writer.send((time.thread_time(), len(changes)))
 
 
 def _limit(name: str, value: int) -> None:
@@ -142,24 +150,24 @@ def _limit(name: str, value: int) -> None:
 
 
 def _address_space() -> int:
-    found = re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    match = re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 def _open_files() -> int:
-    """The limit under which no more can be opened than is open: the lowest number that is free."""
+    """The lowest free file descriptor: as a limit, it lets no further file be opened."""
     free = os.dup(0)
     os.close(free)
     return free
 
 
 def _watch(moment: Moment) -> list[str]:
-    """A list of the changes that Python makes below the moment's folder, as it makes them."""
+    """A list that grows with each change that Python makes below the folder of `moment`."""
     changes: list[str] = []
 
-    def audit(event: str, found: tuple[Any, ...]) -> None:
-        if _changes(event, found, moment.folder):
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if _is_change(event, arguments, moment.folder):
             changes.append(event)
             if len(changes) == moment.operation:
                 _die(moment.torn)
@@ -168,18 +176,19 @@ def _watch(moment: Moment) -> list[str]:
     return changes
 
 
-def _changes(event: str, found: tuple[Any, ...], folder: str) -> bool:
+def _is_change(event: str, arguments: tuple[Any, ...], folder: str) -> bool:
     if event == "open":
-        return bool((found[2] or 0) & OPENS_TO_WRITE) and str(found[0]).startswith(folder)
+        return bool((arguments[2] or 0) & OPENS_TO_WRITE) and str(arguments[0]).startswith(folder)
     if event not in CHANGES:
         return False
-    inside = str(found[0]).startswith(folder)
-    return inside or not Path(str(found[0])).is_absolute()  # rmtree names files by their folder
+    path = str(arguments[0])
+    # rmtree names files relative to their folder
+    return path.startswith(folder) or not Path(path).is_absolute()
 
 
 def _die(torn: int | None) -> None:
     if torn is None:
         os.kill(os.getpid(), signal.SIGKILL)
-    else:  # as abrupt: the kernel ends the process in the write that reaches the limit
+    else:  # the kernel kills the process in the write that reaches the limit
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         _limit("FSIZE", torn)

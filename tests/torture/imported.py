@@ -1,4 +1,4 @@
-"""What commands import, for the server that forks them: nothing of it starts a thread."""
+"""The imports of the server process that forks commands; none of them starts a thread."""
 
 import matplotlib.backends.backend_agg  # noqa: F401
 import transformers.models.llama.modeling_llama

@@ -1,5 +1,4 @@
-"""Every family in every form: calibrated, factorized, saved, loaded, generated from, trained,
-exported dense; each exact where it can be."""
+"""Every family in every form: factorized, saved, loaded, run, trained and exported as dense."""
 
 from __future__ import annotations
 
@@ -18,9 +17,9 @@ from lrcompress.layers.model_info import parameter_count
 from tests.tiny import FAMILIES, MIXTURES, MORE_MIXTURES, byte_tokenizer, logits, tiny_model, tokens
 from tests.torture.conftest import Tally, Times
 
-EVERY = [*FAMILIES, *MIXTURES, *MORE_MIXTURES]
+ALL_FAMILIES = [*FAMILIES, *MIXTURES, *MORE_MIXTURES]
 SAMPLE = ["openai-gpt", "lfm2", "mixtral"]
-# what a form of the name is asked for by
+# name of a form -> settings that give it
 FORMS: dict[str, dict[str, Any]] = {
     "factored": {"method": "whitened", "form": "factored"},
     "pivoted": {"method": "fisher", "form": "pivoted"},
@@ -30,40 +29,40 @@ FORMS: dict[str, dict[str, Any]] = {
 SETTINGS: dict[str, Any] = {"keep_ratio": 0.6, "num_samples": 4, "seq_len": 48, "rank_multiple": 2}
 
 
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_every_family_in_every_form(
     family: str, times: Times, tally: Tally, tmp_path: Path
 ) -> None:
     if not times(1, family in SAMPLE):
-        pytest.skip("in the full run alone")
-    for form, asked in FORMS.items():
+        pytest.skip("runs with --full only")
+    for form, settings in FORMS.items():
         model = tiny_model(family)
-        done = lrcompress.factorize(model, byte_tokenizer(), **asked, **SETTINGS)
-        forms = {one.form for one in done.linears} - {None}
+        result = lrcompress.factorize(model, byte_tokenizer(), **settings, **SETTINGS)
+        forms = {linear.form for linear in result.linears} - {None}
         assert forms == {form} if form != "mixed" else forms <= {"pivoted", "narrowed"}
-        assert done.model.kept == parameter_count(model)
-        assert done.ffn.kept == ffn_parameters(model)
+        assert result.model.kept == parameter_count(model)
+        assert result.ffn.kept == ffn_parameters(model)
         check(model, tmp_path / form)
     tally("families passed", 1)
     tally("family-form pairs passed", len(FORMS))
 
 
 def check(model: Any, folder: Path) -> None:
-    """`model`, just compressed: saved, loaded, generated from, exported dense, trained."""
+    """Saves, loads, runs, exports and trains `model`, which is compressed."""
     lrcompress.save(model, folder / "saved", byte_tokenizer())
     loaded = AutoModelForCausalLM.from_pretrained(folder / "saved")
     assert dict(compressed_layers(loaded)).keys() == dict(compressed_layers(model)).keys()
     expected = logits(model)
     assert torch.equal(logits(loaded), expected)
-    assert torch.equal(written(loaded), written(model))
+    assert torch.equal(generated(loaded), generated(model))
     check_export(loaded, folder, expected)
     check_training(model)
 
 
-def written(model: Any) -> torch.Tensor:
-    found: torch.Tensor = model.generate(tokens(1, 8), max_new_tokens=6, do_sample=False)
-    assert found.shape[1] > 8
-    return found
+def generated(model: Any) -> torch.Tensor:
+    sequences: torch.Tensor = model.generate(tokens(1, 8), max_new_tokens=6, do_sample=False)
+    assert sequences.shape[1] > 8
+    return sequences
 
 
 def check_export(model: Any, folder: Path, expected: torch.Tensor) -> None:

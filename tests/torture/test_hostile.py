@@ -1,4 +1,4 @@
-"""Whatever is written into a recipe, a config, a checkpoint or a report: one sentence, or right."""
+"""Tampered recipes, configs, checkpoints and reports: right, or refused in one sentence."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.samples import DETAILS, METRICS, RECORD, points
 from tests.tiny import logits
 from tests.torture.conftest import Tally, Times
 
-# absurd numbers make numpy and matplotlib warn, as they should
+# absurd numbers make numpy and matplotlib warn
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 RECIPE: dict[str, Any] = {
@@ -45,7 +45,7 @@ RECIPE: dict[str, Any] = {
         "perplexity": ["c.txt"], "tasks": ["arc_easy"], "limit": 3, "data_dir": "copies",
         "prompts": ["Once"], "repeats": 3, "baseline": ["d"],
     },
-    "sweep": {"keep_ratios": [0.8, 0.6], "variants": {"one": {"rank_multiple": 4}}},
+    "sweep": {"keep_ratios": [0.8, 0.6], "variants": {"small": {"rank_multiple": 4}}},
 }  # fmt: skip
 LADDER: dict[str, Any] = {
     "pretrain": {"data": ["a.txt"], "vocab_size": 300, "learning_rate": 1e-3},
@@ -57,12 +57,11 @@ LADDER: dict[str, Any] = {
 }  # fmt: skip
 
 
-def refused(error: Exception) -> bool:
-    """One sentence, which is no text of a library's own over several lines."""
+def check_refusal(error: Exception) -> None:
+    """A refusal is an error of lrcompress with a text, and without a traceback."""
     assert isinstance(error, InputError | MachineError)
     assert str(error)
     assert "Traceback" not in str(error)
-    return True
 
 
 def test_recipes(tmp_path: Path, times: Times, tally: Tally) -> None:
@@ -91,25 +90,25 @@ def _dumped(tree: Any) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
-def _loaded(folder: Path) -> torch.Tensor | None:
-    """The logits of what lrcompress loads; None where it refuses."""
+def _logits_by_lrcompress(folder: Path) -> torch.Tensor | None:
+    """None where lrcompress refuses to load the model."""
     try:
         return logits(loading.load(folder, dtype="float32")[0])
     except (InputError, MachineError) as error:
-        refused(error)
+        check_refusal(error)
         return None
 
 
-def _plain(folder: Path) -> torch.Tensor | None:
-    """The same of transformers by itself, whose refusals are of many kinds."""
+def _logits_by_transformers(folder: Path) -> torch.Tensor | None:
+    """None where transformers refuses to load the model, by an error of any type."""
     try:
         return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    except Exception:  # the alternative to a model that is not the checkpoint's
+    except Exception:
         return None
 
 
 def test_configs_of_models(dense: Path, tmp_path: Path, times: Times, tally: Tally) -> None:
-    """What a config says otherwise gives another model, or none; but no traceback."""
+    """A changed config gives another model or a refusal, but no traceback."""
     folder = shutil.copytree(dense, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
 
@@ -118,8 +117,8 @@ def test_configs_of_models(dense: Path, tmp_path: Path, times: Times, tally: Tal
         result = invoke("inspect", folder)
         assert result.exit_code in (0, 2), result.output
         assert result.exit_code == 0 or result.stderr.count("\n") == 1
-        found = _loaded(folder)
-        assert found is None or found.ndim == 3
+        output = _logits_by_lrcompress(folder)
+        assert output is None or output.ndim == 3
 
     tally("model configs", explore(tampered(config), check, times(250, 15)))
 
@@ -129,12 +128,12 @@ def test_configs_of_checkpoints(
 ) -> None:
     folder = shutil.copytree(factorized, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    right = logits(loading.load(factorized)[0])
+    expected = logits(loading.load(factorized)[0])
 
     def check(record: Any) -> None:
         (folder / "config.json").write_text(json.dumps(config | {"quantization_config": record}))
-        for found in (_loaded(folder), _plain(folder)):
-            assert found is None or torch.equal(found, right)
+        for output in (_logits_by_lrcompress(folder), _logits_by_transformers(folder)):
+            assert output is None or torch.equal(output, expected)
 
     records = tampered(config["quantization_config"])
     tally("checkpoint configs", explore(records, check, times(250, 15)))
@@ -147,44 +146,44 @@ def test_headers_and_lengths_of_weights(
     content = (folder / "model.safetensors").read_bytes()
     size = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
-    right = logits(loading.load(factorized)[0])
+    expected = logits(loading.load(factorized)[0])
 
     def check(changed: Any) -> None:
         if not isinstance(changed, bytes):
             head = json.dumps(changed).encode()
             changed = len(head).to_bytes(8, "little") + head + data
         (folder / "model.safetensors").write_bytes(changed)
-        for found in (_loaded(folder), _plain(folder)):
-            assert found is None or torch.equal(found, right)
+        for output in (_logits_by_lrcompress(folder), _logits_by_transformers(folder)):
+            assert output is None or torch.equal(output, expected)
 
-    ways = st.one_of(tampered(header), damaged(content, 8 + size))
-    tally("weight files", explore(ways, check, times(300, 15)))
+    changes = st.one_of(tampered(header), damaged(content, 8 + size))
+    tally("weight files", explore(changes, check, times(300, 15)))
 
 
 def test_records_of_checkpoints(tmp_path: Path, times: Times, tally: Tally) -> None:
-    """What cards, reports and checks of contamination read of lrcompress.json."""
+    """The fields of lrcompress.json that cards, reports and checks of contamination read."""
     folder = tmp_path / "model"
     folder.mkdir()
     sketch = {"below": 2**32, "hashes": "AAAAAA=="}
     text = {"data": "a.txt", "tokens": 64, "sha256": "2" * 64, "sketch": sketch}
-    record = RECORD | {"source": "here", "calibration": text, "before": {"calibration": text}}
+    original = RECORD | {"source": "here", "calibration": text, "before": {"calibration": text}}
 
     def check(changed: Any) -> None:
         (folder / checkpoint_record.RECORD).write_text(json.dumps(changed))
         try:
-            known = read_record(folder)
-            assert known is not None
-            write_record(folder, known)
-            _rendered(Report("title", METRICS, DETAILS, known))
+            record = read_record(folder)
+            assert record is not None
+            write_record(folder, record)
+            _render(Report("title", METRICS, DETAILS, record))
         except InputError as error:
-            refused(error)
+            check_refusal(error)
 
-    tally("records", explore(tampered(record), check, times(100, 8)))
+    tally("records", explore(tampered(original), check, times(100, 8)))
 
 
-def _rendered(found: Report) -> None:
-    for write in report.FORMATS.values():
-        write(found)
+def _render(content: Report) -> None:
+    for to_text in report.FORMATS.values():
+        to_text(content)
 
 
 @pytest.mark.parametrize("kind", ["report", "sweep"])
@@ -199,8 +198,8 @@ def test_reports(kind: str, tmp_path: Path, times: Times, tally: Tally) -> None:
         (tmp_path / "points").mkdir()
         for point in points():
             name = f"{point.variant}-{point.keep_ratio:g}" if point.variant != "dense" else "dense"
-            found = {"point": json.loads(json_text(asdict(point)))}
-            (tmp_path / "points" / f"{name}.json").write_text(json.dumps(found))
+            content = {"point": json.loads(json_text(asdict(point)))}
+            (tmp_path / "points" / f"{name}.json").write_text(json.dumps(content))
     tree = json.loads(file.read_text())
 
     def check(changed: Any) -> None:
