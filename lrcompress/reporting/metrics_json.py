@@ -61,7 +61,8 @@ class Evaluation:
     training: Mapping[str, Any] | None
     """`finetuned` of the last model's lrcompress.json (docs/checkpoint.md), or null."""
     factorization: Mapping[str, Any] | None
-    """The rest of the last model's lrcompress.json, without what stands elsewhere here, or null."""
+    """The rest of the last model's lrcompress.json, without fields that are elsewhere in this file,
+    or null."""
     samples: tuple[Samples, ...]
 
 
