@@ -18,7 +18,7 @@ def test_paths_stay_in_the_folders_that_they_name(dense: Path, tmp_path: Path) -
     assert "has no GGUF file" in refusal("inspect", dense, "--gguf-file", "../x.gguf")
     for file in ("/etc/hosts", "../../x.gguf"):
         assert "leads out of its package" in refusal("inspect", f"package:torch/{file}")
-    assert "is no path" in refusal("inspect", "~nobody-of-that-name/model")
+    assert "is not a path" in refusal("inspect", "~nobody-of-that-name/model")
     assert "too long" in refusal("inspect", "/" + "a" * 5000)
     assert "no package '__main__'" in refusal("eval", dense, "--perplexity", "package:__main__")
 

@@ -200,7 +200,7 @@ def test_an_index_names_files_of_its_folder(name: Any, dense: Path, tmp_path: Pa
     (folder / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "which is no file of its folder" in refusal("eval", folder, *QUICK_EVAL)
+    assert "which is not a file in its folder" in refusal("eval", folder, *QUICK_EVAL)
 
 
 def test_a_config_cannot_ask_for_more_memory_than_the_files_hold(
