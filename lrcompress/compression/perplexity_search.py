@@ -9,6 +9,7 @@ from lrcompress.compression.planning import PreparedModel
 from lrcompress.compression.replace_layers import apply_plan
 from lrcompress.config import FactorizeSettings
 from lrcompress.data.corpora import read_corpus
+from lrcompress.data.windows import Windowing
 from lrcompress.evaluation.perplexity import perplexity
 from lrcompress.layers.model_info import sequence_length
 from lrcompress.layers.model_state import evaluation_mode
@@ -67,8 +68,6 @@ def smallest_within(
 
 def _measure_perplexity(model: Any, tokenizer: Any, settings: FactorizeSettings) -> float:
     corpus = read_corpus(settings.validation, "test")
-    length = sequence_length(model, None)
+    windowing = Windowing(sequence_length(model, None), limit=TRIAL_WINDOWS)
     with evaluation_mode(model):
-        return run_on_main(
-            lambda: perplexity("trial", model, tokenizer, corpus, length, limit=TRIAL_WINDOWS).value
-        )
+        return run_on_main(lambda: perplexity("trial", (model, tokenizer), corpus, windowing).value)

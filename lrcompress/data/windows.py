@@ -23,6 +23,31 @@ class Window:
     scored: int
 
 
+@dataclass(frozen=True)
+class Windowing:
+    """How texts are cut: into windows of at most `length` tokens, the next one `stride` tokens on.
+
+    Without `stride` windows do not overlap. The first `limit` windows of a text are used, or all.
+    """
+
+    length: int
+    stride: int | None = None
+    limit: int | None = None
+
+    def step(self, bos: int | None) -> int:
+        """Tokens from the begin of a window to that of the next.
+
+        Raises InputError where tokens would be left out.
+        """
+        step = self.length if self.stride is None else self.stride
+        if step > self.length:
+            raise InputError(
+                f"stride {step} exceeds the context length {self.length}: tokens would be lost"
+            )
+        # BOS is one token of the window
+        return min(step, self.length if bos is None else self.length - 1)
+
+
 def windows(tokens: list[int], length: int, stride: int, bos: int | None) -> Iterator[Window]:
     """Windows of up to `length` tokens, `stride` apart, that score every token of a document once.
 
@@ -42,32 +67,19 @@ def windows(tokens: list[int], length: int, stride: int, bos: int | None) -> Ite
             return
 
 
-def window_step(length: int, stride: int | None, bos: int | None) -> int:
-    """Tokens from the begin of a window to that of the next; by default windows do not overlap.
-
-    Raises InputError where tokens would be left out.
-    """
-    step = length if stride is None else stride
-    if step > length:
-        raise InputError(f"stride {step} exceeds the context length {length}: tokens would be lost")
-    return min(step, length if bos is None else length - 1)  # BOS is one token of the window
-
-
-def corpus_windows(
-    corpus: Corpus, tokenizer: Any, length: int, stride: int | None, limit: int | None
-) -> list[Window]:
-    """The first `limit` windows (all if None) of the documents; no window spans two documents.
+def corpus_windows(corpus: Corpus, tokenizer: Any, windowing: Windowing) -> list[Window]:
+    """The windows of the documents of `corpus`; none spans two documents.
 
     Raises InputError where there is none.
     """
     bos = bos_token(tokenizer)
-    step = window_step(length, stride, bos)
+    length, step = windowing.length, windowing.step(bos)
     candidates = (
         window
         for document in corpus.documents
         for window in windows(encode(tokenizer, document), length, step, bos)
     )
-    first_windows = list(islice(candidates, limit))
+    first_windows = list(islice(candidates, windowing.limit))
     if not first_windows:
         raise InputError(f"{corpus.spec!r} holds too little text to measure perplexity on")
     return first_windows

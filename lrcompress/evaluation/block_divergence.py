@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.data.corpora import Corpus
-from lrcompress.data.windows import Window, corpus_windows
+from lrcompress.data.windows import Window, Windowing, corpus_windows
 from lrcompress.layers.ffn_layouts import find_blocks
 from lrcompress.models.loading import Loaded
 from lrcompress.reporting.differences import BlockChange
@@ -20,20 +20,18 @@ from lrcompress.runtime.progress import Progress, silent
 def block_changes(
     models: Mapping[str, Loaded],
     corpus: Corpus,
-    length: int,
-    limit: int | None = None,
+    windowing: Windowing,
     progress: Progress = silent,
 ) -> list[BlockChange]:
     """The error of every block of each later model against the first model (see `BlockChange`).
 
-    Later models whose blocks are of other classes or sizes are left out. `length` is in tokens;
-    `limit` is the number of windows.
+    Later models whose blocks are of other classes or sizes are left out.
     """
     (baseline, (first, tokenizer)), *later = models.items()
     others = {label: model for label, (model, _) in later if _is_comparable(first, model)}
     if not others:
         return []
-    windows = corpus_windows(corpus, tokenizer, length, stride=None, limit=limit)
+    windows = corpus_windows(corpus, tokenizer, windowing)
     sums = {label: [0.0] * len(find_blocks(first)[1]) for label in others}
     for window in progress(windows, "Comparing blocks", len(windows)):
         _add_errors(first, others, window, sums)

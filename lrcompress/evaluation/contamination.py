@@ -13,7 +13,7 @@ from lrcompress.data.calibration_text import read_blocks
 from lrcompress.data.corpora import SELF, read_corpus
 from lrcompress.data.ngram_overlap import TOLERATED_OVERLAP, Sketch, ngram_hashes, overlap_share
 from lrcompress.data.training_text import training_text
-from lrcompress.data.windows import corpus_windows
+from lrcompress.data.windows import Windowing, corpus_windows
 from lrcompress.layers.model_info import sequence_length
 from lrcompress.models.loading import load_tokenizer, skeleton
 from lrcompress.reporting.provenance import history
@@ -50,9 +50,10 @@ def _evaluation_hashes(
     tokenizer: Any, settings: EvaluateSettings, length: int
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The SPEC and the n-gram hashes of each text, in the windows used for perplexity."""
+    windowing = Windowing(length, settings.stride, settings.limit)
     for spec in settings.perplexity:
         corpus = read_corpus(spec, "test")
-        windows = corpus_windows(corpus, tokenizer, length, settings.stride, settings.limit)
+        windows = corpus_windows(corpus, tokenizer, windowing)
         yield spec, ngram_hashes(window.tokens for window in windows)
 
 

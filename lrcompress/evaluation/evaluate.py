@@ -14,6 +14,7 @@ from lrcompress.checkpoint.record import RECORD, ModelWithRecord, read_record, w
 from lrcompress.config import EvaluateSettings, ModelSettings
 from lrcompress.config.recipe import Recipe, sections_from_flat
 from lrcompress.data.corpora import read_corpus
+from lrcompress.data.windows import Windowing
 from lrcompress.evaluation.block_divergence import block_changes
 from lrcompress.evaluation.contamination import check_checkpoint
 from lrcompress.evaluation.continuations import continuations
@@ -119,9 +120,10 @@ def details(
         if len(models) > 1 and limit:
             corpora = [read_corpus(spec, "test") for spec in settings.perplexity]
             for corpus in corpora:
-                tokens += token_changes(models, corpus, length, settings.stride, limit, progress)
+                windowing = Windowing(length, settings.stride, limit)
+                tokens += token_changes(models, corpus, windowing, progress)
             for corpus in corpora[:1]:
-                blocks += block_changes(models, corpus, length, limit, progress)
+                blocks += block_changes(models, corpus, Windowing(length, limit=limit), progress)
     return Differences(tuple(tokens), tuple(blocks), tuple(texts))
 
 
@@ -183,22 +185,12 @@ def quality(
     model, tokenizer = loaded
     _check_tokenizer(tokenizer, settings)
     corpora = [read_corpus(spec, "test") for spec in settings.perplexity]
+    windowing = Windowing(length, settings.stride, settings.limit)
     metrics = list(size(label, model))
     logs: Logs = {}
     with evaluation_mode(model):
         for corpus in corpora:
-            metrics.append(
-                perplexity(
-                    label,
-                    model,
-                    tokenizer,
-                    corpus,
-                    length,
-                    stride=settings.stride,
-                    limit=settings.limit,
-                    progress=progress,
-                )
-            )
+            metrics.append(perplexity(label, loaded, corpus, windowing, progress))
         if tasks:
             options = TaskOptions(
                 max_length=length,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch.nn.functional import cross_entropy
 
 from lrcompress.data.corpora import Corpus
 from lrcompress.data.packing import bos_token, token_hash
-from lrcompress.data.windows import Window, corpus_windows, window_step
+from lrcompress.data.windows import Window, Windowing, corpus_windows
 from lrcompress.layers.nonfinite import explain_nonfinite
+from lrcompress.models.loading import Loaded
 from lrcompress.reporting.differences import MAX_EXPONENT
 from lrcompress.reporting.metric import PERPLEXITY, Metric
 from lrcompress.runtime.errors import NotFiniteError
@@ -43,21 +45,18 @@ def token_losses(model: Any, window: Window) -> Tensor:
 
 def perplexity(
     label: str,
-    model: Any,
-    tokenizer: Any,
+    loaded: Loaded,
     corpus: Corpus,
-    length: int,
-    stride: int | None = None,
-    limit: int | None = None,
+    windowing: Windowing,
     progress: Progress = silent,
 ) -> Metric:
     """exp of the mean negative log-likelihood per token; its samples are [nats, tokens] of each
     window.
 
-    `length` and `stride` are in tokens (`stride` None: no overlap), `limit` is a number of
-    windows. Raises NotFiniteError where the loss of a window is NaN or infinite.
+    Raises NotFiniteError where the loss of a window is NaN or infinite.
     """
-    bos, windows = bos_token(tokenizer), corpus_windows(corpus, tokenizer, length, stride, limit)
+    model, tokenizer = loaded
+    windows = corpus_windows(corpus, tokenizer, windowing)
     samples: list[list[float]] = []
     for index, window in enumerate(progress(windows, f"Perplexity of {label}", len(windows))):
         loss = float(token_losses(model, window).double().sum())
@@ -68,23 +67,28 @@ def perplexity(
             )
         samples.append([loss, window.scored])
     count = sum(window.scored for window in windows)
-    conditions = {
-        "data": corpus.spec,
-        "context_length": length,
-        "stride": window_step(length, stride, bos),
-        "bos": "none" if bos is None else "at each window",
-        "windows": len(windows),
-        "tokens": count,
-        "sha256": token_hash(torch.cat([window.tokens for window in windows])),
-    }
     mean = sum(loss for loss, _ in samples) / count
-    value = math.exp(min(mean, MAX_EXPONENT))
     return Metric(
         model=label,
         name=PERPLEXITY,
-        value=value,
+        value=math.exp(min(mean, MAX_EXPONENT)),
         unit="",
         higher_is_better=False,
-        conditions=conditions,
+        conditions=_conditions(corpus, windowing, windows, bos_token(tokenizer)),
         samples=samples,
     )
+
+
+def _conditions(
+    corpus: Corpus, windowing: Windowing, windows: Sequence[Window], bos: int | None
+) -> dict[str, object]:
+    """What has to be equal for two perplexities to be compared."""
+    return {
+        "data": corpus.spec,
+        "context_length": windowing.length,
+        "stride": windowing.step(bos),
+        "bos": "none" if bos is None else "at each window",
+        "windows": len(windows),
+        "tokens": sum(window.scored for window in windows),
+        "sha256": token_hash(torch.cat([window.tokens for window in windows])),
+    }

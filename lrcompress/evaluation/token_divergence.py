@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.data.corpora import Corpus
-from lrcompress.data.windows import Window, corpus_windows
+from lrcompress.data.windows import Window, Windowing, corpus_windows
 from lrcompress.evaluation.perplexity import LOSS_ROWS, scored_logits
 from lrcompress.models.loading import Loaded
 from lrcompress.reporting.differences import PositionLoss, Token, TokenChange
@@ -45,24 +45,21 @@ class TokenStatistics:
 def token_changes(
     models: Mapping[str, Loaded],
     corpus: Corpus,
-    length: int,
-    stride: int | None = None,
-    limit: int | None = None,
+    windowing: Windowing,
     progress: Progress = silent,
 ) -> list[TokenChange]:
     """Compares every later model with the first one; models with another tokenizer or vocabulary
     are left out.
 
-    The first model runs once for all others. Windows are the first `limit` of those that
-    `perplexity` uses; `length` and `stride` are in tokens.
+    The first model runs once for all others. Windows are cut as for `perplexity`.
     """
     (baseline, (first, tokenizer)), *later = models.items()
-    windows = corpus_windows(corpus, tokenizer, length, stride, limit)
+    windows = corpus_windows(corpus, tokenizer, windowing)
     others = {
         label: model
         for label, (model, other_tokenizer) in later
         if _same_vocabulary(first, model)
-        and _same_tokens(windows, corpus_windows(corpus, other_tokenizer, length, stride, limit))
+        and _same_tokens(windows, corpus_windows(corpus, other_tokenizer, windowing))
     }
     if not others:
         return []
@@ -73,14 +70,13 @@ def token_changes(
             other_logits, _ = scored_logits(model, window)
             statistics[label].append(_token_statistics(logits, other_logits, targets))
     return [
-        _token_change(
+        TokenChange(
             baseline=baseline,
-            label=label,
-            corpus=corpus,
-            length=length,
-            windows=windows,
-            statistics=_concatenated(chunks),
-            tokenizer=tokenizer,
+            model=label,
+            data=corpus.spec,
+            context_length=windowing.length,
+            windows=len(windows),
+            **_summary(_concatenated(chunks), windows, tokenizer),
         )
         for label, chunks in statistics.items()
     ]
@@ -144,15 +140,10 @@ def _concatenated(chunks: Sequence[TokenStatistics]) -> TokenStatistics:
     )
 
 
-def _token_change(
-    baseline: str,
-    label: str,
-    corpus: Corpus,
-    length: int,
-    windows: Sequence[Window],
-    statistics: TokenStatistics,
-    tokenizer: Any,
-) -> TokenChange:
+def _summary(
+    statistics: TokenStatistics, windows: Sequence[Window], tokenizer: Any
+) -> dict[str, Any]:
+    """The fields of a TokenChange that come from its tokens."""
     locations = [
         (index, position)
         for index, window in enumerate(windows)
@@ -160,21 +151,16 @@ def _token_change(
     ]
     levels = np.percentile(statistics.divergence, PERCENTILES)
     positions = np.array([position for _, position in locations])
-    return TokenChange(
-        baseline=baseline,
-        model=label,
-        data=corpus.spec,
-        context_length=length,
-        windows=len(windows),
-        tokens=len(locations),
-        divergence=float(statistics.divergence.mean()),
-        percentiles={
+    return {
+        "tokens": len(locations),
+        "divergence": float(statistics.divergence.mean()),
+        "percentiles": {
             f"{share:g}": float(level) for share, level in zip(PERCENTILES, levels, strict=True)
         },
-        agreement=float((statistics.guess == statistics.baseline_guess).mean()),
-        positions=tuple(_losses_by_position(positions, statistics)),
-        worst=tuple(_worst_tokens(locations, windows, statistics, tokenizer)),
-    )
+        "agreement": float((statistics.guess == statistics.baseline_guess).mean()),
+        "positions": tuple(_losses_by_position(positions, statistics)),
+        "worst": tuple(_worst_tokens(locations, windows, statistics, tokenizer)),
+    }
 
 
 def _losses_by_position(

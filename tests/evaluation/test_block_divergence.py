@@ -10,6 +10,7 @@ import torch
 
 import lrcompress
 from lrcompress.data.corpora import read_corpus
+from lrcompress.data.windows import Windowing
 from lrcompress.evaluation.block_divergence import block_changes
 from tests.conftest import invoke
 from tests.evaluation.conftest import LENGTH
@@ -56,6 +57,6 @@ def test_blocks_of_every_family_can_be_compared(family: str, text: Path) -> None
     models = {"0": (model, byte_tokenizer()), "1": (other, byte_tokenizer())}
     for each, _ in models.values():
         each.eval()
-    (change,) = block_changes(models, read_corpus(str(text), "test"), 32, limit=1)
+    (change,) = block_changes(models, read_corpus(str(text), "test"), Windowing(32, limit=1))
     assert len(change.errors) == 2
     assert all(error >= 0 for error in change.errors)

@@ -10,7 +10,7 @@ import torch
 
 from lrcompress.data.corpora import Corpus
 from lrcompress.data.packing import encode
-from lrcompress.data.windows import windows
+from lrcompress.data.windows import Windowing, windows
 from lrcompress.evaluation.perplexity import perplexity
 from lrcompress.runtime.errors import InputError
 from tests.tiny import byte_tokenizer, tiny_model
@@ -48,7 +48,9 @@ def test_no_token_is_left_out_whatever_the_lengths() -> None:
 
 def test_the_count_of_scored_tokens_is_that_of_the_samples() -> None:
     for letters in (33, 64, 65, 95):
-        metric = perplexity("m", tiny_model(), byte_tokenizer(), Corpus("x", ["a" * letters]), 32)
+        metric = perplexity(
+            "m", (tiny_model(), byte_tokenizer()), Corpus("x", ["a" * letters]), Windowing(32)
+        )
         assert metric.conditions["tokens"] == sum(weight for _, weight in metric.samples)
         # the first token of each window is not scored
         assert metric.conditions["tokens"] == letters + -letters // 32
@@ -56,7 +58,7 @@ def test_the_count_of_scored_tokens_is_that_of_the_samples() -> None:
 
 def test_equals_a_direct_computation() -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
-    metric = perplexity("dense", model, tokenizer, Corpus("x", [TEXT]), 32)
+    metric = perplexity("dense", (model, tokenizer), Corpus("x", [TEXT]), Windowing(32))
     ids = torch.tensor(encode(tokenizer, TEXT))
     losses = []
     with torch.no_grad():
@@ -72,9 +74,12 @@ def test_equals_a_direct_computation() -> None:
 
 def test_windows_stay_inside_documents() -> None:
     model, tokenizer = tiny_model(), byte_tokenizer()
-    whole = perplexity("m", model, tokenizer, Corpus("x", [TEXT, "another document"]), 32)
+    whole = perplexity(
+        "m", (model, tokenizer), Corpus("x", [TEXT, "another document"]), Windowing(32)
+    )
     by_document = [
-        perplexity("m", model, tokenizer, Corpus("x", [d]), 32) for d in (TEXT, "another document")
+        perplexity("m", (model, tokenizer), Corpus("x", [d]), Windowing(32))
+        for d in (TEXT, "another document")
     ]
     counts = [int(str(metric.conditions["tokens"])) for metric in by_document]
     losses = (math.log(metric.value) * n for metric, n in zip(by_document, counts, strict=True))
@@ -83,7 +88,9 @@ def test_windows_stay_inside_documents() -> None:
 
 
 def test_limit_takes_the_first_windows() -> None:
-    metric = perplexity("m", tiny_model(), byte_tokenizer(), Corpus("x", [TEXT]), 32, limit=2)
+    metric = perplexity(
+        "m", (tiny_model(), byte_tokenizer()), Corpus("x", [TEXT]), Windowing(32, limit=2)
+    )
     assert metric.conditions["windows"] == 2
     assert metric.conditions["tokens"] == 62
 
@@ -95,9 +102,9 @@ def test_non_finite_loss_raises() -> None:
     with pytest.raises(
         InputError, match=r"'x' is nan, because model.layers.1.mlp.down_proj.weight is not"
     ):
-        perplexity("dense", model, byte_tokenizer(), Corpus("x", [TEXT]), 32)
+        perplexity("dense", (model, byte_tokenizer()), Corpus("x", [TEXT]), Windowing(32))
 
 
 def test_nothing_to_score_raises() -> None:
     with pytest.raises(InputError, match="too little text"):
-        perplexity("dense", tiny_model(), byte_tokenizer(), Corpus("x", ["a"]), 32)
+        perplexity("dense", (tiny_model(), byte_tokenizer()), Corpus("x", ["a"]), Windowing(32))

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 import lrcompress
 from lrcompress.data.corpora import read_corpus
-from lrcompress.data.windows import corpus_windows
+from lrcompress.data.windows import Windowing, corpus_windows
 from lrcompress.evaluation.block_divergence import block_changes
 from lrcompress.evaluation.token_divergence import token_changes
 from lrcompress.reporting.differences import PositionLoss
@@ -24,9 +24,9 @@ def test_divergence_and_agreement_equal_a_direct_computation(
     dense: Path, factorized: Path, text: Path
 ) -> None:
     models, corpus = loaded(dense, factorized), read_corpus(str(text), "test")
-    (change,) = token_changes(models, corpus, LENGTH, limit=3)
+    (change,) = token_changes(models, corpus, Windowing(LENGTH, limit=3))
     divergences, agreed, losses = [], [], []
-    for window in corpus_windows(corpus, models["0"][1], LENGTH, None, 3):
+    for window in corpus_windows(corpus, models["0"][1], Windowing(LENGTH, limit=3)):
         p, q = (
             model(input_ids=window.tokens[None]).logits[0, -window.scored - 1 : -1].log_softmax(-1)
             for model, _ in models.values()
@@ -46,8 +46,8 @@ def test_divergence_and_agreement_equal_a_direct_computation(
 
 def test_a_model_does_not_differ_from_itself(dense: Path, text: Path) -> None:
     models, corpus = loaded(dense, dense), read_corpus(str(text), "test")
-    (tokens,) = token_changes(models, corpus, LENGTH, limit=2)
-    (blocks,) = block_changes(models, corpus, LENGTH, limit=2)
+    (tokens,) = token_changes(models, corpus, Windowing(LENGTH, limit=2))
+    (blocks,) = block_changes(models, corpus, Windowing(LENGTH, limit=2))
     assert tokens.divergence == pytest.approx(0, abs=1e-6)
     assert tokens.agreement == 1
     assert blocks.errors == (0.0,) * len(blocks.errors)
@@ -55,7 +55,7 @@ def test_a_model_does_not_differ_from_itself(dense: Path, text: Path) -> None:
 
 def test_worst_tokens_stand_in_their_context(dense: Path, factorized: Path, text: Path) -> None:
     (change,) = token_changes(
-        loaded(dense, factorized), read_corpus(str(text), "test"), LENGTH, limit=2
+        loaded(dense, factorized), read_corpus(str(text), "test"), Windowing(LENGTH, limit=2)
     )
     for token in change.worst:
         assert len(token.context) == min(16, token.position)
@@ -68,7 +68,7 @@ def test_models_of_other_tokenizers_are_left_out(dense: Path, text: Path, tmp_pa
     model, tokenizer = lrcompress.load(dense)
     other = tiny_model(vocab_size=300)
     models = {"first": (model, tokenizer), "other": (other, tokenizer)}
-    assert token_changes(models, read_corpus(str(text), "test"), LENGTH, limit=1) == []
+    assert token_changes(models, read_corpus(str(text), "test"), Windowing(LENGTH, limit=1)) == []
 
 
 def test_a_loss_beyond_all_perplexities_is_still_reported() -> None:
