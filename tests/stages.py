@@ -13,19 +13,20 @@ from pathlib import Path
 from lrcompress.checkpoint.fingerprints import STAGES, Stage
 
 RECORD = Path("tests/checkpoint/stages.json")
-SHARED = ["layers/*.py", "data/corpora.py", "data/packing.py"]
-TRAINING = ["training/*.py", "data/training_text.py", "data/train_tokenizer.py"]
+SHARED = ["layers/*.py", "models/loading.py", "data/corpora.py", "data/packing.py"]
+PERPLEXITY = ["evaluation/perplexity.py", "data/windows.py"]
+COMPRESSION = ["compression/**/*.py", "methods/**/*.py"]
+TRAINING = ["training/*.py", "data/training_text.py", "data/train_tokenizer.py", *COMPRESSION]
 # stage -> patterns below lrcompress/ of the modules whose code makes its numbers
 SOURCES: dict[Stage, list[str]] = {
-    "benchmark": ["benchmark/*.py"],
-    "evaluate": ["evaluation/*.py", "data/windows.py", *SHARED],
+    "benchmark": ["benchmark/*.py", *SHARED],
+    "evaluate": ["evaluation/*.py", "models/torchao.py", *PERPLEXITY, *SHARED],
     "factorize": [
-        "compression/**/*.py", "methods/**/*.py", "data/calibration_text.py", "data/generated.py",
-        *SHARED,
+        *COMPRESSION, "data/calibration_text.py", "data/generated.py", *PERPLEXITY, *SHARED,
     ],
     "finetune": [*TRAINING, *SHARED],
     "pretrain": [*TRAINING, *SHARED],
-    "tasks": ["evaluation/tasks/*.py", "layers/*.py"],
+    "tasks": ["evaluation/tasks/*.py", *SHARED],
     "teacher": ["training/teacher_cache.py", "training/losses.py"],
 }  # fmt: skip
 

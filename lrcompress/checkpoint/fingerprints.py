@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from lrcompress.config import ModelSettings
+from lrcompress.config import EvaluateSettings, ModelSettings
 from lrcompress.config.recipe import Recipe
 from lrcompress.models.loading import locate
 from lrcompress.runtime.atomic_io import replace_text
@@ -61,6 +61,12 @@ def factorize_inputs(recipe: Recipe) -> list[Any]:
 def data_state(spec: str) -> list[list[Any]]:
     """State of the file that a text's SPEC names; empty where it names no local file."""
     return file_states([Path(spec.partition(":")[0])])
+
+
+def evaluation_inputs(settings: EvaluateSettings) -> list[Any]:
+    """The state of the texts and tasks that an evaluation reads."""
+    states = [data_state(spec) for spec in (*settings.perplexity, *settings.tasks)]
+    return [*states, folder_state(settings.data_dir)]
 
 
 def folder_state(folder: str | None) -> list[list[Any]]:

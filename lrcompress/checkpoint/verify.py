@@ -123,9 +123,9 @@ def _model_faults(folder: Path) -> Iterator[Fault]:
     would run that code.
     """
     config = json.loads((folder / "config.json").read_text("utf-8"))
+    yield from _dtype_faults(folder, config.get("dtype"))
     if "auto_map" in config:
         return
-    yield from _dtype_faults(folder, config.get("dtype"))
     try:
         loading.load(folder, placement={"device_map": {"": "meta"}})
     except InputError as error:

@@ -95,7 +95,7 @@ class Planning:
     def of(cls, settings: FactorizeSettings, keep_ratio: float | None) -> Self:
         grid = CandidateGrid(settings.form, settings.rank_multiple, settings.rank)
         budget = Budget(settings.rank, keep_ratio)
-        return cls(settings.compressor(), settings.allocator(), grid, budget)
+        return cls(settings.build_method(), settings.allocator(), grid, budget)
 
     @property
     def needs_measurement(self) -> bool:
@@ -323,7 +323,7 @@ def _statistics(
     readers: dict[str, LinearSpec] = {}
     for spec in specs:
         readers.setdefault(spec.input_group, spec)
-    shared = {group: moments.statistics(spec).second_moment for group, spec in readers.items()}
+    shared = {group: moments.second_moment(spec) for group, spec in readers.items()}
     return {
         spec.name: Statistics(shared[spec.input_group], moments.gradient_moment(spec))
         for spec in specs

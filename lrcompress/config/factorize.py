@@ -106,14 +106,14 @@ class FactorizeSettings(Section):
             raise ValueError(
                 "max_perplexity_increase measures whole models: with streaming use keep_ratio"
             )
-        method, policy = self.compressor(), self.allocator()
+        method, policy = self.build_method(), self.allocator()
         if self.rank is not None and (policy.needs_errors or not method.truncates):
             raise ValueError(
                 f"rank does not go with {self.method} and {self.ranks}: use keep_ratio"
             )
         return self
 
-    def compressor(self) -> Method:
+    def build_method(self) -> Method:
         """The compression method with its options."""
         return _build(METHODS, self.method, self.method_options, "method_options")  # type: ignore[no-any-return]
 

@@ -94,7 +94,7 @@ def _planned_hashes(recipe: Recipe, model: Any, tokenizer: Any) -> Iterator[tupl
 def reads_text(recipe: Recipe) -> bool:
     """Whether factorizing reads the text of the calibration section."""
     settings = recipe.factorize
-    needs_statistics = bool(settings.compressor().requires)
+    needs_statistics = bool(settings.build_method().requires)
     return needs_statistics or recipe.refine.enabled or settings.sequential == "anchored"
 
 

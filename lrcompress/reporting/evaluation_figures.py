@@ -143,7 +143,7 @@ def _blocks(changes: Sequence[BlockChange]) -> Picture:
         f"{c.model}: most in block {c.worst}, {c.errors[c.worst]:.3g}, median {c.median:.3g}"
         for c in changes
     )
-    title = f"Error of each block, given what the same block of {changes[0].baseline} is given"
+    title = f"Error of each block, on the inputs of the same block of {changes[0].baseline}"
     lines = {change.model: list(change.errors) for change in changes}
     blocks = range(len(changes[0].errors))
     return draw(

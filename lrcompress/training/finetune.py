@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from lrcompress.checkpoint import fingerprints
-from lrcompress.checkpoint.record import drop_measured, read_record
+from lrcompress.checkpoint.record import drop_measured, record_of
 from lrcompress.config import FinetuneSettings, ModelSettings
 from lrcompress.data.training_text import TrainingText
 from lrcompress.layers.lowrank import compressed_layers
 from lrcompress.layers.model_info import refuse_quantized
 from lrcompress.layers.model_state import only_trainable, requires_grad_restored
 from lrcompress.layers.moe import unpacked
-from lrcompress.models.loading import Loaded, load_model, locate, with_source
+from lrcompress.models.loading import Loaded, load_model, with_source
 from lrcompress.reporting.provenance import provenance_of
 from lrcompress.runtime import distributed
 from lrcompress.runtime.distributed import run_on_all, run_on_main
@@ -83,7 +83,7 @@ class FinetuneJob(TrainingJob):
     def check_inputs(self) -> dict[str, Any]:
         source, settings = self.source, self.settings
         check_settings(settings, source.device)
-        record = read_record(Path(locate(source.source).path)) or {}
+        record = record_of(source) or {}
         teacher_name = settings.teacher or record.get("source")
         if teacher_name is None:
             raise InputError(f"{source.source!r} names no source: give --teacher MODEL")

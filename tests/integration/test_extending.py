@@ -65,3 +65,15 @@ def test_export_format(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert result.exit_code == 0, result.output
     with safe_open(tmp_path / "out" / "weights.safetensors", "pt") as file:
         assert "model.embed_tokens.weight" in file.keys()  # noqa: SIM118
+
+
+def test_registry_lines_name_what_the_examples_define() -> None:
+    """Each line for a registry names the file of the example before it, and a name in that file."""
+    files = {
+        file: block for block in BLOCKS for file in re.findall(r"^# (lrcompress/\S+\.py)\n", block)
+    }
+    lines = re.findall(r'"(lrcompress\.[\w.]+):(\w+)"', "\n".join(BLOCKS))
+    assert len(lines) == 3
+    for module, name in lines:
+        block = files[f"{module.replace('.', '/')}.py"]
+        assert re.search(rf"^(?:class|def) {name}\b", block, re.MULTILINE)

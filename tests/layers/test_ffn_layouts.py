@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import lrcompress
 from lrcompress.checkpoint.export.dense import to_stock
 from lrcompress.checkpoint.folder import saved_tensors
-from lrcompress.layers.ffn_layouts import find_ffns, select
+from lrcompress.layers.ffn_layouts import LAYOUTS, find_blocks, find_ffns, select
 from lrcompress.layers.lowrank import compressed_layers, dense_weight
 from lrcompress.layers.model_info import parameter_count
 from lrcompress.layers.moe import unpacked
@@ -180,3 +180,13 @@ def test_unsupported_experts_are_named_and_refused(
         select(model)
     with pytest.raises(InputError, match="otherwise not laid out"):
         lrcompress.factorize(model, rank=4, method="svd")
+
+
+def test_every_layout_has_a_family_that_tests_it() -> None:
+    rows = set()
+    for family in (*FAMILIES, *MIXTURES):
+        for block in find_blocks(tiny_model(family))[1]:
+            paths = {name for name, _ in block.named_modules()}
+            # a block takes the first layout that fits
+            rows.add(next((n for n, row in enumerate(LAYOUTS) if row.keys() <= paths), None))
+    assert rows - {None} == set(range(len(LAYOUTS)))

@@ -80,7 +80,7 @@ class MomentCollector:
         )
 
     def statistics(self, tokens: int, gradient_tokens: int) -> MomentStatistics:
-        """What the finished sums say, over `tokens`, of which `gradient_tokens` have gradients."""
+        """The mean moments over `tokens`, of which `gradient_tokens` have gradients."""
         return MomentStatistics(
             tuple(self.linears), self.input_sums, self.gradient_sums, tokens, gradient_tokens
         )
@@ -101,9 +101,13 @@ class MomentStatistics:
     gradient_tokens: int
 
     def statistics(self, linear: LinearSpec) -> Statistics:
-        """The moments of `linear`.
+        """The moments of `linear`. Raises as `second_moment` and `gradient_moment` do."""
+        return Statistics(self.second_moment(linear), self.gradient_moment(linear))
 
-        Raises InputError where no token reached it, NotFiniteError where one is not finite.
+    def second_moment(self, linear: LinearSpec) -> Tensor:
+        """The mean of x xᵀ (in, in) of `linear`.
+
+        Raises InputError where no token reached it, NotFiniteError where it is not finite.
         """
         group, sums = linear.input_group, self.input_sums
         if linear.mixture:
@@ -114,8 +118,7 @@ class MomentStatistics:
             total = sums.sums[group]
         else:
             raise InputError(f"calibration never reached {linear.name}: exclude it by name")
-        moment = _symmetric(total) / self.tokens
-        return Statistics(_finite(moment, "input", linear), self.gradient_moment(linear))
+        return _require_finite(_symmetric(total) / self.tokens, "input", linear)
 
     def gradient_moment(self, linear: LinearSpec) -> Tensor | None:
         """The mean of g gᵀ (out, out) of `linear`; None if no gradient was measured.
@@ -133,7 +136,7 @@ class MomentStatistics:
             total, tokens = sums.sums[name], self.gradient_tokens
         else:
             return None
-        return _finite(_symmetric(total) / tokens, "output gradient", linear)
+        return _require_finite(_symmetric(total) / tokens, "output gradient", linear)
 
     @cached_property
     def _mixtures(self) -> dict[tuple[str, str], list[LinearSpec]]:
@@ -157,7 +160,7 @@ class MomentStatistics:
         return [(spec.ffn, tokens) for spec, tokens in counts if tokens < spec.in_features]
 
 
-def _finite(moment: Tensor, subject: str, linear: LinearSpec) -> Tensor:
+def _require_finite(moment: Tensor, subject: str, linear: LinearSpec) -> Tensor:
     if not bool(moment.isfinite().all()):
         raise NotFiniteError(
             f"the {subject} of {linear.name} is not finite: calibrate with --dtype float32"

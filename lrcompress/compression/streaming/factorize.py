@@ -25,7 +25,7 @@ from lrcompress.compression.planning import (
 from lrcompress.compression.refined_block import RefinedBlock
 from lrcompress.compression.replace_layers import LinearResult
 from lrcompress.compression.result import DenseModel, Factorization, factorization_of
-from lrcompress.compression.streaming.block_steps import BlockCompressor
+from lrcompress.compression.streaming.block_compressor import BlockCompressor
 from lrcompress.compression.streaming.block_store import BlockFiles
 from lrcompress.compression.streaming.source import StreamingSource
 from lrcompress.config.recipe import Recipe

@@ -20,10 +20,9 @@ from lrcompress.workflows.work_folder import RECIPE, ResultFile, WorkFolder, par
 
 T = TypeVar("T")
 
-MODEL, FINETUNED, STAGES = "model", "finetuned", "stages"
+MODEL, FINETUNED, STAGES_FOLDER = "model", "finetuned", "stages"
 # stage that makes a model -> folder of the model
 MODEL_FOLDERS: dict[Stage, str] = {"factorize": MODEL, "finetune": FINETUNED}
-METRIC_STAGES: tuple[Stage, ...] = ("evaluate", "tasks", "benchmark")
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class RunFolder(WorkFolder):
 
     kind = "run"
     reports = tuple(report.FORMATS)
-    results = STAGES
+    results = STAGES_FOLDER
 
     def refuse_other(self, overwrite: bool) -> None:
         """Raises InputError where the folder holds links, other content, or another recipe's model.
@@ -71,12 +70,12 @@ class RunFolder(WorkFolder):
         return not (self.out / RECIPE).is_file() or self.has_other_recipe()
 
     def _are_ours(self, names: set[str]) -> bool:
-        ours = {locks.LOCK_FILE, RECIPE, STAGES, *self.reports}
+        ours = {locks.LOCK_FILE, RECIPE, STAGES_FOLDER, *self.reports}
         ours |= partial_names(ours)
         for stage, folder in MODEL_FOLDERS.items():
             if self._stage_file(stage).is_file():  # otherwise a user put the folder there
                 ours.add(folder)
-        if (self.out / STAGES).is_dir():
+        if (self.out / STAGES_FOLDER).is_dir():
             ours |= {sample_logs.FOLDER, figures.FOLDER}
         temporary = tuple(f".{name}." for name in (*MODEL_FOLDERS.values(), figures.FOLDER))
         return all(name in ours or name.startswith(temporary) for name in names)
@@ -112,10 +111,9 @@ class RunFolder(WorkFolder):
         # last: without this file the model's folder would count as a user's
         self._stage_file(stage).unlink(missing_ok=True)
 
-    def cached(self, name: str, inputs: list[Any], kind: type[T], measure: Callable[[], T]) -> T:
-        """The measurement `name`, of type `kind`; `measure` makes it if its inputs changed."""
-        file = ResultFile(self._stage_file(name), "found", kind)
-        return file.cached(inputs, METRIC_STAGES, measure)
+    def measurement(self, name: str, kind: type[T]) -> ResultFile[T]:
+        """The file of the measurement `name`, a value of type `kind`."""
+        return ResultFile(self._stage_file(name), "found", kind)
 
     def drop_other_logs(self, models: Iterable[str]) -> None:
         """Removes the logged task samples of models that are not among `models`."""
@@ -130,4 +128,4 @@ class RunFolder(WorkFolder):
         fingerprints.write_state(file, content)
 
     def _stage_file(self, stage: str) -> Path:
-        return self.out / STAGES / f"{stage}.json"
+        return self.out / STAGES_FOLDER / f"{stage}.json"

@@ -8,7 +8,7 @@ from typing import Any
 
 from lrcompress.checkpoint import fingerprints
 from lrcompress.checkpoint.fingerprints import Stage
-from lrcompress.checkpoint.record import read_record, write_measured
+from lrcompress.checkpoint.record import read_record, record_of, write_measured
 from lrcompress.compression.factorize_folder import factorize_to
 from lrcompress.config import ModelSettings
 from lrcompress.config.recipe import Recipe, read_recipe
@@ -149,8 +149,7 @@ class Run:
     def _metric_inputs(self, title: str) -> list[Any]:
         """Everything that the metrics of a column depend on."""
         settings, source = self.recipe.evaluate, self._compared[title]
-        texts = [fingerprints.data_state(spec) for spec in (*settings.perplexity, *settings.tasks)]
-        texts.append(fingerprints.folder_state(settings.data_dir))
+        texts = fingerprints.evaluation_inputs(settings)
         stage_of = {str(self.folder.model_folder(stage)): stage for stage in self.stages}
         stage = stage_of.get(source.source)
         if stage:
@@ -166,10 +165,12 @@ class Run:
         for index, (title, column_inputs) in enumerate(inputs.items(), 1):
             name = title if " " not in title else f"baseline-{index}"  # a title may hold a path
             quality = partial(self._quality, title, tasks)
-            metrics += self.folder.cached(f"quality-{name}", column_inputs, list[Metric], quality)
+            file = self.folder.measurement(f"quality-{name}", list[Metric])
+            metrics += file.cached(column_inputs, ["evaluate", "tasks"], quality)
         if settings.speed or settings.training_speed:
             all_inputs = list(inputs.values())
-            metrics += self.folder.cached("speed", all_inputs, list[Metric], self._speed)
+            file = self.folder.measurement("speed", list[Metric])
+            metrics += file.cached(all_inputs, ["benchmark"], self._speed)
         return metrics
 
     def _differences(self) -> Differences:
@@ -178,7 +179,8 @@ class Run:
             return Differences()
         settings = self.recipe.evaluate.details_cache_key()
         inputs = [settings, *map(self._metric_inputs, self._compared)]
-        return self.folder.cached("details", inputs, Differences, self._compare)
+        file = self.folder.measurement("details", Differences)
+        return file.cached(inputs, ["evaluate"], self._compare)
 
     def _compare(self) -> Differences:
         models = {title: self._load(model) for title, model in self._compared.items()}
@@ -189,7 +191,7 @@ class Run:
         model, settings = self._compared[title], self.recipe.evaluate
         loaded = self._load(model)
         length = sequence_length(loaded[0], settings.context_length)
-        record = read_record(Path(locate(model.source, model.gguf_file).path)) or {}
+        record = record_of(model) or {}
         check_checkpoint(title, loaded[1], settings, length, record)
         results = evaluate.quality(title, loaded, settings, tasks, length, self.progress)
         folder_name = unique_file_names(self._compared)[title]

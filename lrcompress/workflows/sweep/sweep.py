@@ -139,8 +139,7 @@ class SweepRunner:
     def _dense_inputs(self) -> list[Any]:
         """Everything that the dense model's point depends on."""
         recipe, evaluate = self.recipe, self.recipe.evaluate
-        texts = [fingerprints.data_state(spec) for spec in (*evaluate.perplexity, *evaluate.tasks)]
-        texts.append(fingerprints.folder_state(evaluate.data_dir))
+        texts = fingerprints.evaluation_inputs(evaluate)
         measuring = evaluate.cache_key(include_baseline=False)
         return [
             recipe.model.model_dump(),
@@ -189,7 +188,7 @@ class SweepRunner:
         """With the moments that any variant needs: without gradients, with gradients, or both."""
         self._refuse_contamination()
         session = self._compressor(self.variants[0], self._model).calibration()
-        requirements = [variant.factorize.compressor().requires for variant in self.variants]
+        requirements = [variant.factorize.build_method().requires for variant in self.variants]
         with_gradients = {"gradient_moment" in required for required in requirements if required}
         with peak_memory() as memory:
             for gradients in sorted(with_gradients):

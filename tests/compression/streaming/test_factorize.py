@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.compression.streaming.block_compressor import BlockCompressor
 from lrcompress.compression.streaming.block_moments import BlockMoments
-from lrcompress.compression.streaming.block_steps import BlockCompressor
 from lrcompress.compression.streaming.block_store import Activations, BlockFiles
 from lrcompress.compression.streaming.factorize import StreamingCompressor
 from lrcompress.layers.block_runner import BlockRunner

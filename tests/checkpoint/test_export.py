@@ -1,0 +1,54 @@
+"""What every entry of FORMATS keeps to: a new folder, written whole or not at all."""
+
+from __future__ import annotations
+
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import lrcompress
+from lrcompress.checkpoint.export.registry import FORMATS
+from tests.conftest import invoke
+
+each_format = pytest.mark.parametrize("name", FORMATS)
+
+
+@each_format
+def test_it_writes_a_folder(name: str, factorized: Path, tmp_path: Path) -> None:
+    result = invoke("export", factorized, "--to", name, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert any(path.is_file() for path in (tmp_path / "out").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@each_format
+def test_it_leaves_an_existing_folder_alone(name: str, factorized: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    result = invoke("export", factorized, "--to", name, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@each_format
+def test_a_failure_leaves_nothing(
+    name: str, factorized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = lrcompress.load(factorized)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(model), "save_pretrained", fail)
+    writer = pkgutil.resolve_name(FORMATS[name].writer)
+    with pytest.raises(lrcompress.MachineError, match="the disk is full"):
+        writer(model, tokenizer, tmp_path / "out", {})
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_unknown_format_is_one_sentence(factorized: Path, tmp_path: Path) -> None:
+    result = invoke("export", factorized, "--to", "gguf", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "dense" in result.stderr
+    assert "standalone" in result.stderr
+    assert not any(tmp_path.iterdir())
