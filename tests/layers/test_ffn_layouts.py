@@ -25,6 +25,7 @@ from tests.tiny import (
     INNER,
     MIXTURE,
     MIXTURES,
+    MORE_MIXTURES,
     byte_tokenizer,
     logits,
     tiny_model,
@@ -184,7 +185,7 @@ def test_unsupported_experts_are_named_and_refused(
 
 def test_every_layout_has_a_family_that_tests_it() -> None:
     rows = set()
-    for family in (*FAMILIES, *MIXTURES):
+    for family in (*FAMILIES, *MIXTURES, *MORE_MIXTURES):
         for block in find_blocks(tiny_model(family))[1]:
             paths = {name for name, _ in block.named_modules()}
             # a block takes the first layout that fits
