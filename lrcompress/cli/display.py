@@ -169,7 +169,7 @@ def show_verdict(failed: Sequence[Comparison], max_loss: float, err: bool = Fals
         loss = f"{comparison.worst:.2%} (95 % interval)"
         _print_line(f"{comparison.metric}: may have lost {loss}.", err=err)
     verdict = "FAIL: not every metric compared is" if failed else "PASS: every metric compared is"
-    _print_line(f"{verdict} shown to have lost at most {max_loss:.3g}.", err=err)
+    _print_line(f"{verdict} shown to have lost at most {100 * max_loss:.6g} %.", err=err)
 
 
 def show_bench(results: Bench, out: Path | None, as_json: bool) -> None:

@@ -15,6 +15,11 @@ def check_free(out: Path) -> None:
     """Raises InputError if `out` exists, or if its parent is not a writable folder."""
     if out.exists() or out.is_symlink():
         raise InputError(f"output {str(out)!r} exists: choose another folder, or remove it")
+    check_parent(out)
+
+
+def check_parent(out: Path) -> None:
+    """Raises InputError if `out` cannot be made, because a folder above it cannot be written to."""
     parent = next(p for p in out.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"output {str(out)!r}: {str(parent)!r} is not a folder to write to")

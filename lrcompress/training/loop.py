@@ -136,9 +136,10 @@ class TrainingLoop:
         diverged = self.early_stopping.diverged
         if best_step is None or before is None or not after < before:
             outcome = f"diverged: {diverged}" if diverged else "gained nothing on held-out text"
+            first = "not finite" if before is None else f"{before:.4g}"
             raise InputError(
-                f"training {outcome} (loss {before} before it, {after:.4g} after): use a smaller "
-                "--learning-rate"
+                f"training {outcome} (loss {first} before it, {after:.4g} after): use a smaller "
+                "--learning-rate, or more --max-steps"
             )
         return Trained(
             steps=state.global_step,

@@ -19,7 +19,7 @@ from lrcompress.config.recipe import to_yaml
 from lrcompress.reporting import figures
 from lrcompress.runtime.atomic_io import replace_text
 from lrcompress.runtime.errors import InputError
-from lrcompress.runtime.paths import refuse_links
+from lrcompress.runtime.paths import check_parent, refuse_links
 
 T = TypeVar("T")
 
@@ -82,9 +82,12 @@ class WorkFolder(ABC):
     """Name of the subfolder that keeps results."""
 
     def refuse_foreign(self) -> None:
-        """Raises InputError if an entry of the folder is a link, or not from this workflow."""
+        """Raises InputError if an entry of the folder is a link or not from this workflow, and if
+        the folder cannot be made."""
         refuse_links(self.out)
-        if self.out.exists() and not self._is_ours():
+        if not self.out.exists():
+            check_parent(self.out)
+        elif not self._is_ours():
             raise InputError(
                 f"output {str(self.out)!r} exists and is no {self.kind}: choose another name"
             )

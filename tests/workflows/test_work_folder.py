@@ -10,6 +10,7 @@ import pytest
 
 from lrcompress.checkpoint import fingerprints
 from lrcompress.workflows.work_folder import ResultFile
+from tests.conftest import invoke, small_recipe
 
 
 def number(value: int) -> Callable[[], list[int]]:
@@ -55,3 +56,12 @@ def test_a_stage_with_a_new_number_makes_its_results_stale(
     assert file.cached("inputs", ["evaluate", "benchmark"], not_again) == [1]
     monkeypatch.setitem(fingerprints.STAGES, "benchmark", 1000)
     assert file.cached("inputs", ["evaluate", "benchmark"], number(2)) == [2]
+
+
+def test_a_folder_that_cannot_be_made_is_refused(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    recipe = small_recipe(tmp_path / "recipe.yaml", dense, tmp_path / "text.txt")
+    for command in ("run", "sweep"):
+        result = invoke(command, recipe, tmp_path / "file" / "out")
+        assert result.exit_code == 2
+        assert "is not a folder to write to" in result.stderr

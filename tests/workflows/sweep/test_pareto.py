@@ -140,7 +140,7 @@ def test_what_does_not_compare_is_left_out_and_named(other: SweepPoint) -> None:
     assert front.left_out == ("m at 0.5",)
     assert [p.x for p in front.points] == [100, 80]
     text = markdown(report([*sized((100, 10.0), (80, 11.0)), other]))
-    assert "conditions: m at 0.5." in text
+    assert "conditions differ: m at 0.5." in text
 
 
 @pytest.mark.parametrize("changed", [{"threads": 2}, {"device": "cuda"}])
