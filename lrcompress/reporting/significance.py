@@ -243,7 +243,8 @@ def _with_verdict(result: Comparison, higher_is_better: bool) -> Comparison:
 
 def _samples_needed(result: Comparison) -> int | None:
     """The fewer of two counts: samples that show a difference of the observed size with POWER, and
-    samples that show it to be negligible. None where the interval has no width."""
+    samples that show it to be negligible; never fewer than MIN_SAMPLES. None where the interval has
+    no width."""
     half_width = (result.high - result.low) / 2
     if half_width == 0:
         return None
@@ -254,4 +255,5 @@ def _samples_needed(result: Comparison) -> int | None:
     # an interval that has to be this many times narrower takes the square of that in samples
     narrowing = [detectable / size] if size else []
     narrowing += [half_width / gap] if gap > 0 else []
-    return max(result.samples + 1, math.ceil(result.samples * min(narrowing) ** 2))
+    needed = math.ceil(result.samples * min(narrowing) ** 2)
+    return max(MIN_SAMPLES, result.samples + 1, needed)

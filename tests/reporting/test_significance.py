@@ -105,6 +105,14 @@ def test_one_sample_decides_nothing() -> None:
     assert result.verdict == "not enough data"
 
 
+def test_fewer_samples_than_decide_are_never_asked_for() -> None:
+    losses = np.array([2.0, 3.0])
+    (result,) = comparisons(
+        [windows("dense", losses), windows("small", losses + np.array([0.010, 0.012]))]
+    )
+    assert result.verdict == "not enough data: about 6 samples would decide"
+
+
 def test_p_values_are_adjusted_for_all_rows() -> None:
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
