@@ -111,6 +111,10 @@ class FactorizeSettings(Section):
             raise ValueError(
                 f"rank does not go with {self.method} and {self.ranks}: use keep_ratio"
             )
+        if policy.needs_errors and not method.estimates_errors:
+            raise ValueError(
+                f"{self.ranks} does not go with {self.method}, which estimates no loss: use uniform"
+            )
         return self
 
     def build_method(self) -> Method:

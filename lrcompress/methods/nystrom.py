@@ -5,20 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lrcompress.methods.channel_selection import fold_into_down, order_channels
 from lrcompress.methods.linalg import shrunk, to_float64
+from lrcompress.methods.narrowing import down_of, keep_channels
 from lrcompress.methods.svd import OUTPUT_SHRINKAGE, SHRINKAGE, check_shrinkage
-from lrcompress.methods.types import (
-    FFN,
-    ChannelOrder,
-    Decomposition,
-    LinearSpec,
-    Statistic,
-    Statistics,
-)
+from lrcompress.methods.types import FFN, ChannelOrder, Decomposition, Statistic, Statistics
 from lrcompress.runtime.errors import InputError
 
 
@@ -37,6 +30,7 @@ class Nystrom:
     requires: ClassVar[frozenset[Statistic]] = frozenset({"second_moment", "gradient_moment"})
     narrows: ClassVar[bool] = True
     truncates: ClassVar[bool] = False
+    estimates_errors: ClassVar[bool] = True
     two_sided: bool = True
     ridge: float = 1e-6
     shrinkage: float = SHRINKAGE
@@ -60,7 +54,7 @@ class Nystrom:
 
     def order(self, ffn: FFN) -> ChannelOrder:
         """All channels of `ffn`, in the order in which they are kept."""
-        down, statistics = _down(ffn)
+        down, statistics = down_of(ffn)
         weight = to_float64(ffn.weights[down.name])
         scaled = weight
         if self.two_sided:
@@ -75,46 +69,8 @@ class Nystrom:
 
     def narrow(self, ffn: FFN, channels: Tensor) -> FFN:
         """`ffn` with only `channels` (width,): its weights, biases and statistics."""
-        down, down_statistics = _down(ffn)
-        assert down_statistics.second_moment is not None
-        weights, biases, statistics = dict(ffn.weights), dict(ffn.biases), dict(ffn.statistics)
-        weights[down.name] = fold_into_down(
-            weights[down.name], self._second_moment(down_statistics), channels, self.ridge
-        )
-        statistics[down.name] = replace(
-            down_statistics, second_moment=down_statistics.second_moment[channels][:, channels]
-        )
-        for linear in ffn.linears:
-            if linear.role != "down":
-                rows = _rows(linear, channels)
-                weights[linear.name] = weights[linear.name][rows]
-                bias = biases[linear.name]
-                biases[linear.name] = None if bias is None else bias[rows]
-                statistics[linear.name] = _output_rows(statistics[linear.name], rows)
-        return FFN(
-            name=ffn.name,
-            linears=tuple(linear.narrowed(len(channels)) for linear in ffn.linears),
-            weights=weights,
-            biases=biases,
-            statistics=statistics,
-            whole=ffn.whole,
-        )
-
-
-def _down(ffn: FFN) -> tuple[LinearSpec, Statistics]:
-    down = ffn.down
-    assert down is not None, "only a whole FFN is narrowed"
-    return down, ffn.statistics[down.name]
-
-
-def _rows(linear: LinearSpec, channels: Tensor) -> Tensor:
-    """Rows of the weight of `linear` that compute `channels`: two for each in a fused gate_up."""
-    if linear.role != "gate_up":
-        return channels
-    return torch.cat([channels, channels + linear.out_features // 2])
-
-
-def _output_rows(statistics: Statistics, rows: Tensor) -> Statistics:
-    """`statistics` of a linear of which only the output `rows` stay."""
-    moment = statistics.gradient_moment
-    return replace(statistics, gradient_moment=None if moment is None else moment[rows][:, rows])
+        down, statistics = down_of(ffn)
+        moment = self._second_moment(statistics)
+        folded = fold_into_down(ffn.weights[down.name], moment, channels, self.ridge)
+        narrowed = keep_channels(ffn, channels)
+        return replace(narrowed, weights={**narrowed.weights, down.name: folded})

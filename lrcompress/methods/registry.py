@@ -11,6 +11,7 @@ METHODS = {
     "whitened": "lrcompress.methods.svd:WhitenedSVD",
     "fisher": "lrcompress.methods.svd:FisherSVD",
     "nystrom": "lrcompress.methods.nystrom:Nystrom",
+    "ppm": "lrcompress.methods.ppm:PPM",
     "auto": "lrcompress.methods.auto:Auto",
 }
 # methods whose errors estimate the rise of the loss, so that errors of different linears compare

@@ -33,6 +33,7 @@ class ScaledSVD:
     requires: ClassVar[frozenset[Statistic]] = frozenset()
     narrows: ClassVar[bool] = False
     truncates: ClassVar[bool] = True
+    estimates_errors: ClassVar[bool] = True
     estimates_loss: ClassVar[bool] = False
 
     def metric(self, statistics: Statistics) -> WeightedNorm | None:

@@ -129,7 +129,7 @@ class ChannelOrder:
     """Intermediate channels (width,) in the order in which they are kept.
 
     `errors` (width + 1,) holds at k the estimated loss when the first k channels are kept and the
-    others are reconstructed from them.
+    others are reconstructed from them; NaN where the method estimates none.
     """
 
     channels: Tensor
@@ -154,6 +154,8 @@ class Method(Protocol):
     `requires`: the statistics that it needs.
     `narrows`: it chooses intermediate channels to keep, with `order` and `narrow`.
     `truncates`: it replaces linears by low-rank factors, with `error_curve` and `decompose`.
+    `estimates_errors`: it tells the error of every rank and width; otherwise the errors of widths
+    are NaN, and policies that need errors are refused.
     `estimates_loss`: its squared errors are twice an estimate of the divergence from the dense
     model.
     """
@@ -161,6 +163,7 @@ class Method(Protocol):
     requires: ClassVar[frozenset[Statistic]]
     narrows: ClassVar[bool]
     truncates: ClassVar[bool]
+    estimates_errors: ClassVar[bool]
 
     @property
     def estimates_loss(self) -> bool: ...

@@ -169,7 +169,7 @@ def test_an_expert_without_tokens_gets_its_mixtures_mean() -> None:
             assert torch.equal(moment, value * torch.eye(INNER).double())
 
 
-@pytest.mark.parametrize("method", ["svd", "asvd", "whitened", "fisher", "nystrom", "auto"])
+@pytest.mark.parametrize("method", ["svd", "asvd", "whitened", "fisher", "nystrom", "ppm", "auto"])
 def test_few_tokens_give_a_warning_and_finite_weights(method: str) -> None:
     model = tiny_model("mixtral", num_experts_per_tok=1, num_experts=8)
     settings: dict[str, Any] = {

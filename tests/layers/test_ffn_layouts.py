@@ -62,7 +62,7 @@ def test_finds_every_ffn_linear(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES | MIXTURES)
-@pytest.mark.parametrize("method", ["whitened", "fisher", "nystrom", "auto"])
+@pytest.mark.parametrize("method", ["whitened", "fisher", "nystrom", "ppm", "auto"])
 def test_round_trip_is_exact(family: str, method: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     dense_count = parameter_count(model)

@@ -25,6 +25,11 @@ OUT, IN = 24, 16
 METHODS = {name: pkgutil.resolve_name(home)() for name, home in registry.METHODS.items()}
 TRUNCATING = [name for name, method in METHODS.items() if method.truncates]
 NARROWING = [name for name, method in METHODS.items() if method.narrows]
+METHODS_AND_POLICIES = [
+    (name, policy)
+    for name, method in METHODS.items()
+    for policy in (["loss_aware", "uniform"] if method.estimates_errors else ["uniform"])
+]
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -126,15 +131,16 @@ def test_narrowing(method: str, moment: str, tally: Tally) -> None:
     narrower, ffn = METHODS[method], _ffn(moment)
     order = narrower.order(ffn)
     assert sorted(order.channels.tolist()) == list(range(OUT))
-    assert bool(order.errors.isfinite().all())
-    assert bool((order.errors.diff() <= 0).all())
+    if narrower.estimates_errors:
+        assert bool(order.errors.isfinite().all())
+        assert bool((order.errors.diff() <= 0).all())
     whole = narrower.narrow(ffn, torch.arange(OUT))
     torch.testing.assert_close(whole.weights["down"].float(), ffn.weights["down"])
     C, W = ffn.statistics["down"].second_moment, ffn.weights["down"].double()
     assert C is not None
     for width in (1, 8, 23):
         channels = order.channels[:width]
-        narrowed = narrower.narrow(ffn, channels).weights["down"]
+        narrowed = narrower.narrow(ffn, channels).weights["down"].double()
         assert bool(narrowed.isfinite().all())
         folded, dropped = torch.zeros_like(W), torch.zeros_like(W)
         folded[:, channels], dropped[:, channels] = narrowed, W[:, channels]
@@ -145,8 +151,7 @@ def test_narrowing(method: str, moment: str, tally: Tally) -> None:
 
 
 @each_moment
-@each_method
-@pytest.mark.parametrize("policy", ["loss_aware", "uniform"])
+@pytest.mark.parametrize(("method", "policy"), METHODS_AND_POLICIES)
 def test_budgets_are_met(method: str, moment: str, policy: str) -> None:
     from lrcompress.methods.plan import Budget
     from lrcompress.methods.registry import ALLOCATORS

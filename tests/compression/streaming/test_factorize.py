@@ -62,6 +62,7 @@ def check_same(dense: Path, folder: Path, *flags: str, but: tuple[str, ...] = ()
         ("llama", ("--method", "svd", "--exclude", "*.gate_proj", "--dense-first", "1")),
         ("gpt2", ("--method", "fisher", "--form", "factored")),
         ("gemma2", ("--method", "nystrom", "--dtype", "bfloat16")),
+        ("qwen2", ("--method", "ppm", "--refine")),
         ("phi3", ("--method", "whitened", "--sequential", "anchored")),
         ("opt", ("--method", "auto", "--refine", "--dtype", "bfloat16")),
         ("falcon", ("--method", "auto", "--refine", "--sequential", "anchored")),
