@@ -25,7 +25,7 @@ Stage = Literal["benchmark", "evaluate", "factorize", "finetune", "pretrain", "t
 STAGES: dict[Stage, int] = {
     "benchmark": 1,
     "evaluate": 1,
-    "factorize": 1,
+    "factorize": 2,
     "finetune": 1,
     "pretrain": 1,
     "tasks": 1,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrcompress.compression.calibration.outliers import OutlierRows, clip_scales, outlier_rows
 from lrcompress.compression.hidden_streams import HiddenStreams
 from lrcompress.compression.planning import PreparedModel
 from lrcompress.compression.replace_layers import (
@@ -50,6 +51,7 @@ class RidgeFit:
         self.subject = subject
         self.moment: Tensor | None = None
         self.cross: Tensor | None = None
+        self.outliers = OutlierRows()
         self.tokens = 0
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
@@ -61,23 +63,30 @@ class RidgeFit:
         moment, cross = to_float64(v.T @ v), to_float64(t.T @ v)
         self.moment = moment if self.moment is None else self.moment + moment
         self.cross = cross if self.cross is None else self.cross + cross
+        self.outliers.add(self.subject, outlier_rows(v, 1 - clip_scales(v).square()))
         self.tokens += len(v)
         if not bool(cross.isfinite().all() and moment.isfinite().all()):
             raise NotFiniteError(f"{self.subject} is not finite: factorize with --dtype float32")
 
     def second_moment(self) -> Tensor:
-        """The mean of v vᵀ (in, in)."""
+        """The mean of v vᵀ (in, in), with outliers scaled down."""
+        return self._bulk() / self.tokens
+
+    def _bulk(self) -> Tensor:
+        """The sum of v vᵀ without what outliers add to it."""
         assert self.moment is not None
-        return self.moment / self.tokens
+        outliers = self.outliers.product(self.subject)
+        return self.moment if outliers is None else self.moment - outliers.to(self.moment.device)
 
     def weight(self, prior: Tensor, damping: float) -> Tensor:
         """argmin over W (out, in) of E‖t - W v‖² + Σ_j ridge_j ‖W_j - prior_j‖².
 
-        W_j is column j, and ridge_j = `damping` E v_j².
+        W_j is column j, and ridge_j = `damping` E v_j², outliers scaled down: sinks would freeze
+        every weight that reads them.
         """
         assert self.moment is not None
         assert self.cross is not None
-        energies = self.moment.diagonal()
+        energies = self._bulk().diagonal().clamp_min(0)
         if bool(energies.any()):
             least = MIN_RELATIVE_ENERGY * energies.mean()
         else:

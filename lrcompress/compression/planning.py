@@ -317,14 +317,22 @@ def ffns_of(
 def _statistics(
     specs: Sequence[LinearSpec], moments: MomentStatistics | None
 ) -> dict[str, Statistics]:
-    """Linears of one input group share one tensor, so that its roots are taken once."""
+    """Linears of one input group share their moments, so that roots are taken once."""
     if moments is None:
         return {spec.name: Statistics() for spec in specs}
     readers: dict[str, LinearSpec] = {}
     for spec in specs:
         readers.setdefault(spec.input_group, spec)
-    shared = {group: moments.second_moment(spec) for group, spec in readers.items()}
+    shared = {
+        group: (moments.second_moment(spec), moments.outlier_moment(spec))
+        for group, spec in readers.items()
+    }
     return {
-        spec.name: Statistics(shared[spec.input_group], moments.gradient_moment(spec))
+        spec.name: Statistics(
+            second_moment=shared[spec.input_group][0],
+            outlier_moment=shared[spec.input_group][1],
+            gradient_moment=moments.gradient_moment(spec),
+            outlier_shares=moments.outlier_shares(spec),
+        )
         for spec in specs
     }

@@ -110,21 +110,17 @@ def _project_out(D: Tensor, M: Tensor, dmd: Tensor, chosen: Tensor) -> Tensor:
     return updated.clamp_min(0)
 
 
-def fold_into_down(
-    weight: Tensor, second_moment: Tensor, channels: Tensor, damping: float
-) -> Tensor:
+def fold_into_down(weight: Tensor, second_moment: Tensor, channels: Tensor, ridge: float) -> Tensor:
     """The weight (out, kept) of down_proj that reads only `channels` J (kept,).
 
     It is W_J + W_K C_KJ (C_JJ + ridge I)⁻¹, for the `weight` W (out, width) and the second moment
-    C (width, width): ridge regression reconstructs the other channels K from J. The ridge is
-    `damping` times the mean of the diagonal of C_JJ.
+    C (width, width): ridge regression reconstructs the other channels K from J.
     """
     W, C = to_float64(weight), to_float64(second_moment)
     others = torch.ones(len(C), dtype=torch.bool, device=C.device)
     others[channels] = False
     block, right = C[channels][:, channels], W[:, others] @ C[others][:, channels]
-    mean = block.diagonal().mean()
-    block.diagonal().add_(damping * mean if mean > 0 else torch.ones_like(mean))
+    block.diagonal().add_(ridge)
     lower, failed = torch.linalg.cholesky_ex(block)
     if bool(failed):  # numerically singular
         solution: Tensor = torch.linalg.solve(block, right.T)

@@ -52,6 +52,15 @@ def shrunk(moment: Tensor, shrinkage: float) -> Tensor:
     return result
 
 
+def with_outliers(moment: Tensor, outliers: Tensor | None) -> Tensor:
+    """The moment of all tokens, from that of most tokens and from what outliers add to it.
+
+    Add outliers after shrinking and damping: their directions are known exactly, and a share of
+    their size would exceed all that the moment says of other tokens.
+    """
+    return moment if outliers is None else moment + to_float64(outliers).to(moment.device)
+
+
 def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
     """metric^1/2 and metric^-1/2 of a symmetric positive definite matrix (n, n), by eigh.
 

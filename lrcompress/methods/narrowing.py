@@ -52,7 +52,11 @@ def _rows(linear: LinearSpec, channels: Tensor) -> Tensor:
 
 def _inputs(statistics: Statistics, channels: Tensor) -> Statistics:
     """`statistics` of a linear of which only the input `channels` stay."""
-    return replace(statistics, second_moment=_block(statistics.second_moment, channels))
+    return replace(
+        statistics,
+        second_moment=_block(statistics.second_moment, channels),
+        outlier_moment=_block(statistics.outlier_moment, channels),
+    )
 
 
 def _outputs(statistics: Statistics, rows: Tensor) -> Statistics:

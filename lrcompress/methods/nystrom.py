@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lrcompress.methods.channel_selection import fold_into_down, order_channels
-from lrcompress.methods.linalg import shrunk, to_float64
+from lrcompress.methods.linalg import shrunk, to_float64, with_outliers
 from lrcompress.methods.narrowing import down_of, keep_channels
 from lrcompress.methods.svd import OUTPUT_SHRINKAGE, SHRINKAGE, check_shrinkage
 from lrcompress.methods.types import FFN, ChannelOrder, Decomposition, Statistic, Statistics
@@ -19,12 +19,12 @@ from lrcompress.runtime.errors import InputError
 class Nystrom:
     """MoDeGPT's FFN module (arXiv 2408.09632), with channels chosen by estimated loss.
 
-    Let C be the second moment of down_proj's input h, and J the kept channels. With
-    h ~ C_J C_JJ⁻¹ h_J, down_proj becomes W_down C_J C_JJ⁻¹, and gate and up lose the rows of the
-    other channels. The metric for choosing channels is M = W_downᵀ G W_down. If `two_sided`, G is
-    the gradient moment of down_proj's output, and errors estimate the rise of the loss. Otherwise
-    G = I, and errors are squared errors of the FFN's output. Both moments are shrunk as in
-    `FisherSVD`.
+    Let C be the second moment of down_proj's input h, outliers included, and J the kept channels.
+    With h ~ C_J C_JJ⁻¹ h_J, down_proj becomes W_down C_J C_JJ⁻¹, and gate and up lose the rows of
+    the other channels. The metric for choosing channels is M = W_downᵀ G W_down. If `two_sided`, G
+    is the gradient moment of down_proj's output, and errors estimate the rise of the loss.
+    Otherwise G = I, and errors are squared errors of the FFN's output. Both moments are shrunk as
+    in `FisherSVD`.
     """
 
     requires: ClassVar[frozenset[Statistic]] = frozenset({"second_moment", "gradient_moment"})
@@ -61,16 +61,23 @@ class Nystrom:
             assert statistics.gradient_moment is not None
             gradient_moment = to_float64(statistics.gradient_moment)
             scaled = shrunk(gradient_moment, self.output_shrinkage) @ weight
-        return order_channels(self._second_moment(statistics), weight.T @ scaled)
+        moment = with_outliers(self._shrunk_moment(statistics), statistics.outlier_moment)
+        return order_channels(moment, weight.T @ scaled)
 
-    def _second_moment(self, statistics: Statistics) -> Tensor:
+    def _shrunk_moment(self, statistics: Statistics) -> Tensor:
         assert statistics.second_moment is not None
         return shrunk(to_float64(statistics.second_moment), self.shrinkage)
 
     def narrow(self, ffn: FFN, channels: Tensor) -> FFN:
         """`ffn` with only `channels` (width,): its weights, biases and statistics."""
         down, statistics = down_of(ffn)
-        moment = self._second_moment(statistics)
-        folded = fold_into_down(ffn.weights[down.name], moment, channels, self.ridge)
+        moment = self._shrunk_moment(statistics)
+        mean_square = float(moment.diagonal()[channels].mean())
+        folded = fold_into_down(
+            ffn.weights[down.name],
+            with_outliers(moment, statistics.outlier_moment),
+            channels,
+            ridge=self.ridge * mean_square if mean_square > 0 else 1.0,
+        )
         narrowed = keep_channels(ffn, channels)
         return replace(narrowed, weights={**narrowed.weights, down.name: folded})

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrcompress.methods.linalg import to_float64
+from lrcompress.methods.linalg import to_float64, with_outliers
 from lrcompress.methods.narrowing import down_of, keep_channels
 from lrcompress.methods.types import FFN, ChannelOrder, Decomposition, Statistic, Statistics
 
@@ -58,7 +58,8 @@ def importance(ffn: FFN) -> Tensor:
     """The importance (width,) of each intermediate channel of a whole FFN, as in `PPM`; float64."""
     _, statistics = down_of(ffn)
     assert statistics.second_moment is not None
-    sizes = to_float64(statistics.second_moment).diagonal().sqrt()
+    moment = with_outliers(to_float64(statistics.second_moment), statistics.outlier_moment)
+    sizes = moment.diagonal().sqrt()
     magnitudes = torch.stack([_relative_magnitudes(weight) for weight in _channel_rows(ffn)])
     return magnitudes.sum(0) * sizes
 

@@ -18,6 +18,7 @@ from lrcompress.methods.linalg import (
     shrunk,
     spectrum,
     to_float64,
+    with_outliers,
 )
 from lrcompress.methods.types import FFN, ChannelOrder, Statistic, Statistics
 from lrcompress.runtime.errors import InputError
@@ -88,7 +89,8 @@ class DiagonalSVD(ScaledSVD):
         _check_damping(self.damping)
 
     def metric(self, statistics: Statistics) -> WeightedNorm:
-        squares = to_float64(_second_moment(statistics)).diagonal()
+        moment = to_float64(_second_moment(statistics))
+        squares = with_outliers(moment, statistics.outlier_moment).diagonal()
         mean = squares.mean()
         if mean == 0:
             return WeightedNorm(torch.ones_like(squares))
@@ -114,15 +116,23 @@ class WhitenedSVD(ScaledSVD):
         """moment -> its metrics: gate, up and every width use the same moment tensor."""
         return WeakIdKeyDictionary()
 
-    def _metric(self, moment: Tensor, damping: float, shrinkage: float = 0.0) -> WeightedNorm:
+    def _metric(
+        self,
+        moment: Tensor,
+        damping: float,
+        shrinkage: float = 0.0,
+        outliers: Tensor | None = None,
+    ) -> WeightedNorm:
         cached: dict[tuple[float, float], WeightedNorm]
         cached = self._metrics.setdefault(moment, {})  # type: ignore[no-untyped-call]
         if (key := (damping, shrinkage)) not in cached:
-            cached[key] = WeightedNorm(damped(shrunk(to_float64(moment), shrinkage), damping))
+            bulk = damped(shrunk(to_float64(moment), shrinkage), damping)
+            cached[key] = WeightedNorm(with_outliers(bulk, outliers))
         return cached[key]
 
     def metric(self, statistics: Statistics) -> WeightedNorm:
-        return self._metric(_second_moment(statistics), self.damping)
+        moment, outliers = _second_moment(statistics), statistics.outlier_moment
+        return self._metric(moment, self.damping, outliers=outliers)
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,8 @@ class FisherSVD(WhitenedSVD):
         check_shrinkage(self.output_shrinkage)
 
     def metric(self, statistics: Statistics) -> WeightedNorm:
-        return self._metric(_second_moment(statistics), self.damping, self.shrinkage)
+        moment, outliers = _second_moment(statistics), statistics.outlier_moment
+        return self._metric(moment, self.damping, self.shrinkage, outliers)
 
     def output_metric(self, statistics: Statistics) -> WeightedNorm:
         if statistics.gradient_moment is None:

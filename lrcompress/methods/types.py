@@ -77,11 +77,16 @@ class Statistics:
 
     `second_moment` (in, in) is the mean of x xᵀ over calibration tokens. `gradient_moment`
     (out, out) is the mean of g gᵀ, where g is the gradient of the linear's output, from
-    `sample_score_gradients` of the logits of a whole sample.
+    `sample_score_gradients` of the logits of a whole sample. Both are of most tokens: the few with
+    far larger x or g are scaled down. What they lack then is the `outlier_moment` (in, in), a mean
+    over all tokens too; it is None where there are no outliers. `outlier_shares` are the shares of
+    Σ ‖x‖² and of Σ ‖g‖² that scaling down took away.
     """
 
     second_moment: Tensor | None = None
     gradient_moment: Tensor | None = None
+    outlier_moment: Tensor | None = None
+    outlier_shares: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,19 @@ def map_sharded(
     """
     shard = shard_of(items)
     results = run_on_all(lambda: [work(item) for item in progress(shard, description, len(shard))])
+    by_rank = all_gather(results)
+    return [by_rank[index % world_size()][index // world_size()] for index in range(len(items))]
+
+
+def all_gather(value: T) -> list[T]:
+    """The `value` of every process, in the order of their ranks; tensors have to be on the CPU."""
     if world_size() == 1:
-        return results
+        return [value]
     import torch.distributed as dist
 
-    by_rank: list[list[T]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(by_rank, results)
-    return [by_rank[index % world_size()][index // world_size()] for index in range(len(items))]
+    values: list[T] = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def all_reduce_sums(sums: dict[str, Tensor], zeros: Callable[[str], Tensor]) -> None:
@@ -111,9 +117,7 @@ def all_reduce_sums(sums: dict[str, Tensor], zeros: Callable[[str], Tensor]) -> 
         return
     import torch.distributed as dist
 
-    names_by_rank: list[list[str]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(names_by_rank, list(sums))
-    for name in sorted({name for names in names_by_rank for name in names}):
+    for name in sorted({name for names in all_gather(list(sums)) for name in names}):
         if name not in sums:
             sums[name] = zeros(name)
         dist.all_reduce(sums[name])

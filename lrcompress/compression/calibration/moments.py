@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lrcompress.compression.calibration.outliers import OutlierRows, outlier_rows
 from lrcompress.compression.calibration.probes import Probe, ProbeErrors, held_out
 from lrcompress.compression.calibration.token_sums import TokenSums
 from lrcompress.layers.block_runner import (
@@ -33,13 +35,16 @@ class MomentCollector:
     """Hooks that sum x xᵀ per input group and, with `gradients`, g gᵀ per linear.
 
     x are the inputs, g the gradients of the outputs. Sums of x xᵀ are kept in float64; those of
-    g gᵀ, which only weigh errors, in float32, at half the memory.
+    g gᵀ, which only weigh errors, in float32, at half the memory. Outliers are kept apart: what the
+    sums of x xᵀ leave out, and the inputs of tokens whose gradients are outliers.
     """
 
     def __init__(self, linears: Sequence[LinearSpec], gradients: bool) -> None:
         self.linears, self.gradients = linears, gradients
         self.input_sums = TokenSums(torch.float64)
         self.gradient_sums = TokenSums(torch.float32)
+        self.input_outliers, self.gradient_outliers = OutlierRows(), OutlierRows()
+        self.readers = Counter(spec.input_group for spec in linears)
 
     @contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
@@ -52,21 +57,35 @@ class MomentCollector:
                 stack.callback(module.register_forward_pre_hook(self._input_hook(group)).remove)
             for spec in self.linears if self.gradients else ():
                 module = model.get_submodule(spec.name)
-                stack.callback(module.register_forward_hook(self._output_hook(spec.name)).remove)
+                stack.callback(module.register_forward_hook(self._output_hook(spec)).remove)
             yield
 
     def _input_hook(self, group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add_input(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            self.input_sums.add(group, arguments[0])
+            x = _by_token(arguments[0])
+            scales = self.input_sums.add(group, x)
+            self.input_outliers.add(group, outlier_rows(x, 1 - scales.square()))
 
         return add_input
 
-    def _output_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def _output_hook(
+        self, spec: LinearSpec
+    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        """Weighs inputs by what clipping takes from ‖g‖², so that no token counts for less.
+
+        g gᵀ ⊗ x xᵀ of a token is that of the clipped g with the weight (‖g‖ / clipped ‖g‖)². One
+        part of this weight is in the mean of x xᵀ, and the rest makes a row of the outliers.
+        """
+
         def add_gradient(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            def add(gradient: Tensor) -> None:
+                scales = self.gradient_sums.add(spec.name, _by_token(gradient))
+                weights = (scales.square().reciprocal() - 1) / self.readers[spec.input_group]
+                rows = outlier_rows(_by_token(arguments[0]), weights)
+                self.gradient_outliers.add(spec.input_group, rows)
+
             if output.requires_grad:
-                output.register_hook(  # type: ignore[no-untyped-call]
-                    lambda gradient: self.gradient_sums.add(name, gradient)
-                )
+                output.register_hook(add)  # type: ignore[no-untyped-call]
 
         return add_gradient
 
@@ -78,12 +97,25 @@ class MomentCollector:
         self.gradient_sums.all_reduce(
             {spec.name: spec.out_features for spec in self.linears}, device
         )
+        self.input_outliers.all_gather()
+        self.gradient_outliers.all_gather()
 
     def statistics(self, tokens: int, gradient_tokens: int) -> MomentStatistics:
         """The mean moments over `tokens`, of which `gradient_tokens` have gradients."""
         return MomentStatistics(
-            tuple(self.linears), self.input_sums, self.gradient_sums, tokens, gradient_tokens
+            linears=tuple(self.linears),
+            input_sums=self.input_sums,
+            gradient_sums=self.gradient_sums,
+            input_outliers=self.input_outliers,
+            gradient_outliers=self.gradient_outliers,
+            tokens=tokens,
+            gradient_tokens=gradient_tokens,
         )
+
+
+def _by_token(vectors: Tensor) -> Tensor:
+    """`vectors` (..., features) as (tokens, features) in float32."""
+    return vectors.detach().flatten(0, -2).float()
 
 
 @dataclass(frozen=True)
@@ -97,15 +129,38 @@ class MomentStatistics:
     linears: tuple[LinearSpec, ...]
     input_sums: TokenSums
     gradient_sums: TokenSums
+    input_outliers: OutlierRows
+    gradient_outliers: OutlierRows
     tokens: int
     gradient_tokens: int
 
     def statistics(self, linear: LinearSpec) -> Statistics:
         """The moments of `linear`. Raises as `second_moment` and `gradient_moment` do."""
-        return Statistics(self.second_moment(linear), self.gradient_moment(linear))
+        return Statistics(
+            second_moment=self.second_moment(linear),
+            outlier_moment=self.outlier_moment(linear),
+            gradient_moment=self.gradient_moment(linear),
+            outlier_shares=self.outlier_shares(linear),
+        )
+
+    def outlier_shares(self, linear: LinearSpec) -> tuple[float, float]:
+        """The shares of Σ ‖x‖² and of Σ ‖g‖² that outliers have beyond their limits."""
+        return (
+            self.input_sums.outlier_share(linear.input_group),
+            self.gradient_sums.outlier_share(linear.name),
+        )
+
+    def outlier_moment(self, linear: LinearSpec) -> Tensor | None:
+        """The mean over tokens of what outliers add to x xᵀ (in, in); None without outliers."""
+        parts = [
+            (self.input_outliers.product(linear.input_group), self.tokens),
+            (self.gradient_outliers.product(linear.input_group), self.gradient_tokens),
+        ]
+        means = [product / tokens for product, tokens in parts if product is not None]
+        return torch.stack(means).sum(0) if means else None
 
     def second_moment(self, linear: LinearSpec) -> Tensor:
-        """The mean of x xᵀ (in, in) of `linear`.
+        """The mean of x xᵀ (in, in) of `linear`, with outliers scaled down.
 
         Raises InputError where no token reached it, NotFiniteError where it is not finite.
         """
@@ -121,10 +176,10 @@ class MomentStatistics:
         return _require_finite(_symmetric(total) / self.tokens, "input", linear)
 
     def gradient_moment(self, linear: LinearSpec) -> Tensor | None:
-        """The mean of g gᵀ (out, out) of `linear`; None if no gradient was measured.
+        """The mean of g gᵀ (out, out) of `linear`, with outliers scaled down.
 
-        That of an expert is a mean over the expert's own tokens, since its input moment already
-        accounts for how few they are.
+        None if no gradient was measured. That of an expert is a mean over the expert's own tokens,
+        since its input moment already accounts for how few they are.
         """
         name, sums = linear.name, self.gradient_sums
         if linear.mixture and self.gradient_tokens:

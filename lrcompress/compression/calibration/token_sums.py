@@ -1,4 +1,7 @@
-"""Sums of v vᵀ over tokens, by key; an expert with few tokens borrows from its mixture."""
+"""Sums of v vᵀ over tokens, by key, that no outlier token can own.
+
+An expert with few tokens borrows from its mixture.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lrcompress.compression.calibration.outliers import clip_scales
 from lrcompress.runtime import distributed
 
 # columns of v vᵀ that one product computes
@@ -18,27 +22,47 @@ COLUMNS_PER_PRODUCT = 384
 class TokenSums:
     """Running sums of v vᵀ over tokens, and the number of tokens, by key.
 
-    `sums` are square matrices (features, features) of `dtype` whose upper triangle alone is
-    filled: the lower one holds partial results. Products are computed in float32.
+    Outliers among the vectors count with the largest norm that is none. `sums` are square matrices
+    (features, features) of `dtype` whose upper triangle alone is filled: the lower one holds
+    partial results. Products are computed in float32. `energies` are the sums of ‖v‖² over the
+    vectors as they were.
     """
 
     dtype: torch.dtype
     sums: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, Tensor] = field(default_factory=dict)
+    energies: dict[str, Tensor] = field(default_factory=dict)
     _mixture_totals: dict[tuple[str, ...], tuple[Tensor, int]] = field(default_factory=dict)
 
-    def add(self, key: str, vectors: Tensor) -> None:
-        """Adds v vᵀ of every token in `vectors` (..., features) to the sum of `key`."""
-        v = vectors.detach().flatten(0, -2).float()
-        size = v.shape[1]
+    def add(self, key: str, vectors: Tensor) -> Tensor:
+        """Adds v vᵀ of every token in `vectors` (tokens, features), float32, to the sum of `key`.
+
+        Returns the factors (tokens,) in (0, 1] by which outliers were scaled down.
+        """
+        size = vectors.shape[1]
         if key not in self.sums:
-            self.sums[key], self.tokens[key] = self._zeros(size, v.device), torch.tensor(0)
-        total = self.sums[key]
-        self.tokens[key] += len(v)
+            self.sums[key] = self._zeros(size, vectors.device)
+            self.tokens[key] = torch.tensor(0)
+            self.energies[key] = torch.tensor(0.0, dtype=torch.float64)
+        self.tokens[key] += len(vectors)
+        self.energies[key] += vectors.square().sum(1).cpu().double().sum()
+        scales = clip_scales(vectors)
+        self._add_products(self.sums[key], vectors * scales[:, None])
+        return scales
+
+    def _add_products(self, total: Tensor, v: Tensor) -> None:
+        size = v.shape[1]
         for begin in range(0, size, COLUMNS_PER_PRODUCT):
             columns = slice(begin, begin + COLUMNS_PER_PRODUCT)
             product = v[:, columns].T @ v[:, begin:]
             total[columns, begin:] += product.to(total.device)
+
+    def outlier_share(self, key: str) -> float:
+        """The share of the energy Σ ‖v‖² that the sum of `key` leaves out; 0 for no energy."""
+        energy = float(self.energies[key]) if key in self.energies else 0.0
+        if energy == 0:
+            return 0.0
+        return max(1 - float(self.sums[key].diagonal().double().sum()) / energy, 0.0)
 
     def count(self, key: str) -> int:
         """The number of tokens in the sum of `key`; 0 for an unknown key."""
@@ -51,6 +75,7 @@ class TokenSums:
         """
         distributed.all_reduce_sums(self.sums, lambda key: self._zeros(sizes[key], device))
         distributed.all_reduce_sums(self.tokens, lambda _: torch.zeros((), dtype=torch.int64))
+        distributed.all_reduce_sums(self.energies, lambda _: torch.zeros((), dtype=torch.float64))
 
     def padded_by_mixture(
         self, key: str, mixture: Sequence[str], size: int, shared_features: bool

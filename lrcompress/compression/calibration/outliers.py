@@ -1,0 +1,99 @@
+"""Outlier tokens: vectors so large that a few of them would make up a whole second moment.
+
+Most models have attention sinks (Xiao et al. 2023, arXiv 2309.17453): a few tokens, such as the
+first one or full stops, with activations or gradients thousands of times those of other tokens
+(massive activations; Sun et al. 2024, arXiv 2402.17762). A mean of v vᵀ over all tokens is then
+that of the sinks and says nothing about the other tokens. So the mean takes every vector with at
+most OUTLIER_NORM times the median norm, as Huber's and Maronna's estimators of scatter do (Maronna
+1976, Annals of Statistics 4). What this leaves out is kept apart as the rows of a small matrix: few
+tokens whose function has to be kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lrcompress.runtime import distributed
+
+# a vector is an outlier from this multiple of the median norm of its sample on
+OUTLIER_NORM = 4.0
+# the largest norm of an outlier row, relative to that limit: keeps float64 products exact enough
+MAX_ROW_NORM = 1e4
+
+
+def norm_limit(vectors: Tensor) -> Tensor:
+    """The norm from which on a vector counts as an outlier among `vectors` (tokens, features).
+
+    Tokens with a zero vector do not count: behind the last block that reads a token, its gradient
+    is zero. Infinity where all are zero.
+    """
+    norms = vectors.norm(dim=1)
+    norms = norms[norms > 0]
+    limit: Tensor = OUTLIER_NORM * norms.median() if len(norms) else norms.new_tensor(torch.inf)
+    return limit
+
+
+def clip_scales(vectors: Tensor) -> Tensor:
+    """Factors (tokens,) in (0, 1] that bring every vector down to `norm_limit`."""
+    tiny = torch.finfo(vectors.dtype).tiny
+    scales: Tensor = norm_limit(vectors) / vectors.norm(dim=1).clamp_min(tiny)
+    return scales.clamp_max(1.0)
+
+
+def outlier_rows(vectors: Tensor, weights: Tensor) -> Tensor:
+    """sqrt(weight) v of the `vectors` (tokens, features) with positive `weights` (tokens,).
+
+    The norm of a row is at most MAX_ROW_NORM times `norm_limit` of the vectors.
+    """
+    chosen = weights > 0
+    rows: Tensor = vectors[chosen] * weights[chosen, None].sqrt()
+    largest = MAX_ROW_NORM * norm_limit(vectors)
+    norms = rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    rows *= (largest / norms).clamp_max(1.0)
+    return rows
+
+
+@dataclass
+class OutlierRows:
+    """Rows R (rows, features), float32, by key; Rᵀ R is the sum of what the means leave out.
+
+    There are never more rows than twice the features: a QR factorization replaces them by as many
+    rows as features that have the same product.
+    """
+
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, key: str, rows: Tensor) -> None:
+        """Adds `rows` (rows, features) to those of `key`."""
+        if not len(rows):
+            return
+        if key in self.rows:
+            rows = torch.cat([self.rows[key], rows])
+        features = rows.shape[1]
+        if len(rows) > 2 * features:
+            rows = torch.linalg.qr(rows, mode="r").R
+        self.rows[key] = rows
+
+    def product(self, key: str) -> Tensor | None:
+        """Rᵀ R (features, features), float64; None where no row was added."""
+        if key not in self.rows:
+            return None
+        rows = self.rows[key]
+        # MPS has no float64
+        rows = (rows.cpu() if rows.device.type == "mps" else rows).double()
+        return rows.T @ rows
+
+    def all_gather(self) -> None:
+        """Adds the rows of all processes to those of this one, in the order of their ranks."""
+        parts = distributed.all_gather({key: rows.cpu() for key, rows in self.rows.items()})
+        if len(parts) == 1:
+            return
+        devices: Mapping[str, torch.device] = {k: rows.device for k, rows in self.rows.items()}
+        self.rows = {}
+        for part in parts:
+            for key, rows in part.items():
+                self.add(key, rows.to(devices.get(key, rows.device)))
