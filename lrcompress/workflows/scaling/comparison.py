@@ -10,8 +10,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from lrcompress.workflows.scaling.curvature import Bend, bend
-from lrcompress.workflows.scaling.intervals import Interval, mean_difference, shown
-from lrcompress.workflows.scaling.law_fit import (
+from lrcompress.reporting.intervals import Interval, mean_difference, shown
+from lrcompress.reporting.law_fit import (
     Law,
     LawFit,
     SlopeComparison,

@@ -37,7 +37,7 @@ from lrcompress.workflows.scaling.comparison import (
     verdicts,
 )
 from lrcompress.workflows.scaling.figures import Series, picture
-from lrcompress.workflows.scaling.intervals import shown
+from lrcompress.reporting.intervals import shown
 from lrcompress.workflows.scaling.point import ScalingPoint
 
 JSON = "scaling.json"

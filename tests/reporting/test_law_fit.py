@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lrcompress.runtime.errors import InputError
-from lrcompress.workflows.scaling.law_fit import Law, compare, fit, predicted
+from lrcompress.reporting.law_fit import Law, compare, fit, predicted
 
 SIZES = np.repeat(np.geomspace(1e12, 1e16, 6), 2)
 TRUE: dict[Law, tuple[float, ...]] = {
