@@ -65,7 +65,8 @@ class ScalingRecipe(Section):
             )
         if self.pretrain.minutes is not None:
             raise ValueError(
-                "pretrain.minutes: every model trains for scaling.tokens_per_parameter: leave it out"
+                "pretrain.minutes: scaling.tokens_per_parameter decides how long a model trains: "
+                "leave it out"
             )
         return self
 

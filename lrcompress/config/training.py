@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 from lrcompress.config.base import Section
 from lrcompress.config.field_types import NameList
 
-
 # optimizer steps of a training whose length the user leaves open
 DEFAULT_STEPS = 200
 # optimizer steps that no training reaches: of one that ends by time
@@ -59,7 +58,10 @@ class TrainingSettings(Section):
     )
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     warm_up: float = Field(
-        0.1, ge=0, lt=1, description="Share of the steps, or of the minutes, in which the rate rises."
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share of the steps, or of the minutes, in which the rate rises.",
     )
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
     beta2: float = Field(

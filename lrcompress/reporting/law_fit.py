@@ -22,7 +22,6 @@ import numpy as np
 from scipy.optimize import least_squares
 from scipy.stats import t as student
 
-from lrcompress.runtime.errors import InputError
 from lrcompress.reporting.intervals import (
     CONFIDENCE,
     Interval,
@@ -30,6 +29,7 @@ from lrcompress.reporting.intervals import (
     slope_verdict,
     student_quantile,
 )
+from lrcompress.runtime.errors import InputError
 
 Law = Literal["power", "offset", "decade"]
 # Huber's threshold: larger residuals count linearly. Relative, or in nats for "decade"

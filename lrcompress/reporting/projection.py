@@ -1,7 +1,7 @@
 """What a longer training would reach, projected from the held-out losses of one training.
 
-The law is L = E + exp(a - b log t), with t the tokens trained on and E the loss that stays: "offset"
-of `law_fit`, which also gives the intervals.
+The law is L = E + exp(a - b log t), where t are the tokens trained on and E is the loss that stays:
+"offset" of `law_fit`, which also gives the intervals.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_HALF_WIDTH = 0.5
 
 @dataclass(frozen=True)
 class ProjectedLoss:
-    """The held-out loss in nats per token after `factor` times the tokens, with its 95 % interval."""
+    """The held-out loss in nats per token after `factor` times the tokens; its 95 % interval."""
 
     factor: int
     tokens: int

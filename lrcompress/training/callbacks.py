@@ -55,7 +55,8 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     def _seconds_left(self, state: TrainerState) -> float:
         if self.time_limit is not None:
             return max(0.0, self.time_limit.seconds - self.time_limit.elapsed)
-        return (state.max_steps - state.global_step) * self.seconds / self.finished_steps
+        steps_left: int = state.max_steps - state.global_step
+        return steps_left * self.seconds / self.finished_steps
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -87,5 +87,5 @@ class TimeLimit(TrainerCallback, ExportableState):  # type: ignore[misc]
 
 def _saved(state: TrainerState) -> dict[str, float]:
     """What `TimeLimit.state` put into a checkpoint; empty if there was none."""
-    saved: dict[str, Any] = state.stateful_callbacks.get(TimeLimit.__name__, {})
+    saved: dict[str, dict[str, float]] = state.stateful_callbacks.get(TimeLimit.__name__, {})
     return saved.get("attributes", {})

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lrcompress.runtime.atomic_io import writing_state
@@ -59,10 +59,10 @@ class TextTrainer(ShardingTrainer):
         # the loss is a mean over a micro-batch: Trainer has to divide it by the accumulation steps
         self.loss_is_scaled_for_ga = False
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         limit = self.time_limit
-        if limit is not None and self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda _: limit.rate)
+        if limit is not None:
+            self.lr_scheduler: Any = LambdaLR(self.optimizer, lambda _: limit.rate)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lrcompress.runtime.errors import InputError
 from lrcompress.reporting.law_fit import Law, compare, fit, predicted
+from lrcompress.runtime.errors import InputError
 
 SIZES = np.repeat(np.geomspace(1e12, 1e16, 6), 2)
 TRUE: dict[Law, tuple[float, ...]] = {

@@ -9,7 +9,6 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from lrcompress.workflows.scaling.curvature import Bend, bend
 from lrcompress.reporting.intervals import Interval, mean_difference, shown
 from lrcompress.reporting.law_fit import (
     Law,
@@ -19,6 +18,7 @@ from lrcompress.reporting.law_fit import (
     fit,
     loss_gap,
 )
+from lrcompress.workflows.scaling.curvature import Bend, bend
 from lrcompress.workflows.scaling.point import DENSE, ScalingPoint, size_name
 
 Axis = Literal["flops", "non_embedding", "seconds"]
