@@ -1,7 +1,8 @@
 """What a longer training would reach, projected from the held-out losses of one training.
 
 The law is L = E + exp(a - b log t), where t are the tokens trained on and E is the loss that stays:
-"offset" of `law_fit`, which also gives the intervals.
+"offset" of `law_fit`, which also gives the intervals. They do not cover that the law is not quite
+the right one: a training's own cosine makes the end of its losses flat (docs/concepts.md).
 """
 
 from __future__ import annotations
@@ -93,4 +94,7 @@ def sentence(projection: Mapping[str, Any]) -> str:
         f"{FACTORS.get(row['factor'], row['factor'])} the tokens"
         for row in projection["losses"]
     ]
-    return f"Projected held-out loss, with 95 % intervals: {', '.join(parts)}."
+    return (
+        f"Projected held-out loss, rather too high than too low: {', '.join(parts)}. The 95 % "
+        "intervals are of the fit alone."
+    )

@@ -13,7 +13,7 @@ STAYS, FALLS, EXPONENT, TOKENS_PER_STEP = 0.3, 0.5, 0.6, 1024
 
 
 def true_loss(step: float) -> float:
-    return STAYS + FALLS * step**-EXPONENT
+    return float(STAYS + FALLS * step**-EXPONENT)
 
 
 def curve(noise: float = 0.0, seed: int = 0, count: int = 12) -> list[tuple[int, float | None]]:
@@ -77,6 +77,7 @@ def test_the_sentence_has_both_losses() -> None:
     row = {"factor": 2, "tokens": 8, "loss": 0.41, "low": 0.38, "high": 0.44}
     rows = [row, row | {"factor": 10, "loss": 0.35, "low": 0.1, "high": 0.6}]
     assert sentence({"losses": rows, "reason": None}) == (
-        "Projected held-out loss, with 95 % intervals: 0.410 (0.380 to 0.440) for twice the "
-        "tokens, 0.35 (0.10 to 0.60) for ten times the tokens."
+        "Projected held-out loss, rather too high than too low: 0.410 (0.380 to 0.440) for twice "
+        "the tokens, 0.35 (0.10 to 0.60) for ten times the tokens. The 95 % intervals are of the "
+        "fit alone."
     )

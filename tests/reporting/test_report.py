@@ -132,8 +132,9 @@ TEN_TIMES = {"factor": 10, "tokens": 6400, "loss": 0.25, "low": 0.2, "high": 0.3
 def test_reports_show_minutes_and_the_projection() -> None:
     content = _projected(losses=[TWICE, TEN_TIMES])
     sentence = (
-        "Projected held-out loss, with 95 % intervals: 0.280 (0.260 to 0.300) for twice the "
-        "tokens, 0.250 (0.200 to 0.300) for ten times the tokens."
+        "Projected held-out loss, rather too high than too low: 0.280 (0.260 to 0.300) for twice "
+        "the tokens, 0.250 (0.200 to 0.300) for ten times the tokens. The 95 % intervals are of "
+        "the fit alone."
     )
     markdown = report.markdown(content)
     assert f"\n\n{sentence}\n" in markdown

@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+import lrcompress
 from lrcompress.config import FinetuneSettings, ModelSettings
+from lrcompress.config.recipe import ScalingRecipe, checked
+from lrcompress.data import training_text
 from lrcompress.runtime.errors import InputError, MachineError
 from lrcompress.training import finetune, job, loop, time_limit
 from lrcompress.training.distillation import DistillationTrainer
 from lrcompress.training.time_limit import TimeLimit
+from lrcompress.workflows.scaling.ladder import variant_settings
 from tests.conftest import interrupt, invoke, refusal
 from tests.tiny import QUICK_FINETUNE, finetuned
 
@@ -200,6 +204,29 @@ def test_without_minutes_there_are_steps() -> None:
     settings = FinetuneSettings(minutes=2)
     assert settings.max_steps is None
     assert FinetuneSettings(**settings.model_dump()) == settings
+
+
+def test_a_scaling_study_takes_no_minutes() -> None:
+    sizes: dict[str, Any] = {name: {} for name in ("llama-0.3m", "llama-0.9m", "llama-2.5m")}
+    scaling = {"sizes": sizes, "variants": {"low": {"keep_ratio": 0.5}}}
+    for values, words in (
+        ({"pretrain": {"minutes": 5}}, "pretrain.minutes"),
+        ({"scaling": scaling | {"variants": {"low": {"minutes": 5}}}}, "low.minutes"),
+    ):
+        with pytest.raises(InputError, match=words):
+            variant_settings(checked(ScalingRecipe, {"scaling": scaling} | values))
+
+
+def test_the_text_is_for_ten_steps_in_a_second(
+    dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = lrcompress.load(str(dense))
+    settings = FinetuneSettings(**(TIMED | {"minutes": 0.1, "train_length": 32}))
+    tokens = training_text.training_text(model, tokenizer, settings, "finetune").tokens
+    assert tokens.shape == (4 + 0.1 * 60 * 10 * 2, 32)
+    monkeypatch.setattr(training_text, "MAX_TIMED_TOKENS", 7 * 2 * 32 + 1)
+    tokens = training_text.training_text(model, tokenizer, settings, "finetune").tokens
+    assert tokens.shape == (4 + 7 * 2, 32)
 
 
 def test_minutes_decide_the_fingerprint(factorized: Path) -> None:
