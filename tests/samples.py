@@ -82,6 +82,7 @@ RECORD: dict[str, Any] = {
         "tokens_per_second": 320.0, "sequences": 10, "length": 64, "sha256": "1" * 64,
         "settings": {
             "data": ["train.txt"], "learning_rate": 1e-4, "train": "factors", "held_out": 2,
+            "minutes": 0.5,
         },
     },
     "notes": [f"{SCRIPT} is no note"],

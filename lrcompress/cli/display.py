@@ -15,6 +15,7 @@ from rich.table import Table
 from lrcompress.benchmark import report as bench_report
 from lrcompress.benchmark.report import Bench
 from lrcompress.models.inspection import Inspection
+from lrcompress.reporting import projection
 from lrcompress.reporting.differences import Differences
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.report import FORMATS, Report, to_json
@@ -76,6 +77,7 @@ def show_training(training: Mapping[str, Any], out: object) -> None:
         f"Held-out loss: {training['before']:.4f} -> {training['after']:.4f}, of step "
         f"{training['best_step']}."
     )
+    _print_line(projection.sentence(training["projection"]))
     _print_line(f"Wrote {out}.")
 
 

@@ -57,11 +57,16 @@ class ScalingRecipe(Section):
     scaling: ScalingSettings
 
     @model_validator(mode="after")
-    def _whole_models(self) -> Self:
+    def _check_pretrain(self) -> Self:
         if self.pretrain.shard:
             raise ValueError(
                 "pretrain.shard splits one model over processes: leave it out; "
                 "scaling --shard I/N shares whole models between them"
+            )
+        if self.pretrain.minutes is not None:
+            raise ValueError(
+                "pretrain.minutes: scaling.tokens_per_parameter decides how long a model trains: "
+                "leave it out"
             )
         return self
 

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from lrcompress.config.base import Section
 from lrcompress.config.field_types import NameList
 
+# optimizer steps of a training whose length the user leaves open
+DEFAULT_STEPS = 200
+# optimizer steps that no training reaches: of one that ends by time
+UNREACHABLE_STEPS = 10**9
+
 
 class TrainingSettings(Section):
-    """Settings that finetuning and pretraining share."""
+    """Settings that finetuning and pretraining share.
+
+    One of `max_steps` and `minutes` is None.
+    """
 
     data: NameList = Field(
         (),
         description="Texts to train on, written as for calibration; never the test text.",
     )
-    max_steps: int = Field(200, ge=1, description="Optimizer steps.")
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        description=f"Optimizer steps; default {DEFAULT_STEPS} without minutes.",
+    )
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        le=1_000_000,
+        description="Minutes of training, held-out measurements included, instead of max_steps.",
+    )
     batch_size: int = Field(
         2, ge=1, description="Sequences in an optimizer step, in all processes and passes together."
     )
@@ -40,7 +58,10 @@ class TrainingSettings(Section):
     )
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     warm_up: float = Field(
-        0.1, ge=0, lt=1, description="Share of the steps in which the rate rises."
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share of the steps, or of the minutes, in which the rate rises.",
     )
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
     beta2: float = Field(
@@ -59,6 +80,30 @@ class TrainingSettings(Section):
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seed for the choice and the order of sequences."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, values: Any) -> Any:
+        """Raises ValueError for two lengths; fills in DEFAULT_STEPS where there is none."""
+        if not isinstance(values, Mapping):
+            return values
+        lengths = [key for key in ("minutes", "max_steps") if values.get(key) is not None]
+        if len(lengths) == 2:
+            raise ValueError("minutes and max_steps exclude each other: leave one of them out")
+        return values if lengths else {**values, "max_steps": DEFAULT_STEPS}
+
+    @property
+    def step_limit(self) -> int:
+        """Optimizer steps; more than any training takes where the minutes end it."""
+        return UNREACHABLE_STEPS if self.max_steps is None else self.max_steps
+
+    def _refuse_with_minutes(self, in_use: Mapping[str, bool]) -> None:
+        """Raises ValueError if time ends the training and a setting that needs steps is in use."""
+        for name, used in in_use.items():
+            if used and self.minutes is not None:
+                raise ValueError(
+                    f"{name} needs a number of steps: leave it out, or give max_steps, not minutes"
+                )
 
     def _refuse_with_shard(self, in_use: Mapping[str, bool]) -> Self:
         """Raises ValueError if the model is sharded and a setting that prevents this is in use."""
@@ -114,10 +159,14 @@ class FinetuneSettings(TrainingSettings):
     def _check(self) -> Self:
         if self.teacher_cache is not None and self.hidden_states:
             raise ValueError("teacher_cache keeps no hidden states: leave it or hidden_states out")
+        guided = self.self_guided != "off"
+        self._refuse_with_minutes(
+            {"self_guided": guided, "teacher_cache": self.teacher_cache is not None}
+        )
         needs_whole_layers = {
             "train lora": self.train == "lora",
             "parametrization balanced": self.parametrization == "balanced",
-            "self_guided": self.self_guided != "off",
+            "self_guided": guided,
             "teacher_cache": self.teacher_cache is not None,
         }
         return self._refuse_with_shard(needs_whole_layers)
@@ -177,19 +226,20 @@ class PretrainSettings(TrainingSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        guided = self.self_guided != "off"
+        guided, warm_start = self.self_guided != "off", self.dense_share > 0
+        self._refuse_with_minutes({"self_guided": guided, "dense_share": warm_start})
         if guided and self.keep_ratio is None:
             raise ValueError("self_guided needs low-rank layers: give keep_ratio")
-        if self.dense_share and self.keep_ratio is None:
+        if warm_start and self.keep_ratio is None:
             raise ValueError("dense_share needs low-rank layers: give keep_ratio")
-        if self.dense_share and not 0 < self.dense_steps < self.max_steps:
+        if warm_start and not 0 < self.dense_steps < self.step_limit:
             raise ValueError(
-                f"dense_share {self.dense_share:g} of {self.max_steps} steps leaves no "
+                f"dense_share {self.dense_share:g} of {self.step_limit} steps leaves no "
                 f"measurement, each {self.eval_every} steps, on both sides: set eval_every to less"
             )
-        return self._refuse_with_shard({"self_guided": guided, "dense_share": self.dense_share > 0})
+        return self._refuse_with_shard({"self_guided": guided, "dense_share": warm_start})
 
     @property
     def dense_steps(self) -> int:
         """Steps before the factorization, rounded to a multiple of `eval_every`."""
-        return round(self.dense_share * self.max_steps / self.eval_every) * self.eval_every
+        return round(self.dense_share * self.step_limit / self.eval_every) * self.eval_every

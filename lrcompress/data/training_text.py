@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,10 @@ from lrcompress.runtime.errors import InputError
 
 # tokens of a sequence where the user gives no length
 DEFAULT_TRAIN_LENGTH = 512
+# A training that ends by time gets text for this number of steps in each second, and for at most so
+# many tokens. If it trains faster or longer, it reads its text again.
+TIMED_STEPS_PER_SECOND = 10
+MAX_TIMED_TOKENS = 2**25
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,9 @@ def training_text(
 ) -> TrainingText:
     """As many sequences as the steps need, or as many whole steps as the texts hold.
 
-    Training reads the latter more than once. Raises InputError without a tokenizer, and where the
-    texts are too short. `command` is named in the error.
+    Training reads the latter more than once. If time ends the training, the text is for more steps
+    than it is expected to take. Raises InputError without a tokenizer, and where the texts are too
+    short. `command` is named in the error.
     """
     if tokenizer is None:
         raise InputError(f"{command} reads text, but the model has no tokenizer: add its files")
@@ -42,7 +48,7 @@ def training_text(
     if settings.train_length is None:
         length = min(length, DEFAULT_TRAIN_LENGTH)
     batch_size = settings.batch_size
-    needed = settings.held_out + settings.max_steps * batch_size
+    needed = settings.held_out + _steps_of_text(settings, length) * batch_size
     share = -(-needed // len(settings.data))
     texts = [
         token_blocks(
@@ -73,3 +79,11 @@ def training_text(
             "sketch": identity.sketch.to_dict(),
         },
     )
+
+
+def _steps_of_text(settings: TrainingSettings, length: int) -> int:
+    """The number of steps to read text for, in sequences of `length` tokens."""
+    if settings.minutes is None:
+        return settings.step_limit
+    most = MAX_TIMED_TOKENS // (settings.batch_size * length)
+    return max(1, min(math.ceil(60 * settings.minutes * TIMED_STEPS_PER_SECOND), most))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lrcompress.reporting.metric import PUBLISHED, Summary
+from lrcompress.reporting.projection import sentence
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Text:
     data: str
     """The text as it was named; several with commas between them."""
     tokens: int
-    """Of an evaluation those that were predicted, of a training all that were read."""
+    """Of an evaluation those that were predicted, of a training those of its whole text."""
     sha256: str
     """Of the tokens: equal hashes mean equal tokens."""
 
@@ -41,12 +42,13 @@ class TrainingSummary:
     """What reports and cards show of a training.
 
     `values` maps the title of a column to its text. Seconds are those of the last process of the
-    training, its measurements and checkpoints included.
+    training, its measurements and checkpoints included. `projection` is a sentence, or empty.
     """
 
     how: str
     text: str
     values: Mapping[str, str]
+    projection: str
 
 
 # key of a record with a training -> how that training is described; the latest training first
@@ -60,7 +62,9 @@ def training(record: Mapping[str, Any]) -> TrainingSummary | None:
         return None
     trained = record[key]
     rate, settings = trained["tokens_per_second"], trained["settings"]
+    minutes = settings.get("minutes")
     values = {
+        **({} if minutes is None else {"minutes asked for": f"{minutes:g}"}),
         "steps": f"{trained['steps']:,}",
         "tokens": f"{trained['tokens']:,}",
         "learning rate": f"{settings['learning_rate']:g}",
@@ -72,7 +76,8 @@ def training(record: Mapping[str, Any]) -> TrainingSummary | None:
         "seconds": f"{trained['seconds']:.1f}",
         "tokens/s in its steps": "–" if rate is None else f"{rate:.4g}",
     }
-    return TrainingSummary(TRAININGS[key], ", ".join(settings["data"]), values)
+    projected = sentence(trained["projection"]) if "projection" in trained else ""
+    return TrainingSummary(TRAININGS[key], ", ".join(settings["data"]), values, projected)
 
 
 # keys of a record that name the texts of its model, or the models that it was made from

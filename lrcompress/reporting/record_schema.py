@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Required
+from typing import Annotated, Any, NotRequired, Required
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -41,7 +41,25 @@ class TrainingSettingsRecord(TypedDict, total=False):
     data: Required[list[str]]
     learning_rate: Required[CountOrFloat]
     held_out: Required[Count]
+    minutes: CountOrFloat | None
     train: str
+
+
+class ProjectedLossRecord(TypedDict):
+    __pydantic_config__ = ALLOW_EXTRA  # type: ignore[misc]
+
+    factor: Count
+    tokens: Count
+    loss: CountOrFloat
+    low: CountOrFloat
+    high: CountOrFloat
+
+
+class ProjectionRecord(TypedDict):
+    __pydantic_config__ = ALLOW_EXTRA  # type: ignore[misc]
+
+    losses: list[ProjectedLossRecord]
+    reason: str | None
 
 
 class TrainingRecord(TypedDict):
@@ -56,6 +74,7 @@ class TrainingRecord(TypedDict):
     losses: list[tuple[Count, CountOrFloat | None]]
     seconds: CountOrFloat
     tokens_per_second: CountOrFloat | None
+    projection: NotRequired[ProjectionRecord]
     settings: TrainingSettingsRecord
     sequences: Count
     length: Count

@@ -173,7 +173,7 @@ def train_student(
         hidden_states=settings.hidden_states,
     )
     make_trainer = partial(DistillationTrainer, teacher=teacher, objective=objective)
-    guidance = Guidance(settings.max_steps, settings.self_guided == "reduced", settings.seed)
+    guidance = Guidance(settings.step_limit, settings.self_guided == "reduced", settings.seed)
     loop = TrainingLoop(model, settings, inputs, callbacks=[guidance])
     with _guided_student(model, teacher, settings, guidance) as student:
         loop.run(student, make_trainer)

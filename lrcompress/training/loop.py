@@ -14,10 +14,12 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lrcompress.config import TrainingSettings
+from lrcompress.reporting.projection import Projection, project
 from lrcompress.runtime.distributed import run_on_main, sequences_per_pass
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, silent
 from lrcompress.training.callbacks import ProgressCallback, tensorboard
+from lrcompress.training.time_limit import TimeLimit
 from lrcompress.training.trainer import BlockDataset, EarlyStopping, TextTrainer, held_out_losses
 
 STATE_FILE = "trainer_state.json"
@@ -45,7 +47,7 @@ class Trained:
     `seconds` are those of this process. `tokens_per_second` covers the steps that this process
     took; it is None if there were none. `diverged` is why training was stopped, if it diverged.
     `guided_share` is the share of the compressed layers that had a dense guide; it is None unless
-    training was self-guided.
+    training was self-guided. `projection` is what more tokens would have given.
     """
 
     steps: int
@@ -57,6 +59,7 @@ class Trained:
     losses: tuple[tuple[int, float | None], ...]
     seconds: float
     tokens_per_second: float | None
+    projection: Projection
     diverged: str | None = None
     guided_share: float | None = None
 
@@ -77,6 +80,7 @@ class Trained:
             losses=self.losses + tuple((self.steps + step, x) for step, x in second.losses),
             seconds=self.seconds + second.seconds,
             tokens_per_second=rate,
+            projection=Projection(reason="the model was factorized midway"),
         )
 
 
@@ -100,8 +104,12 @@ class TrainingLoop:
         self.checkpoint = run_on_main(lambda: last_checkpoint(inputs.checkpoints))
         self.tokens_per_step = settings.batch_size * inputs.blocks.blocks.shape[1]
         self.early_stopping = EarlyStopping(settings.patience)
-        self.pace = ProgressCallback(inputs.progress, settings.max_steps, self.tokens_per_step)
-        self.callbacks = [self.early_stopping, self.pace, *callbacks]
+        self.time_limit = time_limit_of(settings)
+        self.pace = ProgressCallback(
+            inputs.progress, settings.step_limit, self.tokens_per_step, self.time_limit
+        )
+        limits = [limit for limit in (self.early_stopping, self.time_limit) if limit is not None]
+        self.callbacks = [*limits, self.pace, *callbacks]
         self.trainer: TextTrainer | None = None
         self.trained_parameters = 0
 
@@ -113,6 +121,7 @@ class TrainingLoop:
             train_dataset=self.inputs.blocks,
             eval_dataset=self.inputs.held_out,
             callbacks=[*self.callbacks, *tensorboard(self.settings.tensorboard)],
+            time_limit=self.time_limit,
         )
         self._train_or_restore(self.trainer)
         self.trained_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -121,7 +130,8 @@ class TrainingLoop:
         """Trains from the checkpoint, unless the run that wrote it has ended already."""
         if self.checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(self.checkpoint) / STATE_FILE))
-            if self.early_stopping.has_ended(state):
+            out_of_time = self.time_limit is not None and self.time_limit.has_ended(state)
+            if self.early_stopping.has_ended(state) or out_of_time:
                 trainer.restore(state)
                 return
         trainer.train(resume_from_checkpoint=self.checkpoint)
@@ -133,13 +143,13 @@ class TrainingLoop:
         losses = tuple((s, x if math.isfinite(x) else None) for s, x in held_out_losses(state))
         before = losses[0][1]
         best_step = state.best_global_step  # None if only the first loss, or none, was finite
-        diverged = self.early_stopping.diverged
+        diverged, limit = self.early_stopping.diverged, self.time_limit
         if best_step is None or before is None or not after < before:
             outcome = f"diverged: {diverged}" if diverged else "gained nothing on held-out text"
             first = "not finite" if before is None else f"{before:.4g}"
             raise InputError(
                 f"training {outcome} (loss {first} before it, {after:.4g} after): use a smaller "
-                "--learning-rate, or more --max-steps"
+                f"--learning-rate, or more {'--max-steps' if limit is None else '--minutes'}"
             )
         return Trained(
             steps=state.global_step,
@@ -151,8 +161,21 @@ class TrainingLoop:
             losses=losses,
             seconds=time.perf_counter() - self.started,
             tokens_per_second=self.pace.tokens_per_second or None,
+            projection=self._projection(losses),
             diverged=diverged,
         )
+
+    def _projection(self, losses: Sequence[tuple[int, float | None]]) -> Projection:
+        if self.early_stopping.diverged:
+            return Projection(reason="training diverged")
+        return project([(step * self.tokens_per_step, loss) for step, loss in losses])
+
+
+def time_limit_of(settings: TrainingSettings) -> TimeLimit | None:
+    """The callback that ends the training by time; None if its number of steps is set."""
+    if settings.minutes is None:
+        return None
+    return TimeLimit(60 * settings.minutes, settings.warm_up)
 
 
 def uses_autocast(model: Any, settings: TrainingSettings) -> bool:
@@ -166,7 +189,7 @@ def _arguments(
 ) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
-        max_steps=settings.max_steps,
+        max_steps=settings.step_limit,
         per_device_train_batch_size=sequences_per_pass(
             settings.batch_size, settings.gradient_accumulation
         ),
@@ -175,7 +198,7 @@ def _arguments(
         activation_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=round(settings.warm_up * settings.max_steps),
+        warmup_steps=round(settings.warm_up * settings.step_limit),
         weight_decay=settings.weight_decay,
         adam_beta2=settings.beta2,
         max_grad_norm=1.0,

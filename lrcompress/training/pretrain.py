@@ -128,14 +128,14 @@ def train(new: NewModel, settings: PretrainSettings, inputs: TrainingInputs) -> 
     new.factorize(settings, inputs.progress)
     low_rank_phase = _train_phase(
         new,
-        settings.model_copy(update={"max_steps": settings.max_steps - steps}),
+        settings.model_copy(update={"max_steps": settings.step_limit - steps}),
         replace(inputs, blocks=blocks.part(sequences), checkpoints=checkpoints / "low-rank"),
     )
     return dense_phase.followed_by(low_rank_phase)
 
 
 def _train_phase(new: NewModel, settings: PretrainSettings, inputs: TrainingInputs) -> Trained:
-    guidance = Guidance(settings.max_steps, settings.self_guided == "reduced", settings.seed)
+    guidance = Guidance(settings.step_limit, settings.self_guided == "reduced", settings.seed)
     loop = TrainingLoop(new.model, settings, inputs, callbacks=[guidance])
     guiding = settings.self_guided != "off"
     with guidance.guiding(new.guide_pairs, train_guides=True) if guiding else nullcontext():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lrcompress.runtime.atomic_io import writing_state
@@ -16,6 +17,7 @@ from lrcompress.training.callbacks import training_losses
 from lrcompress.training.fsdp import ShardingTrainer
 from lrcompress.training.losses import token_loss
 from lrcompress.training.teacher_cache import TeacherCache
+from lrcompress.training.time_limit import TimeLimit
 
 # training has diverged where the held-out loss is more than this many times the best one
 DIVERGENCE_RATIO = 3.0
@@ -46,12 +48,22 @@ class BlockDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 class TextTrainer(ShardingTrainer):
-    """Minimizes the mean cross-entropy of the next tokens; subclasses override `loss`."""
+    """Minimizes the mean cross-entropy of the next tokens; subclasses override `loss`.
 
-    def __init__(self, **arguments: Any) -> None:
+    With a `time_limit` the learning rate follows its time, and not the steps.
+    """
+
+    def __init__(self, *, time_limit: TimeLimit | None = None, **arguments: Any) -> None:
+        self.time_limit = time_limit
         super().__init__(**arguments)
         # the loss is a mean over a micro-batch: Trainer has to divide it by the accumulation steps
         self.loss_is_scaled_for_ga = False
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        limit = self.time_limit
+        if limit is not None:
+            self.lr_scheduler: Any = LambdaLR(self.optimizer, lambda _: limit.rate)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
         self,

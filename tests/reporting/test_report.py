@@ -117,3 +117,37 @@ def test_pages_hold_nothing_but_their_own_elements(name: str, pages: dict[str, s
     assert tags.count("svg") == page.count("</svg>")
     assert "broken()" in page
     assert "{{ 7 * 7 }}" in page, "the attack was read as a template"
+
+
+def _projected(**projection: Any) -> Report:
+    """A report of the training in RECORD, with a projection."""
+    trained = {**RECORD["finetuned"], "projection": {"losses": [], "reason": None} | projection}
+    return Report("title", METRICS, DETAILS, {**RECORD, "finetuned": trained})
+
+
+TWICE = {"factor": 2, "tokens": 1280, "loss": 0.28, "low": 0.26, "high": 0.30}
+TEN_TIMES = {"factor": 10, "tokens": 6400, "loss": 0.25, "low": 0.2, "high": 0.3}
+
+
+def test_reports_show_minutes_and_the_projection() -> None:
+    content = _projected(losses=[TWICE, TEN_TIMES])
+    sentence = (
+        "Projected held-out loss, rather too high than too low: 0.280 (0.260 to 0.300) for twice "
+        "the tokens, 0.250 (0.200 to 0.300) for ten times the tokens. The 95 % intervals are of "
+        "the fit alone."
+    )
+    markdown = report.markdown(content)
+    assert f"\n\n{sentence}\n" in markdown
+    assert "| minutes asked for | steps |" in markdown
+    assert f'<p class="quiet">{sentence}</p>' in report.html(content)
+    undone = _projected(reason=f"too short{ATTACK}")
+    assert "No loss is projected for longer trainings: too short" in report.markdown(undone)
+    assert "<script>broken" not in report.html(undone)
+    assert "projected" not in report.markdown(Report("title", METRICS, DETAILS, RECORD))
+
+
+def test_a_damaged_projection_is_refused(tmp_path: Path) -> None:
+    report.write(tmp_path, _projected(losses=[TWICE]))
+    file = tmp_path / "metrics.json"
+    file.write_text(file.read_text().replace('"factor": 2', '"factor": "two"'))
+    assert "is damaged" in refusal("report", tmp_path)

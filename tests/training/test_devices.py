@@ -115,6 +115,8 @@ def runs(
         _job(folder, "uneven", pivoted, shard=True, train="all"),
         _job(folder, "shard_stopped", tied, shard=True, train="all", cross_entropy=0.1, stop=7),
         _job(folder, "shard_stopped", tied, shard=True, train="all", cross_entropy=0.1),
+        _job(folder, "timed", factorized, max_steps=None, minutes=0.05),
+        _job(folder, "timed_shard", tied, shard=True, train="all", max_steps=None, minutes=0.05),
         _new_job(folder, "new", new, self_guided="full"),
         _new_job(folder, "new_shard", new, shard=True),
         _new_job(folder, "new_dense", new, shard=True, keep_ratio=None),
@@ -193,6 +195,15 @@ def test_two_processes_give_what_one_gives(runs: Runs, name: str) -> None:
         expected = [sequence for batch in alone[step] for sequence in batch]
         assert sorted(shared) == sorted(expected)
         assert len(expected) == 4
+
+
+@pytest.mark.parametrize("name", ["timed", "timed_shard"])
+def test_processes_agree_on_the_end_of_the_time(runs: Runs, name: str) -> None:
+    outcomes = [runs.outcome(name, rank) for rank in (0, 1)]
+    assert [outcome["error"] for outcome in outcomes] == [None, None]
+    steps = [len(outcome["passes"]) for outcome in outcomes]
+    assert steps[0] == steps[1] == runs.losses(name)[-1, 0]
+    assert runs.losses(name)[-1, 1] < runs.losses(name)[0, 1]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from lrcompress.workflows.scaling.curvature import Bend, bend
-from lrcompress.workflows.scaling.intervals import Interval, mean_difference, shown
-from lrcompress.workflows.scaling.law_fit import (
+from lrcompress.reporting.intervals import Interval, mean_difference, shown
+from lrcompress.reporting.law_fit import (
     Law,
     LawFit,
     SlopeComparison,
@@ -19,6 +18,7 @@ from lrcompress.workflows.scaling.law_fit import (
     fit,
     loss_gap,
 )
+from lrcompress.workflows.scaling.curvature import Bend, bend
 from lrcompress.workflows.scaling.point import DENSE, ScalingPoint, size_name
 
 Axis = Literal["flops", "non_embedding", "seconds"]

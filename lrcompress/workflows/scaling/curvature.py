@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
-from lrcompress.workflows.scaling.intervals import (
+from lrcompress.reporting.intervals import (
     CONFIDENCE,
     Interval,
     Points,

@@ -22,8 +22,8 @@ from lrcompress.workflows.scaling.point import DENSE, label
 # keys of pretrain that a variant cannot set: they are equal for all models of a ladder, or the
 # ladder sets them
 SHARED_KEYS = (
-    "source", "data", "tokenizer", "vocab_size", "device", "train_length", "max_steps", "held_out",
-    "eval_every", "batch_size", "seed", "patience", "tensorboard", "shard",
+    "source", "data", "tokenizer", "vocab_size", "device", "train_length", "max_steps", "minutes",
+    "held_out", "eval_every", "batch_size", "seed", "patience", "tensorboard", "shard",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ class LadderModel:
     @property
     def sequences(self) -> int:
         """Sequences that the training reads."""
-        return self.settings.max_steps * self.settings.batch_size
+        return self.settings.step_limit * self.settings.batch_size
 
 
 def ladder_models(recipe: ScalingRecipe, tokenizer: Any) -> list[LadderModel]:
@@ -186,7 +186,7 @@ class SizedVariant:
         )
 
     def _check_warm_start(self, settings: PretrainSettings) -> None:
-        if settings.dense_share and not 0 < settings.dense_steps < settings.max_steps:
+        if settings.dense_share and not 0 < settings.dense_steps < settings.step_limit:
             raise InputError(
                 f"dense_share {settings.dense_share:g} of {self.name} covers none or all of the "
                 f"{self.measurements} measurements: set it to 1/{self.measurements} or more and "
@@ -197,7 +197,7 @@ class SizedVariant:
         """Of the whole training: the warm start, the low-rank model, and its dense guides."""
         tokens_per_step = settings.batch_size * self.length
         warm_steps = settings.dense_steps
-        steps = settings.max_steps - warm_steps
+        steps = settings.step_limit - warm_steps
         warm_start = guides = guided_steps = 0
         if warm_steps:
             dense = self._dense_meta_model

@@ -16,6 +16,7 @@ import numpy as np
 from lrcompress.config.scaling import ScalingSettings
 from lrcompress.reporting import figures
 from lrcompress.reporting.figures import Picture
+from lrcompress.reporting.intervals import shown
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.render import render
 from lrcompress.reporting.tables import table
@@ -37,7 +38,6 @@ from lrcompress.workflows.scaling.comparison import (
     verdicts,
 )
 from lrcompress.workflows.scaling.figures import Series, picture
-from lrcompress.workflows.scaling.intervals import shown
 from lrcompress.workflows.scaling.point import ScalingPoint
 
 JSON = "scaling.json"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from lrcompress.reporting.law_fit import compare, fit
 from lrcompress.workflows.scaling.curvature import bend
-from lrcompress.workflows.scaling.law_fit import compare, fit
 
 SIZES = np.repeat(np.geomspace(1e12, 1e16, 6), 2)
 CHEAPER = SIZES / 10

@@ -23,9 +23,9 @@ def test_models_of_one_ladder_have_equal_tokens_per_parameter(ladder: Path) -> N
         if model.variant == "guided":
             low = models[name.replace("guided", "low")]
             assert model.flops <= low.flops
-            assert model.settings.max_steps <= low.settings.max_steps
+            assert model.settings.step_limit <= low.settings.step_limit
         else:
-            assert model.settings.max_steps == max(2, 2 * round(steps / 2))
+            assert model.settings.step_limit == max(2, 2 * round(steps / 2))
     flops = [model.flops for model in models.values()]
     assert flops == sorted(flops)
 
@@ -42,7 +42,7 @@ def test_a_warm_start_costs_what_both_parts_cost(ladder: Path) -> None:
     for name, model in models.items():
         if model.variant == "warm":
             low, dense = (models[name.replace("warm", other)] for other in ("low", "dense"))
-            assert model.settings.max_steps == low.settings.max_steps == dense.settings.max_steps
+            assert model.settings.step_limit == low.settings.step_limit == dense.settings.step_limit
             assert model.flops == (low.flops + dense.flops) // 2
     update["variants"] = {"warm": warm["warm"] | {"dense_share": 0.1}}
     scaling = recipe.scaling.model_copy(update=update)
@@ -58,7 +58,7 @@ def test_shipped_recipes_have_three_sizes_or_more(file: str) -> None:
     assert isinstance(recipe, ScalingRecipe)
     models = ladder_models(recipe, byte_tokenizer())
     assert len({model.size for model in models}) >= 3
-    assert all(model.settings.max_steps >= 2 for model in models)
+    assert all(model.settings.step_limit >= 2 for model in models)
 
 
 def test_a_limit_of_flops_below_the_shortest_training_is_refused(ladder: Path) -> None:

@@ -22,14 +22,14 @@ import numpy as np
 from scipy.optimize import least_squares
 from scipy.stats import t as student
 
-from lrcompress.runtime.errors import InputError
-from lrcompress.workflows.scaling.intervals import (
+from lrcompress.reporting.intervals import (
     CONFIDENCE,
     Interval,
     Points,
     slope_verdict,
     student_quantile,
 )
+from lrcompress.runtime.errors import InputError
 
 Law = Literal["power", "offset", "decade"]
 # Huber's threshold: larger residuals count linearly. Relative, or in nats for "decade"
@@ -112,7 +112,7 @@ def _start(x: np.ndarray, y: np.ndarray, law: Law, floor: float) -> list[float]:
 
 def _minimize(x: np.ndarray, y: np.ndarray, law: Law, start: np.ndarray) -> Any:
     """scipy's result of the least Huber loss, searched from the parameters `start`."""
-    low, high = [-np.inf, -MAX_EXPONENT, 0.0], [np.inf, MAX_EXPONENT, float(y.min())]
+    low, high = [-np.inf, -MAX_EXPONENT, 0.0], [np.inf, MAX_EXPONENT, float(y.max())]
     bounds = (low[: len(start)], high[: len(start)])
     return least_squares(
         lambda p: _residuals(p, x, y, law)[0],

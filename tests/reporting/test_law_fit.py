@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lrcompress.reporting.law_fit import Law, compare, fit, predicted
 from lrcompress.runtime.errors import InputError
-from lrcompress.workflows.scaling.law_fit import Law, compare, fit, predicted
 
 SIZES = np.repeat(np.geomspace(1e12, 1e16, 6), 2)
 TRUE: dict[Law, tuple[float, ...]] = {
@@ -92,3 +92,12 @@ def test_too_few_points_are_refused() -> None:
         fit([1e12, 1e13], [5.0, 4.0], "power")
     with pytest.raises(InputError, match="needs 3 sizes"):
         fit([1e12, 1e12, 1e13, 1e13], [5.0, 5.1, 4.0, 4.1], "offset")
+
+
+def test_the_irreducible_loss_may_be_above_the_lowest_one() -> None:
+    x = np.linspace(1, 50, 50)
+    for seed in range(10):
+        noise = np.exp(0.03 * np.random.default_rng(seed).standard_normal(50))
+        irreducible = fit(x, (1 + 1 / x**2) * noise, "offset", 200).parameters[2]
+        assert noise.min() < 0.96
+        assert irreducible == pytest.approx(1, abs=0.02)
