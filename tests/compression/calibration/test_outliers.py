@@ -94,7 +94,7 @@ def sink(model: Any) -> Iterator[None]:
     down_proj's input is SINK times as large there, and so is the gradient of its output, although
     the norms behind a large output make the gradient as small.
     """
-    mlp = find_blocks(model)[1][0].mlp
+    mlp: Any = find_blocks(model)[1][0].mlp
 
     def scaled(values: Tensor, factor: float) -> Tensor:
         scale = torch.ones(values.shape[1], 1)
