@@ -24,7 +24,7 @@ from lrcompress.methods.types import FFN, ChannelOrder, Statistic, Statistics
 from lrcompress.runtime.errors import InputError
 
 # defaults for the moments of inputs and of output gradients, tuned on text that no report uses
-SHRINKAGE, OUTPUT_SHRINKAGE = 0.1, 0.6
+SHRINKAGE, OUTPUT_SHRINKAGE = 0.2, 0.6
 
 
 @dataclass(frozen=True)
