@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from lrcompress.methods.auto import Auto
 from lrcompress.methods.linalg import WeightedNorm, decompose, pivot, spectrum
 from lrcompress.methods.nystrom import Nystrom
 from lrcompress.methods.svd import DiagonalSVD, FisherSVD, PlainSVD, WhitenedSVD
-from lrcompress.methods.types import Factors, Statistics
+from lrcompress.methods.types import FFN, Factors, LinearSpec, Role, Statistics
 from lrcompress.runtime.errors import InputError
 
 SHAPES = [(24, 16), (16, 24), (20, 20)]
@@ -75,6 +76,52 @@ def test_estimated_error_is_the_measured_error(method: Any, shape: tuple[int, in
         assert measured == pytest.approx(float(curve[rank]), rel=1e-6)
         assert factors.error == pytest.approx(measured, rel=1e-6)
     assert float(curve[0]) == pytest.approx(measured_error(method, statistics, weight))
+
+
+def random_ffn() -> FFN:
+    """An FFN of 6 features and 12 channels, of which channel 1 is hardly ever active."""
+    shapes: dict[Role, tuple[int, int]] = {"up": (12, 6), "down": (6, 12)}
+    specs = tuple(
+        LinearSpec(role, 0, role, inputs, outputs, False, f"input of {role}", "ffn")
+        for role, (outputs, inputs) in shapes.items()
+    )
+    problems = {role: problem(shape) for role, shape in shapes.items()}
+    second_moment = problems["down"][1].second_moment
+    assert second_moment is not None
+    second_moment[1], second_moment[:, 1] = 0, 0
+    second_moment[1, 1] = 1e-3
+    return FFN(
+        name="ffn",
+        linears=specs,
+        weights={role: weight for role, (weight, _) in problems.items()},
+        biases=dict.fromkeys(shapes),
+        statistics={role: statistics for role, (_, statistics) in problems.items()},
+        whole=True,
+    )
+
+
+READING = {name: method for name, method in METHODS.items() if "second_moment" in method.requires}
+
+
+@pytest.mark.parametrize("method", READING.values(), ids=list(READING))
+def test_every_method_that_reads_inputs_keeps_the_outliers(method: Any) -> None:
+    """A direction of which the mean says next to nothing costs a lot where outliers have it."""
+    ffn = random_ffn()
+    name = "down" if method.narrows else "up"
+    statistics = ffn.statistics[name]
+    assert statistics.second_moment is not None
+    outlier = torch.zeros(len(statistics.second_moment), dtype=torch.float64)
+    outlier[1] = 1e3
+    sink = replace(statistics, outlier_moment=torch.outer(outlier, outlier))
+    if method.narrows:
+        with_sink = replace(ffn, statistics={**ffn.statistics, name: sink})
+        assert int(method.order(with_sink).channels[0]) == 1
+        assert int(method.order(ffn).channels[0]) != 1
+    else:
+        weight = ffn.weights[name]
+        factors = factors_of(method, weight, sink, 2)
+        lost = (weight - factors.B @ factors.A) @ outlier
+        assert float(lost.norm()) < 1e-3 * float((weight @ outlier).norm())
 
 
 @each_method
