@@ -22,6 +22,9 @@ from lrcompress.runtime.errors import InputError
 from tests.conftest import invoke
 
 COUNTS = ("max_samples", "max_generated_samples", "gradient_samples")
+QUICK, BEST = (
+    tuple(EFFORTS[effort]["calibration"][name] for name in COUNTS) for effort in ("quick", "best")
+)
 
 
 def recipe(effort: Any, calibration: Any = None, **factorize: Any) -> Recipe:
@@ -41,18 +44,27 @@ def test_every_effort_has_its_choices() -> None:
     default, quick, best = map(recipe, ("default", "quick", "best"))
     assert default.calibration == CalibrationSettings()
     assert default.factorize == FactorizeSettings(keep_ratio=0.8)
-    assert counts(quick.calibration) == (16, 8, 4)
+    assert counts(quick.calibration) == QUICK
     assert quick.factorize.sequential == "independent"
     assert counts(best.calibration) == tuple(2 * count for count in counts(default.calibration))
     assert best.factorize.sequential == "anchored"
     assert {effort.factorize.effort for effort in (default, quick, best)} == set(EFFORTS)
 
 
+def test_the_page_shows_the_choices() -> None:
+    page = Path("docs/concepts.md").read_text("utf-8")
+    efforts = [recipe(effort).model_dump() for effort in ("quick", "default", "best")]
+    for section, key in [("factorize", "sequential"), *(("calibration", key) for key in COUNTS)]:
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| `{section}.{key}`"))
+        cells = [cell.strip(" `").split("`")[0] for cell in row.split("|")[2:5]]
+        assert cells == [str(effort[section][key]) for effort in efforts]
+
+
 def test_what_the_user_sets_wins() -> None:
     best = recipe(
         "best", {"gradient_samples": 3, "max_generated_samples": 9}, sequential="independent"
     )
-    assert counts(best.calibration) == (100, 9, 3)
+    assert counts(best.calibration) == (BEST[0], 9, 3)
     assert best.factorize.sequential == "independent"
     assert recipe("best", {"num_samples": 7}).calibration.num_samples == 7
 
@@ -84,7 +96,7 @@ def test_a_resolved_recipe_reads_back_equal(effort: str, tmp_path: Path) -> None
 def test_set_chooses_an_effort(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("model: {source: x}\nfactorize: {keep_ratio: 0.6}\n")
-    assert counts(read_recipe(file, ["factorize.effort=quick"]).calibration) == (16, 8, 4)
+    assert counts(read_recipe(file, ["factorize.effort=quick"]).calibration) == QUICK
 
 
 @pytest.mark.parametrize("word", ["fast", "Best", ["best"], None, 1])
@@ -110,8 +122,8 @@ def test_the_record_has_the_word_and_its_choices(dense: Path, tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     record = json.loads((out / "lrcompress.json").read_text("utf-8"))
     assert record["recipe"]["factorize"]["effort"] == "quick"
-    assert counts(CalibrationSettings(**record["recipe"]["calibration"])) == (16, 8, 4)
-    assert record["calibration"]["num_samples"] == 8
+    assert counts(CalibrationSettings(**record["recipe"]["calibration"])) == QUICK
+    assert record["calibration"]["num_samples"] == QUICK[1]
     refused = invoke("factorize", dense, "--out", tmp_path / "no", "--rank", "4", "--effort", "x")
     assert refused.exit_code == 2
     assert refused.stderr.count("\n") == 1
