@@ -44,6 +44,10 @@ from lrcompress.runtime.errors import InputError, NotFiniteError
 from lrcompress.runtime.progress import Progress, silent
 
 OVERFLOWS = "activations overflow float16, so the model was run in float32 to calibrate"
+NOT_ANCHORED = (
+    "mixtures of experts cannot be anchored, so in spite of effort best this model was factorized "
+    "with sequential independent"
+)
 
 
 def factorize(
@@ -53,7 +57,7 @@ def factorize(
 
     `settings` are the keys of the recipe's `calibration`, `factorize` and `refine` sections, by
     the names of the flags: rank or keep_ratio, method, ranks, form, calibration, num_samples,
-    seq_len, seed, include, exclude, refine, ... `tokenizer` is needed by every method that
+    seq_len, seed, include, exclude, refine, effort, ... `tokenizer` is needed by every method that
     calibrates.
     Raises InputError where a setting is refused or does not fit the model; the model is then
     as it was.
@@ -129,7 +133,7 @@ class Compressor:
             check_weights(self.model, linears)
         if (weight := next(nonfinite_weights(self.model), None)) is not None:
             raise InputError(f"{weight} is not finite: get an intact copy")
-        if settings.sequential == "anchored":
+        if settings.sequential == "anchored" and not _falls_back(settings, linears):
             _refuse_experts(linears)
         return CalibrationSession(
             self.model, self.tokenizer, linears, self.calibration_settings, self.progress
@@ -150,9 +154,12 @@ class Compressor:
             before = DenseModel.of(self.model, self.started)
             linears, refined = self._replace_and_refine(prepared, session)
             record_layout(self.model)
-            return factorization_of(
+            result = factorization_of(
                 self.model, before, prepared, linears, refined, session.fingerprint, trials
             )
+            if _falls_back(self.settings, prepared.linears):
+                return replace(result, notes=(*result.notes, NOT_ANCHORED))
+            return result
 
     def _replace_and_refine(
         self, prepared: PreparedModel, session: CalibrationSession
@@ -171,9 +178,10 @@ class Compressor:
     ) -> tuple[LinearResult, ...]:
         plan = prepared.plan
         assert plan is not None
-        if self.settings.sequential == "independent":
+        settings = self.settings
+        if settings.sequential == "independent" or _falls_back(settings, prepared.linears):
             return apply_plan(self.model, prepared, plan, self.progress)
-        tokens, damping = session.tokens, self.settings.anchor_damping
+        tokens, damping = session.tokens, settings.anchor_damping
         return run_on_main(
             lambda: apply_plan_anchored(
                 self.model, prepared, plan, tokens=tokens, damping=damping, progress=self.progress
@@ -237,6 +245,12 @@ def _compressed_in_float32(model: nn.Module) -> Iterator[None]:
         yield
     for name, layer in compressed_layers(model):
         layer.to(dtypes.get(name, model_dtype))
+
+
+def _falls_back(settings: FactorizeSettings, linears: Iterable[LinearSpec]) -> bool:
+    """Whether anchored fits, which effort best stands for, give way to experts among `linears`."""
+    is_wanted = settings.effort == "best" and settings.sequential == "anchored"
+    return is_wanted and any(spec.mixture for spec in linears)
 
 
 def _refuse_experts(linears: Iterable[LinearSpec]) -> None:

@@ -41,6 +41,11 @@ class FactorizeSettings(Section):
         "pydoc:validation",
         description="Text on which max_perplexity_increase is measured; never the test text.",
     )
+    effort: Literal["quick", "default", "best"] = Field(
+        "default",
+        description="Defaults of other settings: quick reads less calibration text; best reads "
+        "more, and fits anchored.",
+    )
     method: Annotated[str, AfterValidator(one_of(METHODS))] = Field(
         "auto", description=f"One of {', '.join(METHODS)}; with rank the default is whitened."
     )

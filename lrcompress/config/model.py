@@ -37,7 +37,13 @@ class CalibrationSettings(Section):
     num_samples: int | None = Field(
         None,
         ge=1,
-        description="Samples of text; default 50, or all that the text has if less; 20 for self.",
+        description="Samples of text; a text that has fewer is refused.",
+    )
+    max_samples: int = Field(
+        50, ge=1, description="Without num_samples: samples of text, or all that it has if less."
+    )
+    max_generated_samples: int = Field(
+        20, ge=1, description="The same where the model writes all the text, which takes longer."
     )
     gradient_samples: int = Field(
         8,

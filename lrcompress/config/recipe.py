@@ -24,6 +24,7 @@ from lrcompress.config import (
     Section,
     SweepSettings,
 )
+from lrcompress.config.effort import with_effort
 from lrcompress.config.field_types import allowed_words
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.safe_parsing import read_yaml
@@ -48,6 +49,11 @@ class Recipe(Section):
     finetune: FinetuneSettings = FinetuneSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     sweep: SweepSettings = SweepSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_effort(cls, values: Any) -> Any:
+        return with_effort(values) if isinstance(values, dict) else values
 
 
 class ScalingRecipe(Section):
@@ -107,15 +113,23 @@ def sections_from_flat(
     for name in values:
         if name not in known_flags:
             raise InputError(f"{key_to_words(name)}: unknown{allowed_words(name, known_flags)}")
-    return {key: _section(section, values, key_to_words) for key, section in classes.items()}
+    field_values = with_effort(
+        {key: _field_values(section, values) for key, section in classes.items()}
+    )
+    return {
+        key: _section(section, field_values[key], key_to_words) for key, section in classes.items()
+    }
+
+
+def _field_values(section: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `values`, by flag, that are fields of `section`, by field."""
+    return {field: values[flag] for flag, field in flags(section).items() if flag in values}
 
 
 def _section(
-    section: type[Section], values: Mapping[str, Any], key_to_words: KeyToWords
+    section: type[Section], field_values: Mapping[str, Any], key_to_words: KeyToWords
 ) -> Section:
-    field_of = flags(section)
-    flag_of = {field: flag for flag, field in field_of.items()}
-    field_values = {field: values[flag] for flag, field in field_of.items() if flag in values}
+    flag_of = {field: flag for flag, field in flags(section).items()}
 
     def path_to_words(path: str) -> str:
         field, _, item = path.partition(".")

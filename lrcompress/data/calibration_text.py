@@ -14,9 +14,6 @@ from lrcompress.layers.model_info import sequence_length
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, silent
 
-# numbers of samples where the user gives none; text written by the model costs more time
-DEFAULT_SAMPLES, DEFAULT_GENERATED_SAMPLES = 50, 20
-
 
 def calibration_tokens(
     model: Any, tokenizer: Any, settings: CalibrationSettings, progress: Progress = silent
@@ -59,8 +56,9 @@ def read_blocks(model: Any, tokenizer: Any, settings: CalibrationSettings) -> li
 
 def _sample_counts(settings: CalibrationSettings) -> list[tuple[str, int]]:
     """SPEC and number of samples of each text."""
-    total, texts = settings.num_samples, settings.data
-    total = total or (DEFAULT_GENERATED_SAMPLES if set(texts) == {SELF} else DEFAULT_SAMPLES)
+    texts = settings.data
+    most = settings.max_generated_samples if set(texts) == {SELF} else settings.max_samples
+    total = settings.num_samples or most
     if total < len(texts):
         raise InputError(f"{len(texts)} texts cannot share {total} samples: raise --num-samples")
     return [(spec, len(range(index, total, len(texts)))) for index, spec in enumerate(texts)]

@@ -116,7 +116,7 @@ class BlockRunner:
             if index not in self.arguments or not _equal(self.arguments[index], other[index]):
                 raise InputError(
                     f"block {index} gets arguments that differ between samples, or is not called: "
-                    "leave out --refine, --sequential anchored and --streaming for this family"
+                    "use --sequential independent, without --refine and --streaming"
                 )
 
     @contextmanager

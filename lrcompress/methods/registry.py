@@ -16,6 +16,8 @@ METHODS = {
 }
 # methods whose errors estimate the rise of the loss, so that errors of different linears compare
 ESTIMATE_LOSS = ("fisher", "nystrom", "auto")
+# methods that need no calibration
+READ_NO_TEXT = ("svd",)
 
 ALLOCATORS = {
     "uniform": "lrcompress.methods.allocators.uniform:Uniform",

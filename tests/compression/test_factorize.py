@@ -34,6 +34,18 @@ def test_equal_seeds_give_equal_models() -> None:
     assert torch.equal(logits(models[0]), logits(models[1]))
 
 
+def test_effort_gives_the_model_of_its_settings() -> None:
+    models = [tiny_model(), tiny_model(), tiny_model()]
+    chosen: dict[str, Any] = {"sequential": "anchored", "gradient_samples": 16}
+    efforts: list[dict[str, Any]] = [{"effort": "best"}, chosen, {}]
+    for model, settings in zip(models, efforts, strict=True):
+        same: dict[str, Any] = {"keep_ratio": 0.6, "rank_multiple": 2, "num_samples": 20}
+        lrcompress.factorize(model, byte_tokenizer(), **SETTINGS | same | settings)
+    best, explicit, default = map(logits, models)
+    assert torch.equal(best, explicit)
+    assert not torch.equal(best, default)
+
+
 def test_patterns_choose_linears() -> None:
     model = tiny_model()
     result = lrcompress.factorize(

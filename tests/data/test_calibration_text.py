@@ -32,6 +32,23 @@ def test_several_texts_take_turns(tmp_path: Path) -> None:
     assert mark.tokens == 5 * 16
 
 
+def test_max_samples_takes_what_a_short_text_has_and_num_samples_does_not(tmp_path: Path) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text("a" * 100)  # six pieces of 16 tokens
+    several: dict[str, Any] = {"num_samples": None, "data": [str(file)]}
+    assert text(**several, max_samples=4)[0].shape == (4, 16)
+    assert text(**several, max_samples=9)[0].shape == (6, 16)
+    assert text(**several | {"num_samples": 3}, max_samples=4)[0].shape == (3, 16)
+    with pytest.raises(InputError, match="at most --num-samples 6"):
+        text(**several | {"num_samples": 9})
+
+
+def test_text_of_self_alone_has_a_maximum_of_its_own() -> None:
+    counts: dict[str, Any] = {"num_samples": None, "max_samples": 4, "max_generated_samples": 2}
+    assert text(**counts, data=["self"])[0].shape == (2, 16)
+    assert text(**counts, data=["self", "pydoc"])[0].shape == (4, 16)
+
+
 def test_the_seed_decides_and_the_fingerprint_tells() -> None:
     assert text(seed=1)[1] == text(seed=1)[1]
     assert text(seed=1)[1].sha256 != text(seed=2)[1].sha256

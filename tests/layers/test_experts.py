@@ -12,6 +12,7 @@ import torch
 import lrcompress
 from lrcompress.benchmark import flops
 from lrcompress.compression.calibration.moments import MomentStatistics, measure_moments
+from lrcompress.compression.factorize import NOT_ANCHORED
 from lrcompress.config import ModelSettings
 from lrcompress.layers.experts import Experts, fused_experts, is_fused
 from lrcompress.layers.ffn_layouts import ffn_parameters, find_ffns, select
@@ -311,6 +312,24 @@ def test_settings_that_do_not_support_experts_are_refused(mixture: Path, tmp_pat
         placement(ModelSettings(source=str(mixture)), shard=True)
     with pytest.raises(InputError, match="depend on which experts"):
         flops.analytic_flops(tiny_model("mixtral"), 8)
+
+
+def test_effort_best_leaves_experts_independent(mixture: Path) -> None:
+    best, independent = (lrcompress.load(mixture)[0] for _ in range(2))
+    settings = SETTINGS | {"keep_ratio": 0.6, "gradient_samples": 2}
+    result = lrcompress.factorize(best, byte_tokenizer(), effort="best", **settings)
+    expected = lrcompress.factorize(independent, byte_tokenizer(), **settings)
+    assert torch.equal(logits(best), logits(independent))
+    assert result.notes == (*expected.notes, NOT_ANCHORED)
+
+
+def test_effort_best_anchors_what_is_left_without_experts() -> None:
+    best, independent = (tiny_model("glm4_moe") for _ in range(2))
+    settings = SETTINGS | {"keep_ratio": 0.6, "exclude": ["*.experts.*"]}
+    result = lrcompress.factorize(best, byte_tokenizer(), effort="best", **settings)
+    lrcompress.factorize(independent, byte_tokenizer(), gradient_samples=16, **settings)
+    assert NOT_ANCHORED not in result.notes
+    assert not torch.equal(logits(best), logits(independent))
 
 
 def test_new_experts_are_low_rank_from_the_start(tmp_path: Path) -> None:

@@ -50,6 +50,10 @@ def measured_error(method: Any, statistics: Statistics, difference: Tensor) -> f
     return float((left * right).sum())
 
 
+def test_methods_that_read_no_text_are_those_without_moments() -> None:
+    assert [name for name in METHODS if not METHODS[name].requires] == [*registry.READ_NO_TEXT]
+
+
 @each_method
 @each_shape
 def test_full_rank_is_exact(method: Any, shape: tuple[int, int]) -> None:

@@ -187,7 +187,8 @@ class SweepRunner:
     def _calibration(self) -> SharedCalibration:
         """With the moments that any variant needs: without gradients, with gradients, or both."""
         self._refuse_contamination()
-        session = self._compressor(self.variants[0], self._model).calibration()
+        # all read the same text and linears; each may refuse the model
+        session, *_ = (self._compressor(v, self._model).calibration() for v in self.variants)
         requirements = [variant.factorize.build_method().requires for variant in self.variants]
         with_gradients = {"gradient_moment" in required for required in requirements if required}
         with peak_memory() as memory:

@@ -11,8 +11,8 @@ from lrcompress.config import BUDGETS, FactorizeSettings, RefineSettings
 from lrcompress.config.recipe import Recipe, flags, sections, sections_from_flat
 from lrcompress.runtime.errors import InputError
 
-# keys that a variant cannot set: the points of all variants compress the same linears
-SELECTION_KEYS = ("include", "exclude", "dense_first")
+# keys that a variant cannot set: all variants compress the same linears, calibrated once
+SHARED_KEYS = ("include", "exclude", "dense_first", "effort")
 # keys that a variant with a method does not take from the recipe: they would override the
 # method's defaults
 METHOD_KEYS = ("method", "method_options", "ranks", "ranks_options", "form")
@@ -41,7 +41,7 @@ def variants(recipe: Recipe) -> Iterator[Variant]:
 
 def _variant(recipe: Recipe, name: str, values: dict[str, Any]) -> Variant:
     key_path = partial(_key_path, name)
-    for key in (*BUDGETS, *SELECTION_KEYS):
+    for key in (*BUDGETS, *SHARED_KEYS):
         if key in values:
             raise InputError(f"{key_path(key)}: it holds for all variants; set it outside of them")
     base = recipe.factorize.model_dump(exclude={*BUDGETS, *METHOD_KEYS})

@@ -27,7 +27,7 @@ from lrcompress.runtime.errors import InputError
 from lrcompress.workflows.sweep.pareto import fronts
 from lrcompress.workflows.sweep.report import FORMATS
 from lrcompress.workflows.sweep.sweep import sweep
-from tests.tiny import BLOCKS
+from tests.tiny import BLOCKS, saved_model
 from tests.workflows.sweep.conftest import EVALUATE, TEXT, sweep_recipe
 
 LINEARS = 3 * BLOCKS
@@ -292,6 +292,14 @@ def test_a_folder_with_other_files_is_refused(source: Path, tmp_path: Path) -> N
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is no sweep"):
         sweep(sweep_recipe(source), tmp_path)
+
+
+def test_a_later_variant_that_does_not_fit_the_model_is_refused_first(tmp_path: Path) -> None:
+    mixture = saved_model(tmp_path / "mixture", "mixtral")
+    anchored = {"first": {}, "second": {"sequential": "anchored"}}
+    with pytest.raises(InputError, match="anchored cannot fit mixtures of experts"):
+        sweep(sweep_recipe(mixture, variants=anchored), tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out" / "points").iterdir()] == ["dense.json"]
 
 
 def test_command(source: Path, tmp_path: Path) -> None:

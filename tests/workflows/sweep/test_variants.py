@@ -36,6 +36,8 @@ def test_wrong_settings_are_named(source: Path) -> None:
         list(variants(sweep_recipe(source, variants={"x": {"metod": "svd"}})))
     with pytest.raises(InputError, match=r"x\.include: it holds for all variants"):
         list(variants(sweep_recipe(source, variants={"x": {"include": ["a"]}})))
+    with pytest.raises(InputError, match=r"x\.effort: it holds for all variants"):
+        list(variants(sweep_recipe(source, variants={"x": {"effort": "best"}})))
     for name in ("dense", "a/b"):
         with pytest.raises(InputError, match="is not a valid name"):
             sweep_recipe(source, variants={name: {"method": "svd"}})
