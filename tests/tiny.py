@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -151,6 +152,58 @@ MORE_MIXTURES: dict[str, dict[str, Any]] = {
     | {"layer_types": ["full_attention"] * BLOCKS, "shared_expert_intermediate_size": 40},
     "solar_open": SPARSE | SHARED,
 }
+
+
+TEXT = {key: value for key, value in STANDARD.items() if not key.endswith("_token_id")} | {
+    "vocab_size": 264
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+GEMMA3 = {"text_config": TEXT, "vision_config": VISION, "mm_tokens_per_image": 4} | {
+    "boi_token_index": 258, "eoi_token_index": 259, "image_token_index": 260,
+}  # fmt: skip
+QWEN35 = {
+    "text_config": TEXT
+    | {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2}
+    | {"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    "vision_config": {
+        "hidden_size": 16, "intermediate_size": 32, "depth": 1, "num_heads": 2, "patch_size": 14,
+        "out_hidden_size": WIDTH, "num_position_embeddings": 16,
+    },
+    "image_token_id": 260, "video_token_id": 261,
+    "vision_start_token_id": 262, "vision_end_token_id": 263,
+}  # fmt: skip
+LLAVA = {
+    "text_config": {"model_type": "llama"} | TEXT,
+    "vision_config": {"model_type": "clip_vision_model"} | VISION,
+    "image_token_index": 260,
+}
+# classes other than causal language models of text alone -> model type, and config keys
+OTHER_CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Gemma3ForConditionalGeneration": ("gemma3", GEMMA3),
+    "Qwen3_5ForConditionalGeneration": ("qwen3_5", QWEN35),
+    "LlavaForConditionalGeneration": ("llava", LLAVA),
+    "LlamaForSequenceClassification": ("llama", STANDARD | {"vocab_size": 257, "num_labels": 1}),
+    "Qwen2ForTokenClassification": ("qwen2", STANDARD | {"vocab_size": 257, "num_labels": 3}),
+    "LlamaForQuestionAnswering": ("llama", STANDARD | {"vocab_size": 257}),
+    "Qwen3Model": ("qwen3", STANDARD | {"vocab_size": 257}),
+}
+
+
+def saved_class(folder: Path, name: str, **changes: Any) -> Path:
+    """A dense folder of a class of OTHER_CLASSES, with a tokenizer."""
+    model_type, keys = OTHER_CLASSES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(AutoConfig.for_model(model_type, **(keys | changes)))
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:

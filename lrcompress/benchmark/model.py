@@ -17,6 +17,7 @@ from lrcompress.benchmark.report import Bench, make_bench, write_bench
 from lrcompress.benchmark.timer import Cost, Timing, run_alternating
 from lrcompress.checkpoint.record import ModelWithRecord, record_of
 from lrcompress.config import ModelBenchSettings, ModelSettings
+from lrcompress.layers.model_info import check_predicts_next_token
 from lrcompress.layers.model_state import evaluation_mode
 from lrcompress.layers.moe import unpacked
 from lrcompress.layers.optimize import optimize
@@ -63,6 +64,8 @@ def bench_models(
     Raises InputError where prompt and new tokens, or the training sequences, do not fit a model.
     """
     _check_lengths(models, settings)
+    for model in models.values():
+        check_predicts_next_token(model, "the benchmark")
     workloads = [_generation(models, settings, size) for size in settings.batch_sizes]
     if settings.training:
         workloads.append(_training(models, settings))

@@ -10,17 +10,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from lrcompress.checkpoint.companions import copy_companions, source_folder
 from lrcompress.checkpoint.record import CARD, RECORD, write_record
+from lrcompress.layers.model_info import plain_model
 from lrcompress.models.hf_quantizer import record_layout
 from lrcompress.models.safetensors_headers import stored_tensors
+from lrcompress.models.stored_weights import read_tensors, unused_tensors
 from lrcompress.runtime.atomic_io import replace_text, writing
 from lrcompress.runtime.packages import versions
 
 # name endings of tensors that only a low-rank layer has
 LOW_RANK_ENDINGS = (".A.weight", ".Z.weight")
+CARRIED = "carried.safetensors"  # file of tensors carried over, until all files are indexed
 QUANTIZED_DATA = "._weight_qdata"  # ending of torchao's tensor with one entry per number
 
 
@@ -42,12 +47,12 @@ def save_checkpoint(
 
     Raises InputError if `out` exists and `replace` is false, MachineError if it cannot be written.
     """
+    model = plain_model(model)
     record_layout(model)
     with writing(out, replace) as folder:
         write_weights(model, tokenizer, folder, state)
-        if shards:
-            _add_shards(folder, shards)
-        complete = dict(record) | saved_as(folder)
+        carried_over = add_from_source(model, folder, shards)
+        complete = dict(record) | carried_over | saved_as(folder)
         write_record(folder, complete)
     return complete
 
@@ -77,16 +82,42 @@ def checksums(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_weights(
-    model: Any, tokenizer: Any, folder: Path, state: Mapping[str, Tensor] | None = None
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    state: Mapping[str, Tensor] | None = None,
+    module_names: bool = False,
 ) -> None:
-    """Writes model and tokenizer as transformers does; `state` as in `save_checkpoint`."""
+    """Writes model and tokenizer as transformers does; `state` as in `save_checkpoint`.
+
+    With `module_names` the tensors have the names that they have in the model, which transformers
+    otherwise converts to those of the original checkpoint.
+    """
     config = model.config.__dict__
     config.pop("auto_map", None)  # it would refer to code that is not in this folder
-    model.save_pretrained(folder, state_dict=state)
+    model.save_pretrained(folder, state_dict=state, save_original_format=not module_names)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)
+
+
+def add_from_source(model: Any, folder: Path, shards: Sequence[Path] = ()) -> dict[str, list[str]]:
+    """Adds to `folder` what the folder holds that `model` was loaded from, and `model` does not.
+
+    These are the files of `copy_companions`, and tensors that the class of the model skips, which
+    are carried over unchanged and named in the result, for the record. `shards` are added too.
+    """
+    source = source_folder(model)
+    names: list[str] = []
+    if source is not None:
+        copy_companions(source, folder)
+        names = sorted(unused_tensors(model, source))
+    if source is not None and names:
+        save_file(read_tensors(source, names), folder / CARRIED, {"format": "pt"})
+    if shards or names:
+        _add_shards(folder, shards)
+    return {"carried_over": names} if names else {}
 
 
 def _add_shards(folder: Path, shards: Sequence[Path]) -> None:

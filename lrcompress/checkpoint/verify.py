@@ -16,6 +16,7 @@ from lrcompress.models import loading
 from lrcompress.models.safetensors_headers import stored_tensors
 from lrcompress.runtime.errors import InputError
 
+CODE_NOT_RUN = "its code is not run without --trust-remote-code"
 FaultKind = Literal["missing", "extra", "size", "checksum", "model"]
 
 # dtype in config.json -> its name in safetensors files
@@ -41,24 +42,29 @@ class Fault:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result for one checkpoint: numbers of files and bytes read, and all faults."""
+    """The result for one checkpoint: numbers of files and bytes read, and all faults.
+
+    `unchecked` says why the model was not loaded, if it was not.
+    """
 
     folder: str
     files: int
     bytes: int
     faults: tuple[Fault, ...]
+    unchecked: str | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def verify(folder: Path) -> list[Verification]:
+def verify(folder: Path, trust_remote_code: bool = False) -> list[Verification]:
     """Verifies the checkpoint in `folder`, or every checkpoint in the folder of a run.
 
     If all files are right, the model is also loaded, on the meta device, without memory for its
-    weights. Raises InputError where there is no checkpoint, or one without checksums.
+    weights; one that ships its own code, such as a standalone export, only with
+    `trust_remote_code`. Raises InputError where there is no checkpoint, or one without checksums.
     """
-    return [_verify_checkpoint(checkpoint) for checkpoint in _checkpoints(folder)]
+    return [_verify_checkpoint(path, trust_remote_code) for path in _checkpoints(folder)]
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -73,14 +79,24 @@ def _checkpoints(folder: Path) -> list[Path]:
     return checkpoints
 
 
-def _verify_checkpoint(folder: Path) -> Verification:
+def _verify_checkpoint(folder: Path, trust_remote_code: bool) -> Verification:
     saved = _saved_checksums(folder)
     current = {name: FileChecksum(**values) for name, values in checksums(folder).items()}
+    faults = tuple(_file_faults(saved, current))
+    unchecked = "files are wrong" if faults else None
+    if not faults:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        faults = tuple(_dtype_faults(folder, config.get("dtype")))
+        if "auto_map" in config and not trust_remote_code:
+            unchecked = CODE_NOT_RUN
+        else:
+            faults += tuple(_model_faults(folder, trust_remote_code))
     return Verification(
         folder=str(folder),
         files=len(current),
         bytes=sum(file.bytes for file in current.values()),
-        faults=tuple(_file_faults(saved, current)) or tuple(_model_faults(folder)),
+        faults=faults,
+        unchecked=unchecked,
     )
 
 
@@ -116,18 +132,12 @@ def _file_faults(
         yield Fault(name, "extra", f"{name} is not a file of the checkpoint")
 
 
-def _model_faults(folder: Path) -> Iterator[Fault]:
-    """Tensors whose shape, rank or dtype does not fit the config; loading checks shapes and ranks.
-
-    A checkpoint that ships its own code, such as a standalone export, is not loaded: loading it
-    would run that code.
-    """
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    yield from _dtype_faults(folder, config.get("dtype"))
-    if "auto_map" in config:
-        return
+def _model_faults(folder: Path, trust_remote_code: bool) -> Iterator[Fault]:
+    """Tensors whose shape or rank does not fit the config, or that are missing or left over."""
     try:
-        loading.load(folder, placement={"device_map": {"": "meta"}})
+        loading.load(
+            folder, trust_remote_code=trust_remote_code, placement={"device_map": {"": "meta"}}
+        )
     except InputError as error:
         yield Fault(".", "model", str(error))
 

@@ -67,17 +67,23 @@ def quantize_command(source: str, out: Path, **options: Any) -> None:
 
 @click.command("verify")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Also load models that ship Python code, such as standalone exports, which runs it.",
+)
 @JSON
-def verify_command(folder: Path, as_json: bool) -> None:
+def verify_command(folder: Path, trust_remote_code: bool, as_json: bool) -> None:
     """Check that the checkpoint DIR is as it was saved.
 
     DIR is a checkpoint, or the folder of a run, in which all checkpoints are checked. Every file is
     compared by checksum, and every tensor with the config. The exit code is 1 if a file has
-    changed, is missing or is extra, or if a tensor does not fit the config.
+    changed, is missing or is extra, or if a tensor does not fit the config. A model that was not
+    loaded is named as such.
     """
     from lrcompress.checkpoint.verify import verify
 
-    results = verify(folder)
+    results = verify(folder, trust_remote_code)
     if as_json:
         click.echo(json.dumps([result.to_dict() for result in results], indent=2))
     else:
@@ -90,7 +96,15 @@ def verify_command(folder: Path, as_json: bool) -> None:
 
 def _show(results: Sequence[Verification]) -> None:
     for result in results:
-        state = "not as they were saved" if result.faults else "as they were saved"
-        click.echo(f"{result.folder}: {result.files} files, {result.bytes / 1e6:,.1f} MB, {state}.")
+        size = f"{result.files} files, {result.bytes / 1e6:,.1f} MB"
+        click.echo(f"{result.folder}: {size}, {_state(result)}.")
         for fault in result.faults:
             click.echo(f"  {fault.message}")
+
+
+def _state(result: Verification) -> str:
+    if result.faults:
+        return "not as they were saved"
+    if result.unchecked:
+        return f"checksums are right; the model was not loaded: {result.unchecked}"
+    return "as they were saved"

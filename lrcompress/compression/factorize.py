@@ -33,6 +33,7 @@ from lrcompress.config.recipe import sections, sections_from_flat
 from lrcompress.layers.experts import EXPERT_LIST
 from lrcompress.layers.ffn_layouts import select
 from lrcompress.layers.lowrank import compressed_layers, install, is_linear
+from lrcompress.layers.model_info import plain_model
 from lrcompress.layers.model_state import in_float32
 from lrcompress.layers.moe import unpacked
 from lrcompress.layers.nonfinite import nonfinite_weights
@@ -63,7 +64,7 @@ def factorize(
     as it was.
     """
     checked = sections_from_flat(sections("calibration", "factorize", "refine"), settings)
-    return factorize_model(model, tokenizer, **checked, progress=progress)
+    return factorize_model(plain_model(model), tokenizer, **checked, progress=progress)
 
 
 def factorize_model(

@@ -26,7 +26,13 @@ from lrcompress.evaluation.tasks.runner import TaskOptions, run_tasks
 from lrcompress.evaluation.tasks.sample_logs import Logs
 from lrcompress.evaluation.token_divergence import token_changes
 from lrcompress.layers.ffn_layouts import ffn_parameters
-from lrcompress.layers.model_info import model_kind, parameter_count, sequence_length, weight_bytes
+from lrcompress.layers.model_info import (
+    check_predicts_next_token,
+    model_kind,
+    parameter_count,
+    sequence_length,
+    weight_bytes,
+)
 from lrcompress.layers.model_state import evaluation_mode
 from lrcompress.layers.optimize import optimize
 from lrcompress.models.loading import Loaded, with_source
@@ -155,6 +161,8 @@ def speed(
             for model in plain_models.values():
                 stack.enter_context(optimize(model))
         if settings.speed:
+            for model in plain_models.values():
+                check_predicts_next_token(model, "timing generation")
             metrics += throughput.generation_throughput(
                 plain_models,
                 settings.prompt_length,
@@ -184,6 +192,8 @@ def quality(
     """Size, perplexities and task metrics of one model, in windows of `length` tokens."""
     model, tokenizer = loaded
     _check_tokenizer(tokenizer, settings)
+    if settings.perplexity or settings.tasks:
+        check_predicts_next_token(model, "an evaluation")
     corpora = [read_corpus(spec, "test") for spec in settings.perplexity]
     windowing = Windowing(length, settings.stride, settings.limit)
     metrics = list(size(label, model))

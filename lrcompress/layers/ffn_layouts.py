@@ -114,7 +114,24 @@ def select(
     )
     if not selected:
         raise InputError(_nothing_selected(model, finding, bool(linears)))
+    _refuse_shared(model, selected)
     return selected
+
+
+def _refuse_shared(model: nn.Module, selected: Iterable[LinearSpec]) -> None:
+    """Raises InputError where a selected linear has a weight that another linear has too."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_linear(module):
+            names.setdefault(id(module.weight), []).append(name)
+    for spec in selected:
+        sharing = names.get(id(model.get_submodule(spec.name).weight), [])
+        if len(sharing) > 1:
+            raise InputError(
+                f"{sharing[0]} and {sharing[1]} are one weight of {type(model).__name__}, and "
+                "shared layers cannot be compressed: leave them out, such as with "
+                f"--exclude '*.{spec.name.rpartition('.')[0].rpartition('.')[2]}.*'"
+            )
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

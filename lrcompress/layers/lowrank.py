@@ -249,8 +249,7 @@ def rebuild(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
     Raises ValueError with the module's name where a record does not fit the model.
     """
     prefix = getattr(model, "base_model_prefix", "") + "."
-    # module names start with the prefix in a model with a head, and without it in a base model
-    candidates = {name: (name, name.removeprefix(prefix), prefix + name) for name in modules}
+    candidates = {name: tuple(_spellings(name, prefix)) for name in modules}
     _unpack_experts(model, itertools.chain.from_iterable(candidates.values()))
     for name, record in modules.items():
         path = next((path for path in candidates[name] if _has_linear(model, path)), None)
@@ -259,6 +258,18 @@ def rebuild(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
         dense = model.get_submodule(path)
         form, shape, rank = _checked(name, record, linear_shape(dense))
         install(model, path, empty_like(dense, form, shape, rank))
+
+
+def _spellings(name: str, prefix: str) -> Iterator[str]:
+    """The names that a module can have in another class of model than the one that was saved.
+
+    They start with `prefix` in a model with a head and without it in a base model, and name the
+    `language_model` where there are more, such as an encoder of images.
+    """
+    base = name.removeprefix(prefix)
+    text = base.removeprefix("language_model.")
+    yield from (name, base, prefix + name, text, prefix + text)
+    yield from (f"language_model.{text}", f"{prefix}language_model.{text}")
 
 
 def _unpack_experts(model: nn.Module, linears: Iterable[str]) -> None:

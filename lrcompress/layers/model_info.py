@@ -56,6 +56,42 @@ def model_kind(model: Any, trained: bool = False) -> str:
     return f"quantized {name}" if is_quantized(model) else name
 
 
+def predicts_next_token(model: Any) -> bool:
+    """Whether the output of `model` is logits of the next token, and not classes or states."""
+    # code of a model's own can lack what transformers recognizes
+    is_generative = model.can_generate() or model._auto_class == "AutoModelForCausalLM"
+    return is_generative and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def check_predicts_next_token(model: Any, purpose: str) -> None:
+    """Raises InputError where `model` has no logits of the next token, which `purpose` needs."""
+    if not predicts_next_token(model):
+        raise InputError(
+            f"{purpose} needs logits of the next token, which {type(model).__name__} does not have"
+        )
+
+
+def plain_model(model: Any) -> Any:
+    """`model`, or the model inside where torch.compile wrapped it.
+
+    Raises InputError where it has adapters of peft or compiled modules, which change the names and
+    the meaning of its weights.
+    """
+    model = getattr(model, "_orig_mod", model)
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise InputError(
+                f"the model has adapters of peft ({type(module).__name__}): merge them into its "
+                "weights first, with `model = model.merge_and_unload()`"
+            )
+        if hasattr(module, "_orig_mod"):
+            raise InputError(
+                f"the module {name} is compiled, which changes the names of its weights: put its "
+                "`_orig_mod` in its place first, and compile again afterwards"
+            )
+    return model
+
+
 def is_quantized(model: Any) -> bool:
     """Whether the weights of `model` are quantized, as loaded or by `lrcompress quantize`."""
     return getattr(model, "hf_quantizer", None) is not None

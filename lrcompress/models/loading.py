@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from lrcompress.config import ModelSettings
-from lrcompress.models.preflight import check_folder, meta_model
+from lrcompress.models.architecture import model_class
+from lrcompress.models.preflight import ADAPTER_FILE, check_folder, meta_model
+from lrcompress.models.stored_weights import check_tensors
 from lrcompress.runtime.errors import InputError, MachineError, machine_fault_reason
 from lrcompress.runtime.packages import package_folder
 from lrcompress.runtime.paths import is_inside, user_path
+from lrcompress.runtime.safe_parsing import read_object
 
 Loaded = tuple[Any, Any]  # a model and its tokenizer
 PACKAGE_PREFIX = "package:"
@@ -73,11 +76,25 @@ def _local_folder(path: Path, source: str, gguf_file: str | None) -> Location:
         if not (is_inside(gguf_file) and (path / gguf_file).is_file()):
             raise InputError(f"model folder {source!r} has no GGUF file {gguf_file!r}")
     elif not (path / "config.json").is_file():
+        if (path / ADAPTER_FILE).is_file():
+            raise InputError(_adapter_alone(path, source))
         raise InputError(
             f"model folder {source!r} has no config.json: give a Hugging Face model folder, or "
             "name a GGUF file with --gguf-file"
         )
     return Location(str(path), gguf_file)
+
+
+def _adapter_alone(path: Path, source: str) -> str:
+    try:
+        base = read_object(path / ADAPTER_FILE).get("base_model_name_or_path")
+    except ValueError:
+        base = None
+    return (
+        f"model folder {source!r} holds an adapter of peft for {base or 'a model'} and no model: "
+        "merge both with peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
+        ".merge_and_unload(), and give the folder to which save_pretrained writes the result"
+    )
 
 
 @contextmanager
@@ -146,15 +163,18 @@ def load(
 def _model_from_pretrained(
     location: Location, dtype: str, placement: Mapping[str, Any], trust_remote_code: bool
 ) -> Any:
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
     arguments = location.arguments(trust_remote_code)
+    loaded_class: Any = AutoModelForCausalLM
     if location.gguf_file:
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     else:
-        arguments["use_safetensors"] = True
         check_folder(location.path, trust_remote_code)
-    model, report = AutoModelForCausalLM.from_pretrained(
+        arguments["config"] = AutoConfig.from_pretrained(location.path, **arguments)
+        arguments["use_safetensors"] = True
+        loaded_class = model_class(arguments["config"], trust_remote_code)
+    model, report = loaded_class.from_pretrained(
         location.path,
         dtype=torch_dtype(dtype),
         output_loading_info=True,
@@ -162,14 +182,7 @@ def _model_from_pretrained(
         **arguments,
         **placement,
     )
-    missing = sorted(report["missing_keys"])
-    misshapen = sorted(key[0] for key in report["mismatched_keys"])
-    for keys, fault in ((missing, "lacks"), (misshapen, "has in another shape")):
-        if keys:
-            raise InputError(
-                f"model {location.path!r} {fault} {len(keys)} of the weights that its config.json "
-                f"asks for, such as {keys[0]}: get an intact copy"
-            )
+    check_tensors(location.path, model, report)
     return model
 
 

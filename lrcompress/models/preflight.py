@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from lrcompress.layers.lowrank import rebuild
 from lrcompress.layers.model_info import parameter_count
+from lrcompress.models.architecture import build
 from lrcompress.models.hf_quantizer import LOW_RANK_METHODS, LowRankConfig
 from lrcompress.models.safetensors_headers import element_count, stored_tensors, weight_files
+from lrcompress.models.stored_weights import refuse_wrapped
 from lrcompress.runtime.errors import InputError
 
 ADAPTER_FILE = "adapter_config.json"
@@ -24,7 +26,7 @@ def meta_model(config: Any, trust_remote_code: bool) -> Any:
     """The model that `config` describes, on the meta device, with its compressed layers."""
     record = getattr(config, "quantization_config", None)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = build(config, trust_remote_code)
         if isinstance(record, dict) and record.get("quant_method") in LOW_RANK_METHODS:
             rebuild(model, LowRankConfig(record.get("modules")).modules)
     return model
@@ -47,6 +49,7 @@ def check_folder(path: str, trust_remote_code: bool) -> None:
             "merge it first with peft's merge_and_unload, or remove it"
         )
     stored = stored_tensors(weight_files(folder))
+    refuse_wrapped(path, stored)
     if stored and not trust_remote_code:  # custom code may not run on the meta device
         _check_size(path, element_count(stored), len(stored))
 

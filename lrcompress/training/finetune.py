@@ -16,7 +16,7 @@ from lrcompress.checkpoint.record import drop_measured, record_of
 from lrcompress.config import FinetuneSettings, ModelSettings
 from lrcompress.data.training_text import TrainingText
 from lrcompress.layers.lowrank import compressed_layers
-from lrcompress.layers.model_info import refuse_quantized
+from lrcompress.layers.model_info import check_predicts_next_token, refuse_quantized
 from lrcompress.layers.model_state import only_trainable, requires_grad_restored
 from lrcompress.layers.moe import unpacked
 from lrcompress.models.loading import Loaded, load_model, with_source
@@ -101,6 +101,7 @@ class FinetuneJob(TrainingJob):
         shard = self.settings.shard
         model, tokenizer = load_model(self.source, **fsdp.placement(self.source, shard))
         refuse_quantized(model, "finetune it before it is quantized")
+        check_predicts_next_token(model, "finetuning")
         fsdp.check_precision(model)
         if shard and self.settings.train == "all":
             fsdp.check_embedding(model, "--train norms")

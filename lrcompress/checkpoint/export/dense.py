@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from lrcompress.checkpoint.folder import save_checkpoint
 from lrcompress.layers.experts import Experts
@@ -56,31 +55,31 @@ def _make_dense(model: Any) -> None:
     for name, layer in list(compressed_layers(model)):
         install(model, name, layer.to_dense())
     model.config.__dict__.pop("quantization_config", None)
-    stock = _stock_skeleton(model.config)
+    stock = _stock_skeleton(type(model), model.config)
     if _shapes_differ(model, stock, linears):
-        stock = _adapt_width(model.config, stock, linears)
+        stock = _adapt_width(model, stock, linears)
         for spec in linears:
             _pad(model, spec, linear_shape(stock.get_submodule(spec.name)))
 
 
-def _adapt_width(config: Any, stock: Any, linears: tuple[LinearSpec, ...]) -> Any:
-    """Sets the width in `config` to that of the widest FFN, and returns a skeleton of that width;
-    where no key of the config does it, returns `stock`, which has the original width."""
+def _adapt_width(model: Any, stock: Any, linears: tuple[LinearSpec, ...]) -> Any:
+    """Sets the width in the config of `model` to that of its widest FFN, and returns a skeleton of
+    that width; where no key of the config does it, returns `stock`, of the original width."""
     widest = max(spec.in_features for spec in linears if spec.role == "down")
     if any(spec.mixture for spec in linears):
         widest += -widest % EXPERT_WIDTH_MULTIPLE
-    for narrower_config in _configs_of_width(config, widest):
-        candidate = _stock_skeleton(narrower_config)
+    for narrower_config in _configs_of_width(model.config, widest):
+        candidate = _stock_skeleton(type(model), narrower_config)
         if _has_width(candidate, linears, widest):
-            config.__dict__.update(narrower_config.__dict__)
+            model.config.__dict__.update(narrower_config.__dict__)
             return candidate
     return stock
 
 
-def _stock_skeleton(config: Any) -> Any:
-    """The stock model of `config` on the meta device, its experts as separate linears."""
+def _stock_skeleton(stock_class: Any, config: Any) -> Any:
+    """A model of `config` on the meta device, its experts as separate linears."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = stock_class._from_config(config)
     unpack(model)
     return model
 
@@ -93,11 +92,18 @@ def _shapes_differ(model: nn.Module, stock: nn.Module, linears: tuple[LinearSpec
 
 
 def _configs_of_width(config: Any, width: int) -> Iterator[Any]:
-    """Copies of `config` with one of its width keys, if it has a larger one, set to `width`."""
+    """Copies of `config` with one of its width keys, if it has a larger one, set to `width`.
+
+    The keys are those of the language model, in a list where each block has its own.
+    """
     for key in WIDTH_KEYS:
-        if hasattr(config, key) and (getattr(config, key) or width) >= width:
-            changed = copy.deepcopy(config)
-            setattr(changed, key, width)
+        changed = copy.deepcopy(config)
+        text_config = changed.get_text_config(decoder=True)
+        original = getattr(text_config, key, None)
+        widths = original if isinstance(original, list) else [original or width]
+        if hasattr(text_config, key) and max(widths) >= width:
+            new = [width] * len(widths) if isinstance(original, list) else width
+            setattr(text_config, key, new)
             yield changed
 
 

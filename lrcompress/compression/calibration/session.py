@@ -18,6 +18,7 @@ from lrcompress.compression.calibration.probes import Probe, held_out
 from lrcompress.config import CalibrationSettings
 from lrcompress.data.calibration_text import calibration_tokens
 from lrcompress.data.packing import Fingerprint
+from lrcompress.layers.model_info import check_predicts_next_token
 from lrcompress.methods.types import LinearSpec
 from lrcompress.runtime.distributed import run_on_main
 from lrcompress.runtime.progress import Progress, silent
@@ -46,6 +47,7 @@ class CalibrationSession:
 
     @cached_property
     def _text(self) -> tuple[Tensor, Fingerprint]:
+        check_predicts_next_token(self.model, "calibration")
         started = time.perf_counter()
         text = run_on_main(
             lambda: calibration_tokens(self.model, self.tokenizer, self.settings, self.progress)
