@@ -101,11 +101,14 @@ def unused_tensors(model: Any, folder: Path) -> dict[str, StoredTensor]:
         return {}
     skipped = re.compile("|".join(f"({pattern})" for pattern in patterns))
     state = model.state_dict()
+    # a module that the model has can hold the tensor in another form, as unpacked experts do
+    modules = {name for name, _ in model.named_modules() if name}
     return {
         name: tensor
         for name, tensor in stored_tensors(weight_files(folder)).items()
-        if (target := _target(model, name, state)) not in state
-        and skipped.search(target)
+        if skipped.search(target := _target(model, name, state))
+        and target not in state
+        and target.rpartition(".")[0] not in modules
         and not _follows_from_config(name, tensor)
     }
 
