@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig
+from transformers import Gemma3nTextConfig
 
 import lrcompress
 from lrcompress.checkpoint.export.dense import _configs_of_width
@@ -32,8 +32,7 @@ def test_the_width_of_a_language_model_beside_others(tmp_path: Path) -> None:
 
 
 def test_a_width_for_each_block() -> None:
-    config = LlamaConfig()
-    config.__dict__["intermediate_size"] = [64, 96]
+    config = Gemma3nTextConfig(num_hidden_layers=2, intermediate_size=[64, 96])
     (changed,) = _configs_of_width(config, 80)
     assert changed.intermediate_size == [80, 80]
     assert not list(_configs_of_width(config, 97))
