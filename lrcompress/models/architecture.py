@@ -44,7 +44,7 @@ def model_class(config: Any, trust_remote_code: bool) -> Any:
         )
     if trust_remote_code and (auto_class := _auto_class_of_code(config, name)):
         return auto_class
-    stock = getattr(transformers, name, None) if name else None
+    stock: Any = getattr(transformers, name, None) if name else None
     is_model = isinstance(stock, type) and issubclass(stock, PreTrainedModel)
     if is_model and isinstance(config, stock.config_class or ()):
         return stock

@@ -78,4 +78,5 @@ def _output_of(folder: Path, model: Any, tokens: Tensor, work: Path) -> Tensor:
             f"the standalone export of {type(model).__name__} does not load without lrcompress "
             f"({reason[:300]}): use --to dense"
         )
-    return load_file(outputs)["output"]
+    output: Tensor = load_file(outputs)["output"]
+    return output
