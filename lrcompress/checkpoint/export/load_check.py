@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ TOKENS = 8
 # the highest difference of an output, as a share of the largest one; wrong weights give about 1,
 # and the rounding of float16 about 0.001
 TOLERANCE = 0.01
+EXCEPTION = re.compile(r"[\w.]*(Error|Exception)\b")
 SCRIPT = """
 import sys
 sys.modules["lrcompress"] = None
@@ -73,10 +75,15 @@ def _output_of(folder: Path, model: Any, tokens: Tensor, work: Path) -> Tensor:
         env=os.environ | {"HF_MODULES_CACHE": str(work / "modules"), "HF_HUB_OFFLINE": "1"},
     )
     if process.returncode:
-        reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        reason = _error_line(process.stderr) or f"exit code {process.returncode}"
         raise InputError(
             f"the standalone export of {type(model).__name__} does not load without lrcompress "
             f"({reason[:300]}): use --to dense"
         )
     output: Tensor = load_file(outputs)["output"]
     return output
+
+
+def _error_line(traceback: str) -> str:
+    """The line of a traceback that names the exception; the text of one can have more lines."""
+    return next((x for x in reversed(traceback.splitlines()) if EXCEPTION.match(x)), "")

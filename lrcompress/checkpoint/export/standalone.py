@@ -8,14 +8,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+
 from lrcompress.checkpoint.export.load_check import check_loads_alone
 from lrcompress.checkpoint.folder import add_from_source, saved_as, write_weights
 from lrcompress.checkpoint.record import write_record
 from lrcompress.layers import experts, lowrank
 from lrcompress.models.architecture import auto_classes
 from lrcompress.runtime.atomic_io import writing
+from lrcompress.runtime.errors import InputError
 
 MODULES_KEY = "low_rank_modules"  # config key: layout of the low-rank layers
+# they build what is below their head by AutoModel, which knows no config from a folder
+HEADS_ON_AUTO_MODEL = (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GenericForQuestionAnswering,
+)
 CODE_MODULE = "modeling_lowrank"  # module in the exported folder
 
 
@@ -25,8 +38,14 @@ def export_standalone(model: Any, tokenizer: Any, out: Path, record: Mapping[str
     The folder has the source of the low-rank layers, followed by subclasses of the config and model
     that rebuild the layers from the config. The tensors have the names of the model's modules:
     transformers converts names for its own classes alone. The folder is loaded again before it gets
-    its name; raises InputError where the result is another model.
+    its name; raises InputError where the result is another model, and for classes whose code cannot
+    find the layers.
     """
+    if isinstance(model, HEADS_ON_AUTO_MODEL):
+        raise InputError(
+            f"{type(model).__name__} finds its layers by a config of transformers and not by that "
+            "of a standalone export: use --to dense"
+        )
     modules = lowrank.layout(model)
     with writing(out) as folder:
         write_weights(model, tokenizer, folder, module_names=True)
