@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import lrcompress
 from lrcompress.checkpoint.export import standalone
@@ -19,7 +20,15 @@ from lrcompress.checkpoint.export.standalone import export_standalone
 from lrcompress.checkpoint.verify import CODE_NOT_RUN, verify
 from lrcompress.runtime.errors import InputError
 from tests.conftest import invoke
-from tests.tiny import FAMILIES, MIXTURES, copied_model, logits, saved_weights, tiny_model
+from tests.tiny import (
+    FAMILIES,
+    MIXTURES,
+    STANDARD,
+    copied_model,
+    logits,
+    saved_weights,
+    tiny_model,
+)
 
 SCRIPT = """
 import sys
@@ -62,6 +71,17 @@ def test_every_family_loads_to_equal_logits(
     for family in FAMILIES | MIXTURES:
         (verification,) = verify(tmp_path / family)
         assert (verification.faults, verification.unchecked) == ((), CODE_NOT_RUN)
+
+
+def test_buffers_that_are_not_stored_are_made_again(tmp_path: Path) -> None:
+    sizes = {"mamba_d_state": 8, "mamba_d_head": 8, "mamba_n_heads": 8, "mamba_d_ssm": 64}
+    sizes |= {"mamba_n_groups": 1, "mamba_chunk_size": 16}
+    config = AutoConfig.for_model("falcon_h1", **(STANDARD | {"vocab_size": 257} | sizes))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    include = ["*.feed_forward.*"]
+    lrcompress.factorize(model, None, keep_ratio=0.7, method="svd", include=include)
+    export_standalone(model, None, tmp_path / "alone", {})  # compares outputs
 
 
 @pytest.fixture

@@ -29,6 +29,15 @@ HEADS_ON_AUTO_MODEL = (
     GenericForTokenClassification,
     GenericForQuestionAnswering,
 )
+# buffers that are not stored, such as those of falcon_h1, are made here
+INITIALIZATION = """
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        # transformers leaves these out for code in a folder; they change no tensor that was read
+        for module in self.modules():
+            if hasattr(module, "_init_weights"):
+                module._init_weights(module)
+"""
 CODE_MODULE = "modeling_lowrank"  # module in the exported folder
 
 
@@ -80,11 +89,15 @@ def _source_code(model: Any) -> str:
         f"    def __init__(self, config: LowRank{config}) -> None:\n"
         "        super().__init__(config)\n"
         "        rebuild(self, config.low_rank_modules)\n"
+        f"{INITIALIZATION if _is_stock(type(model)) else ''}"
     )
+
+
+def _is_stock(original: type) -> bool:
+    return original.__module__.startswith("transformers.")
 
 
 def _import(original: type) -> str:
     """The statement that imports a class of transformers, or of code that is in the folder."""
-    is_stock = original.__module__.startswith("transformers.")
-    module = "transformers" if is_stock else f".{original.__module__.rpartition('.')[2]}"
+    module = "transformers" if _is_stock(original) else f".{original.__module__.rpartition('.')[2]}"
     return f"from {module} import {original.__name__}  # noqa: E402"
