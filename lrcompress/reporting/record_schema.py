@@ -88,6 +88,8 @@ class LinearRecord(TypedDict):
     name: str
     block: BlockIndex
     role: Role
+    in_features: Count
+    out_features: Count
     form: str
     shape: tuple[Count, Count]
     rank: Count | None
