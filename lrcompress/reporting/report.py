@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.reporting import figures, metrics_json
+from lrcompress.reporting.block_calibration import by_block
 from lrcompress.reporting.differences import Differences
 from lrcompress.reporting.evaluation_figures import pictures
 from lrcompress.reporting.figures import Picture
@@ -71,6 +72,7 @@ def _template_values(report: Report) -> dict[str, Any]:
         "details": report.details.comparable(),
         "texts": report.texts,
         "training": training(report.record),
+        "calibration": by_block(report.record),
         "record": {**report.record, "notes": [*report.record.get("notes", ()), *report.notes]},
     }
 
