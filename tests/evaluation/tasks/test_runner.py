@@ -141,11 +141,9 @@ def test_questions_become_messages_of_the_chat_template(tmp_path: Path) -> None:
     assert all(text.startswith(start) for text in questions.values())
     assert all(text.endswith("Number 0 of the list is<assistant>") for text in questions.values())
     assert [text.count("<user>") for text in questions.values()] == [1, 2]
-    values = {
-        name: [metric.value for metric in quality(tiny_model(), rows, **settings)]
-        for name, settings in {
-            "raw": {},
-            "chat": {"apply_chat_template": True, "chat_template": str(tmp_path / "chat.jinja")},
-        }.items()
-    }
-    assert values["raw"] != values["chat"]
+    raw = quality(tiny_model(), rows)
+    chat = quality(
+        tiny_model(), rows, apply_chat_template=True, chat_template=str(tmp_path / "chat.jinja")
+    )
+    assert "apply_chat_template" not in raw[0].conditions
+    assert raw[0].conditions["questions"] != chat[0].conditions["questions"]
