@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.paths import is_inside
 
 SAVE_TO_DISK_FILES = ("dataset_dict.json", "state.json")  # datasets' save_to_disk writes one
-READ_KINDS = {"json", "csv", "parquet"}
 SPLIT_NAMES = {"train", "validation", "val", "dev", "test"}
 DEFAULT_CONFIG = "default"  # the only configuration of a folder that declares none
 
@@ -48,17 +46,17 @@ def reading_copies(folder: Path, task: str) -> Iterator[None]:
         loader.is_closed = True
 
 
-def _split_files(folder: Path) -> dict[str, Path]:
-    """Split -> file, where all files are named exactly by split and are of one kind.
+def _split_files(folder: Path) -> dict[str, str]:
+    """Split -> name of its file, where all files are named exactly by split and are of one kind.
 
     Without this, `datasets` reads dev.jsonl as the split validation, and tasks that ask for dev
     do not find it. Tasks that ask for validation find dev where there is no other.
     """
     files = [file for file in folder.iterdir() if not file.name.startswith(".")]
-    splits = {file.name.partition(".")[0]: file for file in files}
+    splits = {file.name.partition(".")[0]: file.name for file in files}
     kinds = {KINDS.get(suffix(file)) for file in files}
     are_named_by_split = splits.keys() <= SPLIT_NAMES and len(splits) == len(files)
-    if not are_named_by_split or len(kinds) != 1 or not kinds <= READ_KINDS:
+    if not are_named_by_split or len(kinds) != 1 or None in kinds:
         return {}
     other = splits.get("val") or splits.get("dev")
     return ({"validation": other} if other else {}) | splits
@@ -118,9 +116,7 @@ class _LocalLoader:
                 return dataset
             return datasets.DatasetDict({str(dataset.split): dataset})
         if splits := _split_files(folder):
-            kind = KINDS[suffix(next(iter(splits.values())))]
-            files = {name: escape(str(file.absolute())) for name, file in splits.items()}
-            return self.original(kind, data_files=files)
+            return self.original(str(folder), data_files=splits)
         configs = datasets.get_dataset_config_names(str(folder))
         if configs == [DEFAULT_CONFIG]:
             config = None

@@ -119,7 +119,7 @@ def test_questions_become_messages_of_the_chat_template(tmp_path: Path) -> None:
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     (tmp_path / "chat.jinja").write_text(template)
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(InputError, match="the model model has no chat template: give"):
+    with pytest.raises(InputError, match="the dense model has no chat template: give"):
         quality(tiny_model(), rows, apply_chat_template=True)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
