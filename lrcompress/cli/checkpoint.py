@@ -15,6 +15,7 @@ from lrcompress.cli.options import (
     NEW_OUT,
     OneLineChoice,
     SettingsCommand,
+    UserPath,
     build_recipe,
     build_sections,
 )
@@ -66,7 +67,7 @@ def quantize_command(source: str, out: Path, **options: Any) -> None:
 
 
 @click.command("verify")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=UserPath())
 @JSON
 def verify_command(folder: Path, as_json: bool) -> None:
     """Check that the checkpoint DIR is as it was saved.

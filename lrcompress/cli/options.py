@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.paths import user_path
 
 if TYPE_CHECKING:
     from lrcompress.config import EvaluateSettings
@@ -151,7 +152,18 @@ def read_shard(text: str | None) -> tuple[int, int]:
     return int(number), int(count)
 
 
-_PATH = click.Path(path_type=Path)
+class UserPath(click.ParamType[Path]):
+    """A path in which ~ and $VARIABLES are expanded, also where the shell did not."""
+
+    name = "path"
+
+    def convert(
+        self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path:
+        return user_path(str(value))
+
+
+_PATH = UserPath()
 RECIPE = click.argument("recipe_file", metavar="RECIPE", type=_PATH)
 OUT_FOLDER = click.argument("out", type=_PATH)
 FOLDERS = click.argument("folders", metavar="FOLDER...", nargs=-1, required=True, type=_PATH)

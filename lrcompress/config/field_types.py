@@ -17,6 +17,8 @@ from pydantic import (
     WrapValidator,
 )
 
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.paths import user_path
 from lrcompress.runtime.safe_parsing import read_yaml
 
 T = TypeVar("T")
@@ -30,13 +32,25 @@ def _split(value: object) -> object:
     items = [value] if isinstance(value, str | int | float) else value
     if not isinstance(items, list | tuple):
         return value
-    groups = [item.split(",") if isinstance(item, str) else [item] for item in items]
+    groups = [_pieces(item) if isinstance(item, str) else [item] for item in items]
     return [
         item.strip() if isinstance(item, str) else item
         for group in groups
         for item in group
         if item != ""
     ]
+
+
+def _pieces(text: str) -> list[str]:
+    """The items between commas; a file whose name has a comma is one item."""
+    return [text] if "," in text and _exists(text) else text.split(",")
+
+
+def _exists(text: str) -> bool:
+    try:
+        return any(user_path(path).exists() for path in (text, text.rpartition(":")[0]) if path)
+    except InputError:
+        return False
 
 
 def _parse_pairs(value: object) -> object:
@@ -113,6 +127,18 @@ def _distinct(ratios: tuple[float, ...]) -> tuple[float, ...]:
     return ratios
 
 
+CHAT_TEMPLATE_TEXT = (
+    "How conversations in texts become text: auto (the model's own chat template), none (the "
+    "contents of the messages alone), or a file with a Jinja template."
+)
+
+
+def _expand(path: str) -> str:
+    """`path` with ~ and $VARIABLES expanded."""
+    return str(user_path(path))
+
+
+PathText = Annotated[str, AfterValidator(_expand)]
 TextList = Annotated[tuple[str, ...], BeforeValidator(_wrap_text)]
 NameList = Annotated[tuple[str, ...], BeforeValidator(_split)]
 RatioList = Annotated[

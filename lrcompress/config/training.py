@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from lrcompress.config.base import Section
-from lrcompress.config.field_types import NameList
+from lrcompress.config.field_types import CHAT_TEMPLATE_TEXT, NameList, PathText
 
 # optimizer steps of a training whose length the user leaves open
 DEFAULT_STEPS = 200
@@ -26,6 +26,7 @@ class TrainingSettings(Section):
         (),
         description="Texts to train on, written as for calibration; never the test text.",
     )
+    chat_template: str = Field("auto", description=CHAT_TEMPLATE_TEXT)
     max_steps: int | None = Field(
         None,
         ge=1,
@@ -76,7 +77,7 @@ class TrainingSettings(Section):
     patience: int | None = Field(
         None, ge=1, description="Stop after this number of measurements without improvement."
     )
-    tensorboard: str | None = Field(None, description="Folder for TensorBoard logs.")
+    tensorboard: PathText | None = Field(None, description="Folder for TensorBoard logs.")
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seed for the choice and the order of sequences."
     )
@@ -121,7 +122,7 @@ class FinetuneSettings(TrainingSettings):
     teacher: str | None = Field(
         None, description="Dense model to learn from; default is the model that was compressed."
     )
-    teacher_cache: str | None = Field(
+    teacher_cache: PathText | None = Field(
         None,
         description="Folder that stores the teacher's most likely tokens, so that it runs once.",
     )

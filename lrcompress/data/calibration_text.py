@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lrcompress.config import CalibrationSettings
+from lrcompress.data.conversations import ChatFormat
 from lrcompress.data.corpora import SELF, read_corpus
 from lrcompress.data.generated import sampled_blocks
 from lrcompress.data.packing import Fingerprint, bos_token, fingerprint, interleave, token_blocks
@@ -68,8 +69,9 @@ def _text_blocks(
     spec: str, tokenizer: Any, settings: CalibrationSettings, count: int, length: int
 ) -> Tensor:
     """`count` blocks of one text, (samples, length); or fewer where the user gave no number."""
+    chat = ChatFormat.from_setting(tokenizer, settings.chat_template)
     return token_blocks(
-        read_corpus(spec, "calibration"),
+        read_corpus(spec, "calibration", chat),
         tokenizer,
         count,
         length,

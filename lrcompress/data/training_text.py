@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lrcompress.config import TrainingSettings
+from lrcompress.data.conversations import ChatFormat
 from lrcompress.data.corpora import read_corpus
 from lrcompress.data.packing import fingerprint, interleave, token_blocks
 from lrcompress.layers.model_info import sequence_length
@@ -50,9 +51,10 @@ def training_text(
     batch_size = settings.batch_size
     needed = settings.held_out + _steps_of_text(settings, length) * batch_size
     share = -(-needed // len(settings.data))
+    chat = ChatFormat.from_setting(tokenizer, settings.chat_template)
     texts = [
         token_blocks(
-            read_corpus(spec, "calibration"),
+            read_corpus(spec, "calibration", chat),
             tokenizer,
             share,
             length,

@@ -13,7 +13,8 @@ from lrcompress.benchmark import throughput
 from lrcompress.checkpoint.record import RECORD, ModelWithRecord, read_record, write_measured
 from lrcompress.config import EvaluateSettings, ModelSettings
 from lrcompress.config.recipe import Recipe, sections_from_flat
-from lrcompress.data.corpora import read_corpus
+from lrcompress.data.conversations import ChatFormat, with_template
+from lrcompress.data.corpora import Corpus, read_corpus
 from lrcompress.data.windows import Windowing
 from lrcompress.evaluation.block_divergence import block_changes
 from lrcompress.evaluation.contamination import check_checkpoint
@@ -38,7 +39,7 @@ from lrcompress.reporting.tables import labels
 from lrcompress.runtime import locks
 from lrcompress.runtime.atomic_io import writing
 from lrcompress.runtime.errors import InputError
-from lrcompress.runtime.paths import unique_file_names
+from lrcompress.runtime.paths import unique_file_names, user_path
 from lrcompress.runtime.progress import Progress, silent
 
 
@@ -118,7 +119,8 @@ def details(
     with _evaluation_modes(models):
         texts = continuations(models, settings.prompts, settings.continuation_tokens, progress)
         if len(models) > 1 and limit:
-            corpora = [read_corpus(spec, "test") for spec in settings.perplexity]
+            _, tokenizer = next(iter(models.values()))
+            corpora = _corpora(tokenizer, settings)
             for corpus in corpora:
                 windowing = Windowing(length, settings.stride, limit)
                 tokens += token_changes(models, corpus, windowing, progress)
@@ -184,7 +186,7 @@ def quality(
     """Size, perplexities and task metrics of one model, in windows of `length` tokens."""
     model, tokenizer = loaded
     _check_tokenizer(tokenizer, settings)
-    corpora = [read_corpus(spec, "test") for spec in settings.perplexity]
+    corpora = _corpora(tokenizer, settings)
     windowing = Windowing(length, settings.stride, settings.limit)
     metrics = list(size(label, model))
     logs: Logs = {}
@@ -197,12 +199,22 @@ def quality(
                 limit=settings.limit,
                 num_fewshot=settings.num_fewshot,
                 batch_size=settings.batch_size,
+                chat=settings.apply_chat_template,
+                system_instruction=settings.system_instruction,
+                multiturn=settings.fewshot_as_multiturn,
             )
+            asked = (model, with_template(tokenizer, settings.chat_template))
             cache = TaskCache.from_setting(settings.task_cache)
-            task_result = run_tasks(label, loaded, tasks, options, cache, progress)
+            task_result = run_tasks(label, asked, tasks, options, cache, progress)
             metrics += task_result.metrics
             logs = task_result.logs
     return Results(metrics, {label: logs})
+
+
+def _corpora(tokenizer: Any, settings: EvaluateSettings) -> list[Corpus]:
+    """The texts of perplexity, with conversations as `tokenizer` writes them."""
+    chat = ChatFormat.from_setting(tokenizer, settings.chat_template)
+    return [read_corpus(spec, "test", chat) for spec in settings.perplexity]
 
 
 def _check_tokenizer(tokenizer: Any, settings: EvaluateSettings) -> None:
@@ -241,7 +253,9 @@ def evaluate_to(
         if out is not None:
             _write_report(out, evaluation, logs)
         if card:
-            write_measured(Path(recipe.model.source), evaluation.metrics, evaluation.comparisons)
+            write_measured(
+                user_path(recipe.model.source), evaluation.metrics, evaluation.comparisons
+            )
         return evaluation
 
 
@@ -285,7 +299,7 @@ def _write_report(out: Path, evaluation: Report, logs: Mapping[str, Logs]) -> No
 
 
 def _check_writable_checkpoint(source: str) -> None:
-    folder = Path(source)
+    folder = user_path(source)
     if not folder.is_dir() or read_record(folder) is None:
         raise InputError(
             f"{source!r} is no checkpoint of lrcompress, so the numbers cannot be stored in it: "

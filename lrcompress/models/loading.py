@@ -99,7 +99,7 @@ def _load_errors_explained(source: str) -> Iterator[None]:
                 "it, and if you trust it give --trust-remote-code (trust_remote_code in Python)"
             ) from error
         reason = reason[:300] or type(error).__name__
-        local = Path(source).expanduser().exists() or source.startswith(PACKAGE_PREFIX)
+        local = user_path(source).exists() or source.startswith(PACKAGE_PREFIX)
         problem = "cannot be loaded"
         if not local:
             problem = "is not a folder here, and cannot be loaded from the hub"
