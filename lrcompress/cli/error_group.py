@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from lrcompress.cli.stdout import escape_unknown_characters
 from lrcompress.runtime import distributed
 from lrcompress.runtime.errors import OUT_OF_MEMORY, InputError, MachineError, machine_fault_reason
 from lrcompress.runtime.sanitize import printable, shortened
@@ -28,6 +29,7 @@ class ErrorReportingGroup(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         _quiet_libraries()
+        escape_unknown_characters()
         try:
             return super().invoke(context)
         except distributed.MainProcessFailedError as error:

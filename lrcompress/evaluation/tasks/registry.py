@@ -19,7 +19,7 @@ from yaml import YAMLError
 from lrcompress.data.corpora import EMBEDDED, read_corpus
 from lrcompress.evaluation.tasks.local_datasets import reading_copies
 from lrcompress.runtime.errors import InputError
-from lrcompress.runtime.safe_parsing import read_json
+from lrcompress.runtime.safe_parsing import check_keys, read_json
 
 # fields of a JSONL row that make a file a multiple-choice task
 CHOICE_FIELDS = {"query", "choices", "gold"}
@@ -187,6 +187,8 @@ def _local_spec(name: str) -> str | dict[str, Any] | None:
     if file.endswith((".yaml", ".yml")):
         if not Path(file).is_file():
             raise InputError(f"task file {file!r} does not exist")
+        with explained(name):
+            check_keys(Path(file).read_text("utf-8"))
         return file
     if file.endswith(".jsonl") and not field:
         rows = _rows(Path(file))
