@@ -24,11 +24,11 @@ Stage = Literal["benchmark", "evaluate", "factorize", "finetune", "pretrain", "t
 # which equal inputs give other results: older results are then computed again.
 STAGES: dict[Stage, int] = {
     "benchmark": 1,
-    "evaluate": 1,
+    "evaluate": 2,
     "factorize": 2,
     "finetune": 1,
     "pretrain": 1,
-    "tasks": 1,
+    "tasks": 2,
     "teacher": 1,
 }
 

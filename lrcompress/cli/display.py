@@ -95,7 +95,7 @@ def show_report(report: Report, out: Path | None, as_json: bool) -> None:
             f"{comparison.difference:+.4f} {interval}: {comparison.verdict}."
         )
     _show_details(report.details)
-    for note in report.notes:
+    for note in report.sentences:
         _print_line(f"Note: {note}.")
     if out is not None:
         _print_line(f"Wrote {out}: {', '.join(FORMATS)}.")

@@ -50,7 +50,7 @@ def _prints_on_stderr() -> Iterator[TextIO]:
 def _descriptor_on_stderr(original: TextIO, descriptor: int) -> Iterator[TextIO]:
     """As `_prints_on_stderr`, also for C code and child processes, which know only `descriptor`."""
     original.flush()
-    with open(os.dup(descriptor), "w", encoding="utf-8") as stream:
+    with os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as stream:
         os.dup2(sys.stderr.fileno(), descriptor)
         try:
             yield stream

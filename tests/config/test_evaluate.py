@@ -41,4 +41,4 @@ def test_a_prompt_in_another_encoding_is_refused_in_one_sentence() -> None:
     latin1 = b"caf\xe9".decode("utf-8", "surrogateescape")  # as Python reads an argument
     message = refusal("eval", "MODEL", "--prompt", latin1)
     assert "--prompt: 'caf\\udce9' is not utf-8 text: convert it" in message
-    assert EvaluateSettings(prompts="café 😀").prompts == ("café 😀",)  # type: ignore[arg-type]
+    assert EvaluateSettings(prompts="café 😀").prompts == ("café 😀",)

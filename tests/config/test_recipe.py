@@ -48,7 +48,7 @@ def test_shortest_recipe_has_defaults(tmp_path: Path) -> None:
 def test_every_share_can_be_in_percent(share: object) -> None:
     assert FactorizeSettings.model_validate({"keep_ratio": share}).keep_ratio == 0.8
     assert PretrainSettings.model_validate({"keep_ratio": share}).keep_ratio == 0.8
-    assert PretrainSettings(keep_ratio=0.5, dense_share=share, warm_up=share).dense_share == 0.8  # type: ignore[arg-type]
+    assert PretrainSettings(keep_ratio=0.5, dense_share=share, warm_up=share).dense_share == 0.8
     assert FFNBenchSettings.model_validate({"keep_ratios": share}).keep_ratios == (0.8,)
     assert SweepSettings.model_validate({"keep_ratios": [0.5, share]}).keep_ratios == (0.5, 0.8)
     assert SweepSettings.model_validate({"keep_ratios": f"{share},50%"}).keep_ratios == (0.8, 0.5)

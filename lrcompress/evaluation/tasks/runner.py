@@ -21,10 +21,14 @@ from lrcompress.evaluation.tasks.cache import (
     questions_hash,
     task_fingerprint,
 )
+from lrcompress.evaluation.tasks.cut_prompts import cut_prompts
+from lrcompress.evaluation.tasks.lm_eval_output import RESAMPLES, shown_bootstraps, warnings_once
 from lrcompress.evaluation.tasks.registry import Seeds, Tasks, explained
 from lrcompress.evaluation.tasks.sample_logs import Logs
+from lrcompress.layers.nonfinite import checked_logits
 from lrcompress.models.loading import Loaded
 from lrcompress.reporting.metric import Metric
+from lrcompress.reporting.remarks import PROMPTS_CUT
 from lrcompress.reporting.tables import QUESTIONS
 from lrcompress.runtime.errors import MachineError
 from lrcompress.runtime.packages import versions
@@ -66,7 +70,8 @@ def run_tasks(
     """Every metric of every task and group for one model, called `label` in the metrics.
 
     Each task runs by itself, as when lm-eval's command line runs this task alone, and its result
-    is written to `cache` when it is complete. Raises InputError where lm-eval refuses a task.
+    is written to `cache` when it is complete. Raises InputError where lm-eval refuses a task, and
+    NotFiniteError where logits are NaN or infinite.
     """
     from lrcompress.evaluation.tasks.quiet_hflm import QuietHFLM
 
@@ -78,7 +83,7 @@ def run_tasks(
     model_hash = "" if cache is None else model_fingerprint(model, tokenizer)
     records: dict[str, TaskRecord] = {}
     for name, task in tasks.tasks.items():
-        with explained(name):
+        with explained(name), warnings_once(), checked_logits(label, model):
             _build_requests(task, tasks.seeds, options)
             seeds = str(tasks.seeds)
             inputs = [versions(), task_fingerprint(task), seeds, length, size, _device_name(lm)]
@@ -130,11 +135,14 @@ def _compute(
 ) -> TaskRecord:
     from lm_eval import evaluate
 
-    with _caching_answers(lm, entry) as caching_lm:
-        output = evaluate(caching_lm, {"tasks": {name: task}}, limit=limit)
+    cut = cut_prompts(lm, task)
+    with _caching_answers(lm, entry) as caching_lm, shown_bootstraps(lm.text_progress):
+        tasks = {"tasks": {name: task}}
+        output = evaluate(caching_lm, tasks, limit=limit, bootstrap_iters=RESAMPLES)
     record = {
         key: output[key][name] for key in ("results", "versions", "n-shot", "higher_is_better")
     }
+    record["cut"] = cut
     record["effective"] = output["n-samples"][name]["effective"]
     record["logs"] = output["samples"][name]
     # through JSON, so that a computed result equals the same result read from the cache
@@ -184,6 +192,7 @@ def _group_record(group: Any, records: Mapping[str, TaskRecord]) -> TaskRecord:
         "n-shot": shots.pop() if len(shots) == 1 else None,
         "higher_is_better": higher_is_better,
         "effective": None,
+        "cut": sum(member["cut"] for member in members),
         "logs": [],
     }
 
@@ -199,6 +208,8 @@ def _metrics(
             "context_length": max_length,
             "seed": str(tasks.seeds),
         }
+        if record["cut"]:
+            conditions[PROMPTS_CUT] = record["cut"]
         if "questions" in record:
             conditions[QUESTIONS] = record["questions"]
         if name in tasks.files:
