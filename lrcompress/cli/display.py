@@ -112,6 +112,8 @@ def show_sweep(report: SweepReport, out: Path | None, as_json: bool) -> None:
     for grid in (report.tasks, report.speeds):
         if grid.titles:
             _show_grid(grid, {})
+    for note in report.sentences:
+        _print_line(f"Note: {note}.")
     for front in report.fronts:
         if front.knee:
             _print_line(f"Knee of {front.quality.title}, {front.cost.title}: {front.knee.label}.")

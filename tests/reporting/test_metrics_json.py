@@ -131,17 +131,20 @@ def test_a_sweep_with_them_has_its_report(tmp_path: Path) -> None:
     sweep = metrics_json.read(sweep_json.Sweep, tmp_path / "sweep.json")
     assert math.isnan(sweep.points[1].metrics[1].value)
     assert strict((tmp_path / "sweep.json").read_text())["fronts"][0]["left_out"] == ["svd at 0.8"]
+    for name in ("sweep.md", "sweep.html"):
+        assert "task acc of broken is NaN: it shows nothing" in (tmp_path / name).read_text()
     assert metrics_json.to_json(sweep) == (tmp_path / "sweep.json").read_text()
 
 
 def test_records_cards_and_logs_are_valid_json_too(tmp_path: Path) -> None:
+    row = "| task word_perplexity | – | Infinity | – | lower |"
     write_record(tmp_path, {"source": "model"})
     write_measured(tmp_path, hopeless().metrics, ())
     record = strict((tmp_path / "lrcompress.json").read_text())
     assert record["metrics"][-1]["value"] == "Infinity"
-    assert "| task word_perplexity | – | Infinity | – | lower |" in (tmp_path / "README.md").read_text()
+    assert row in (tmp_path / "README.md").read_text()
     write_record(tmp_path, record)  # as an export passes it on
-    assert "| task word_perplexity | – | Infinity | – | lower |" in (tmp_path / "README.md").read_text()
+    assert row in (tmp_path / "README.md").read_text()
     sample_logs.write(tmp_path / "logs", {"task": [{"resps": [[-INF, False]]}]})
     assert strict((tmp_path / "logs" / "task.jsonl").read_text()) == {
         "resps": [["-Infinity", False]]
