@@ -19,6 +19,7 @@ from lrcompress.cli.options import (
     build_recipe,
     build_sections,
 )
+from lrcompress.cli.stdout import print_json
 from lrcompress.runtime.errors import MachineError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def verify_command(folder: Path, as_json: bool) -> None:
 
     results = verify(folder)
     if as_json:
-        click.echo(json.dumps([result.to_dict() for result in results], indent=2))
+        print_json(json.dumps([result.to_dict() for result in results], indent=2) + "\n")
     else:
         _show(results)
     for result in results:

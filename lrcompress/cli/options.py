@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lrcompress.cli.stdout import reserve_for_json
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.paths import user_path
 
@@ -83,6 +84,8 @@ def _metavar(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(typing.get_args(kind))
     if isinstance(kind, types.UnionType):
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is typing.Annotated:
         kind = typing.get_args(kind)[0]
     return {int: "N", float: "X"}.get(kind, "TEXT")
 
@@ -194,4 +197,10 @@ WRITE_CARD = click.option(
     is_flag=True,
     help="Also write the numbers into lrcompress.json and README.md of the checkpoint MODEL.",
 )
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+JSON = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    callback=reserve_for_json,
+    help="Print JSON and nothing else.",
+)

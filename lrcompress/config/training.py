@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from lrcompress.config.base import Section
-from lrcompress.config.field_types import CHAT_TEMPLATE_TEXT, NameList, PathText
+from lrcompress.config.field_types import CHAT_TEMPLATE_TEXT, NameList, PathText, Share
 
 # optimizer steps of a training whose length the user leaves open
 DEFAULT_STEPS = 200
@@ -58,7 +58,7 @@ class TrainingSettings(Section):
         None, ge=2, description="Tokens in a sequence; default 512, or the model's maximum if less."
     )
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
-    warm_up: float = Field(
+    warm_up: Share = Field(
         0.1,
         ge=0,
         lt=1,
@@ -193,7 +193,7 @@ class PretrainSettings(TrainingSettings):
         4096, ge=257, description="Tokens of the trained tokenizer, which is byte-level BPE."
     )
     device: str = Field("auto", description="cpu, cuda, ...; auto uses a GPU if there is one.")
-    keep_ratio: float | None = Field(
+    keep_ratio: Share | None = Field(
         None,
         gt=0,
         le=1,
@@ -209,7 +209,7 @@ class PretrainSettings(TrainingSettings):
         "share falls from 1 to 0 over the first half of the steps. reduced: only in some of these "
         "steps.",
     )
-    dense_share: float = Field(
+    dense_share: Share = Field(
         0.0,
         ge=0,
         lt=1,

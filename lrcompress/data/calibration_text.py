@@ -12,6 +12,7 @@ from lrcompress.data.corpora import SELF, read_corpus
 from lrcompress.data.generated import sampled_blocks
 from lrcompress.data.packing import Fingerprint, bos_token, fingerprint, interleave, token_blocks
 from lrcompress.layers.model_info import sequence_length
+from lrcompress.layers.token_ids import check_token_ids
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, silent
 
@@ -23,7 +24,7 @@ def calibration_tokens(
 
     Several texts give equal numbers of samples, which alternate. Where the settings have no number
     of samples, a text that is too short for its share of the default gives what it has. Raises
-    InputError without a tokenizer, and where a text is too short.
+    InputError without a tokenizer, where a text is too short, and where the model lacks a token.
     """
     if tokenizer is None:
         raise InputError(
@@ -39,6 +40,7 @@ def calibration_tokens(
             for spec, count in _sample_counts(settings)
         ]
     )
+    check_token_ids(model, blocks)
     return blocks, fingerprint(settings.data, blocks, settings.seed)
 
 
@@ -48,11 +50,14 @@ def read_blocks(model: Any, tokenizer: Any, settings: CalibrationSettings) -> li
     Text that the model itself would write is left out, so `model` needs no weights.
     """
     length = sequence_length(model, settings.seq_len)
-    return [
+    texts = [
         _text_blocks(spec, tokenizer, settings, count, length)
         for spec, count in _sample_counts(settings)
         if spec != SELF
     ]
+    for blocks in texts:
+        check_token_ids(model, blocks)
+    return texts
 
 
 def _sample_counts(settings: CalibrationSettings) -> list[tuple[str, int]]:

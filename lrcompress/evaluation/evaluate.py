@@ -29,6 +29,7 @@ from lrcompress.evaluation.token_divergence import token_changes
 from lrcompress.layers.ffn_layouts import ffn_parameters
 from lrcompress.layers.model_info import model_kind, parameter_count, sequence_length, weight_bytes
 from lrcompress.layers.model_state import evaluation_mode
+from lrcompress.layers.nonfinite import check_weights_finite, checked_logits
 from lrcompress.layers.optimize import optimize
 from lrcompress.models.loading import Loaded, with_source
 from lrcompress.reporting import report
@@ -63,7 +64,7 @@ def evaluate(
 
     `settings` are the keys of the recipe's `evaluate` section: perplexity, tasks, limit,
     context_length, ... Raises InputError where a setting is invalid, a text or task cannot be
-    read, or a loss is NaN or infinite.
+    read, or a weight, a loss or logits are NaN or infinite.
     """
     checked = sections_from_flat({"evaluate": EvaluateSettings}, settings)["evaluate"]
     if baseline is None:
@@ -111,12 +112,16 @@ def details(
     """Compares later models with the first by token and by block, and continues the prompts."""
     for _, tokenizer in models.values():
         _check_tokenizer(tokenizer, settings)
+    for label, (model, _) in models.items():
+        check_weights_finite(label, model)
     length, limit = common_length(models, settings), settings.compared_windows
     if settings.limit is not None:
         limit = min(limit, settings.limit)
     tokens: list[TokenChange] = []
     blocks: list[BlockChange] = []
-    with _evaluation_modes(models):
+    with _evaluation_modes(models), ExitStack() as stack:
+        for label, (model, _) in models.items():
+            stack.enter_context(checked_logits(label, model))
         texts = continuations(models, settings.prompts, settings.continuation_tokens, progress)
         if len(models) > 1 and limit:
             _, tokenizer = next(iter(models.values()))
@@ -186,6 +191,7 @@ def quality(
     """Size, perplexities and task metrics of one model, in windows of `length` tokens."""
     model, tokenizer = loaded
     _check_tokenizer(tokenizer, settings)
+    check_weights_finite(label, model)
     corpora = _corpora(tokenizer, settings)
     windowing = Windowing(length, settings.stride, settings.limit)
     metrics = list(size(label, model))

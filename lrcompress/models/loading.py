@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lrcompress.config import ModelSettings
+from lrcompress.models.gguf_files import check_gguf
 from lrcompress.models.preflight import check_folder, meta_model
 from lrcompress.runtime.errors import InputError, MachineError, machine_fault_reason
 from lrcompress.runtime.packages import package_folder
@@ -29,6 +30,11 @@ class Location:
 
     path: str
     gguf_file: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The folder, hub id or GGUF file, for messages."""
+        return str(Path(self.path, self.gguf_file)) if self.gguf_file else self.path
 
     def arguments(self, trust_remote_code: bool) -> dict[str, Any]:
         """Keyword arguments for from_pretrained."""
@@ -111,7 +117,8 @@ def load_config(source: str, gguf_file: str | None = None, trust_remote_code: bo
     from transformers import AutoConfig
 
     location = locate(source, gguf_file)
-    with _load_errors_explained(source):
+    with _load_errors_explained(location.name if gguf_file else source):
+        _check_gguf(location)
         return AutoConfig.from_pretrained(location.path, **location.arguments(trust_remote_code))
 
 
@@ -136,7 +143,7 @@ def load(
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     location = locate(source, gguf_file)
-    with _load_errors_explained(source):
+    with _load_errors_explained(location.name if gguf_file else source):
         model = _model_from_pretrained(
             location, dtype, placement or _placement(device), trust_remote_code
         )
@@ -150,6 +157,7 @@ def _model_from_pretrained(
 
     arguments = location.arguments(trust_remote_code)
     if location.gguf_file:
+        _check_gguf(location)
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     else:
         arguments["use_safetensors"] = True
@@ -164,13 +172,22 @@ def _model_from_pretrained(
     )
     missing = sorted(report["missing_keys"])
     misshapen = sorted(key[0] for key in report["mismatched_keys"])
+    description = "metadata" if location.gguf_file else "config.json"
     for keys, fault in ((missing, "lacks"), (misshapen, "has in another shape")):
         if keys:
             raise InputError(
-                f"model {location.path!r} {fault} {len(keys)} of the weights that its config.json "
-                f"asks for, such as {keys[0]}: get an intact copy"
+                f"model {location.name!r} {fault} {len(keys)} of the weights that its "
+                f"{description} asks for, such as {keys[0]}: get an intact copy"
             )
     return model
+
+
+def _check_gguf(location: Location) -> None:
+    """Checks the GGUF file of `location`, if it has one; from the hub it is downloaded first."""
+    from transformers.utils import cached_file
+
+    if location.gguf_file:
+        check_gguf(Path(str(cached_file(location.path, location.gguf_file))))
 
 
 def torch_dtype(name: str) -> Any:

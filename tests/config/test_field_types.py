@@ -17,7 +17,7 @@ def test_commas_separate_texts_but_not_the_name_of_a_file(tmp_path: Path) -> Non
         f"{file}": (f"{file}",),
         f"{file}:body": (f"{file}:body",),
     }.items():
-        assert CalibrationSettings(data=value).data == items  # type: ignore[arg-type]
+        assert CalibrationSettings(data=value).data == items
 
 
 def test_paths_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,4 +32,4 @@ def test_paths_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_chat_settings_that_exclude_each_other(settings: dict[str, bool]) -> None:
     with pytest.raises(ValueError, match=r"fewshot_as_multiturn needs|needs a template"):
-        EvaluateSettings(**settings)  # type: ignore[arg-type]
+        EvaluateSettings(**settings)

@@ -22,6 +22,7 @@ from lrcompress.data.files import TextFiles, find_files, suffix
 from lrcompress.evaluation.tasks.local_datasets import reading_copies
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.paths import user_path
+from lrcompress.runtime.safe_parsing import check_keys
 
 # fields of a JSONL row that make a file a multiple-choice task
 CHOICE_FIELDS = {"query", "choices", "gold"}
@@ -204,6 +205,8 @@ def _local_spec(name: str) -> Path | dict[str, Any] | None:
     if name.endswith((".yaml", ".yml")):
         if not user_path(name).is_file():
             raise InputError(f"task file {name!r} does not exist")
+        with explained(name):
+            check_keys(user_path(name).read_text("utf-8"))
         return user_path(name)
     if name.partition(":")[0] == EMBEDDED:
         return _rolling(name)

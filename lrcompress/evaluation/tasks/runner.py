@@ -21,10 +21,14 @@ from lrcompress.evaluation.tasks.cache import (
     questions_hash,
     task_fingerprint,
 )
+from lrcompress.evaluation.tasks.cut_prompts import cut_prompts
+from lrcompress.evaluation.tasks.lm_eval_output import RESAMPLES, shown_bootstraps, warnings_once
 from lrcompress.evaluation.tasks.registry import Seeds, Tasks, explained
 from lrcompress.evaluation.tasks.sample_logs import Logs
+from lrcompress.layers.nonfinite import checked_logits
 from lrcompress.models.loading import Loaded
 from lrcompress.reporting.metric import Metric
+from lrcompress.reporting.remarks import PROMPTS_CUT
 from lrcompress.reporting.tables import QUESTIONS
 from lrcompress.runtime.errors import InputError, MachineError
 from lrcompress.runtime.packages import versions
@@ -82,7 +86,8 @@ def run_tasks(
 
     Each task runs by itself, as when lm-eval's command line runs this task alone, and its result
     is written to `cache` when it is complete. Raises InputError where lm-eval refuses a task, and
-    where questions are to be messages but the tokenizer has no chat template.
+    where questions are to be messages but the tokenizer has no chat template, and NotFiniteError
+    where logits are NaN or infinite.
     """
     from lrcompress.evaluation.tasks.quiet_hflm import QuietHFLM
 
@@ -99,7 +104,7 @@ def run_tasks(
     model_hash = "" if cache is None else model_fingerprint(model, tokenizer)
     records: dict[str, TaskRecord] = {}
     for name, task in tasks.tasks.items():
-        with explained(name):
+        with explained(name), warnings_once(), checked_logits(label, model):
             _build_requests(lm, task, tasks.seeds, options)
             seeds = str(tasks.seeds)
             inputs = [versions(), task_fingerprint(task), seeds, length, size, _device_name(lm)]
@@ -155,13 +160,20 @@ def _compute(
 ) -> TaskRecord:
     from lm_eval import evaluate
 
-    with _caching_answers(lm, entry) as caching_lm:
+    cut = cut_prompts(lm, task)
+    with _caching_answers(lm, entry) as caching_lm, shown_bootstraps(lm.text_progress):
+        tasks = {"tasks": {name: task}}
         output = evaluate(
-            caching_lm, {"tasks": {name: task}}, limit=options.limit, **options.prompting
+            caching_lm,
+            tasks,
+            limit=options.limit,
+            bootstrap_iters=RESAMPLES,
+            **options.prompting,
         )
     record = {
         key: output[key][name] for key in ("results", "versions", "n-shot", "higher_is_better")
     }
+    record["cut"] = cut
     record["effective"] = output["n-samples"][name]["effective"]
     record["logs"] = output["samples"][name]
     # through JSON, so that a computed result equals the same result read from the cache
@@ -211,6 +223,7 @@ def _group_record(group: Any, records: Mapping[str, TaskRecord]) -> TaskRecord:
         "n-shot": shots.pop() if len(shots) == 1 else None,
         "higher_is_better": higher_is_better,
         "effective": None,
+        "cut": sum(member["cut"] for member in members),
         "logs": [],
     }
 
@@ -227,6 +240,8 @@ def _metrics(
             "seed": str(tasks.seeds),
         }
         conditions |= {key: value for key, value in options.prompting.items() if value}
+        if record["cut"]:
+            conditions[PROMPTS_CUT] = record["cut"]
         if "questions" in record:
             conditions[QUESTIONS] = record["questions"]
         if name in tasks.files:
