@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TextIO
 
 import click
@@ -17,7 +17,8 @@ JSON_STREAM = "lrcompress.json"  # key in click's context
 def escape_unknown_characters() -> None:
     """Lets stdout escape what its encoding lacks, as stderr does; Python's default is an error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        with suppress(OSError):  # a stream that is read too and cannot seek, such as a pipe
+            sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def reserve_for_json(context: click.Context, _: click.Parameter, as_json: bool) -> bool:

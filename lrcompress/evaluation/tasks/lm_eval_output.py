@@ -10,8 +10,8 @@ from typing import Any
 
 from lrcompress.runtime.progress import Progress
 
-# resamples of a bootstrap, whose standard error then varies by about 2 %; lm-eval takes 100,000 of
-# most metrics, and 100 of slow ones
+# resamples of a bootstrap, whose standard error then varies by about 2 %, and more where a metric
+# has heavy tails; lm-eval takes 100,000 of most metrics, and 100 of slow ones
 RESAMPLES = 1000
 
 logger = logging.getLogger(__name__)
