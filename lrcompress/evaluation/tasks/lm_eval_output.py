@@ -10,9 +10,8 @@ from typing import Any
 
 from lrcompress.runtime.progress import Progress
 
-# resamples of a bootstrap, whose standard error then varies by about 2 %, and more where a metric
-# has heavy tails; lm-eval takes 100,000 of most metrics, and 100 of slow ones
-RESAMPLES = 1000
+# lm-eval draws so many resamples of a bootstrap with one seed
+RESAMPLES_PER_SEED = 1000
 
 logger = logging.getLogger(__name__)
 
@@ -21,17 +20,20 @@ logger = logging.getLogger(__name__)
 def shown_bootstraps(progress: Progress) -> Iterator[None]:
     """Inside, the bootstraps of lm-eval run in this process, and `progress` shows them.
 
-    Their random numbers are those of lm-eval's first thousand. lm-eval would print to stdout, and
-    copy this process, with its model, for every core.
+    Their random numbers are those of lm-eval, so the results are equal. lm-eval would print to
+    stdout, and copy this process, with its model, for every core.
     """
     from lm_eval.api import metrics
 
     def standard_error(
         metric: Callable[[Sequence[Any]], float], items: Sequence[Any], iters: int
     ) -> float:
-        generator = random.Random(0)
-        resamples = progress(range(iters), f"Bootstrapping {metric.__name__}", iters)
-        values = [metric(generator.choices(items, k=len(items))) for _ in resamples]
+        size = min(RESAMPLES_PER_SEED, iters)
+        values: list[float] = []
+        seeds = iters // size
+        for seed in progress(range(seeds), f"Bootstrapping {metric.__name__}", seeds):
+            generator = random.Random(seed)
+            values += [metric(generator.choices(items, k=len(items))) for _ in range(size)]
         return float(metrics.sample_stddev(values))
 
     original = metrics.bootstrap_stderr

@@ -22,7 +22,7 @@ from lrcompress.evaluation.tasks.cache import (
     task_fingerprint,
 )
 from lrcompress.evaluation.tasks.cut_prompts import cut_prompts
-from lrcompress.evaluation.tasks.lm_eval_output import RESAMPLES, shown_bootstraps, warnings_once
+from lrcompress.evaluation.tasks.lm_eval_output import shown_bootstraps, warnings_once
 from lrcompress.evaluation.tasks.registry import Seeds, Tasks, explained
 from lrcompress.evaluation.tasks.sample_logs import Logs
 from lrcompress.layers.nonfinite import checked_logits
@@ -167,7 +167,6 @@ def _compute(
             caching_lm,
             tasks,
             limit=options.limit,
-            bootstrap_iters=RESAMPLES,
             **options.prompting,
         )
     record = {

@@ -78,12 +78,7 @@ def test_numbers_are_those_of_lm_evals_command_line(
         values = theirs["results"][task]
         assert metric["value"] == values[f"{name},none"]
         spread = values[f"{name}_stderr,none"]
-        if metric["name"] == "word perplexity":
-            # a bootstrap, of 1,000 resamples and not 100,000: far off where perplexity is e^35, as
-            # that of this random model
-            assert metric["high"] - metric["value"] == pytest.approx(spread, rel=0.5)
-        else:
-            assert metric["high"] == (None if spread == "N/A" else metric["value"] + spread)
+        assert metric["high"] == (None if spread == "N/A" else metric["value"] + spread)
         seeds = [
             theirs["config"][f"{kind}_seed"] for kind in ("random", "numpy", "torch", "fewshot")
         ]
