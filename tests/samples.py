@@ -58,21 +58,29 @@ DETAILS = Differences(
 )  # fmt: skip
 
 
-def _linear(block: int, role: str, rank: int | None, error: float | None) -> dict[str, Any]:
+def _linear(
+    block: int,
+    role: str,
+    rank: int | None,
+    error: float | None,
+    outliers: tuple[float | None, float | None],
+) -> dict[str, Any]:
     return {
         "name": f"layers.{block}.{role}", "block": block, "role": role, "in_features": 8,
         "out_features": 8, "form": "dense" if rank is None else "factored", "shape": [8, 8],
         "rank": rank, "parameters_dense": 64, "parameters_kept": 16 * (rank or 4),
         "relative_error": error, "largest_coefficient": None,
         "spectrum": [[1, 4.0], [4, 2.0], [8, 0.5]] if rank else [],
+        "input_outlier_share": outliers[0], "gradient_outlier_share": outliers[1],
     }  # fmt: skip
 
 
 RECORD: dict[str, Any] = {
     "linears": [
-        _linear(0, "gate", None, None), _linear(0, "down", 2, 0.3),
-        _linear(1, "gate", 6, 0.1), _linear(1, "down", 3, 0.2),
+        _linear(0, "gate", None, None, (0.125, 0.25)), _linear(0, "down", 2, 0.3, (0.0, 0.75)),
+        _linear(1, "gate", 6, 0.1, (0.5, None)), _linear(1, "down", 3, 0.2, (0.998, 0.625)),
     ],
+    "probed": {"layers.0": 2.5, "layers.1": 0.8},
     "refined": [
         {"block": 0, "before": 0.5, "after": 0.25}, {"block": 1, "before": 0.5, "after": 0.5},
     ],

@@ -13,7 +13,8 @@ from pathlib import Path
 from lrcompress.checkpoint.fingerprints import STAGES, Stage
 
 RECORD = Path("tests/checkpoint/stages.json")
-SHARED = ["layers/*.py", "models/loading.py", "data/corpora.py", "data/packing.py"]
+TEXT = ["corpora", "files", "rows", "conversations", "packing"]
+SHARED = ["layers/*.py", "models/loading.py", *(f"data/{name}.py" for name in TEXT)]
 PERPLEXITY = ["evaluation/perplexity.py", "data/windows.py"]
 COMPRESSION = ["compression/**/*.py", "methods/**/*.py"]
 TRAINING = ["training/*.py", "data/training_text.py", "data/train_tokenizer.py", *COMPRESSION]

@@ -221,6 +221,23 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
     return model.eval()
 
 
+def sink_model(block: int, **changes: Any) -> Any:
+    """A tiny llama in which the line feed is an attention sink for the FFN of one block.
+
+    Feature 0 of the hidden state is that of this token alone, and the norm in front of the FFN
+    scales it by 100.
+    """
+    model, token = tiny_model(**changes), byte_tokenizer()("\n")["input_ids"][0]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 0
+        model.model.embed_tokens.weight[token, 0] = 50
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0
+            layer.mlp.down_proj.weight[0] = 0
+        model.model.layers[block].post_attention_layernorm.weight[0] = 100
+    return model
+
+
 def byte_tokenizer(bos: bool = False) -> Any:
     """A tokenizer of 256 bytes and one special token, which `bos` puts in front of every text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

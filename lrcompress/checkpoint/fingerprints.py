@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lrcompress.config import EvaluateSettings, ModelSettings
 from lrcompress.config.recipe import Recipe
+from lrcompress.data.files import existing_files
 from lrcompress.models.loading import locate
 from lrcompress.runtime.atomic_io import replace_text
 from lrcompress.runtime.packages import versions
@@ -24,11 +25,11 @@ Stage = Literal["benchmark", "evaluate", "factorize", "finetune", "pretrain", "t
 # which equal inputs give other results: older results are then computed again.
 STAGES: dict[Stage, int] = {
     "benchmark": 1,
-    "evaluate": 1,
-    "factorize": 2,
+    "evaluate": 2,
+    "factorize": 3,
     "finetune": 1,
     "pretrain": 1,
-    "tasks": 1,
+    "tasks": 3,
     "teacher": 1,
 }
 
@@ -54,19 +55,28 @@ def model_inputs(settings: ModelSettings) -> list[Any]:
 def factorize_inputs(recipe: Recipe) -> list[Any]:
     """Everything that a factorized model depends on: settings, model files and text files."""
     sections = {"model", "calibration", "factorize", "refine"}
-    texts = [data_state(spec) for spec in recipe.calibration.data]
+    calibration = recipe.calibration
+    texts = [data_state(spec) for spec in (*calibration.data, calibration.chat_template)]
     return [recipe.model_dump(mode="json", include=sections), model_state(recipe.model), texts]
 
 
 def data_state(spec: str) -> list[list[Any]]:
-    """State of the file that a text's SPEC names; empty where it names no local file."""
-    return file_states([Path(spec.partition(":")[0])])
+    """State of the files that a text's SPEC names; empty where it names none.
+
+    A chat template, or a file of a task, can stand for the SPEC.
+    """
+    files = existing_files(spec)
+    return file_states(files.contents()) if files else []
 
 
 def evaluation_inputs(settings: EvaluateSettings) -> list[Any]:
     """The state of the texts and tasks that an evaluation reads."""
-    states = [data_state(spec) for spec in (*settings.perplexity, *settings.tasks)]
+    states = [data_state(spec) for spec in _text_names(settings)]
     return [*states, folder_state(settings.data_dir)]
+
+
+def _text_names(settings: EvaluateSettings) -> tuple[str, ...]:
+    return (*settings.perplexity, *settings.tasks, settings.chat_template)
 
 
 def folder_state(folder: str | None) -> list[list[Any]]:

@@ -27,6 +27,7 @@ from lrcompress.cli.options import (
     check_max_loss,
     sweep_overrides,
 )
+from lrcompress.cli.stdout import print_json
 from lrcompress.cli.train import finetune_command, pretrain_command, scaling_command
 from lrcompress.runtime import distributed
 from lrcompress.runtime.errors import InputError
@@ -176,7 +177,7 @@ def inspect_command(source: str, energy: bool, as_json: bool, **options: Any) ->
         model = loading.skeleton(settings.source, settings.gguf_file, settings.trust_remote_code)
     inspection = inspect(model, energy, progress_bars.progress)
     if as_json:
-        click.echo(json.dumps(inspection.to_dict(), indent=2))
+        print_json(json.dumps(inspection.to_dict(), indent=2) + "\n")
     else:
         display.show_inspection(inspection)
 

@@ -15,9 +15,11 @@ from lrcompress.cli.options import (
     NEW_OUT,
     OneLineChoice,
     SettingsCommand,
+    UserPath,
     build_recipe,
     build_sections,
 )
+from lrcompress.cli.stdout import print_json
 from lrcompress.runtime.errors import MachineError
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def quantize_command(source: str, out: Path, **options: Any) -> None:
 
 
 @click.command("verify")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=UserPath())
 @click.option(
     "--trust-remote-code",
     is_flag=True,
@@ -85,7 +87,7 @@ def verify_command(folder: Path, trust_remote_code: bool, as_json: bool) -> None
 
     results = verify(folder, trust_remote_code)
     if as_json:
-        click.echo(json.dumps([result.to_dict() for result in results], indent=2))
+        print_json(json.dumps([result.to_dict() for result in results], indent=2) + "\n")
     else:
         _show(results)
     for result in results:

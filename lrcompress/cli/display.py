@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lrcompress.benchmark import report as bench_report
 from lrcompress.benchmark.report import Bench
+from lrcompress.cli.stdout import print_json
 from lrcompress.models.inspection import Inspection
 from lrcompress.reporting import projection
 from lrcompress.reporting.differences import Differences
@@ -84,7 +85,7 @@ def show_training(training: Mapping[str, Any], out: object) -> None:
 def show_report(report: Report, out: Path | None, as_json: bool) -> None:
     """Prints metrics, comparisons and details of a report, or only its JSON."""
     if as_json:
-        click.echo(to_json(report), nl=False)
+        print_json(to_json(report))
         return
     _show_metrics(report.metrics)
     for comparison in report.comparisons:
@@ -94,7 +95,7 @@ def show_report(report: Report, out: Path | None, as_json: bool) -> None:
             f"{comparison.difference:+.4f} {interval}: {comparison.verdict}."
         )
     _show_details(report.details)
-    for note in report.notes:
+    for note in report.sentences:
         _print_line(f"Note: {note}.")
     if out is not None:
         _print_line(f"Wrote {out}: {', '.join(FORMATS)}.")
@@ -103,7 +104,7 @@ def show_report(report: Report, out: Path | None, as_json: bool) -> None:
 def show_sweep(report: SweepReport, out: Path | None, as_json: bool) -> None:
     """Prints all points and the knees of the Pareto fronts, or only the JSON of the report."""
     if as_json:
-        click.echo(sweep_report.to_json(report), nl=False)
+        print_json(sweep_report.to_json(report))
         return
     shares = [f"{point.kept:.4f}" for point in report.points]
     sizes = [report.size(point) for point in report.points]
@@ -111,6 +112,8 @@ def show_sweep(report: SweepReport, out: Path | None, as_json: bool) -> None:
     for grid in (report.tasks, report.speeds):
         if grid.titles:
             _show_grid(grid, {})
+    for note in report.sentences:
+        _print_line(f"Note: {note}.")
     for front in report.fronts:
         if front.knee:
             _print_line(f"Knee of {front.quality.title}, {front.cost.title}: {front.knee.label}.")
@@ -177,7 +180,7 @@ def show_verdict(failed: Sequence[Comparison], max_loss: float, err: bool = Fals
 def show_bench(results: Bench, out: Path | None, as_json: bool) -> None:
     """Prints a table of timings, or only their JSON."""
     if as_json:
-        click.echo(bench_report.to_json(results), nl=False)
+        print_json(bench_report.to_json(results))
         return
     _print_line(results.title)
     rows = bench_report.rows(results)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Any
+import warnings
+from pathlib import Path
+from typing import Any, TextIO
 
 import click
 
+from lrcompress.cli.stdout import escape_unknown_characters
 from lrcompress.runtime import distributed
 from lrcompress.runtime.errors import OUT_OF_MEMORY, InputError, MachineError, machine_fault_reason
 from lrcompress.runtime.sanitize import printable, shortened
@@ -19,6 +22,9 @@ WRONG_INPUT = 2
 MAX_LOSS_EXCEEDED = 3  # not an error, but the answer to --max-loss
 INTERRUPTED = 130
 
+# warnings that concern numbers and are not RuntimeWarnings, as those of NumPy and SciPy are
+NUMERIC_WARNINGS = ("UndefinedMetricWarning",)
+
 RESUMABLE = "lrcompress.resumable"  # key in click's context
 RESUME_HINT = ", and the same command goes on from what was finished"
 
@@ -28,6 +34,7 @@ class ErrorReportingGroup(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         _quiet_libraries()
+        escape_unknown_characters()
         try:
             return super().invoke(context)
         except distributed.MainProcessFailedError as error:
@@ -79,14 +86,30 @@ def _machine_fault_text(error: Exception) -> str:
     return f"{reason}: {str(file)!r}" if file else reason
 
 
+def _show_numeric_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Passes on what concerns numbers, such as NumPy's overflows; other warnings are hidden.
+
+    The parameters are those of `warnings.showwarning`.
+    """
+    if issubclass(category, RuntimeWarning) or category.__name__ in NUMERIC_WARNINGS:
+        click.echo(f"Warning: {printable(str(message))} ({Path(filename).name})", err=True)
+
+
 def _quiet_libraries() -> None:
-    """Limits libraries to errors, because other output would break the progress bars."""
+    """Limits libraries to errors and numeric warnings: other output would break progress bars."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")
-    logging.captureWarnings(True)
-    for name in ("py.warnings", "accelerate", "torchao", "torch.utils._pytree"):
+    warnings.showwarning = _show_numeric_warning
+    for name in ("accelerate", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lrcompress.cli.stdout import reserve_for_json
 from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.paths import user_path
 
 if TYPE_CHECKING:
     from lrcompress.config import EvaluateSettings
@@ -83,6 +85,8 @@ def _metavar(kind: Any) -> str:
         return "|".join(typing.get_args(kind))
     if isinstance(kind, types.UnionType):
         kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
     return {int: "N", float: "X"}.get(kind, "TEXT")
 
 
@@ -151,7 +155,18 @@ def read_shard(text: str | None) -> tuple[int, int]:
     return int(number), int(count)
 
 
-_PATH = click.Path(path_type=Path)
+class UserPath(click.ParamType[Path]):
+    """A path in which ~ and $VARIABLES are expanded, also where the shell did not."""
+
+    name = "path"
+
+    def convert(
+        self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path:
+        return user_path(str(value))
+
+
+_PATH = UserPath()
 RECIPE = click.argument("recipe_file", metavar="RECIPE", type=_PATH)
 OUT_FOLDER = click.argument("out", type=_PATH)
 FOLDERS = click.argument("folders", metavar="FOLDER...", nargs=-1, required=True, type=_PATH)
@@ -182,4 +197,10 @@ WRITE_CARD = click.option(
     is_flag=True,
     help="Also write the numbers into lrcompress.json and README.md of the checkpoint MODEL.",
 )
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+JSON = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    callback=reserve_for_json,
+    help="Print JSON and nothing else.",
+)

@@ -8,6 +8,7 @@ from typing import Any
 from lrcompress.compression.planning import PreparedModel
 from lrcompress.compression.replace_layers import apply_plan
 from lrcompress.config import FactorizeSettings
+from lrcompress.data.conversations import ChatFormat
 from lrcompress.data.corpora import read_corpus
 from lrcompress.data.windows import Windowing
 from lrcompress.evaluation.perplexity import perplexity
@@ -67,7 +68,7 @@ def smallest_within(
 
 
 def _measure_perplexity(model: Any, tokenizer: Any, settings: FactorizeSettings) -> float:
-    corpus = read_corpus(settings.validation, "test")
+    corpus = read_corpus(settings.validation, "test", ChatFormat(tokenizer))
     windowing = Windowing(sequence_length(model, None), limit=TRIAL_WINDOWS)
     with evaluation_mode(model):
         return run_on_main(lambda: perplexity("trial", (model, tokenizer), corpus, windowing).value)

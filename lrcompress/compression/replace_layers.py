@@ -23,7 +23,7 @@ from lrcompress.layers.lowrank import (
 from lrcompress.layers.model_info import parameter_count
 from lrcompress.methods.linalg import pivot, to_float64
 from lrcompress.methods.plan import Plan
-from lrcompress.methods.types import FFN, LinearSpec, Statistics
+from lrcompress.methods.types import FFN, LinearSpec, OutlierShares, Statistics
 from lrcompress.runtime import distributed
 from lrcompress.runtime.distributed import map_sharded
 from lrcompress.runtime.progress import Progress
@@ -36,10 +36,11 @@ SPECTRUM_POINTS = 32
 class LinearResult:
     """What became of one linear: `form` and `rank` are None where it stayed dense.
 
-    `shape` is that of W (out, in), `parameters` the exact count now. `error` is the squared error
-    of the truncation relative to the weight, in the method's metric; `largest_coefficient` is that
-    of the pivoted form. `spectrum` has singular values of the weight in that metric, each with its
-    number from 1 on, evenly spread from the first to the last that is known.
+    `shape` is that of W (out, in), `parameters` the exact count now. `outlier_shares` are those of
+    the dense linear in calibration. `error` is the squared error of the truncation relative to the
+    weight, in the method's metric; `largest_coefficient` is that of the pivoted form. `spectrum`
+    has singular values of the weight in that metric, each with its number from 1 on, evenly spread
+    from the first to the last that is known.
     """
 
     spec: LinearSpec
@@ -47,6 +48,7 @@ class LinearResult:
     shape: tuple[int, int]
     rank: int | None
     parameters: int
+    outlier_shares: OutlierShares
     error: float | None = None
     largest_coefficient: float | None = None
     spectrum: tuple[tuple[int, float], ...] = ()
@@ -67,6 +69,8 @@ class LinearResult:
             "relative_error": self.error,
             "largest_coefficient": self.largest_coefficient,
             "spectrum": [list(value) for value in self.spectrum],
+            "input_outlier_share": self.outlier_shares.inputs,
+            "gradient_outlier_share": self.outlier_shares.gradients,
         }
 
     @classmethod
@@ -82,6 +86,9 @@ class LinearResult:
             error=content["relative_error"],
             largest_coefficient=content["largest_coefficient"],
             spectrum=tuple((number, value) for number, value in content["spectrum"]),
+            outlier_shares=OutlierShares(
+                content["input_outlier_share"], content["gradient_outlier_share"]
+            ),
         )
 
     @property
@@ -147,17 +154,19 @@ def replacement_of(
     """The new layer of the linear `spec` from its weight in `ffn`, which is already narrowed."""
     rank, narrowed_spec = plan.ranks.get(spec.name), plan.spec(spec)
     shape = (narrowed_spec.out_features, narrowed_spec.in_features)
+    statistics = ffn.statistics[spec.name]
+    result = LinearResult(spec, None, shape, None, spec.dense_parameters, statistics.outlier_shares)
     if rank is None and spec.ffn not in plan.widths:
-        return Replacement(LinearResult(spec, None, shape, None, spec.dense_parameters), None)
+        return Replacement(result, None)
     dense, form = model.get_submodule(spec.name), NARROWED if rank is None else prepared.form
     layer = empty_like(dense, form, shape, rank)
-    result = LinearResult(spec, form, shape, rank, parameter_count(layer))
+    result = replace(result, form=form, rank=rank, parameters=parameter_count(layer))
     if isinstance(layer, NarrowedLinear):
         _fill_narrowed(layer, ffn.weights[spec.name])
     else:
         assert rank is not None
         factors = prepared.decompositions.factors(ffn, spec, rank)
-        input_sizes = _input_sizes(ffn.statistics[spec.name])
+        input_sizes = _input_sizes(statistics)
         result = replace(
             result,
             error=factors.error / factors.energy if factors.energy > 0 else 0.0,

@@ -16,10 +16,13 @@ from lrcompress.data.packing import Fingerprint
 from lrcompress.layers.ffn_layouts import FFNLinears, find_ffns
 from lrcompress.layers.model_info import parameter_count
 from lrcompress.methods.plan import Plan
-from lrcompress.methods.types import Form, LinearSpec
+from lrcompress.methods.types import Form, LinearSpec, OutlierShares
+from lrcompress.reporting.block_calibration import largest_by_block
 
 # a keep_ratio that differs by more from the requested one gets a warning
 BUDGET_TOLERANCE = 0.005
+# outliers with a larger share of the energy of a block's inputs or gradients get a note
+NOTED_OUTLIER_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,28 @@ def _warnings(
             f"than they have inputs, {name} the fewest with {tokens}: the mean of their mixture "
             "stands in for the missing tokens; a larger --num-samples gives them more"
         )
+    if outliers := list(_outliers(linears)):
+        yield (
+            "a few outlier tokens, such as attention sinks, had more than half "
+            f"{' and '.join(outliers)}: they were scaled down in the moments and kept as "
+            "directions of their own"
+        )
     if dense_experts:
         yield (
             f"{len(dense_experts)} mixture-of-experts tensors stay dense, such as "
             f"{dense_experts[0]}"
         )
+
+
+def _outliers(linears: Sequence[LinearResult]) -> Iterator[str]:
+    """Where outliers had more than half of the energy of inputs, and of gradients."""
+    for kind in OutlierShares._fields:
+        shares = ((linear.spec.block, getattr(linear.outlier_shares, kind)) for linear in linears)
+        largest = largest_by_block(shares)
+        noted = [share for share in largest.values() if share > NOTED_OUTLIER_SHARE]
+        if noted:
+            worst = max(largest, key=largest.__getitem__)
+            yield (
+                f"of the energy of {kind} in {len(noted)} of {len(largest)} blocks "
+                f"({largest[worst]:.1%} in block {worst})"
+            )

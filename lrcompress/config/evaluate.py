@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from lrcompress.config.base import Section
-from lrcompress.config.field_types import NameList, TextList, none_is_empty
+from lrcompress.config.field_types import (
+    CHAT_TEMPLATE_TEXT,
+    NameList,
+    PathText,
+    TextList,
+    none_is_empty,
+)
 
 # settings of the comparison with the first model and of continuations: no metric depends on them
 DETAIL_FIELDS = frozenset({"compared_windows", "prompts", "continuation_tokens"})
@@ -17,6 +23,7 @@ class EvaluateSettings(Section):
     """What is measured, in the same way for every model."""
 
     perplexity: NameList = Field(("pydoc",), description="Texts to measure token perplexity on.")
+    chat_template: str = Field("auto", description=CHAT_TEMPLATE_TEXT)
     context_length: int | None = Field(
         None, ge=2, description="Tokens in a window; default 1024, or the model's maximum if less."
     )
@@ -29,13 +36,23 @@ class EvaluateSettings(Section):
     tasks: NameList = Field(
         (),
         description="lm-eval tasks: built-in names, FILE.yaml, FILE.jsonl (query, choices, gold), "
-        "or a text, for its rolling word and byte perplexity.",
+        "or a text file, for its rolling word and byte perplexity.",
     )
     limit: int | None = Field(
         None, ge=1, description="Maximum number of windows of each text and documents of each task."
     )
     num_fewshot: int | None = Field(
         None, ge=0, description="Examples before each question of a task."
+    )
+    apply_chat_template: bool = Field(
+        False, description="Ask the questions of tasks as messages, by the chat template."
+    )
+    system_instruction: str | None = Field(
+        None, description="System message, or first text, of every question of a task."
+    )
+    fewshot_as_multiturn: bool = Field(
+        False,
+        description="With apply_chat_template, give the examples of tasks as earlier turns.",
     )
     seed: int | None = Field(
         None,
@@ -44,12 +61,12 @@ class EvaluateSettings(Section):
         description="Seed of tasks, for few-shot examples and the order of choices; default is "
         "lm-eval's own.",
     )
-    data_dir: str | None = Field(
+    data_dir: PathText | None = Field(
         None,
         description="Folder with local copies of the data sets of built-in tasks; with it, nothing "
         "is read from the hub.",
     )
-    task_cache: str | None = Field(
+    task_cache: PathText | None = Field(
         None,
         description="Folder that stores the results of tasks, so that no result is computed twice; "
         "default is lrcompress/tasks in the user's cache folder; the text none stores nothing.",
@@ -89,6 +106,16 @@ class EvaluateSettings(Section):
         description="Models to compare with; ratios are relative to the first. In a recipe the "
         "default is its own dense model.",
     )
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise ValueError("fewshot_as_multiturn needs apply_chat_template: set both")
+        if self.apply_chat_template and self.chat_template == "none":
+            raise ValueError(
+                "apply_chat_template needs a template: set chat_template to auto or a file"
+            )
+        return self
 
     def cache_key(self, *, include_baseline: bool = True) -> dict[str, Any]:
         """The settings that metrics depend on, as plain values, for the key of a cached result."""

@@ -10,7 +10,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from lrcompress.config.base import Section
-from lrcompress.config.field_types import NameList, Options, Percent, Size, allowed_words, one_of
+from lrcompress.config.field_types import (
+    NameList,
+    Options,
+    Percent,
+    Share,
+    Size,
+    allowed_words,
+    one_of,
+)
 from lrcompress.methods.plan import Allocator
 from lrcompress.methods.registry import ALLOCATORS, ESTIMATE_LOSS, METHODS
 from lrcompress.methods.types import Form, Method
@@ -23,8 +31,11 @@ class FactorizeSettings(Section):
     """How FFN weights are compressed, and by how much: exactly one of BUDGETS is set."""
 
     rank: int | None = Field(None, ge=1, description="The same rank for every linear.")
-    keep_ratio: float | None = Field(
-        None, gt=0, le=1, description="Share of the parameters of the selected linears to keep."
+    keep_ratio: Share | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the parameters of the selected linears to keep, such as 0.6 or 60%.",
     )
     target_params: int | None = Field(
         None, ge=1, description="Parameters of the whole compressed model, such as 100000000."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, TypeVar
 
@@ -17,6 +18,8 @@ from pydantic import (
     WrapValidator,
 )
 
+from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.paths import user_path
 from lrcompress.runtime.safe_parsing import read_yaml
 
 T = TypeVar("T")
@@ -30,7 +33,7 @@ def _split(value: object) -> object:
     items = [value] if isinstance(value, str | int | float) else value
     if not isinstance(items, list | tuple):
         return value
-    groups = [item.split(",") if isinstance(item, str) else [item] for item in items]
+    groups = [_pieces(item) if isinstance(item, str) else [item] for item in items]
     return [
         item.strip() if isinstance(item, str) else item
         for group in groups
@@ -39,13 +42,28 @@ def _split(value: object) -> object:
     ]
 
 
+def _pieces(text: str) -> list[str]:
+    """The items between commas; a file whose name has a comma is one item."""
+    return [text] if "," in text and _exists(text) else text.split(",")
+
+
+def _exists(text: str) -> bool:
+    try:
+        return any(user_path(path).exists() for path in (text, text.rpartition(":")[0]) if path)
+    except InputError:
+        return False
+
+
 def _parse_pairs(value: object) -> object:
     """['damping=0.01'] -> {'damping': 0.01}, for flags that set options of a method."""
     if not isinstance(value, list | tuple):
         return value
     pairs = [str(item).partition("=") for item in value]
+    keys = [key.strip() for key, _, _ in pairs]
+    if duplicates := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"{duplicates[0]} is given twice: give it once")
     try:
-        return {key.strip(): read_yaml(text) for key, _, text in pairs}
+        return {key: read_yaml(text) for key, (_, _, text) in zip(keys, pairs, strict=True)}
     except ValueError:
         raise ValueError(f"{value!r} cannot be read: write KEY=VALUE") from None
 
@@ -100,6 +118,18 @@ def size_name(name: str) -> str:
     return name
 
 
+def _encodable(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuses texts of a command line that are in another encoding than the terminal's.
+
+    Python reads a byte that it cannot decode as half a character, which no tokenizer takes.
+    """
+    for text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            encoding = sys.getfilesystemencoding()
+            raise ValueError(f"{text!r} is not {encoding} text: convert it, for example with iconv")
+    return texts
+
+
 def _wrap_text(value: object) -> object:
     """A single text -> a list of one; unlike `_split`, texts may contain commas."""
     return [value] if isinstance(value, str) else value
@@ -113,13 +143,20 @@ def _distinct(ratios: tuple[float, ...]) -> tuple[float, ...]:
     return ratios
 
 
-TextList = Annotated[tuple[str, ...], BeforeValidator(_wrap_text)]
+CHAT_TEMPLATE_TEXT = (
+    "How conversations in texts become text: auto (the model's own chat template), none (the "
+    "contents of the messages alone), or a file with a Jinja template."
+)
+
+
+def _expand(path: str) -> str:
+    """`path` with ~ and $VARIABLES expanded."""
+    return str(user_path(path))
+
+
+PathText = Annotated[str, AfterValidator(_expand)]
+TextList = Annotated[tuple[str, ...], BeforeValidator(_wrap_text), AfterValidator(_encodable)]
 NameList = Annotated[tuple[str, ...], BeforeValidator(_split)]
-RatioList = Annotated[
-    tuple[Annotated[float, Field(gt=0, le=1)], ...],
-    BeforeValidator(_split),
-    AfterValidator(_distinct),
-]
 CountList = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split)]
 Options = Annotated[dict[str, Any], BeforeValidator(_parse_pairs)]
 
@@ -147,7 +184,13 @@ def _parse_percent(value: object) -> object:
 
 
 Size = Annotated[ByteSize, WrapValidator(_parse_size), Field(ge=1)]
-Percent = Annotated[float, BeforeValidator(_parse_percent), Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_parse_percent), Field(allow_inf_nan=False)]
+Percent = Annotated[Share, Field(gt=0)]
+RatioList = Annotated[
+    tuple[Annotated[Share, Field(gt=0, le=1)], ...],
+    BeforeValidator(_split),
+    AfterValidator(_distinct),
+]
 
 
 def allowed_words(name: str, names: Iterable[str]) -> str:

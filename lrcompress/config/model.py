@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from lrcompress.config.base import Section
-from lrcompress.config.field_types import NameList
+from lrcompress.config.field_types import CHAT_TEMPLATE_TEXT, NameList
 
 
 class ModelSettings(Section):
@@ -30,10 +30,12 @@ class CalibrationSettings(Section):
     data: NameList = Field(
         ("self",),
         min_length=1,
-        description="Texts: FILE.txt, FILE.jsonl[:field], pydoc, package:NAME, self (the model "
-        "writes it), or hub name[:config[:split[:field]]]; several texts give equal shares.",
+        description="Texts: FILE[:field] (txt, jsonl, csv, parquet, ...), pydoc, package:NAME, "
+        "self (the model writes it), or hub name[:config[:split[:field]]]; several texts give "
+        "equal shares.",
         json_schema_extra={"flag": "calibration"},
     )
+    chat_template: str = Field("auto", description=CHAT_TEMPLATE_TEXT)
     num_samples: int | None = Field(
         None,
         ge=1,

@@ -213,7 +213,7 @@ def _read_values(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"recipe {str(path)!r} does not exist: give a YAML file")
     try:
-        values = read_yaml(path.read_text("utf-8"))
+        values = read_yaml(path.read_text("utf-8-sig"))
     except ValueError as error:
         raise InputError(f"recipe {str(path)!r} is not YAML of plain values: {error}") from None
     if not isinstance(values, dict):

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from lrcompress.config.base import Section
-from lrcompress.config.field_types import NameList
+from lrcompress.config.field_types import CHAT_TEMPLATE_TEXT, NameList, PathText, Share
 
 # optimizer steps of a training whose length the user leaves open
 DEFAULT_STEPS = 200
@@ -26,6 +26,7 @@ class TrainingSettings(Section):
         (),
         description="Texts to train on, written as for calibration; never the test text.",
     )
+    chat_template: str = Field("auto", description=CHAT_TEMPLATE_TEXT)
     max_steps: int | None = Field(
         None,
         ge=1,
@@ -57,7 +58,7 @@ class TrainingSettings(Section):
         None, ge=2, description="Tokens in a sequence; default 512, or the model's maximum if less."
     )
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
-    warm_up: float = Field(
+    warm_up: Share = Field(
         0.1,
         ge=0,
         lt=1,
@@ -76,7 +77,7 @@ class TrainingSettings(Section):
     patience: int | None = Field(
         None, ge=1, description="Stop after this number of measurements without improvement."
     )
-    tensorboard: str | None = Field(None, description="Folder for TensorBoard logs.")
+    tensorboard: PathText | None = Field(None, description="Folder for TensorBoard logs.")
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seed for the choice and the order of sequences."
     )
@@ -121,7 +122,7 @@ class FinetuneSettings(TrainingSettings):
     teacher: str | None = Field(
         None, description="Dense model to learn from; default is the model that was compressed."
     )
-    teacher_cache: str | None = Field(
+    teacher_cache: PathText | None = Field(
         None,
         description="Folder that stores the teacher's most likely tokens, so that it runs once.",
     )
@@ -192,7 +193,7 @@ class PretrainSettings(TrainingSettings):
         4096, ge=257, description="Tokens of the trained tokenizer, which is byte-level BPE."
     )
     device: str = Field("auto", description="cpu, cuda, ...; auto uses a GPU if there is one.")
-    keep_ratio: float | None = Field(
+    keep_ratio: Share | None = Field(
         None,
         gt=0,
         le=1,
@@ -208,7 +209,7 @@ class PretrainSettings(TrainingSettings):
         "share falls from 1 to 0 over the first half of the steps. reduced: only in some of these "
         "steps.",
     )
-    dense_share: float = Field(
+    dense_share: Share = Field(
         0.0,
         ge=0,
         lt=1,

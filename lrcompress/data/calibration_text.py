@@ -7,10 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from lrcompress.config import CalibrationSettings
+from lrcompress.data.conversations import ChatFormat
 from lrcompress.data.corpora import SELF, read_corpus
 from lrcompress.data.generated import sampled_blocks
 from lrcompress.data.packing import Fingerprint, bos_token, fingerprint, interleave, token_blocks
 from lrcompress.layers.model_info import sequence_length
+from lrcompress.layers.token_ids import check_token_ids
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, silent
 
@@ -22,7 +24,7 @@ def calibration_tokens(
 
     Several texts give equal numbers of samples, which alternate. Where the settings have no number
     of samples, a text that is too short for its share of the default gives what it has. Raises
-    InputError without a tokenizer, and where a text is too short.
+    InputError without a tokenizer, where a text is too short, and where the model lacks a token.
     """
     if tokenizer is None:
         raise InputError(
@@ -38,6 +40,7 @@ def calibration_tokens(
             for spec, count in _sample_counts(settings)
         ]
     )
+    check_token_ids(model, blocks)
     return blocks, fingerprint(settings.data, blocks, settings.seed)
 
 
@@ -47,11 +50,14 @@ def read_blocks(model: Any, tokenizer: Any, settings: CalibrationSettings) -> li
     Text that the model itself would write is left out, so `model` needs no weights.
     """
     length = sequence_length(model, settings.seq_len)
-    return [
+    texts = [
         _text_blocks(spec, tokenizer, settings, count, length)
         for spec, count in _sample_counts(settings)
         if spec != SELF
     ]
+    for blocks in texts:
+        check_token_ids(model, blocks)
+    return texts
 
 
 def _sample_counts(settings: CalibrationSettings) -> list[tuple[str, int]]:
@@ -68,8 +74,9 @@ def _text_blocks(
     spec: str, tokenizer: Any, settings: CalibrationSettings, count: int, length: int
 ) -> Tensor:
     """`count` blocks of one text, (samples, length); or fewer where the user gave no number."""
+    chat = ChatFormat.from_setting(tokenizer, settings.chat_template)
     return token_blocks(
-        read_corpus(spec, "calibration"),
+        read_corpus(spec, "calibration", chat),
         tokenizer,
         count,
         length,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lrcompress.data.conversations import ChatFormat
+from lrcompress.data.files import DEFAULT_FIELD, TextFiles, find_files
+from lrcompress.data.rows import documents
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.packages import package_folder
-from lrcompress.runtime.safe_parsing import read_json
 
 Use = Literal["calibration", "test"]
 
@@ -33,7 +35,6 @@ NAMED_DATASETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
     "c4": ("allenai/c4", "en", "validation"),
 }
-DEFAULT_FIELD = "text"
 
 
 @dataclass(frozen=True)
@@ -44,30 +45,54 @@ class Corpus:
     documents: Iterable[str]
 
 
-def read_corpus(spec: str, use: Use) -> Corpus:
+@dataclass(frozen=True)
+class Documents(Iterable[str]):
+    """Documents that `read` reads again each time."""
+
+    read: Callable[[], Iterable[str]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.read())
+
+
+def read_corpus(spec: str, use: Use, chat: ChatFormat | None = None) -> Corpus:
     """The documents that SPEC names, which is one of:
 
-    - FILE.txt or FILE.jsonl[:field];
+    - FILE[:field], a file, folder or glob (see `files.READERS`);
     - pydoc, the help topics of CPython. `use` decides the part; pydoc:calibration,
       pydoc:validation and pydoc:test name one;
     - package:NAME, the sources of an installed package, in the same parts (package:NAME:test);
     - name[:config[:split[:field]]], a hub data set.
 
-    Raises InputError where the text cannot be read.
+    `chat` turns conversations into text; without it they are refused. Raises InputError where the
+    text does not exist, and when the documents are iterated where one cannot be read.
     """
-    name, _, rest = spec.partition(":")
     if spec == SELF:
         raise InputError("data 'self' is for calibration only: name a text to measure on")
+    return Corpus(spec, Documents(_reader(spec, use, chat)))
+
+
+def _reader(spec: str, use: Use, chat: ChatFormat | None) -> Callable[[], Iterable[str]]:
+    """The function that reads the documents of SPEC. Raises InputError where there are none."""
+    name, _, rest = spec.partition(":")
     if name == EMBEDDED:
-        return Corpus(spec, _embedded(rest or use))
+        _check_part(EMBEDDED, rest or use)
+        return lambda: _embedded(rest or use)
     if name == PACKAGE:
         package, _, part = rest.partition(":")
-        return Corpus(spec, _package_sources(package, part or use))
-    if name.endswith(".jsonl"):
-        return Corpus(spec, _read_jsonl(Path(name), rest or DEFAULT_FIELD))
-    if name.endswith(".txt") or Path(name).exists():
-        return Corpus(spec, [_read_text(Path(name))])
-    return Corpus(spec, _hub_documents(name, rest.split(":") if rest else [], use))
+        _check_part(f"{PACKAGE}:{package}", part or use)
+        root = _package_root(package)
+        return lambda: _package_sources(root, part or use)
+    if files := find_files(spec):
+        return lambda: _file_documents(files, use, chat)
+    rows, field = _hub_rows(name, rest.split(":"), use)
+    return lambda: _hub_documents(name, rows, field, chat)
+
+
+def _file_documents(files: TextFiles, use: Use, chat: ChatFormat | None) -> Iterator[str]:
+    rows = files.rows("train" if use == "calibration" else "test")
+    numbered = ((f"{file!r} {place}", row) for file, (place, row) in rows)
+    return documents(files.spec, numbered, files.field, chat)
 
 
 def _check_part(name: str, part: str) -> None:
@@ -76,14 +101,12 @@ def _check_part(name: str, part: str) -> None:
         raise InputError(f"data '{name}:{part}' is unknown: use one of {choices}")
 
 
-def _package_sources(package: str, part: str) -> Iterator[str]:
-    """The Python files of one part of a package, without repeated paragraphs.
+def _package_sources(root: Path, part: str) -> Iterator[str]:
+    """The Python files of one part of the package in `root`, without repeated paragraphs.
 
     The hash of a file's path decides its part. A paragraph stays only in the first file that has
     it, so that parts share no text.
     """
-    _check_part(f"{PACKAGE}:{package}", part)
-    root = _package_root(package)
     seen: set[int] = set()
     for file in sorted(root.rglob("*.py")):
         path = file.relative_to(root).as_posix()
@@ -133,19 +156,18 @@ def _package_root(package: str) -> Path:
 
 def _embedded(part: str) -> list[str]:
     """The topics of one part. A repeated paragraph stays only in the first part that has it."""
-    _check_part(EMBEDDED, part)
     from pydoc_data.topics import topics  # type: ignore[import-not-found,unused-ignore]
 
-    documents = [topics[name] for name in sorted(topics)]
-    total, end = sum(map(len, documents)), 0
+    texts = [topics[name] for name in sorted(topics)]
+    total, end = sum(map(len, texts)), 0
     parts: dict[str, list[str]] = {name: [] for name in EMBEDDED_PARTS}
     first_part: dict[str, str] = {}  # by paragraph: some topics contain others, of other parts
-    for document in documents:
-        end += len(document)
+    for text in texts:
+        end += len(text)
         current = next(name for name, share in EMBEDDED_PARTS.items() if end <= share * total)
         paragraphs = [
             paragraph
-            for paragraph in document.split("\n\n")
+            for paragraph in text.split("\n\n")
             if len(paragraph) < MIN_UNIQUE_PARAGRAPH
             or first_part.setdefault(paragraph, current) == current
         ]
@@ -153,67 +175,31 @@ def _embedded(part: str) -> list[str]:
     return parts[part]
 
 
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise InputError(f"data file {str(path)!r} does not exist: give FILE.txt or FILE.jsonl")
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise InputError(f"data file {str(path)!r} is not UTF-8 text: convert it, or name another")
-    if not text.strip():
-        raise InputError(f"data file {str(path)!r} is empty: name a file with text in it")
-    return text
-
-
-def _read_jsonl(path: Path, field: str) -> list[str]:
-    lines = [line for line in _read_text(path).split("\n") if line.strip()]
-    return [_field_of_line(path, number, line, field) for number, line in enumerate(lines, 1)]
-
-
-def _field_of_line(path: Path, number: int, line: str, field: str) -> str:
-    try:
-        row = read_json(line)
-    except ValueError as error:
-        raise InputError(f"{str(path)!r} line {number} is not JSON: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        fields = ", ".join(row) if isinstance(row, dict) else "none"
-        raise InputError(
-            f"{str(path)!r} line {number} has no text field {field!r} (fields: {fields}): "
-            "name one as FILE.jsonl:FIELD"
-        )
-    return row[field]  # type: ignore[no-any-return]
-
-
-def _hub_documents(name: str, options: list[str], use: Use) -> Iterable[str]:
-    """The documents of a hub data set; `options` are up to three of config, split and field."""
+def _hub_rows(name: str, options: list[str], use: Use) -> tuple[Iterable[Any], str | None]:
+    """The rows of a hub data set, and the field; `options` are config, split and field, if any."""
     path, config, test_split = NAMED_DATASETS.get(name, (name, None, "test"))
-    padded: list[str | None] = [*options, None, None, None]
-    config, field = padded[0] or config, padded[2] or DEFAULT_FIELD
-    split = padded[1] or ("train" if use == "calibration" else test_split)
+    default_split = "train" if use == "calibration" else test_split
+    chosen = [*options, "", "", ""]
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(path, config, split=split, streaming=True)
-        texts = _field_of_rows(rows, name, field)
-        if name == "wikitext2":  # its rows are the lines of one text
-            return ["\n\n".join(texts)]
-        return texts
+        rows = load_dataset(
+            path, chosen[0] or config, split=chosen[1] or default_split, streaming=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise _hub_error(name, error) from error
+    return rows, chosen[2] or None
 
 
-def _field_of_rows(rows: Any, name: str, field: str) -> Iterator[str]:
+def _hub_documents(
+    name: str, rows: Iterable[Any], field: str | None, chat: ChatFormat | None
+) -> Iterator[str]:
     try:
-        for row in rows:
-            if field not in row:
-                raise InputError(
-                    f"data set {name!r} has no field {field!r} (fields: {', '.join(row)}): name "
-                    "one as name:config:split:field"
-                )
-            yield row[field]
+        if name == "wikitext2":  # its rows are the lines of one text, with empty ones
+            yield "\n\n".join(row[field or DEFAULT_FIELD] for row in rows)
+            return
+        numbered = ((f"data set {name!r} row {n}", row) for n, row in enumerate(rows, 1))
+        yield from documents(name, numbered, field, chat)
     except (OSError, RuntimeError) as error:
         raise _hub_error(name, error) from error
 
@@ -222,5 +208,5 @@ def _hub_error(name: str, error: Exception) -> InputError:
     reason = str(error).strip().split("\n")[0][:200]
     return InputError(
         f"no file {name!r} exists and the hub gave no data set of that name ({reason}): give "
-        "FILE.txt, FILE.jsonl[:field], pydoc, package:NAME, or name[:config[:split[:field]]]"
+        "FILE[:field], pydoc, package:NAME, or name[:config[:split[:field]]]"
     )

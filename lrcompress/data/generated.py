@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from lrcompress.layers.model_state import evaluation_mode
 from lrcompress.layers.nonfinite import explain_nonfinite
+from lrcompress.layers.token_ids import check_token_ids
 from lrcompress.runtime.errors import InputError, NotFiniteError
 from lrcompress.runtime.progress import Progress
 
@@ -64,6 +65,7 @@ def _write(
     start = torch.randint(vocabulary, (count, 1), generator=generator)
     if bos is not None:
         start = torch.cat([torch.full((count, 1), bos), start], dim=1)
+    check_token_ids(model, start)
     start = start.to(model.device)
     if not bool(model(input_ids=start, use_cache=False).logits.isfinite().all()):
         raise NotFiniteError(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lrcompress.data.corpora import Corpus
 from lrcompress.data.ngram_overlap import Sketch, ngram_hashes, sketch
 from lrcompress.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from lrcompress.data.corpora import Corpus
 
 # tokens read for each token needed, so that the seed can choose among blocks
 OVERDRAW_FACTOR = 8

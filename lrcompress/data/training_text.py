@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from lrcompress.config import TrainingSettings
+from lrcompress.data.conversations import ChatFormat
 from lrcompress.data.corpora import read_corpus
 from lrcompress.data.packing import fingerprint, interleave, token_blocks
 from lrcompress.layers.model_info import sequence_length
+from lrcompress.layers.token_ids import check_token_ids
 from lrcompress.runtime.errors import InputError
 
 # tokens of a sequence where the user gives no length
@@ -39,8 +41,8 @@ def training_text(
     """As many sequences as the steps need, or as many whole steps as the texts hold.
 
     Training reads the latter more than once. If time ends the training, the text is for more steps
-    than it is expected to take. Raises InputError without a tokenizer, and where the texts are too
-    short. `command` is named in the error.
+    than it is expected to take. Raises InputError without a tokenizer, where the texts are too
+    short, and where the model lacks a token. `command` is named in the error.
     """
     if tokenizer is None:
         raise InputError(f"{command} reads text, but the model has no tokenizer: add its files")
@@ -50,9 +52,10 @@ def training_text(
     batch_size = settings.batch_size
     needed = settings.held_out + _steps_of_text(settings, length) * batch_size
     share = -(-needed // len(settings.data))
+    chat = ChatFormat.from_setting(tokenizer, settings.chat_template)
     texts = [
         token_blocks(
-            read_corpus(spec, "calibration"),
+            read_corpus(spec, "calibration", chat),
             tokenizer,
             share,
             length,
@@ -62,6 +65,7 @@ def training_text(
         for spec in settings.data
     ]
     blocks = interleave(texts)[:needed]
+    check_token_ids(model, blocks)
     if len(blocks) < settings.held_out + batch_size:
         raise InputError(
             f"{', '.join(settings.data)}: {len(blocks)} sequences of {length} tokens are too few "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +14,7 @@ from torch import Tensor
 from lrcompress.data.corpora import Corpus
 from lrcompress.data.packing import bos_token, encode
 from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.notices import notice
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,22 @@ def corpus_windows(corpus: Corpus, tokenizer: Any, windowing: Windowing) -> list
     """
     bos = bos_token(tokenizer)
     length, step = windowing.length, windowing.step(bos)
-    candidates = (
-        window
-        for document in corpus.documents
-        for window in windows(encode(tokenizer, document), length, step, bos)
-    )
-    first_windows = list(islice(candidates, windowing.limit))
+    counts: Counter[str] = Counter()
+
+    def candidates() -> Iterator[Window]:
+        for document in corpus.documents:
+            of_document = list(windows(encode(tokenizer, document), length, step, bos))
+            counts["documents"] += 1
+            counts["not scored"] += not of_document
+            yield from of_document
+
+    first_windows = list(islice(candidates(), windowing.limit))
+    count, total = counts["not scored"], counts["documents"]
     if not first_windows:
-        raise InputError(f"{corpus.spec!r} holds too little text to measure perplexity on")
+        raise InputError(
+            f"{corpus.spec!r} holds too little text to measure perplexity on: none of its "
+            f"{total} documents has two tokens"
+        )
+    if count:
+        notice(f"Not scored: {count} of {total} documents of {corpus.spec!r}, each of one token.")
     return first_windows

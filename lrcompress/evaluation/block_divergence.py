@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lrcompress.data.corpora import Corpus
 from lrcompress.data.windows import Window, Windowing, corpus_windows
 from lrcompress.layers.ffn_layouts import find_blocks
+from lrcompress.layers.token_ids import check_token_ids
 from lrcompress.models.loading import Loaded
 from lrcompress.reporting.differences import BlockChange
 from lrcompress.runtime.progress import Progress, silent
@@ -67,6 +68,7 @@ def _add_errors(
             other_blocks = {label: find_blocks(model)[1][index] for label, model in others.items()}
             hook = _BlockComparison(index, other_blocks, sums)
             stack.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
+        check_token_ids(first, window.tokens)
         first(input_ids=window.tokens[None].to(first.device), use_cache=False)
 
 

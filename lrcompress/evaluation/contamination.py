@@ -10,6 +10,7 @@ import numpy as np
 from lrcompress.config import EvaluateSettings
 from lrcompress.config.recipe import Recipe
 from lrcompress.data.calibration_text import read_blocks
+from lrcompress.data.conversations import ChatFormat
 from lrcompress.data.corpora import SELF, read_corpus
 from lrcompress.data.ngram_overlap import TOLERATED_OVERLAP, Sketch, ngram_hashes, overlap_share
 from lrcompress.data.training_text import training_text
@@ -51,8 +52,9 @@ def _evaluation_hashes(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The SPEC and the n-gram hashes of each text, in the windows used for perplexity."""
     windowing = Windowing(length, settings.stride, settings.limit)
+    chat = ChatFormat.from_setting(tokenizer, settings.chat_template)
     for spec in settings.perplexity:
-        corpus = read_corpus(spec, "test")
+        corpus = read_corpus(spec, "test", chat)
         windows = corpus_windows(corpus, tokenizer, windowing)
         yield spec, ngram_hashes(window.tokens for window in windows)
 

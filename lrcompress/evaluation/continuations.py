@@ -9,6 +9,7 @@ import torch
 
 from lrcompress.data.packing import bos_token
 from lrcompress.layers.model_info import maximum_length
+from lrcompress.layers.token_ids import check_token_ids
 from lrcompress.models.loading import Loaded
 from lrcompress.reporting.differences import Continuation
 from lrcompress.runtime.errors import InputError
@@ -24,7 +25,7 @@ def continuations(
     """Continues every prompt with every model by the most likely token at each step.
 
     A continuation ends after `new_tokens` tokens, or at the model's end-of-text token. Raises
-    InputError where a prompt is empty or too long for the model.
+    InputError where a prompt is empty, too long for the model, or has a token that the model lacks.
     """
     if not prompts:
         return []
@@ -46,6 +47,7 @@ def _continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> s
             f"the prompt {prompt[:40]!r} has {input_ids.shape[1]} tokens: it needs at least one "
             f"and, with {new_tokens} new ones, at most the {limit} positions of the model"
         )
+    check_token_ids(model, input_ids)
     generated = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),

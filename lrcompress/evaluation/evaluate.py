@@ -13,7 +13,8 @@ from lrcompress.benchmark import throughput
 from lrcompress.checkpoint.record import RECORD, ModelWithRecord, read_record, write_measured
 from lrcompress.config import EvaluateSettings, ModelSettings
 from lrcompress.config.recipe import Recipe, sections_from_flat
-from lrcompress.data.corpora import read_corpus
+from lrcompress.data.conversations import ChatFormat, with_template
+from lrcompress.data.corpora import Corpus, read_corpus
 from lrcompress.data.windows import Windowing
 from lrcompress.evaluation.block_divergence import block_changes
 from lrcompress.evaluation.contamination import check_checkpoint
@@ -34,6 +35,7 @@ from lrcompress.layers.model_info import (
     weight_bytes,
 )
 from lrcompress.layers.model_state import evaluation_mode
+from lrcompress.layers.nonfinite import check_weights_finite, checked_logits
 from lrcompress.layers.optimize import optimize
 from lrcompress.models.loading import Loaded, with_source
 from lrcompress.reporting import report
@@ -44,7 +46,7 @@ from lrcompress.reporting.tables import labels
 from lrcompress.runtime import locks
 from lrcompress.runtime.atomic_io import writing
 from lrcompress.runtime.errors import InputError
-from lrcompress.runtime.paths import unique_file_names
+from lrcompress.runtime.paths import unique_file_names, user_path
 from lrcompress.runtime.progress import Progress, silent
 
 
@@ -68,7 +70,7 @@ def evaluate(
 
     `settings` are the keys of the recipe's `evaluate` section: perplexity, tasks, limit,
     context_length, ... Raises InputError where a setting is invalid, a text or task cannot be
-    read, or a loss is NaN or infinite.
+    read, or a weight, a loss or logits are NaN or infinite.
     """
     checked = sections_from_flat({"evaluate": EvaluateSettings}, settings)["evaluate"]
     if baseline is None:
@@ -116,15 +118,20 @@ def details(
     """Compares later models with the first by token and by block, and continues the prompts."""
     for _, tokenizer in models.values():
         _check_tokenizer(tokenizer, settings)
+    for label, (model, _) in models.items():
+        check_weights_finite(label, model)
     length, limit = common_length(models, settings), settings.compared_windows
     if settings.limit is not None:
         limit = min(limit, settings.limit)
     tokens: list[TokenChange] = []
     blocks: list[BlockChange] = []
-    with _evaluation_modes(models):
+    with _evaluation_modes(models), ExitStack() as stack:
+        for label, (model, _) in models.items():
+            stack.enter_context(checked_logits(label, model))
         texts = continuations(models, settings.prompts, settings.continuation_tokens, progress)
         if len(models) > 1 and limit:
-            corpora = [read_corpus(spec, "test") for spec in settings.perplexity]
+            _, tokenizer = next(iter(models.values()))
+            corpora = _corpora(tokenizer, settings)
             for corpus in corpora:
                 windowing = Windowing(length, settings.stride, limit)
                 tokens += token_changes(models, corpus, windowing, progress)
@@ -194,7 +201,8 @@ def quality(
     _check_tokenizer(tokenizer, settings)
     if settings.perplexity or settings.tasks:
         check_predicts_next_token(model, "an evaluation")
-    corpora = [read_corpus(spec, "test") for spec in settings.perplexity]
+    check_weights_finite(label, model)
+    corpora = _corpora(tokenizer, settings)
     windowing = Windowing(length, settings.stride, settings.limit)
     metrics = list(size(label, model))
     logs: Logs = {}
@@ -207,12 +215,22 @@ def quality(
                 limit=settings.limit,
                 num_fewshot=settings.num_fewshot,
                 batch_size=settings.batch_size,
+                chat=settings.apply_chat_template,
+                system_instruction=settings.system_instruction,
+                multiturn=settings.fewshot_as_multiturn,
             )
+            asked = (model, with_template(tokenizer, settings.chat_template))
             cache = TaskCache.from_setting(settings.task_cache)
-            task_result = run_tasks(label, loaded, tasks, options, cache, progress)
+            task_result = run_tasks(label, asked, tasks, options, cache, progress)
             metrics += task_result.metrics
             logs = task_result.logs
     return Results(metrics, {label: logs})
+
+
+def _corpora(tokenizer: Any, settings: EvaluateSettings) -> list[Corpus]:
+    """The texts of perplexity, with conversations as `tokenizer` writes them."""
+    chat = ChatFormat.from_setting(tokenizer, settings.chat_template)
+    return [read_corpus(spec, "test", chat) for spec in settings.perplexity]
 
 
 def _check_tokenizer(tokenizer: Any, settings: EvaluateSettings) -> None:
@@ -251,7 +269,9 @@ def evaluate_to(
         if out is not None:
             _write_report(out, evaluation, logs)
         if card:
-            write_measured(Path(recipe.model.source), evaluation.metrics, evaluation.comparisons)
+            write_measured(
+                user_path(recipe.model.source), evaluation.metrics, evaluation.comparisons
+            )
         return evaluation
 
 
@@ -295,7 +315,7 @@ def _write_report(out: Path, evaluation: Report, logs: Mapping[str, Logs]) -> No
 
 
 def _check_writable_checkpoint(source: str) -> None:
-    folder = Path(source)
+    folder = user_path(source)
     if not folder.is_dir() or read_record(folder) is None:
         raise InputError(
             f"{source!r} is no checkpoint of lrcompress, so the numbers cannot be stored in it: "

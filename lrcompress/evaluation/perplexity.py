@@ -14,6 +14,7 @@ from lrcompress.data.corpora import Corpus
 from lrcompress.data.packing import bos_token, token_hash
 from lrcompress.data.windows import Window, Windowing, corpus_windows
 from lrcompress.layers.nonfinite import explain_nonfinite
+from lrcompress.layers.token_ids import check_token_ids
 from lrcompress.models.loading import Loaded
 from lrcompress.reporting.differences import MAX_EXPONENT
 from lrcompress.reporting.metric import PERPLEXITY, Metric
@@ -27,7 +28,11 @@ LOSS_ROWS = 256
 
 @torch.no_grad()
 def scored_logits(model: Any, window: Window) -> tuple[Tensor, Tensor]:
-    """Logits of shape (scored, vocabulary) and the tokens that they predict, shape (scored,)."""
+    """Logits of shape (scored, vocabulary) and the tokens that they predict, shape (scored,).
+
+    Raises InputError where the embedding of `model` does not have a token.
+    """
+    check_token_ids(model, window.tokens)
     tokens = window.tokens.to(model.device)
     logits = model(input_ids=tokens[None], use_cache=False).logits[0]
     return logits[-window.scored - 1 : -1], tokens[-window.scored :]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from lrcompress.runtime.errors import InputError, NotFiniteError
 
 
 def explain_nonfinite(model: Any, tokens: Tensor) -> str:
@@ -30,6 +32,37 @@ def nonfinite_weights(model: nn.Module) -> Iterator[str]:
         readable = type(parameter) is nn.Parameter and not parameter.is_meta
         if readable and not bool(parameter.isfinite().all()):
             yield name
+
+
+def check_weights_finite(label: str, model: nn.Module) -> None:
+    """Raises InputError with the first weight of the model `label` that has NaN or infinity."""
+    if (weight := next(nonfinite_weights(model), None)) is not None:
+        raise InputError(f"{weight} of the {label} model is not finite: get an intact copy")
+
+
+@contextmanager
+def checked_logits(label: str, model: Any) -> Iterator[None]:
+    """Inside, a pass of `model` raises NotFiniteError where its logits are not finite.
+
+    Minus infinity is allowed, which is how models exclude tokens, but not as all logits of a
+    position.
+    """
+
+    def check(_: nn.Module, args: Any, options: Mapping[str, Any], output: Any) -> None:
+        # the maximum over the vocabulary is NaN where one logit is
+        if bool(output.logits.amax(-1).isfinite().all()):
+            return
+        hook.remove()  # the explanation runs the model again
+        tokens = options["input_ids"] if "input_ids" in options else args[0]
+        raise NotFiniteError(
+            f"the logits of the {label} model are not finite, {explain_nonfinite(model, tokens)}"
+        )
+
+    hook = model.register_forward_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()

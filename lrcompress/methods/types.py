@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +71,19 @@ class LinearSpec:
         return replace(self, out_features=2 * width if self.role == "gate_up" else width)
 
 
+class OutlierShares(NamedTuple):
+    """The shares of Σ ‖x‖² and of Σ ‖g‖² that outlier tokens have beyond their limits, in [0, 1].
+
+    None where inputs x or gradients g were not measured.
+    """
+
+    inputs: float | None = None
+    gradients: float | None = None
+
+
+NOT_MEASURED = OutlierShares()
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Calibration statistics of one linear.
@@ -79,14 +92,14 @@ class Statistics:
     (out, out) is the mean of g gᵀ, where g is the gradient of the linear's output, from
     `sample_score_gradients` of the logits of a whole sample. Both are of most tokens: the few with
     far larger x or g are scaled down. What they lack then is the `outlier_moment` (in, in), a mean
-    over all tokens too; it is None where there are no outliers. `outlier_shares` are the shares of
-    Σ ‖x‖² and of Σ ‖g‖² that scaling down took away.
+    over all tokens too; it is None where there are no outliers. `outlier_shares` tell how much
+    of the energy of x and g scaling down took away.
     """
 
     second_moment: Tensor | None = None
     gradient_moment: Tensor | None = None
     outlier_moment: Tensor | None = None
-    outlier_shares: tuple[float, float] | None = None
+    outlier_shares: OutlierShares = NOT_MEASURED
 
 
 @dataclass(frozen=True)

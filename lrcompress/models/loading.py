@@ -12,6 +12,7 @@ import torch
 
 from lrcompress.config import ModelSettings
 from lrcompress.models.architecture import model_class
+from lrcompress.models.gguf_files import check_gguf
 from lrcompress.models.preflight import ADAPTER_FILE, check_folder, meta_model
 from lrcompress.models.stored_weights import check_tensors
 from lrcompress.runtime.errors import InputError, MachineError, machine_fault_reason
@@ -32,6 +33,11 @@ class Location:
 
     path: str
     gguf_file: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The folder, hub id or GGUF file, for messages."""
+        return str(Path(self.path, self.gguf_file)) if self.gguf_file else self.path
 
     def arguments(self, trust_remote_code: bool) -> dict[str, Any]:
         """Keyword arguments for from_pretrained."""
@@ -116,7 +122,7 @@ def _load_errors_explained(source: str) -> Iterator[None]:
                 "it, and if you trust it give --trust-remote-code (trust_remote_code in Python)"
             ) from error
         reason = reason[:300] or type(error).__name__
-        local = Path(source).expanduser().exists() or source.startswith(PACKAGE_PREFIX)
+        local = user_path(source).exists() or source.startswith(PACKAGE_PREFIX)
         problem = "cannot be loaded"
         if not local:
             problem = "is not a folder here, and cannot be loaded from the hub"
@@ -128,7 +134,8 @@ def load_config(source: str, gguf_file: str | None = None, trust_remote_code: bo
     from transformers import AutoConfig
 
     location = locate(source, gguf_file)
-    with _load_errors_explained(source):
+    with _load_errors_explained(location.name if gguf_file else source):
+        _check_gguf(location)
         return AutoConfig.from_pretrained(location.path, **location.arguments(trust_remote_code))
 
 
@@ -153,7 +160,7 @@ def load(
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     location = locate(source, gguf_file)
-    with _load_errors_explained(source):
+    with _load_errors_explained(location.name if gguf_file else source):
         model = _model_from_pretrained(
             location, dtype, placement or _placement(device), trust_remote_code
         )
@@ -168,6 +175,7 @@ def _model_from_pretrained(
     arguments = location.arguments(trust_remote_code)
     loaded_class: Any = AutoModelForCausalLM
     if location.gguf_file:
+        _check_gguf(location)
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     else:
         check_folder(location.path, trust_remote_code)
@@ -182,8 +190,16 @@ def _model_from_pretrained(
         **arguments,
         **placement,
     )
-    check_tensors(location.path, model, report)
+    check_tensors(location.name, model, report)
     return model
+
+
+def _check_gguf(location: Location) -> None:
+    """Checks the GGUF file of `location`, if it has one; from the hub it is downloaded first."""
+    from transformers.utils import cached_file
+
+    if location.gguf_file:
+        check_gguf(Path(str(cached_file(location.path, location.gguf_file))))
 
 
 def torch_dtype(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The pictures of one evaluation: tasks, tokens, blocks, ranks, spectra, refinement, training."""
+"""The pictures of one evaluation, from its tasks and tokens to calibration and training."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from lrcompress.reporting.block_calibration import BlockCalibration, by_block
 from lrcompress.reporting.differences import BlockChange, Differences, TokenChange
 from lrcompress.reporting.figures import COLOURS, INK, Picture, draw, legend, plain_log_ticks
 from lrcompress.reporting.metric import Metric
@@ -45,6 +46,7 @@ def pictures(
         yield _ranks(linears)
         if decomposed := [linear for linear in linears if _has_spectrum(linear)]:
             yield _spectra(decomposed)
+    yield from _calibration(by_block(record))
     for training in (record[key] for key in TRAININGS if record.get(key)):
         losses = [(step, loss) for step, loss in training.get("losses", ()) if loss is not None]
         if len(losses) > 1:
@@ -263,6 +265,72 @@ def _draw_spectra(linears: Linears, roles: Sequence[str], figure: Figure) -> Non
         axes.set_title(role, loc="left")
     blocks = ScalarMappable(Normalize(0, last), "viridis")
     figure.colorbar(blocks, ax=panels, label="block", pad=0.01).outline.set_visible(False)
+
+
+# attribute of BlockCalibration -> label of its line
+ENERGIES = {
+    "gate_up_inputs": "inputs of gate and up",
+    "down_inputs": "inputs of down",
+    "gradients": "gradients of outputs",
+}
+
+
+def _calibration(blocks: Sequence[BlockCalibration]) -> Iterator[Picture]:
+    lines = {
+        label: {c.block: getattr(c, name) for c in blocks if getattr(c, name) is not None}
+        for name, label in ENERGIES.items()
+    }
+    if lines := {label: shares for label, shares in lines.items() if shares}:
+        yield _outliers(lines)
+    if factors := {c.block: c.factor for c in blocks if c.factor is not None}:
+        yield _probes(factors)
+
+
+def _outliers(lines: Mapping[str, Mapping[int, float]]) -> Picture:
+    """`lines` has the share of each block by the label of a line."""
+    largest = {label: max(shares, key=shares.__getitem__) for label, shares in lines.items()}
+    text = "; ".join(
+        f"{label}: at most {lines[label][block]:.1%}, in block {block}"
+        for label, block in largest.items()
+    )
+    title = "Outlier tokens in calibration: their share of the energy, by block"
+    return draw(
+        name="outliers",
+        section="calibration",
+        title=title,
+        text=f"{title}. {text}.",
+        paint=partial(_draw_outliers, lines),
+    )
+
+
+def _draw_outliers(lines: Mapping[str, Mapping[int, float]], figure: Figure) -> None:
+    axes = figure.subplots()
+    for label, shares in lines.items():
+        axes.plot([*shares], [*shares.values()], marker="o", markersize=4, label=label)
+    axes.set(xlabel="block", ylabel="share of the energy", ylim=(-0.02, 1.02))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    legend(figure)
+
+
+def _probes(factors: Mapping[int, float]) -> Picture:
+    """`factors` are by block."""
+    title = "Probes in calibration: measured cost over its estimate, by block"
+    largest, smallest = max(factors, key=factors.__getitem__), min(factors, key=factors.__getitem__)
+    return draw(
+        name="probes",
+        section="calibration",
+        title=title,
+        text=f"{title}: from {factors[smallest]:.3g} in block {smallest} to "
+        f"{factors[largest]:.3g} in block {largest}.",
+        paint=partial(_draw_probes, factors),
+    )
+
+
+def _draw_probes(factors: Mapping[int, float], figure: Figure) -> None:
+    lines = {"factor of the estimates": [*factors.values()]}
+    _draw_by_block([*factors], lines, "cost over estimate", figure)
+    figure.axes[0].axhline(1, color=INK, linestyle=":")
 
 
 def _training(losses: Sequence[Sequence[float]], best_step: int) -> Picture:

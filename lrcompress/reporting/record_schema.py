@@ -15,6 +15,7 @@ from lrcompress.runtime.errors import validation_reason
 ALLOW_EXTRA = {"extra": "allow"}
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 CountOrFloat = Count | float
+Share = Annotated[float, Field(ge=0, le=1)]
 # bounded, because a figure draws a column for every block
 BlockIndex = Annotated[int, Field(ge=0, lt=10_000)]
 
@@ -87,6 +88,8 @@ class LinearRecord(TypedDict):
     name: str
     block: BlockIndex
     role: Role
+    in_features: Count
+    out_features: Count
     form: str
     shape: tuple[Count, Count]
     rank: Count | None
@@ -94,6 +97,8 @@ class LinearRecord(TypedDict):
     parameters_kept: Count
     relative_error: CountOrFloat | None
     spectrum: list[tuple[Count, CountOrFloat]]
+    input_outlier_share: NotRequired[Share | None]
+    gradient_outlier_share: NotRequired[Share | None]
 
 
 class RefinedBlockRecord(TypedDict):
@@ -119,6 +124,7 @@ class ModelRecord(TypedDict, total=False):
     pretrained: TrainingRecord
     before: ModelRecord
     factorized_from: ModelRecord
+    probed: dict[str, CountOrFloat]
     notes: list[str]
     linears: list[LinearRecord]
     refined: list[RefinedBlockRecord]

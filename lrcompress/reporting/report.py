@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.reporting import figures, metrics_json
+from lrcompress.reporting.block_calibration import by_block
 from lrcompress.reporting.differences import Differences
 from lrcompress.reporting.evaluation_figures import pictures
 from lrcompress.reporting.figures import Picture
@@ -19,6 +20,7 @@ from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.metrics_json import Evaluation, Samples
 from lrcompress.reporting.provenance import Text, texts, training
 from lrcompress.reporting.record_schema import validate_record
+from lrcompress.reporting.remarks import remarks
 from lrcompress.reporting.render import nonfinite_to_text, render
 from lrcompress.reporting.significance import Comparison, comparisons
 from lrcompress.reporting.tables import table
@@ -36,13 +38,18 @@ class Report:
     record: Mapping[str, Any] = field(default_factory=dict)
     """lrcompress.json of the last model, where it has one: its texts, training and ranks."""
     notes: tuple[str, ...] = ()
-    """Sentences without a full stop."""
+    """Sentences without a full stop, besides those that follow from `metrics`."""
     listed: tuple[Text, ...] = ()
     """Texts that neither `metrics` nor `record` name, such as those of other records."""
 
     @property
     def texts(self) -> tuple[Text, ...]:
         return tuple(dict.fromkeys((*self.listed, *texts(self.metrics, self.record))))
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """All notes to show: `notes`, and what has to be known about `metrics`."""
+        return tuple(dict.fromkeys((*self.notes, *remarks(self.metrics))))
 
     @cached_property
     def comparisons(self) -> tuple[Comparison, ...]:
@@ -71,7 +78,8 @@ def _template_values(report: Report) -> dict[str, Any]:
         "details": report.details.comparable(),
         "texts": report.texts,
         "training": training(report.record),
-        "record": {**report.record, "notes": [*report.record.get("notes", ()), *report.notes]},
+        "calibration": by_block(report.record),
+        "record": {**report.record, "notes": [*report.record.get("notes", ()), *report.sentences]},
     }
 
 
@@ -88,7 +96,7 @@ def to_json(report: Report) -> str:
     record: dict[str, Any] = _without_sketches(report.record)
     evaluation = Evaluation(
         title=report.title,
-        notes=report.notes,
+        notes=report.sentences,
         metrics=report.metrics,
         comparisons=report.comparisons,
         details=report.details,
@@ -121,7 +129,7 @@ def read(folder: Path) -> Report:
         metrics=metrics,
         details=evaluation.details,
         record=record,
-        notes=evaluation.notes,
+        notes=tuple(note for note in evaluation.notes if note not in remarks(metrics)),
         listed=evaluation.texts,
     )
 
@@ -141,7 +149,8 @@ def to_csv(report: Report) -> str:
     for m in report.metrics:
         conditions = json.dumps(nonfinite_to_text(m.conditions), default=str)
         better = str(m.higher_is_better).lower()
-        rows.writerow([m.model, m.name, m.value, m.unit, m.low, m.high, better, conditions])
+        value, low, high = nonfinite_to_text([m.value, m.low, m.high])
+        rows.writerow([m.model, m.name, value, m.unit, low, high, better, conditions])
     return out.getvalue()
 
 

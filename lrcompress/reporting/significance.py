@@ -13,7 +13,7 @@ from scipy import stats
 
 from lrcompress.reporting.differences import MAX_EXPONENT
 from lrcompress.reporting.metric import PUBLISHED, Metric
-from lrcompress.reporting.tables import comparable, title
+from lrcompress.reporting.tables import comparable, number, title
 from lrcompress.runtime.errors import InputError
 
 ALPHA = 0.05
@@ -79,6 +79,7 @@ def non_inferiority_failures(metrics: Sequence[Metric], max_loss: float) -> list
     measured under other conditions on the first model, or where a value is not finite.
     """
     last = metrics[-1].model if metrics else ""
+    _check_finite([m for m in metrics if m.model in (last, metrics[0].model)])
     results = [result for result in comparisons(metrics) if result.model == last]
     if not results:
         raise InputError(
@@ -89,17 +90,22 @@ def non_inferiority_failures(metrics: Sequence[Metric], max_loss: float) -> list
     return [r for r in results if r.samples < MIN_SAMPLES or r.worst > max_loss]
 
 
-def _check_all_compared(
-    metrics: Sequence[Metric], baseline: str, results: Sequence[Comparison]
-) -> None:
-    """Raises InputError for a metric that is not finite, or has samples but no comparison."""
-    compared = {result.metric for result in results}
+def _check_finite(metrics: Sequence[Metric]) -> None:
+    """Raises InputError for a metric that is NaN or infinite."""
     for metric in metrics:
         if not math.isfinite(metric.value):
             raise InputError(
-                f"{title(metric)!r} of {metric.model!r} is {metric.value}, which shows nothing: "
-                "leave it out of what max_loss decides"
+                f"{title(metric)!r} of {metric.model!r} is {number(metric.value)}, which shows "
+                "nothing: leave it out of what max_loss decides"
             )
+
+
+def _check_all_compared(
+    metrics: Sequence[Metric], baseline: str, results: Sequence[Comparison]
+) -> None:
+    """Raises InputError for a metric that has samples but no comparison."""
+    compared = {result.metric for result in results}
+    for metric in metrics:
         if metric.samples and title(metric) not in compared:
             raise InputError(
                 f"{title(metric)!r} was measured in another way on {baseline!r}: leave it out of "

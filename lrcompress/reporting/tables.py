@@ -9,6 +9,7 @@ from math import isfinite
 from pathlib import PurePath
 
 from lrcompress.reporting.metric import Summary
+from lrcompress.reporting.render import nonfinite_to_text
 
 # conditions that may differ between two metrics that are still comparable
 MAY_DIFFER = {"dtype", "device"}
@@ -113,15 +114,18 @@ def cell(metric: Summary | None) -> str:
     if metric is None:
         return "–"
     spread = ""
-    if metric.low is not None and metric.high is not None:
+    if metric.low is not None and metric.high is not None and isfinite(metric.value):
         spread = f" ({number(metric.low)}–{number(metric.high)})"
     return number(metric.value) + spread
 
 
 def number(value: float) -> str:
-    """Four significant digits below 10,000, no decimals above; whole numbers in full from 1000."""
+    """Four significant digits below 10,000, no decimals above; whole numbers in full from 1000.
+
+    NaN, Infinity and -Infinity are written as in JSON.
+    """
     if not isfinite(value):
-        return str(value)
+        return str(nonfinite_to_text(float(value)))
     value = 0.0 if abs(value) < ROUNDING_ERROR else value
     if value == int(value) and abs(value) >= 1000:
         return f"{int(value):,}"

@@ -32,9 +32,12 @@ def is_inside(path: str) -> bool:
 
 
 def user_path(text: str) -> Path:
-    """`text` as a path, with ~ expanded. Raises InputError if no file can have this path."""
+    """`text` as a path, with ~ and $VARIABLES expanded.
+
+    Raises InputError if no file can have this path.
+    """
     try:
-        path = Path(text).expanduser()
+        path = Path(os.path.expandvars(text)).expanduser()
         path.stat()
     except (RuntimeError, ValueError) as error:  # unknown user, or a NUL character
         raise InputError(f"{text!r} is not a path ({error}): give another") from None

@@ -26,7 +26,8 @@ def read_yaml(text: str) -> Any:
     """The data in a YAML text, of JSON's types only: never creates Python objects.
 
     Raises ValueError with the reason if the text is not YAML, is too long, has values of other
-    types, or has aliases that contain themselves or expand to more than MAX_VALUES values.
+    types, has a key twice in one mapping, or has aliases that contain themselves or expand to more
+    than MAX_VALUES values.
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"it has more than {MAX_CHARACTERS:,} characters")
@@ -34,6 +35,7 @@ def read_yaml(text: str) -> Any:
         node = yaml.compose(text, yaml.SafeLoader)
         if node is not None and _value_count(node, {}) > MAX_VALUES:
             raise ValueError(f"its aliases stand for more than {MAX_VALUES:,} values")
+        _check_keys(node, set())
         data = yaml.safe_load(text)
         _check_plain(data)
         return data
@@ -58,6 +60,37 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
         return [child for pair in node.value for child in pair]
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def check_keys(text: str) -> None:
+    """Raises ValueError for a YAML text with a key twice in one mapping.
+
+    The text may have tags, such as lm-eval's `!function`: no objects are made.
+    """
+    try:
+        _check_keys(yaml.compose(text, yaml.SafeLoader), set())
+    except YAML_READ_ERRORS as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def _check_keys(node: yaml.Node | None, checked: set[int]) -> None:
+    """Raises ValueError for a key that a mapping in `node` has twice; PyYAML would take the last.
+
+    `checked` holds the ids of nodes, so that each node is checked once.
+    """
+    if node is None or id(node) in checked:
+        return
+    checked.add(id(node))
+    names: set[tuple[str, str]] = set()
+    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        if (key.tag, key.value) in names:
+            line = key.start_mark.line + 1
+            raise ValueError(f"line {line} gives the key {key.value!r} again: keep one of them")
+        names.add((key.tag, key.value))
+    for child in _children(node):
+        _check_keys(child, checked)
 
 
 def read_json(text: str) -> Any:

@@ -19,6 +19,7 @@ from lrcompress.layers.lowrank import compressed_layers
 from lrcompress.layers.model_info import check_predicts_next_token, refuse_quantized
 from lrcompress.layers.model_state import only_trainable, requires_grad_restored
 from lrcompress.layers.moe import unpacked
+from lrcompress.layers.nonfinite import check_weights_finite
 from lrcompress.models.loading import Loaded, load_model, with_source
 from lrcompress.reporting.provenance import provenance_of
 from lrcompress.runtime import distributed
@@ -106,6 +107,8 @@ class FinetuneJob(TrainingJob):
         if shard and self.settings.train == "all":
             fsdp.check_embedding(model, "--train norms")
         self.teacher = self._load_teacher()
+        check_weights_finite("compressed", model)
+        check_weights_finite("teacher", self.teacher)
         check_pair(model, self.teacher, self.settings.hidden_states > 0)
         return model, tokenizer
 

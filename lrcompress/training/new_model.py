@@ -17,6 +17,7 @@ from lrcompress.config import (
     RefineSettings,
 )
 from lrcompress.config.field_types import allowed_words
+from lrcompress.data.conversations import ChatFormat
 from lrcompress.data.corpora import read_corpus
 from lrcompress.data.train_tokenizer import train_tokenizer
 from lrcompress.layers.ffn_layouts import select
@@ -134,7 +135,8 @@ def make_tokenizer(settings: PretrainSettings) -> Any:
         if tokenizer is None:
             raise InputError(f"{settings.tokenizer!r} holds no tokenizer: add tokenizer.json")
         return tokenizer
-    corpora = [read_corpus(spec, "calibration") for spec in settings.data]
+    plain = ChatFormat(None, is_plain=True)  # a template needs a tokenizer, which is made here
+    corpora = [read_corpus(spec, "calibration", plain) for spec in settings.data]
     return train_tokenizer(corpora, settings.vocab_size)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lrcompress.config import EvaluateSettings
+from tests.conftest import refusal
 
 DEFAULT = EvaluateSettings()
 
@@ -34,3 +35,10 @@ def test_a_sweep_leaves_the_baseline_out_of_the_key() -> None:
     settings = EvaluateSettings(baseline=("other",))
     assert settings.cache_key() != DEFAULT.cache_key()
     assert settings.cache_key(include_baseline=False) == DEFAULT.cache_key(include_baseline=False)
+
+
+def test_a_prompt_in_another_encoding_is_refused_in_one_sentence() -> None:
+    latin1 = b"caf\xe9".decode("utf-8", "surrogateescape")  # as Python reads an argument
+    message = refusal("eval", "MODEL", "--prompt", latin1)
+    assert "--prompt: 'caf\\udce9' is not utf-8 text: convert it" in message
+    assert EvaluateSettings(prompts="café 😀").prompts == ("café 😀",)

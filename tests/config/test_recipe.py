@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from lrcompress.cli.app import eval_command, factorize_command
+from lrcompress.config import (
+    FactorizeSettings,
+    FFNBenchSettings,
+    PretrainSettings,
+    SweepSettings,
+)
 from lrcompress.config.recipe import Recipe, flags, read_recipe, to_yaml
 from lrcompress.runtime.errors import InputError
 from tests.conftest import invoke
@@ -37,6 +44,33 @@ def test_shortest_recipe_has_defaults(tmp_path: Path) -> None:
     assert read_recipe(file).factorize.keep_ratio == 0.8
 
 
+@pytest.mark.parametrize("share", ["80%", "80 %", 0.8, "0.8"])
+def test_every_share_can_be_in_percent(share: object) -> None:
+    assert FactorizeSettings.model_validate({"keep_ratio": share}).keep_ratio == 0.8
+    assert PretrainSettings.model_validate({"keep_ratio": share}).keep_ratio == 0.8
+    assert PretrainSettings(keep_ratio=0.5, dense_share=share, warm_up=share).dense_share == 0.8
+    assert FFNBenchSettings.model_validate({"keep_ratios": share}).keep_ratios == (0.8,)
+    assert SweepSettings.model_validate({"keep_ratios": [0.5, share]}).keep_ratios == (0.5, 0.8)
+    assert SweepSettings.model_validate({"keep_ratios": f"{share},50%"}).keep_ratios == (0.8, 0.5)
+    assert FactorizeSettings.model_validate(
+        {"max_perplexity_increase": share}
+    ).max_perplexity_increase == 0.8  # fmt: skip
+
+
+def test_an_option_of_a_method_is_given_once() -> None:
+    with pytest.raises(ValidationError, match="damping is given twice"):
+        FactorizeSettings.model_validate(
+            {"rank": 1, "method_options": ["damping=0.1", "damping=0.2"]}
+        )
+
+
+@pytest.mark.parametrize("share", ["-1%", "0%", 0, "101%", "nan", float("inf"), True, [0.5]])
+def test_a_keep_ratio_is_above_0_and_at_most_1(share: object) -> None:
+    for section in (FactorizeSettings, PretrainSettings):
+        with pytest.raises(ValidationError):
+            section.model_validate({"keep_ratio": share})
+
+
 def test_every_recipe_key_is_a_flag_and_the_other_way_round() -> None:
     options: dict[str, set[str]] = {}
     for command in (factorize_command, eval_command):
@@ -64,6 +98,16 @@ def test_every_recipe_key_is_a_flag_and_the_other_way_round() -> None:
         ("model: {source: x}\ncalibration: {num_samples: no}", "calibration.num_samples"),
         ("factorize: {rank: 1}", "model: required"),
         ("model: {source: x}\nevaluate: 3", "evaluate: "),
+        ("model: {source: x}\nmodel: {source: y}", "line 2 gives the key 'model' again"),
+        (
+            "model: {source: x}\nfactorize:\n  rank: 1\n  'rank': 2",
+            "line 4 gives the key 'rank' ag",
+        ),
+        ("model: {source: x}\nfactorize: {keep_ratio: 80}", "less than or equal to 1, not 80"),
+        (
+            "model: {source: x}\nfactorize: {keep_ratio: many}",
+            "'many' is not a share, write it like",
+        ),
         ("- a list", "holds no keys"),
         ("a: [", "is not YAML"),
         ("", "holds no keys"),

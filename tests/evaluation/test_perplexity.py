@@ -108,3 +108,10 @@ def test_non_finite_loss_raises() -> None:
 def test_nothing_to_score_raises() -> None:
     with pytest.raises(InputError, match="too little text"):
         perplexity("dense", (tiny_model(), byte_tokenizer()), Corpus("x", ["a"]), Windowing(32))
+
+
+def test_documents_of_one_token_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    loaded = (tiny_model(), byte_tokenizer())
+    metric = perplexity("m", loaded, Corpus("few", ["a", TEXT, "b"]), Windowing(32))
+    assert metric.value == perplexity("m", loaded, Corpus("few", [TEXT]), Windowing(32)).value
+    assert caplog.messages == ["Not scored: 2 of 3 documents of 'few', each of one token."]

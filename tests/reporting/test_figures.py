@@ -28,10 +28,11 @@ def drawn() -> dict[str, Picture]:
 def test_every_kind_of_number_has_its_picture() -> None:
     pictures = drawn()
     assert list(pictures) == [
-        "tasks", "positions", "blocks", "refined", "ranks", "spectra", "training",
+        "tasks", "positions", "blocks", "refined", "ranks", "spectra", "outliers", "probes",
+        "training",
     ]  # fmt: skip
     assert {p.section for p in pictures.values()} == {
-        "metrics", "tokens", "blocks", "refinement", "ranks", "training",
+        "metrics", "tokens", "blocks", "refinement", "ranks", "calibration", "training",
     }  # fmt: skip
     assert not list(evaluation_figures.pictures(METRICS[:1], Differences(), {}))
 
@@ -43,6 +44,12 @@ def test_the_words_have_the_numbers() -> None:
     assert "low: most in block 1, 0.5" in pictures["blocks"].text
     assert "lower after it in 1 of 2 blocks" in pictures["refined"].text
     assert "ranks 2 to 6; energy kept 0.7000 to 1.0000" in pictures["ranks"].text
+    assert pictures["outliers"].text == (
+        "Outlier tokens in calibration: their share of the energy, by block. inputs of gate and "
+        "up: at most 50.0%, in block 1; inputs of down: at most 99.8%, in block 1; gradients of "
+        "outputs: at most 75.0%, in block 0."
+    )
+    assert "by block: from 0.8 in block 1 to 2.5 in block 0" in pictures["probes"].text
     assert "from 0.5000 to 0.3000, the best at step 10" in pictures["training"].text
 
 
@@ -123,3 +130,21 @@ def test_blocks_without_any_error_are_drawn(errors: tuple[float, ...]) -> None:
     blocks = tuple(replace(block, errors=errors) for block in DETAILS.blocks)
     (picture,) = evaluation_figures.pictures([], Differences(blocks=blocks), {})
     assert picture.name == "blocks"
+
+
+def test_lines_are_of_what_was_measured() -> None:
+    """Inputs of some linears alone: then there is one line, and nothing on probes."""
+    down = [linear for linear in RECORD["linears"] if linear["role"] == "down"]
+    linears = [{**linear, "gradient_outlier_share": None} for linear in down]
+    pictures = evaluation_figures.pictures([], Differences(), {"linears": linears, "probed": {}})
+    by_name = {picture.name: picture for picture in pictures}
+    assert "probes" not in by_name
+    assert ">inputs of down</text>" in by_name["outliers"].svg
+    assert ">inputs of gate and up</text>" not in by_name["outliers"].svg
+    assert ">gradients of outputs</text>" not in by_name["outliers"].svg
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 0.0, -1.0, 1e300])
+def test_absurd_factors_are_drawn(factor: float) -> None:
+    record = {"linears": RECORD["linears"], "probed": {"layers.0": factor}}
+    assert "probes" in {p.name for p in evaluation_figures.pictures([], Differences(), record)}

@@ -103,12 +103,12 @@ def test_numbers_that_are_not_finite_are_texts_and_are_read_again(tmp_path: Path
 
 def test_no_format_stumbles_over_them(tmp_path: Path) -> None:
     report.write(tmp_path, hopeless())
-    row = "| task acc | 0.5 (0.4–0.6) | nan (nan–nan) | – | higher |"
+    row = "| task acc | 0.5 (0.4–0.6) | NaN | – | higher |"
     assert row in (tmp_path / "report.md").read_text()
     assert "changed most in block 1, by nan" in (tmp_path / "report.html").read_text()
     with (tmp_path / "metrics.csv").open(newline="") as file:
         values = [line["value"] for line in csv.DictReader(file)]
-    assert values == ["1000", "0.5", "800", "nan", "inf"]
+    assert values == ["1000", "0.5", "800", "NaN", "Infinity"]
 
 
 def test_they_are_compared_with_nothing() -> None:
@@ -116,7 +116,7 @@ def test_they_are_compared_with_nothing() -> None:
     assert comparisons(metrics) == ()
     names = ("dense", "broken")
     losses = [Metric(name, "loss", 1.0, "", False, samples=[[1, 1]] * 8) for name in names]
-    with pytest.raises(InputError, match="'task acc' of 'broken' is nan, which shows nothing"):
+    with pytest.raises(InputError, match="'task acc' of 'broken' is NaN, which shows nothing"):
         non_inferiority_failures([losses[0], metrics[1], losses[1], metrics[3]], 0.1)
 
 
@@ -131,17 +131,20 @@ def test_a_sweep_with_them_has_its_report(tmp_path: Path) -> None:
     sweep = metrics_json.read(sweep_json.Sweep, tmp_path / "sweep.json")
     assert math.isnan(sweep.points[1].metrics[1].value)
     assert strict((tmp_path / "sweep.json").read_text())["fronts"][0]["left_out"] == ["svd at 0.8"]
+    for name in ("sweep.md", "sweep.html"):
+        assert "task acc of broken is NaN: it shows nothing" in (tmp_path / name).read_text()
     assert metrics_json.to_json(sweep) == (tmp_path / "sweep.json").read_text()
 
 
 def test_records_cards_and_logs_are_valid_json_too(tmp_path: Path) -> None:
+    row = "| task word_perplexity | – | Infinity | – | lower |"
     write_record(tmp_path, {"source": "model"})
     write_measured(tmp_path, hopeless().metrics, ())
     record = strict((tmp_path / "lrcompress.json").read_text())
     assert record["metrics"][-1]["value"] == "Infinity"
-    assert "| task word_perplexity | – | inf | – | lower |" in (tmp_path / "README.md").read_text()
+    assert row in (tmp_path / "README.md").read_text()
     write_record(tmp_path, record)  # as an export passes it on
-    assert "| task word_perplexity | – | inf | – | lower |" in (tmp_path / "README.md").read_text()
+    assert row in (tmp_path / "README.md").read_text()
     sample_logs.write(tmp_path / "logs", {"task": [{"resps": [[-INF, False]]}]})
     assert strict((tmp_path / "logs" / "task.jsonl").read_text()) == {
         "resps": [["-Infinity", False]]

@@ -120,6 +120,7 @@ def test_the_report_shows_all_that_was_found(page: Page) -> None:
     assert headings == [
         "Is the difference real?", "Token by token", "Block by block", "Refinement",
         "Continuations", "How it was measured", "Texts", "Training", "Ranks",
+        "Calibration by block",
     ]  # fmt: skip
     drawn = evaluation_figures.pictures(METRICS, DETAILS, RECORD)
     assert page.locator("figure").count() == len(list(drawn))

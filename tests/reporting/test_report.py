@@ -151,3 +151,32 @@ def test_a_damaged_projection_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "metrics.json"
     file.write_text(file.read_text().replace('"factor": 2', '"factor": "two"'))
     assert "is damaged" in refusal("report", tmp_path)
+
+
+def test_reports_show_calibration_by_block(tmp_path: Path) -> None:
+    content = Report("title", METRICS, DETAILS, RECORD)
+    markdown, html = report.markdown(content), report.html(content)
+    assert (
+        "| 0 | 12.5 % | 0.0 % | 75.0 % | 2.5 |\n| 1 | 50.0 % | 99.8 % | 62.5 % | 0.8 |" in markdown
+    )
+    assert "<td>0</td><td>12.5 %</td><td>0.0 %</td><td>75.0 %</td><td>2.5</td>" in html
+    section = html[html.index("<h2>Calibration by block</h2>") :]
+    assert '<figure id="outliers">' in section
+    assert '<figure id="probes">' in section
+    report.write(tmp_path, content)
+    assert report.markdown(report.read(tmp_path)) == markdown
+    older = [{**linear} for linear in RECORD["linears"]]
+    for linear in older:
+        del linear["input_outlier_share"], linear["gradient_outlier_share"]
+    unknown = Report("title", METRICS, DETAILS, {**RECORD, "linears": older, "probed": {}})
+    assert "Calibration by block" not in report.markdown(unknown) + report.html(unknown)
+
+
+@pytest.mark.parametrize("share", ["1.5", "-0.25", '"most"', '"NaN"'])
+def test_a_share_that_is_none_is_refused(share: str, tmp_path: Path) -> None:
+    report.write(tmp_path, Report("title", METRICS, DETAILS, RECORD))
+    file = tmp_path / "metrics.json"
+    text = file.read_text()
+    assert text.count('"input_outlier_share": 0.998') == 1
+    file.write_text(text.replace('"input_outlier_share": 0.998', f'"input_outlier_share": {share}'))
+    assert "is damaged" in refusal("report", tmp_path)

@@ -25,7 +25,7 @@ from lrcompress.layers.block_runner import (
 from lrcompress.layers.ffn_layouts import find_blocks
 from lrcompress.layers.model_state import evaluation_mode, only_trainable
 from lrcompress.layers.moe import unpacked
-from lrcompress.methods.types import LinearSpec, Statistics
+from lrcompress.methods.types import LinearSpec, OutlierShares, Statistics
 from lrcompress.runtime.distributed import shard_of
 from lrcompress.runtime.errors import InputError, NotFiniteError
 from lrcompress.runtime.progress import Progress, silent
@@ -143,11 +143,11 @@ class MomentStatistics:
             outlier_shares=self.outlier_shares(linear),
         )
 
-    def outlier_shares(self, linear: LinearSpec) -> tuple[float, float]:
-        """The shares of Σ ‖x‖² and of Σ ‖g‖² that outliers have beyond their limits."""
-        return (
-            self.input_sums.outlier_share(linear.input_group),
-            self.gradient_sums.outlier_share(linear.name),
+    def outlier_shares(self, linear: LinearSpec) -> OutlierShares:
+        """How much of the energy of inputs and gradients outliers have beyond their limits."""
+        return OutlierShares(
+            inputs=self.input_sums.outlier_share(linear.input_group),
+            gradients=self.gradient_sums.outlier_share(linear.name),
         )
 
     def outlier_moment(self, linear: LinearSpec) -> Tensor | None:

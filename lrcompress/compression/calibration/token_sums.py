@@ -57,9 +57,14 @@ class TokenSums:
             product = v[:, columns].T @ v[:, begin:]
             total[columns, begin:] += product.to(total.device)
 
-    def outlier_share(self, key: str) -> float:
-        """The share of the energy Σ ‖v‖² that the sum of `key` leaves out; 0 for no energy."""
-        energy = float(self.energies[key]) if key in self.energies else 0.0
+    def outlier_share(self, key: str) -> float | None:
+        """The share of the energy Σ ‖v‖² that the sum of `key` leaves out.
+
+        0 where all vectors are zero, None for an unknown key.
+        """
+        if key not in self.energies:
+            return None
+        energy = float(self.energies[key])
         if energy == 0:
             return 0.0
         return max(1 - float(self.sums[key].diagonal().double().sum()) / energy, 0.0)

@@ -34,6 +34,7 @@ TaskRecord = TypedDict(
         "higher_is_better": dict[str, bool],
         "effective": int | None,  # number of questions asked; None for a group
         "logs": list[dict[str, Any]],
+        "cut": int,  # number of questions of which a prompt lost its beginning
         "questions": NotRequired[str],  # hash of the questions; added after the cache is read
     },
 )

@@ -10,10 +10,12 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from lrcompress.data.files import KINDS, suffix
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.paths import is_inside
 
 SAVE_TO_DISK_FILES = ("dataset_dict.json", "state.json")  # datasets' save_to_disk writes one
+SPLIT_NAMES = {"train", "validation", "val", "dev", "test"}
 DEFAULT_CONFIG = "default"  # the only configuration of a folder that declares none
 
 
@@ -42,6 +44,22 @@ def reading_copies(folder: Path, task: str) -> Iterator[None]:
     finally:
         datasets.load_dataset = original
         loader.is_closed = True
+
+
+def _split_files(folder: Path) -> dict[str, str]:
+    """Split -> name of its file, where all files are named exactly by split and are of one kind.
+
+    Without this, `datasets` reads dev.jsonl as the split validation, and tasks that ask for dev
+    do not find it. Tasks that ask for validation find dev where there is no other.
+    """
+    files = [file for file in folder.iterdir() if not file.name.startswith(".")]
+    splits = {file.name.partition(".")[0]: file.name for file in files}
+    kinds = {KINDS.get(suffix(file)) for file in files}
+    are_named_by_split = splits.keys() <= SPLIT_NAMES and len(splits) == len(files)
+    if not are_named_by_split or len(kinds) != 1 or None in kinds:
+        return {}
+    other = splits.get("val") or splits.get("dev")
+    return ({"validation": other} if other else {}) | splits
 
 
 def _one_line(error: Exception) -> str:
@@ -97,6 +115,8 @@ class _LocalLoader:
             if isinstance(dataset, datasets.DatasetDict):
                 return dataset
             return datasets.DatasetDict({str(dataset.split): dataset})
+        if splits := _split_files(folder):
+            return self.original(str(folder), data_files=splits)
         configs = datasets.get_dataset_config_names(str(folder))
         if configs == [DEFAULT_CONFIG]:
             config = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ from jinja2 import TemplateError
 from yaml import YAMLError
 
 from lrcompress.data.corpora import EMBEDDED, read_corpus
+from lrcompress.data.files import TextFiles, find_files, suffix
 from lrcompress.evaluation.tasks.local_datasets import reading_copies
 from lrcompress.runtime.errors import InputError
-from lrcompress.runtime.safe_parsing import read_json
+from lrcompress.runtime.paths import user_path
+from lrcompress.runtime.safe_parsing import check_keys
 
 # fields of a JSONL row that make a file a multiple-choice task
 CHOICE_FIELDS = {"query", "choices", "gold"}
+TEST_SPLIT = "test"
 # lm-eval raises any of these for a task or data that it cannot use
 TASK_ERRORS = (
     OSError, LookupError, TypeError, ValueError, AssertionError, AttributeError, TemplateError,
@@ -82,9 +86,9 @@ def resolve(
     """Finds every task and reads its questions; needs no model.
 
     A name can be:
-    - FILE.yaml: an lm-eval task file;
-    - FILE.jsonl with the fields query, choices and gold: a multiple-choice task;
-    - `pydoc`, or any other .txt or .jsonl text: a rolling-perplexity task;
+    - FILE.yaml: an lm-eval task file, or a group file beside those of its tasks;
+    - a text file whose rows have the fields query, choices and gold: a multiple-choice task;
+    - `pydoc`, or any other text file: a rolling-perplexity task;
     - otherwise the name of a task or group of lm-eval. If `data_dir` is given, its data is read
       from there and never from the hub.
 
@@ -99,7 +103,7 @@ def resolve(
     manager = _task_manager(bool(built_in))
     _check_names(manager, built_in)
     files = _question_files(built_in, data_dir)
-    specs |= {name: _multiple_choice(name, _rows(file)) for name, file in files.items()}
+    specs |= {name: _multiple_choice(name, _questions(file)) for name, file in files.items()}
     seeds = Seeds.from_setting(seed)
     loaded = {name: _load(manager, name, spec, seeds, data_dir) for name, spec in specs.items()}
     return Tasks(
@@ -116,6 +120,19 @@ def _task_manager(include_built_in: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=include_built_in)
+
+
+def _load_file(file: Path) -> Mapping[str, Mapping[str, Any]]:
+    """The tasks and groups of a YAML file. The tasks of a group are looked up in its folder too."""
+    if not re.search("^group:", file.read_text("utf-8-sig"), re.MULTILINE):
+        return _task_manager(False).load([str(file)])  # type: ignore[no-any-return]
+    from lm_eval.tasks import TaskManager
+
+    path = file.absolute()
+    manager = TaskManager(include_path=str(path.parent))
+    # by its name: lm-eval loads the path of a group as if its list of tasks were the name
+    names = [name for name, entry in manager.task_index.items() if entry.yaml_path == path]
+    return manager.load(names or [str(path)])  # type: ignore[no-any-return]
 
 
 def _check_names(manager: Any, names: Sequence[str]) -> None:
@@ -141,13 +158,15 @@ def _question_files(names: Sequence[str], data_dir: str | Path | None) -> dict[s
 def _load(
     manager: Any,
     name: str,
-    spec: str | dict[str, Any] | None,
+    spec: Path | dict[str, Any] | None,
     seeds: Seeds,
     data_dir: str | Path | None,
 ) -> Mapping[str, Mapping[str, Any]]:
     """The tasks and groups of one name."""
     seeds.start()  # lm-eval may draw the order of choices while it loads a task
     with explained(name):
+        if isinstance(spec, Path):
+            return _load_file(spec)
         if spec is not None or data_dir is None:
             return manager.load([spec or name])  # type: ignore[no-any-return]
         with reading_copies(Path(data_dir), name):
@@ -181,47 +200,52 @@ def explained(name: str) -> Iterator[None]:
         raise InputError(f"task {name!r} cannot be run: {reason}") from error
 
 
-def _local_spec(name: str) -> str | dict[str, Any] | None:
-    """A YAML file's path or a task's config, as lm-eval takes them; None for a built-in task."""
-    file, _, field = name.partition(":")
-    if file.endswith((".yaml", ".yml")):
-        if not Path(file).is_file():
-            raise InputError(f"task file {file!r} does not exist")
-        return file
-    if file.endswith(".jsonl") and not field:
-        rows = _rows(Path(file))
-        if rows and rows[0].keys() >= CHOICE_FIELDS:
-            return _multiple_choice(Path(file).stem, rows)
-    if file == EMBEDDED or file.endswith((".jsonl", ".txt")):
+def _local_spec(name: str) -> Path | dict[str, Any] | None:
+    """The path of a YAML file, or a task's config; None for a built-in task."""
+    if name.endswith((".yaml", ".yml")):
+        if not user_path(name).is_file():
+            raise InputError(f"task file {name!r} does not exist")
+        with explained(name):
+            check_keys(user_path(name).read_text("utf-8"))
+        return user_path(name)
+    if name.partition(":")[0] == EMBEDDED:
         return _rolling(name)
-    return None
+    files = find_files(name) if re.search(r"[^\w-]", name) else None  # a folder can be named piqa
+    if files is None:
+        return None
+    first = next(files.rows(TEST_SPLIT), None)
+    if files.field is None and first and _has_fields(first[1][1]):
+        return _multiple_choice(_task_name(files.files[0]), files)
+    return _rolling(name)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The objects in a JSON-lines file; InputError where it has other content."""
-    if not path.is_file():
-        raise InputError(f"task file {str(path)!r} does not exist")
-    try:
-        lines = path.read_text("utf-8").split("\n")
-        rows = [read_json(line) for line in lines if line.strip()]
-    except ValueError as error:
-        raise InputError(f"task file {str(path)!r} is not JSON lines: {error}") from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"task file {str(path)!r}: every line must be a JSON object")
-    return rows
+def _questions(file: Path) -> TextFiles:
+    return TextFiles(str(file), (file,), field=None)
 
 
-def _multiple_choice(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _has_fields(row: Any) -> bool:
+    return isinstance(row, Mapping) and row.keys() >= CHOICE_FIELDS
+
+
+def _task_name(file: Path) -> str:
+    """The name of a file without its suffixes of format and compression."""
+    return file.name[: file.name.lower().rindex(suffix(file))] if suffix(file) else file.name
+
+
+def _multiple_choice(name: str, files: TextFiles) -> dict[str, Any]:
     """The config of a task that compares the likelihoods of choices."""
-    for number, row in enumerate(rows, 1):
+    rows = []
+    for file, (place, row) in files.rows(TEST_SPLIT):
         if not _is_question(row):
             raise InputError(
-                f"task {name!r} line {number}: needs query (text), choices (texts) and gold (index)"
+                f"task {name!r}: {file!r} {place} needs query (text), choices (texts) and gold "
+                "(index)"
             )
+        rows.append({key: row[key] for key in CHOICE_FIELDS})
     return {
         "task": name,
         "output_type": "multiple_choice",
-        "custom_dataset": _dataset([{k: row[k] for k in CHOICE_FIELDS} for row in rows]),
+        "custom_dataset": _dataset(rows),
         "test_split": "test",
         "doc_to_text": "{{query}}",
         "doc_to_choice": "choices",
@@ -231,7 +255,9 @@ def _multiple_choice(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _is_question(row: Mapping[str, Any]) -> bool:
+def _is_question(row: Any) -> bool:
+    if not isinstance(row, Mapping):
+        return False
     query, choices, gold = (row.get(key) for key in ("query", "choices", "gold"))
     if not (isinstance(query, str) and isinstance(choices, list) and type(gold) is int):
         return False
@@ -240,9 +266,7 @@ def _is_question(row: Mapping[str, Any]) -> bool:
 
 def _rolling(spec: str) -> dict[str, Any]:
     """The config of a task that measures the perplexity of whole documents."""
-    documents = [{"text": text} for text in read_corpus(spec, "test").documents if text.strip()]
-    if not documents:
-        raise InputError(f"task text {spec!r} is empty")
+    documents = [{"text": text} for text in read_corpus(spec, "test").documents]
     metrics = ("word_perplexity", "byte_perplexity", "bits_per_byte")
     return {
         "task": f"rolling {spec}",

@@ -21,12 +21,16 @@ from lrcompress.evaluation.tasks.cache import (
     questions_hash,
     task_fingerprint,
 )
+from lrcompress.evaluation.tasks.cut_prompts import cut_prompts
+from lrcompress.evaluation.tasks.lm_eval_output import shown_bootstraps, warnings_once
 from lrcompress.evaluation.tasks.registry import Seeds, Tasks, explained
 from lrcompress.evaluation.tasks.sample_logs import Logs
+from lrcompress.layers.nonfinite import checked_logits
 from lrcompress.models.loading import Loaded
 from lrcompress.reporting.metric import Metric
+from lrcompress.reporting.remarks import PROMPTS_CUT
 from lrcompress.reporting.tables import QUESTIONS
-from lrcompress.runtime.errors import MachineError
+from lrcompress.runtime.errors import InputError, MachineError
 from lrcompress.runtime.packages import versions
 from lrcompress.runtime.progress import Progress, silent
 
@@ -39,12 +43,27 @@ class TaskOptions:
     limit: number of questions of each task; None asks all.
     num_fewshot: number of examples before each question; None is the task's own number.
     batch_size: sequences in a forward pass.
+    chat: whether questions become messages of the tokenizer's chat template.
+    system_instruction: the system message, or the begin of the context without `chat`.
+    multiturn: with `chat`, whether examples become earlier turns.
     """
 
     max_length: int
     limit: int | None = None
     num_fewshot: int | None = None
     batch_size: int = 1
+    chat: bool = False
+    system_instruction: str | None = None
+    multiturn: bool = False
+
+    @property
+    def prompting(self) -> dict[str, Any]:
+        """How questions become prompts, as keyword arguments of lm-eval."""
+        return {
+            "apply_chat_template": self.chat,
+            "system_instruction": self.system_instruction,
+            "fewshot_as_multiturn": self.multiturn,
+        }
 
 
 @dataclass(frozen=True)
@@ -66,11 +85,18 @@ def run_tasks(
     """Every metric of every task and group for one model, called `label` in the metrics.
 
     Each task runs by itself, as when lm-eval's command line runs this task alone, and its result
-    is written to `cache` when it is complete. Raises InputError where lm-eval refuses a task.
+    is written to `cache` when it is complete. Raises InputError where lm-eval refuses a task, and
+    where questions are to be messages but the tokenizer has no chat template, and NotFiniteError
+    where logits are NaN or infinite.
     """
     from lrcompress.evaluation.tasks.quiet_hflm import QuietHFLM
 
     model, tokenizer = loaded
+    if options.chat and not tokenizer.chat_template:
+        raise InputError(
+            f"the {label} model has no chat template: give --chat-template FILE (in a recipe "
+            "chat_template), or leave --apply-chat-template out"
+        )
     size, length = options.batch_size, options.max_length
     lm = QuietHFLM(
         progress, pretrained=model, tokenizer=tokenizer, max_length=length, batch_size=size
@@ -78,16 +104,16 @@ def run_tasks(
     model_hash = "" if cache is None else model_fingerprint(model, tokenizer)
     records: dict[str, TaskRecord] = {}
     for name, task in tasks.tasks.items():
-        with explained(name):
-            _build_requests(task, tasks.seeds, options)
+        with explained(name), warnings_once(), checked_logits(label, model):
+            _build_requests(lm, task, tasks.seeds, options)
             seeds = str(tasks.seeds)
             inputs = [versions(), task_fingerprint(task), seeds, length, size, _device_name(lm)]
             entry = None if cache is None else cache.entry(model_hash, name, inputs)
-            record = _cached_or_computed(lm, name, task, tasks.seeds, options.limit, entry)
+            record = _cached_or_computed(lm, name, task, tasks.seeds, options, entry)
             records[name] = {**record, "questions": questions_hash(task)}
     logs = {name: record["logs"] for name, record in records.items()}
     records |= {name: _group_record(group, records) for name, group in tasks.groups.items()}
-    return TaskResult(list(_metrics(label, records, tasks, length)), logs)
+    return TaskResult(list(_metrics(label, records, tasks, options)), logs)
 
 
 def _device_name(lm: Any) -> str:
@@ -95,7 +121,7 @@ def _device_name(lm: Any) -> str:
     return torch.cuda.get_device_name(lm.device) if on_gpu else str(lm.device.type)
 
 
-def _build_requests(task: Any, seeds: Seeds, options: TaskOptions) -> None:
+def _build_requests(lm: Any, task: Any, seeds: Seeds, options: TaskOptions) -> None:
     """Builds the requests of a task; the number of examples follows lm-eval's command line."""
     default_shots = task.get_config("num_fewshot")
     if options.num_fewshot is not None and default_shots != 0:  # a task with 0 allows no examples
@@ -103,7 +129,11 @@ def _build_requests(task: Any, seeds: Seeds, options: TaskOptions) -> None:
     elif default_shots is None:
         task.set_config("num_fewshot", 0)
     _start_seeds(task, seeds)
-    task.build_all_requests(limit=options.limit)
+    task.build_all_requests(
+        limit=options.limit,
+        chat_template=lm.apply_chat_template if options.chat else None,
+        **options.prompting,
+    )
 
 
 def _start_seeds(task: Any, seeds: Seeds) -> None:
@@ -112,13 +142,13 @@ def _start_seeds(task: Any, seeds: Seeds) -> None:
 
 
 def _cached_or_computed(
-    lm: Any, name: str, task: Any, seeds: Seeds, limit: int | None, entry: CacheEntry | None
+    lm: Any, name: str, task: Any, seeds: Seeds, options: TaskOptions, entry: CacheEntry | None
 ) -> TaskRecord:
     """The result of a task whose requests are built."""
     if entry is not None and (cached := entry.read()):
         return cached
     _start_seeds(task, seeds)
-    record = _compute(lm, name, task, limit, entry)
+    record = _compute(lm, name, task, options, entry)
     if entry is not None:
         entry.write(record)
         entry.answers_file().unlink(missing_ok=True)
@@ -126,15 +156,23 @@ def _cached_or_computed(
 
 
 def _compute(
-    lm: Any, name: str, task: Any, limit: int | None, entry: CacheEntry | None
+    lm: Any, name: str, task: Any, options: TaskOptions, entry: CacheEntry | None
 ) -> TaskRecord:
     from lm_eval import evaluate
 
-    with _caching_answers(lm, entry) as caching_lm:
-        output = evaluate(caching_lm, {"tasks": {name: task}}, limit=limit)
+    cut = cut_prompts(lm, task)
+    with _caching_answers(lm, entry) as caching_lm, shown_bootstraps(lm.text_progress):
+        tasks = {"tasks": {name: task}}
+        output = evaluate(
+            caching_lm,
+            tasks,
+            limit=options.limit,
+            **options.prompting,
+        )
     record = {
         key: output[key][name] for key in ("results", "versions", "n-shot", "higher_is_better")
     }
+    record["cut"] = cut
     record["effective"] = output["n-samples"][name]["effective"]
     record["logs"] = output["samples"][name]
     # through JSON, so that a computed result equals the same result read from the cache
@@ -184,21 +222,25 @@ def _group_record(group: Any, records: Mapping[str, TaskRecord]) -> TaskRecord:
         "n-shot": shots.pop() if len(shots) == 1 else None,
         "higher_is_better": higher_is_better,
         "effective": None,
+        "cut": sum(member["cut"] for member in members),
         "logs": [],
     }
 
 
 def _metrics(
-    label: str, records: Mapping[str, TaskRecord], tasks: Tasks, max_length: int
+    label: str, records: Mapping[str, TaskRecord], tasks: Tasks, options: TaskOptions
 ) -> Iterator[Metric]:
     for name, record in records.items():
         conditions: dict[str, object] = {
             "task_version": record["versions"],
             "num_fewshot": record["n-shot"],
             "samples": record["effective"],
-            "context_length": max_length,
+            "context_length": options.max_length,
             "seed": str(tasks.seeds),
         }
+        conditions |= {key: value for key, value in options.prompting.items() if value}
+        if record["cut"]:
+            conditions[PROMPTS_CUT] = record["cut"]
         if "questions" in record:
             conditions[QUESTIONS] = record["questions"]
         if name in tasks.files:

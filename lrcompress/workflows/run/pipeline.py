@@ -127,7 +127,7 @@ class Run:
         if stage == "factorize":
             return fingerprints.factorize_inputs(self.recipe)
         finetune = self.recipe.finetune
-        texts = [fingerprints.data_state(spec) for spec in finetune.data]
+        texts = [fingerprints.data_state(spec) for spec in (*finetune.data, finetune.chat_template)]
         teacher = finetune.teacher and fingerprints.model_inputs(
             with_source(self.recipe.model, finetune.teacher)
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrcompress.config.recipe import ScalingRecipe
+from lrcompress.data.conversations import ChatFormat
 from lrcompress.data.corpora import Use, read_corpus
 from lrcompress.data.ngram_overlap import TOLERATED_OVERLAP, ngram_hashes
 from lrcompress.data.packing import interleave, token_blocks
@@ -38,10 +39,11 @@ def scaling_text(recipe: ScalingRecipe, tokenizer: Any, sequences: int, length: 
     Raises InputError where there is too little text, and where a test text is trained on.
     """
     train_specs, scaling = recipe.pretrain.data, recipe.scaling
-    training = _blocks(train_specs, "calibration", tokenizer, sequences, length)
+    chat = ChatFormat.from_setting(tokenizer, recipe.pretrain.chat_template)
+    training = _blocks(train_specs, "calibration", chat, sequences, length)
     test_specs = scaling.test or train_specs
     share = -(-scaling.test_sequences // len(test_specs))
-    tests = [_blocks([spec], "test", tokenizer, share, length) for spec in test_specs]
+    tests = [_blocks([spec], "test", chat, share, length) for spec in test_specs]
     training_hashes = ngram_hashes([training])
     for spec, test in zip(test_specs, tests, strict=True):
         overlap = _overlap(ngram_hashes([test]), training_hashes)
@@ -60,11 +62,14 @@ def _overlap(test_hashes: np.ndarray, training_hashes: np.ndarray) -> float:
     return float(np.isin(test_hashes, training_hashes, assume_unique=True).mean())
 
 
-def _blocks(specs: Sequence[str], use: Use, tokenizer: Any, sequences: int, length: int) -> Tensor:
+def _blocks(
+    specs: Sequence[str], use: Use, chat: ChatFormat, sequences: int, length: int
+) -> Tensor:
     """At most `sequences` blocks of `length` tokens, taken from the texts `specs` in turn."""
     share = -(-sequences // len(specs))
+    corpora = [read_corpus(spec, use, chat) for spec in specs]
     blocks = [
-        token_blocks(read_corpus(spec, use), tokenizer, share, length, ORDER_SEED, allow_fewer=True)
-        for spec in specs
+        token_blocks(corpus, chat.tokenizer, share, length, ORDER_SEED, allow_fewer=True)
+        for corpus in corpora
     ]
     return interleave(blocks)[:sequences]

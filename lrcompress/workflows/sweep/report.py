@@ -12,6 +12,7 @@ from pathlib import Path
 from lrcompress.reporting import figures, metrics_json
 from lrcompress.reporting.figures import Picture
 from lrcompress.reporting.metric import PERPLEXITY, SPEEDS, Metric
+from lrcompress.reporting.remarks import remarks
 from lrcompress.reporting.render import render
 from lrcompress.reporting.significance import Comparison, comparisons
 from lrcompress.reporting.tables import cell, comparable, conditions, number, title
@@ -68,6 +69,11 @@ class SweepReport:
         """Speeds, each as a ratio to the dense model's speed in the same run."""
         titles = [metric.name for metric in self.points[0].metrics if metric.name in SPEEDS]
         return _grid(self.points, titles, _speed)
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What has to be known about the metrics: values that are not finite, prompts cut."""
+        return remarks([metric for point in self.points for metric in point.metrics])
 
     @cached_property
     def comparisons(self) -> tuple[Comparison, ...]:

@@ -151,7 +151,9 @@ class SweepRunner:
     def _variant_inputs(self, variant: Variant) -> list[Any]:
         """Everything that the points of a variant depend on, apart from their keep_ratio."""
         calibration = self.recipe.calibration
-        texts = [fingerprints.data_state(spec) for spec in calibration.data]
+        texts = [
+            fingerprints.data_state(spec) for spec in (*calibration.data, calibration.chat_template)
+        ]
         return [
             *self._dense_inputs(),
             variant.factorize.model_dump(mode="json", exclude={*BUDGETS}),

@@ -24,6 +24,7 @@ from tests.tiny import (
     saved_model,
     saved_record,
     saved_weights,
+    sink_model,
     tiny_model,
 )
 
@@ -96,6 +97,22 @@ def test_weights_that_are_stored_otherwise_than_computed(tmp_path: Path) -> None
     flags = ("--keep-ratio", "0.6", "--method", "whitened", "--include", "*.q_proj")
     # in memory the experts count as linears that were not chosen
     check_same(tmp_path / "dense", tmp_path, *flags, but=("counts", "notes"))
+
+
+def test_records_of_outliers_are_the_same(tmp_path: Path) -> None:
+    """Every linear has the shares, one that stays dense too, and the note counts all blocks."""
+    dense = tmp_path / "dense"
+    sink_model(block=1, num_hidden_layers=3).save_pretrained(dense)
+    byte_tokenizer().save_pretrained(dense)
+    check_same(dense, tmp_path, "--keep-ratio", "0.9", "--method", "fisher")
+    record = saved_record(tmp_path / "streamed")
+    shares = {linear["name"]: linear["input_outlier_share"] for linear in record["linears"]}
+    assert {"dense", "pivoted"} == {linear["form"] for linear in record["linears"]}
+    assert [name for name, share in shares.items() if share > 0.5] == [
+        f"model.layers.1.mlp.{role}_proj" for role in ("gate", "up", "down")
+    ]
+    assert all(linear["gradient_outlier_share"] is not None for linear in record["linears"])
+    assert any("of the energy of inputs in 1 of 3 blocks" in note for note in record["notes"])
 
 
 STEPS: list[tuple[type, str, int]] = [

@@ -94,7 +94,7 @@ def test_a_copy_that_is_not_there_is_no_reason_to_ask_the_hub(
         "arc_easy": r"task 'arc_easy': .*ai2_arc' cannot be read as a data set",
         "piqa": r"task 'piqa': .*piqa' does not have what it needs: 'train' is missing$",
         "sciq": "task 'sciq': .*sciq' does not have what it needs: 'support' is undefined$",
-        "boolq": "task 'boolq' line 1: needs query",
+        "boolq": "task 'boolq': .*boolq.jsonl' line 1 needs query",
     }
     for name, sentence in cases.items():
         with pytest.raises(InputError, match=sentence):
@@ -103,3 +103,14 @@ def test_a_copy_that_is_not_there_is_no_reason_to_ask_the_hub(
     assert datasets.load_dataset is load
     with pytest.raises(InputError, match="data directory 'nowhere' does not exist: name a folder"):
         resolve(["piqa"], None, "nowhere")
+
+
+def test_files_named_by_split_keep_their_names(tmp_path: Path) -> None:
+    """`datasets` alone would read dev.jsonl as the split validation."""
+    folder = tmp_path / "cais__mmlu" / "anatomy"
+    rows = [{"question": w, "subject": "a", "choices": list("wxyz"), "answer": 1} for w in WORDS]
+    for number, split in enumerate(("test", "validation", "dev"), 1):
+        write_rows(folder / f"{split}.jsonl", [{**row, "subject": split} for row in rows[:number]])
+    (task,) = resolve(["mmlu_anatomy"], None, tmp_path).tasks.values()
+    assert {row["subject"] for row in task.fewshot_docs()} == {"dev"}
+    assert [len(task.dataset[split]) for split in ("test", "validation", "dev")] == [1, 2, 3]

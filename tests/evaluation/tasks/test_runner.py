@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from lrcompress.evaluation.tasks.registry import resolve
+from lrcompress.evaluation.tasks.runner import TaskOptions, run_tasks
+from lrcompress.runtime.errors import InputError
 from tests.conftest import invoke
 from tests.evaluation.tasks.conftest import ROWS, WORDS, quality, write_rows, write_yaml
-from tests.tiny import tiny_model
+from tests.tiny import byte_tokenizer, tiny_model
 
 
 def test_batches_leave_nothing_out_and_change_nothing(tmp_path: Path) -> None:
@@ -109,5 +111,39 @@ def examples(task: Path, seed: int) -> list[Any]:
     from lrcompress.evaluation.tasks.runner import TaskOptions, _build_requests
 
     tasks = resolve([str(task)], seed)
-    _build_requests(tasks.tasks["mine"], tasks.seeds, TaskOptions(128, None, 1))
+    _build_requests(None, tasks.tasks["mine"], tasks.seeds, TaskOptions(128, None, 1))
     return [request.arguments for request in tasks.tasks["mine"].instances]
+
+
+def test_questions_become_messages_of_the_chat_template(tmp_path: Path) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    (tmp_path / "chat.jinja").write_text(template)
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(InputError, match="the dense model has no chat template: give"):
+        quality(tiny_model(), rows, apply_chat_template=True)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    options = {"chat": True, "system_instruction": "Be brief.", "num_fewshot": 1}
+    questions = {}
+    for multiturn in (False, True):
+        tasks = resolve([str(rows)])
+        result = run_tasks(
+            "m",
+            (tiny_model(), tokenizer),
+            tasks,
+            TaskOptions(128, multiturn=multiturn, **options),  # type: ignore[arg-type]
+        )
+        (task,) = tasks.tasks.values()
+        questions[multiturn] = task.instances[0].arguments[0]
+        assert result.metrics[0].conditions["apply_chat_template"] is True
+        assert result.logs["rows"][0]["arguments"][0][0] == questions[multiturn]
+    start = "<system>Be brief.<user>"
+    assert all(text.startswith(start) for text in questions.values())
+    assert all(text.endswith("Number 0 of the list is<assistant>") for text in questions.values())
+    assert [text.count("<user>") for text in questions.values()] == [1, 2]
+    raw = quality(tiny_model(), rows)
+    chat = quality(
+        tiny_model(), rows, apply_chat_template=True, chat_template=str(tmp_path / "chat.jinja")
+    )
+    assert "apply_chat_template" not in raw[0].conditions
+    assert raw[0].conditions["questions"] != chat[0].conditions["questions"]
