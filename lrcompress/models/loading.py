@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import CONFIG_NAME
 
 from lrcompress.config import ModelSettings
 from lrcompress.models.architecture import model_class
@@ -190,7 +191,8 @@ def _model_from_pretrained(
         **arguments,
         **placement,
     )
-    check_tensors(location.name, model, report)
+    description = "metadata" if location.gguf_file else CONFIG_NAME
+    check_tensors(location.name, model, report, description)
     return model
 
 

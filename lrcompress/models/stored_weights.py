@@ -46,10 +46,13 @@ def refuse_wrapped(path: str, stored: Mapping[str, StoredTensor]) -> None:
         )
 
 
-def check_tensors(path: str, model: Any, report: Mapping[str, Any]) -> None:
+def check_tensors(
+    path: str, model: Any, report: Mapping[str, Any], description: str = CONFIG_NAME
+) -> None:
     """Raises InputError where weights of `model` are not in its files, or the other way round.
 
-    `report` is the loading info of from_pretrained. Tensors that the class does not have and
+    `report` is the loading info of from_pretrained, `description` what the files call the model's
+    config. Tensors that the class does not have and
     knows of are no error: `unused_tensors` gives them.
     """
     missing = sorted(report["missing_keys"])
@@ -58,10 +61,10 @@ def check_tensors(path: str, model: Any, report: Mapping[str, Any]) -> None:
     if misshapen:
         raise InputError(
             f"model {path!r} has in another shape {_some(misshapen)} of the weights that its "
-            "config.json asks for: get an intact copy"
+            f"{description} asks for: get an intact copy"
         )
     if missing and not unexpected:
-        raise InputError(_missing(path, model, missing))
+        raise InputError(_missing(path, model, missing, description))
     # the quantizer of a quantized model has tensors of its own, and such a model is never saved
     if unexpected and (missing or getattr(model, "hf_quantizer", None) is None):
         lacks = f", and lacks {_some(missing)} that the class has" if missing else ""
@@ -73,10 +76,10 @@ def check_tensors(path: str, model: Any, report: Mapping[str, Any]) -> None:
         )
 
 
-def _missing(path: str, model: Any, missing: list[str]) -> str:
-    text = f"model {path!r} lacks {_some(missing)} of the weights that its config.json asks for"
+def _missing(path: str, model: Any, missing: list[str], description: str) -> str:
+    text = f"model {path!r} lacks {_some(missing)} of the weights that its {description} asks for"
     architectures = getattr(model.config, "architectures", None) or ()
-    if type(model).__name__ in architectures:
+    if description != CONFIG_NAME or type(model).__name__ in architectures:
         return f"{text}: get an intact copy"
     return (
         f"{text} where it is loaded as {type(model).__name__}, because config.json names "

@@ -214,7 +214,7 @@ def _wrong(tmp_path: Path, dense: Path) -> dict[str, tuple[list[object], str]]:
         "missing gguf": (factorize(*keep, model="no.gguf"), "'no.gguf' does not exist"),
         "hub offline": (factorize(*keep, model="some/model"), "cannot be loaded from the hub"),
         "no config": (factorize(*keep, model=tmp_path / "hollow"), "has no config.json"),
-        "not causal": (factorize(*keep, model=t5), "cannot be loaded"),
+        "not causal": (factorize(*keep, model=t5), "is an encoder-decoder model"),
         "unknown type": (factorize(*keep, model=alien), "alien"),
         "broken weights": (factorize(*keep, model=broken), "cannot be loaded"),
         "no weights": (factorize(*keep, model=weightless), "cannot be loaded"),
