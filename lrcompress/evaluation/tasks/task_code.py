@@ -15,13 +15,12 @@ from typing import Any
 
 import psutil
 
-import lrcompress
-
 # folders of installed packages, whose versions are recorded, or whose code is not a user's own
 INSTALLED_FOLDERS = {"site-packages", "dist-packages"}
 # functions that can import modules whose names are not in the source: Python's own, and others
 BUILT_IN_IMPORTERS = {"__import__", "eval", "exec"}
 IMPORTERS = {"import_module", "load_module", "run_module", "run_path", "spec_from_file_location"}
+LRCOMPRESS = Path(__file__).parents[2]
 
 
 class UntrackedCodeError(Exception):
@@ -56,7 +55,7 @@ def _file(module: ModuleType) -> Path | None:
 
 
 def _is_installed(file: Path) -> bool:
-    roots = (Path(sysconfig.get_path("stdlib")), Path(lrcompress.__file__).parent)
+    roots = (Path(sysconfig.get_path("stdlib")), LRCOMPRESS)
     return bool(INSTALLED_FOLDERS & {*file.parts}) or any(map(file.is_relative_to, roots))
 
 
