@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -340,4 +340,13 @@ def copied_model(folder: Path, out: Path, **config: Any) -> Path:
     shutil.copytree(folder, out)
     original = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(original | config))
+    return out
+
+
+def broken_copy(folder: Path, out: Path, weight: str, value: float) -> Path:
+    """A copy of a model folder in which the first number of `weight` is `value`."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    tensors[weight].view(-1)[0] = value
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
     return out

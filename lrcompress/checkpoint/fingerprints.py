@@ -29,7 +29,7 @@ STAGES: dict[Stage, int] = {
     "factorize": 4,
     "finetune": 1,
     "pretrain": 1,
-    "tasks": 3,
+    "tasks": 4,
     "teacher": 1,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,15 +78,15 @@ def factorize_command(source: str, out: Path, **options: Any) -> None:
         display.show_factorization(record, out)
 
 
-def _show(report: Report, out: Path | None, max_loss: float | None, as_json: bool) -> None:
+def _show(report: Report, out: Path | None, max_loss: Mapping[str, float], as_json: bool) -> None:
     """Prints a report, and the verdict of --max-loss, which decides the exit code."""
     from lrcompress.cli import display
-    from lrcompress.reporting import significance
+    from lrcompress.reporting import non_inferiority
 
     display.show_report(report, out, as_json)
-    if max_loss is None:
+    if not max_loss:
         return
-    failed = significance.non_inferiority_failures(report.metrics, max_loss)
+    failed = non_inferiority.non_inferiority_failures(report.metrics, max_loss)
     display.show_verdict(failed, max_loss, err=as_json)
     if failed:
         click.get_current_context().exit(MAX_LOSS_EXCEEDED)
@@ -104,7 +105,7 @@ def eval_command(
     source: str,
     out: Path | None,
     write_card: bool,
-    max_loss: float | None,
+    max_loss: Mapping[str, float],
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -130,7 +131,7 @@ def eval_command(
 @MAX_LOSS
 @JSON
 def report_command(
-    folders: tuple[Path, ...], out: Path | None, max_loss: float | None, as_json: bool
+    folders: tuple[Path, ...], out: Path | None, max_loss: Mapping[str, float], as_json: bool
 ) -> None:
     """Show a report again, or join several into one comparison.
 
@@ -144,7 +145,7 @@ def report_command(
     scaling_folder.refuse_studies(folders)
     if not any(map(sweep_folder.is_sweep, folders)):
         _show(merge.report_to(folders, out), out, max_loss, as_json)
-    elif max_loss is not None:
+    elif max_loss:
         raise InputError("--max-loss works with the report of an eval or a run, not of a sweep")
     else:
         display.show_sweep(sweep_folder.sweep_report_to(folders, out), out, as_json)
@@ -198,7 +199,7 @@ def run_command(
     out: Path,
     overrides: tuple[str, ...],
     overwrite: bool,
-    max_loss: float | None,
+    max_loss: Mapping[str, float],
     as_json: bool,
 ) -> None:
     """Run RECIPE: factorize, finetune, evaluate and report.

@@ -19,8 +19,8 @@ from lrcompress.models.inspection import Inspection
 from lrcompress.reporting import projection
 from lrcompress.reporting.differences import Differences
 from lrcompress.reporting.metric import Metric
+from lrcompress.reporting.non_inferiority import EVERY, Failure, Limits
 from lrcompress.reporting.report import FORMATS, Report, to_json
-from lrcompress.reporting.significance import Comparison
 from lrcompress.reporting.tables import table as metric_table
 from lrcompress.runtime.sanitize import printable
 from lrcompress.workflows.sweep import report as sweep_report
@@ -165,16 +165,24 @@ def _show_details(details: Differences) -> None:
             _print_line(f"  {label}: {text!r}")
 
 
-def show_verdict(failed: Sequence[Comparison], max_loss: float, err: bool = False) -> None:
-    """Says whether every metric is shown to have lost at most `max_loss`; lists the `failed` ones.
+def show_verdict(failed: Sequence[Failure], limits: Limits, err: bool = False) -> None:
+    """Says whether every loss is shown to be within `limits`; lists the `failed` ones.
 
     With `err` it goes to stderr, so that stdout stays JSON.
     """
-    for comparison in failed:
-        loss = f"{comparison.worst:.2%} (95 % interval)"
-        _print_line(f"{comparison.metric}: may have lost {loss}.", err=err)
-    verdict = "FAIL: not every metric compared is" if failed else "PASS: every metric compared is"
-    _print_line(f"{verdict} shown to have lost at most {100 * max_loss:.6g} %.", err=err)
+    for failure in failed:
+        loss = f"{failure.comparison.worst:.2%} (95 % interval)"
+        _print_line(f"{failure.comparison.metric}: may have lost {loss}.", err=err)
+    verdict = "FAIL: it is not" if failed else "PASS: it is"
+    _print_line(f"{verdict} shown that the loss is at most {_limits_text(limits)}.", err=err)
+
+
+def _limits_text(limits: Limits) -> str:
+    everywhere = "elsewhere" if len(limits) > 1 else "in every metric compared"
+    named = {name: limit for name, limit in limits.items() if name != EVERY}
+    places = {f"in {name}": limit for name, limit in named.items()}
+    places |= {everywhere: limits[EVERY]} if EVERY in limits else {}
+    return ", ".join(f"{100 * limit:.6g} % {place}" for place, limit in places.items())
 
 
 def show_bench(results: Bench, out: Path | None, as_json: bool) -> None:

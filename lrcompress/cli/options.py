@@ -119,22 +119,39 @@ def build_recipe(sections: tuple[str, ...], source: str, options: Mapping[str, A
     return recipe.Recipe(**build_sections(sections, options, source=source))
 
 
-def _parse_max_loss(_: click.Context, __: click.Parameter, value: str | None) -> float | None:
+def _parse_max_loss(
+    _: click.Context, __: click.Parameter, values: tuple[str, ...]
+) -> Mapping[str, float]:
+    """Name -> largest loss; the name is empty for one that is asked of every metric."""
+    limits: dict[str, float] = {}
+    for value in values:
+        name, _sign, share = value.rpartition("=")
+        if name in limits:
+            raise InputError(
+                f"--max-loss {value!r}: a loss for {name or 'every metric'} is given twice"
+            )
+        limits[name] = _parse_share(value, share)
+    return limits
+
+
+def _parse_share(value: str, share: str) -> float:
     from pydantic import TypeAdapter, ValidationError
 
     from lrcompress.config.field_types import Percent
 
-    if value is None:
-        return None
     try:
-        return TypeAdapter[float](Percent).validate_python(value)
+        return TypeAdapter[float](Percent).validate_python(share)
     except ValidationError:
-        raise InputError(f"--max-loss {value!r} is not a share: write one such as 1%") from None
+        raise InputError(
+            f"--max-loss {value!r} has no share: write one such as 1%, or mmlu=1%"
+        ) from None
 
 
-def check_max_loss(settings: EvaluateSettings, has_baseline: bool, max_loss: float | None) -> None:
+def check_max_loss(
+    settings: EvaluateSettings, has_baseline: bool, max_loss: Mapping[str, float]
+) -> None:
     """Raises InputError where `max_loss` is set and no metric will be compared with a baseline."""
-    if max_loss is not None and not (has_baseline and (settings.perplexity or settings.tasks)):
+    if max_loss and not (has_baseline and (settings.perplexity or settings.tasks)):
         raise InputError("--max-loss needs a --baseline to compare with, and a text or task")
 
 
@@ -186,11 +203,13 @@ RESUME = click.option(
 )
 MAX_LOSS = click.option(
     "--max-loss",
-    metavar="SHARE",
+    metavar="[NAME=]SHARE",
+    multiple=True,
     callback=_parse_max_loss,
     help="Largest loss allowed against the first model, such as 1%: relative for a perplexity, in "
     "percentage points for an accuracy. The exit code is 3 unless the 95 % interval of every "
-    "metric stays below it.",
+    "metric stays below it. A group of tasks stands for its parts. NAME= asks it of one text, task "
+    "or group. May be repeated.",
 )
 WRITE_CARD = click.option(
     "--write-card",

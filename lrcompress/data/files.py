@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape, glob
+from json import JSONDecodeError
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -186,7 +187,10 @@ def _parsed_lines(file: Path, lines: Iterable[str]) -> Iterator[Row]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                value = read_json(line)
+                value = read_json(line.rstrip("\n"))
+            except JSONDecodeError as error:  # its own text counts lines from this one
+                reason = f"{error.msg} at column {error.colno}"
+                raise InputError(f"{str(file)!r} line {number} is not JSON: {reason}") from None
             except ValueError as error:
                 raise InputError(f"{str(file)!r} line {number} is not JSON: {error}") from None
             yield f"line {number}", value

@@ -45,7 +45,7 @@ class _Skipped:
     def tell(self) -> None:
         """Says how much was skipped."""
         if 0 < (count := self.reasons.total()) < self.rows:
-            notice(f"Skipped {count} of {self.rows} rows of {self.spec!r}: {self}.")
+            notice(f"Skipped {count} of the {self.rows} rows read of {self.spec!r}: {self}.")
 
 
 def documents(

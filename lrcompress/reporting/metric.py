@@ -37,6 +37,15 @@ class Summary:
     """The slowest run of a speed, one standard error below a score; null where unknown."""
     high: Number | None = None
     """The fastest run of a speed, one standard error above a score; null where unknown."""
+    parts: Sequence[str] = field(default_factory=list, kw_only=True)
+    """Of a group of tasks: the names of the metrics of its tasks and sub-groups, which it is the
+    mean of."""
+
+    @property
+    def task(self) -> str:
+        """The task in the name, which is "TASK METRIC" or "TASK METRIC (FILTER)"."""
+        name = self.name.rpartition(" (")[0] if self.name.endswith(")") else self.name
+        return name.rpartition(" ")[0]
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,8 @@ class Metric(Summary):
     """A number with the samples that it is the mean of, where they are known.
 
     `samples` has shape (count, 2): for each window of a text its summed loss in nats and its
-    tokens, for each item of a task its score and 1.
+    tokens, for each item of a task its score and 1, for each item of a group of tasks its score
+    times its weight and its weight.
     """
 
     samples: Sequence[Sequence[Number]] = field(default_factory=list)

@@ -34,7 +34,8 @@ class Samples:
     """Name and, where there is one, text or file of the metric."""
     values: Sequence[Sequence[Number]]
     """For each window of a text, in order, its summed loss in nats and its tokens; for each item of
-    a task its score and 1."""
+    a task its score and 1; for each item of a group of tasks its score times its weight and its
+    weight, which is 1, or 1 / the number of items of its task where all tasks count the same."""
 
 
 @dataclass(frozen=True, kw_only=True)

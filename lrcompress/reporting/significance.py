@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
@@ -12,9 +12,9 @@ import numpy as np
 from scipy import stats
 
 from lrcompress.reporting.differences import MAX_EXPONENT
-from lrcompress.reporting.metric import PUBLISHED, Metric
-from lrcompress.reporting.tables import comparable, number, title
-from lrcompress.runtime.errors import InputError
+from lrcompress.reporting.intervals import Interval
+from lrcompress.reporting.metric import PUBLISHED, Metric, Summary
+from lrcompress.reporting.tables import comparable, title
 
 ALPHA = 0.05
 POWER = 0.8
@@ -32,7 +32,8 @@ class Comparison:
 
     Where every sample is right or wrong, the interval combines those of the shares that changed
     (Newcombe 1998), and the test is McNemar's exact one; else a paired bootstrap, and the test that
-    flips the signs of the samples' differences.
+    flips the signs of the samples' differences. A group of tasks is compared by the items of all
+    its tasks, and by flipped signs where these have different weights.
     """
 
     __pydantic_config__ = PUBLISHED
@@ -42,7 +43,7 @@ class Comparison:
     baseline: str
     model: str
     samples: int
-    """Windows of a text, or items of a task."""
+    """Windows of a text, or items of a task or of all tasks of a group."""
     difference: float
     """The later model's less the first's: of a perplexity in nats per token, else in the metric's
     unit."""
@@ -54,7 +55,8 @@ class Comparison:
     """The largest loss inside the interval: of a perplexity as a share of the first's, else in the
     metric's unit."""
     p_value: float
-    """Adjusted for all comparisons of a report (Holm 1979)."""
+    """Adjusted (Holm 1979) for all comparisons of a report that are not of parts of a group; that
+    of a part, for all of parts."""
     verdict: str
     """better, worse, no difference seen, or not enough data, with how many samples would decide."""
 
@@ -63,54 +65,29 @@ def comparisons(metrics: Sequence[Metric]) -> tuple[Comparison, ...]:
     """Each later model against the first, by every metric that has samples."""
     pairs = list(_pairs(metrics))
     results = [_compare(base, other) for base, other in pairs]
-    adjusted = holm([result.p_value for result in results])
+    adjusted = _adjusted(results, part_names(metrics))
     return tuple(
         _with_verdict(replace(result, p_value=p), other.higher_is_better)
         for result, p, (_, other) in zip(results, adjusted, pairs, strict=True)
     )
 
 
-def non_inferiority_failures(metrics: Sequence[Metric], max_loss: float) -> list[Comparison]:
-    """The metrics by which the last model may have lost more than `max_loss` against the first.
+def part_names(metrics: Sequence[Summary]) -> set[str]:
+    """The names of the metrics that are parts of a group of tasks."""
+    return {part for metric in metrics for part in metric.parts}
 
-    A metric passes the test of non-inferiority where the whole 95 % interval of the loss lies below
-    `max_loss`: a share of a perplexity, or points of an accuracy. Fewer than MIN_SAMPLES samples
-    always fail. Raises InputError where there is nothing to compare, where a text or task was
-    measured under other conditions on the first model, or where a value is not finite.
+
+def _adjusted(results: Sequence[Comparison], parts: Collection[str]) -> list[float]:
+    """The p-values adjusted by Holm's method, those of `parts` apart from the others.
+
+    So a group of many tasks is judged as one row.
     """
-    last = metrics[-1].model if metrics else ""
-    _check_finite([m for m in metrics if m.model in (last, metrics[0].model)])
-    results = [result for result in comparisons(metrics) if result.model == last]
-    if not results:
-        raise InputError(
-            "max_loss needs a first model to compare with, and a text or task that both models are "
-            "measured on"
-        )
-    _check_all_compared([m for m in metrics if m.model == last], metrics[0].model, results)
-    return [r for r in results if r.samples < MIN_SAMPLES or r.worst > max_loss]
-
-
-def _check_finite(metrics: Sequence[Metric]) -> None:
-    """Raises InputError for a metric that is NaN or infinite."""
-    for metric in metrics:
-        if not math.isfinite(metric.value):
-            raise InputError(
-                f"{title(metric)!r} of {metric.model!r} is {number(metric.value)}, which shows "
-                "nothing: leave it out of what max_loss decides"
-            )
-
-
-def _check_all_compared(
-    metrics: Sequence[Metric], baseline: str, results: Sequence[Comparison]
-) -> None:
-    """Raises InputError for a metric that has samples but no comparison."""
-    compared = {result.metric for result in results}
-    for metric in metrics:
-        if metric.samples and title(metric) not in compared:
-            raise InputError(
-                f"{title(metric)!r} was measured in another way on {baseline!r}: leave it out of "
-                "what max_loss decides, or compare with a model of the same tokenizer"
-            )
+    adjusted = [0.0] * len(results)
+    for of_parts in (False, True):
+        rows = [i for i, result in enumerate(results) if (result.metric in parts) == of_parts]
+        for row, p in zip(rows, holm([results[row].p_value for row in rows]), strict=True):
+            adjusted[row] = p
+    return adjusted
 
 
 def _pairs(metrics: Sequence[Metric]) -> Iterator[tuple[Metric, Metric]]:
@@ -137,9 +114,10 @@ def _compare(base: Metric, other: Metric) -> Comparison:
     changed = np.array(other.samples, dtype=float)[:, 0]
     difference = float((changed - values).sum() / weights.sum())
     gains = changed - values
-    is_binary = bool(np.isin([values, changed], (0.0, 1.0)).all())
+    is_binary = bool(np.isin([values / weights, changed / weights], (0.0, 1.0)).all())
+    has_equal_weights = np.ptp(weights) == 0
     if is_binary:
-        low, high = _newcombe_interval((gains > 0).mean(), (gains < 0).mean(), len(gains))
+        low, high = _newcombe_interval(gains, weights)
     else:
         low, high = _bootstrap_interval(gains, weights, difference)
     return Comparison(
@@ -151,7 +129,7 @@ def _compare(base: Metric, other: Metric) -> Comparison:
         low=low,
         high=high,
         worst=_largest_loss(other, low, high),
-        p_value=_mcnemar(gains) if is_binary else _sign_flip_test(gains),
+        p_value=_mcnemar(gains) if is_binary and has_equal_weights else _sign_flip_test(gains),
         verdict="",
     )
 
@@ -184,16 +162,17 @@ def _bootstrap_interval(gains: Any, weights: Any, mean: float) -> tuple[float, f
     return float(interval.low), float(interval.high)
 
 
-def _newcombe_interval(won: float, lost: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of won - lost, which are shares of `count` items.
+def _newcombe_interval(gains: Any, weights: Any) -> tuple[float, float]:
+    """The 95 % interval of the share of items that were won less that of items that were lost.
 
-    Newcombe (1998), from the Wilson intervals of both shares and their correlation: an item is
-    either won or lost. Unlike a bootstrap interval it has a width also where no item changed.
+    `gains` and `weights` have shape (items,); a gain is the weight, its negative, or 0. Newcombe
+    (1998), from the Wilson intervals of both shares and their correlation: an item is either won
+    or lost. Unlike a bootstrap interval it has a width also where no item changed. Items of
+    different weights count as the number of equal ones that has the same variance (Kish 1965).
     """
-    wins, losses = (
-        stats.binomtest(round(share * count), count).proportion_ci(method="wilson")
-        for share in (won, lost)
-    )
+    won, lost = (weights[mask].sum() / weights.sum() for mask in (gains > 0, gains < 0))
+    count = weights.sum() ** 2 / (weights**2).sum()
+    wins, losses = (_wilson_interval(share, count) for share in (won, lost))
     anticorrelation = 0.0
     if max(won, lost) < 1:
         anticorrelation = math.sqrt(won * lost / ((1 - won) * (1 - lost)))
@@ -204,6 +183,15 @@ def _newcombe_interval(won: float, lost: float, count: int) -> tuple[float, floa
     low = won - lost - distance(won - wins.low, losses.high - lost)
     high = won - lost + distance(wins.high - won, lost - losses.low)
     return float(max(low, -1.0)), float(min(high, 1.0))
+
+
+def _wilson_interval(share: float, count: float) -> Interval:
+    """The 95 % interval of a share of `count` items, which may be no whole number (Wilson 1927)."""
+    z = NormalDist().inv_cdf(1 - ALPHA / 2)
+    scale = 1 + z**2 / count
+    centre = (share + z**2 / (2 * count)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return Interval(share, max(centre - half, 0.0), min(centre + half, 1.0))
 
 
 def _mcnemar(gains: Any) -> float:

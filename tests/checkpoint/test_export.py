@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pkgutil
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 import lrcompress
 from lrcompress.checkpoint.export.registry import FORMATS
-from tests.conftest import invoke
+from tests.conftest import invoke, refusal
+from tests.tiny import broken_copy
 
 each_format = pytest.mark.parametrize("name", FORMATS)
 
@@ -44,6 +46,18 @@ def test_a_failure_leaves_nothing(
     with pytest.raises(lrcompress.MachineError, match="the disk is full"):
         writer(model, tokenizer, tmp_path / "out", {})
     assert not any(tmp_path.iterdir())
+
+
+@each_format
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_weight_that_is_not_finite_is_named(
+    name: str, value: float, factorized: Path, tmp_path: Path
+) -> None:
+    weight = "model.layers.1.self_attn.q_proj.weight"
+    broken = broken_copy(factorized, tmp_path / "broken", weight, value)
+    sentence = refusal("export", broken, "--to", name, "--out", tmp_path / "out")
+    assert f"{weight} of the factorized model is not finite" in sentence
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_format_is_one_sentence(factorized: Path, tmp_path: Path) -> None:

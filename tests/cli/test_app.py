@@ -149,13 +149,23 @@ def test_max_loss_decides_the_exit_code(dense: Path, factorized: Path, text: Pat
     command = ("eval", factorized, *measured)
     within = invoke(*command, "--baseline", dense, "--max-loss", "10000%")
     assert within.exit_code == 0, within.output
-    assert "PASS: every metric compared is shown to have lost at most 10000 %." in within.output
+    assert "PASS: it is shown that the loss is at most 10000 % in every metric" in within.output
+    named = invoke(
+        *command, "--baseline", dense, "--max-loss", "1%", "--max-loss", f"{text}=10000%"
+    )
+    assert named.exit_code == 0, named.output
+    assert f"the loss is at most 10000 % in {text}, 1 % elsewhere." in named.output
     worse = ("eval", dense, *measured)  # random weights: here the dense one is the worse
     beyond = invoke(*worse, "--baseline", factorized, "--max-loss", "1e-9")
     assert beyond.exit_code == 3
     assert f"token perplexity, {text}: may have lost" in beyond.output
     assert "FAIL" in beyond.output
-    for wrong in (("--max-loss", "1%"), ("--baseline", dense, "--max-loss", "much")):
+    for wrong in (
+        ("--max-loss", "1%"),
+        ("--baseline", dense, "--max-loss", "much"),
+        ("--baseline", dense, "--max-loss", "x=much"),
+        ("--baseline", dense, "--max-loss", "1%", "--max-loss", "2%"),
+    ):
         refused = invoke(*command, *wrong)
         assert refused.exit_code == 2
         assert "--max-loss" in refused.output

@@ -181,7 +181,10 @@ REFUSED = {
     "latin.csv": ("text\ncafé\n".encode("latin-1"), "is not UTF-8 text: convert it"),
     "a.parquet": (b"words", "a.parquet' cannot be read"),
     "a.jsonl.gz": (b"words", "a.jsonl.gz' cannot be read"),
-    "cut.jsonl": (b'{"text": "a"}\n\n{"text": "cut', "cut.jsonl' line 3 is not JSON"),
+    "cut.jsonl": (
+        b'{"text": "a"}\n\n{"text": "cut',
+        "line 3 is not JSON: Unterminated string starting at at column 10$",
+    ),
     "cut.json": (b'[{"text": "a"},', "cut.json' is not JSON"),
     "number.jsonl": (b'{"text": "a"}\n\n{"text": 5}', "line 3: field 'text' is of type number"),
     "field.jsonl": (b'\n\n{"txt": "a"}', r"line 3 has no field 'text' \(fields: txt\)"),

@@ -22,8 +22,8 @@ def test_rows_without_text_are_skipped_and_told_once(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING):
         assert read("skipping", *rows) == read("skipping", *rows) == ["a", "b"]
     assert caplog.messages == [
-        "Skipped 3 of 5 rows of 'skipping': 1 with null 'text', 2 with an empty 'text' (first: "
-        "line 2)."
+        "Skipped 3 of the 5 rows read of 'skipping': 1 with null 'text', 2 with an empty 'text' "
+        "(first: line 2)."
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -16,8 +17,8 @@ import lrcompress
 from lrcompress.layers.lowrank import PivotedLinear
 from lrcompress.layers.model_info import is_quantized, weight_bytes
 from lrcompress.models.torchao import quantize
-from tests.conftest import SMALL, invoke, small_recipe
-from tests.tiny import logits, tiny_model
+from tests.conftest import SMALL, invoke, refusal, small_recipe
+from tests.tiny import broken_copy, logits, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,15 @@ def test_other_commands_refuse_quantized_models(
     name, *flags = command
     result = invoke(name, quantized, "--out", tmp_path / "out", *flags)
     assert (result.exit_code, remedy in result.output) == (2, True), result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_named(value: float, dense: Path, tmp_path: Path) -> None:
+    weight = "model.layers.1.mlp.down_proj.weight"
+    broken = broken_copy(dense, tmp_path / "broken", weight, value)
+    sentence = refusal("quantize", broken, "--out", tmp_path / "out")
+    assert f"{weight} of the dense model is not finite" in sentence
     assert not (tmp_path / "out").exists()
 
 

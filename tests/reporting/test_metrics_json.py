@@ -17,8 +17,9 @@ from lrcompress.evaluation.tasks import sample_logs
 from lrcompress.reporting import metrics_json, report
 from lrcompress.reporting.differences import BlockChange, Differences, PositionLoss, TokenChange
 from lrcompress.reporting.metric import Metric
+from lrcompress.reporting.non_inferiority import EVERY, non_inferiority_failures
 from lrcompress.reporting.report import Report
-from lrcompress.reporting.significance import comparisons, non_inferiority_failures
+from lrcompress.reporting.significance import comparisons
 from lrcompress.runtime.errors import InputError
 from lrcompress.workflows import schemas
 from lrcompress.workflows.sweep import report as sweep_report
@@ -117,7 +118,7 @@ def test_they_are_compared_with_nothing() -> None:
     names = ("dense", "broken")
     losses = [Metric(name, "loss", 1.0, "", False, samples=[[1, 1]] * 8) for name in names]
     with pytest.raises(InputError, match="'task acc' of 'broken' is NaN, which shows nothing"):
-        non_inferiority_failures([losses[0], metrics[1], losses[1], metrics[3]], 0.1)
+        non_inferiority_failures([losses[0], metrics[1], losses[1], metrics[3]], {EVERY: 0.1})
 
 
 def test_a_sweep_with_them_has_its_report(tmp_path: Path) -> None:

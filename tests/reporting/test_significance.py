@@ -9,8 +9,7 @@ import pytest
 from scipy import stats
 
 from lrcompress.reporting.metric import Metric
-from lrcompress.reporting.significance import comparisons, holm, non_inferiority_failures
-from lrcompress.runtime.errors import InputError
+from lrcompress.reporting.significance import _newcombe_interval, comparisons, holm
 
 
 def windows(model: str, losses: np.ndarray, tokens: int = 100) -> Metric:
@@ -57,10 +56,8 @@ def test_few_equal_answers_show_nothing() -> None:
     (few,) = comparisons(pair)
     assert few.verdict.startswith("not enough data: about ")
     assert few.low == -few.high < -0.03
-    assert non_inferiority_failures(pair, 0.01) == [few]
     many = [items("dense", np.ones(1000)), items("small", np.ones(1000))]
     assert comparisons(many)[0].verdict == "no difference seen"
-    assert non_inferiority_failures(many, 0.01) == []
 
 
 @pytest.mark.parametrize(("shift", "verdict"), [(0.05, "worse"), (-0.05, "better")])
@@ -131,25 +128,69 @@ def test_only_the_same_measurement_is_compared() -> None:
     assert comparisons([replace(base, samples=()), replace(other, samples=())]) == ()
 
 
-def test_a_loss_has_to_be_shown_to_be_within_the_margin() -> None:
-    losses = np.random.default_rng(6).normal(3, 0.5, 60)
-    noise = np.random.default_rng(7).normal(0.02, 0.05, 60)
-    pair = [windows("dense", losses), windows("small", losses + noise)]
-    (result,) = comparisons(pair)
-    assert result.worst == pytest.approx(np.expm1(result.high))
-    assert non_inferiority_failures(pair, result.worst + 1e-9) == []
-    assert non_inferiority_failures(pair, result.worst - 1e-9) == [result]
-    right = np.array([1] * 70 + [0] * 30)
-    tasks = [items("dense", right), items("small", right[::-1])]
-    (lost,) = comparisons(tasks)
-    assert lost.worst == -lost.low > 0
-    alone = [windows("dense", losses[:1]), windows("small", losses[:1])]
-    assert len(non_inferiority_failures(alone, 0.5)) == 1  # one window shows nothing
-    another = replace(tasks[1], conditions={"num_fewshot": 5})
-    with pytest.raises(InputError, match="'piqa acc' was measured in another way on 'dense'"):
-        non_inferiority_failures([pair[0], tasks[0], pair[1], another], 0.5)
-    with pytest.raises(InputError, match="needs a first model"):
-        non_inferiority_failures(pair[:1], 0.01)
+def group(model: str, right: list[np.ndarray], by_size: bool) -> list[Metric]:
+    """The metrics of a group and of its tasks, which have these answers."""
+    weights = [1 if by_size else 1 / len(answers) for answers in right]
+    samples = [
+        [float(a) * w, w] for answers, w in zip(right, weights, strict=True) for a in answers
+    ]
+    value = sum(score for score, _ in samples) / sum(weight for _, weight in samples)
+    tasks = [replace(items(model, a), name=f"part-{i} acc") for i, a in enumerate(right)]
+    names = [task.name for task in tasks]
+    whole = Metric(model, "all acc", value, "", True, samples=samples, parts=names)
+    return [whole, *tasks]
+
+
+def test_a_group_by_size_is_one_large_task() -> None:
+    right = [np.array([1] * 40 + [0] * 10), np.array([1] * 30 + [0] * 20)]
+    changed = [np.array([1] * 30 + [0] * 20), np.array([1] * 25 + [0] * 25)]
+    result, *parts = comparisons([*group("dense", right, True), *group("small", changed, True)])
+    whole = [items(m, np.concatenate(a)) for m, a in (("dense", right), ("small", changed))]
+    (expected,) = comparisons(whole)
+    assert result == replace(expected, metric="all acc")
+    assert result.difference == pytest.approx(-15 / 100)
+    assert [part.metric for part in parts] == ["part-0 acc", "part-1 acc"]
+
+
+def test_in_a_group_of_equal_weights_each_task_counts_the_same() -> None:
+    right = [np.ones(10), np.ones(40)]
+    changed = [np.array([1] * 5 + [0] * 5), np.ones(40)]
+    result, *_ = comparisons([*group("dense", right, False), *group("small", changed, False)])
+    assert result.difference == pytest.approx(-0.25)  # half of the first task, of two
+    assert result.low < -0.25 < result.high
+    # the weights are worth 2**2 / (10 * 0.1**2 + 40 * 0.025**2) = 32 equal ones, 8 of them lost
+    equal = [items("dense", np.ones(32)), items("small", np.array([1] * 24 + [0] * 8))]
+    (expected,) = comparisons(equal)
+    assert (result.low, result.high) == pytest.approx((expected.low, expected.high))
+    assert result.p_value == pytest.approx(2 / 2**5, abs=0.02)  # 5 items changed, all to the worse
+
+
+def test_the_interval_of_a_group_of_unequal_tasks_covers() -> None:
+    generator = np.random.default_rng(9)
+    weights = np.concatenate([np.full(size, 1 / size) for size in (30, 120, 60)])
+    covered = 0
+    for _ in range(1000):
+        signs = generator.choice([-1, 0, 1], size=len(weights), p=[0.1, 0.8, 0.1])
+        low, high = _newcombe_interval(signs * weights, weights)
+        covered += low <= 0 <= high
+    assert 930 <= covered <= 970
+
+
+def test_a_group_is_not_adjusted_for_its_parts() -> None:
+    """Of 40 tasks none shows what all together do."""
+    right = [np.array([1] * 20 + [0] * 20)] * 40
+    changed = [np.array([1] * 18 + [0] * 22), *right[1:20], *[np.array([1] * 19 + [0] * 21)] * 20]
+    result, *parts = comparisons([*group("dense", right, True), *group("small", changed, True)])
+    assert result.p_value == pytest.approx(stats.binomtest(0, 22).pvalue)
+    assert result.verdict == "worse"
+    assert parts[0].p_value == 1.0
+    assert all(part.verdict.startswith("not enough data") for part in parts)
+    text = np.random.default_rng(10).normal(3, 0.5, 60)
+    beside = [windows("dense", text), windows("small", text + 0.001)]
+    again, *_ = comparisons(
+        [*group("dense", right, True), beside[0], *group("small", changed, True), beside[1]]
+    )
+    assert again.p_value == 2 * result.p_value
 
 
 def test_other_questions_of_a_task_are_not_compared() -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import sqlite3
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, TypedDict, cast
+from uuid import uuid4
 
 from lrcompress.checkpoint.fingerprints import STAGES, add_tensors
+from lrcompress.evaluation.tasks.task_code import UntrackedCodeError, sources
 from lrcompress.runtime.atomic_io import replace_text, writing_state
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.paths import safe_name, user_path
@@ -32,10 +34,11 @@ TaskRecord = TypedDict(
         "versions": Any,
         "n-shot": int | None,
         "higher_is_better": dict[str, bool],
-        "effective": int | None,  # number of questions asked; None for a group
+        "effective": int,  # number of questions asked
         "logs": list[dict[str, Any]],
         "cut": int,  # number of questions of which a prompt lost its beginning
-        "questions": NotRequired[str],  # hash of the questions; added after the cache is read
+        "resamples": dict[str, int],  # metric -> those of its bootstrap, where lm-eval draws more
+        "questions": str,  # hash of the questions
     },
 )
 
@@ -147,12 +150,36 @@ def _tokenizer_state(tokenizer: Any) -> list[Any]:
 
 
 def task_fingerprint(task: Any) -> str:
-    """Hash of an lm-eval task whose requests are built: its version, its config, the source code
-    of the functions in it, and the text of every question."""
+    """Hash of an lm-eval task whose requests are built: its definition and every question.
+
+    Raises UntrackedCodeError where its code cannot be told.
+    """
+    content = [*_definition(task), questions_hash(task)]
+    return hashlib.blake2b(_json_bytes(content)).hexdigest()
+
+
+def definitions_hash(tasks: Iterable[Any]) -> str:
+    """Hash of lm-eval tasks whose requests are not built: their definitions and data sets.
+
+    Where the code of one cannot be told, no two hashes are equal.
+    """
+    try:
+        content = [[*_definition(task), _dataset_state(task)] for task in tasks]
+        return hashlib.blake2b(_json_bytes(content)).hexdigest()
+    except UntrackedCodeError:
+        return uuid4().hex
+
+
+def _definition(task: Any) -> list[Any]:
+    """Version, class and config of a task. Functions and classes stand for their code."""
     config = task.config.to_dict(keep_callable=True)
     config["metadata"] = {**(config.get("metadata") or {}), "config_source": None}
-    content = [task.VERSION, config, questions_hash(task)]
-    return hashlib.blake2b(_json_bytes(content)).hexdigest()
+    return [task.VERSION, type(task), config]
+
+
+def _dataset_state(task: Any) -> dict[str, Any]:
+    """Split -> what `datasets` knows its content by."""
+    return {split: getattr(rows, "_fingerprint", None) for split, rows in task.dataset.items()}
 
 
 def questions_hash(task: Any) -> str:
@@ -179,20 +206,15 @@ def _json_bytes(value: Any, **options: Any) -> bytes:
 
 
 def _json_form(value: Any) -> Any:
-    """A JSON form for values that have none. A function is represented by the source of its whole
-    module, because it may call other functions there."""
+    """A JSON form for values that have none. A function is represented by its name and all the
+    source that it may run.
+
+    Raises UntrackedCodeError where this cannot be told.
+    """
     if isinstance(value, partial):
         return [value.func, value.args, value.keywords]
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
     if callable(value):
-        return [getattr(value, "__qualname__", str(type(value))), _module_source(value)]
+        return [getattr(value, "__qualname__", None), sources(value)]
     return str(value)
-
-
-def _module_source(value: Any) -> str:
-    module = inspect.getmodule(value)
-    try:
-        return "" if module is None else inspect.getsource(module)
-    except (OSError, TypeError):  # built in, or not from a file
-        return ""

@@ -12,25 +12,38 @@ from lrcompress.runtime.progress import Progress
 
 # lm-eval draws so many resamples of a bootstrap with one seed
 RESAMPLES_PER_SEED = 1000
+# metrics that scikit-learn computes, with milliseconds for each resample
+SLOW_METRICS = {"f1_score", "matthews_corrcoef"}
+# resamples of slow metrics: the standard error is known to 1 / sqrt(2 * 10,000) = 0.7 % of itself
+SLOW_RESAMPLES = 10_000
+# items that a bootstrap draws, of slow metrics and of others: about a minute, and a few
+MAX_DRAWN_SLOW, MAX_DRAWN = 10**8, 10**9
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def shown_bootstraps(progress: Progress) -> Iterator[None]:
+def shown_bootstraps(progress: Progress) -> Iterator[dict[str, int]]:
     """Inside, the bootstraps of lm-eval run in this process, and `progress` shows them.
 
-    Their random numbers are those of lm-eval, so the results are equal. lm-eval would print to
-    stdout, and copy this process, with its model, for every core.
+    Their random numbers are those of lm-eval, so the results are equal, but slow metrics and many
+    items get fewer resamples. Yields the name of the function of each such metric and the number of
+    its resamples. lm-eval would print to stdout, and copy this process, with its model, for every
+    core.
     """
     from lm_eval.api import metrics
+
+    reduced: dict[str, int] = {}
 
     def standard_error(
         metric: Callable[[Sequence[Any]], float], items: Sequence[Any], iters: int
     ) -> float:
-        size = min(RESAMPLES_PER_SEED, iters)
+        used = resamples(metric.__name__, len(items), iters)
+        if used < iters:
+            reduced[metric.__name__] = used
+        size = min(RESAMPLES_PER_SEED, used)
         values: list[float] = []
-        seeds = iters // size
+        seeds = used // size
         for seed in progress(range(seeds), f"Bootstrapping {metric.__name__}", seeds):
             generator = random.Random(seed)
             values += [metric(generator.choices(items, k=len(items))) for _ in range(size)]
@@ -39,9 +52,23 @@ def shown_bootstraps(progress: Progress) -> Iterator[None]:
     original = metrics.bootstrap_stderr
     metrics.bootstrap_stderr = standard_error
     try:
-        yield
+        yield reduced
     finally:
         metrics.bootstrap_stderr = original
+
+
+def resamples(metric: str, items: int, iters: int) -> int:
+    """How many resamples of so many `items` are drawn where lm-eval draws `iters`.
+
+    At least those of one seed, and whole seeds.
+    """
+    is_slow = metric in SLOW_METRICS
+    most = min(SLOW_RESAMPLES, iters) if is_slow else iters
+    affordable = (MAX_DRAWN_SLOW if is_slow else MAX_DRAWN) // max(items, 1)
+    if affordable >= most:
+        return most
+    seeds = max(affordable // RESAMPLES_PER_SEED, 1)
+    return min(most, seeds * RESAMPLES_PER_SEED)
 
 
 @contextmanager

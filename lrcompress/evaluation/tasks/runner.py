@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -22,15 +22,18 @@ from lrcompress.evaluation.tasks.cache import (
     task_fingerprint,
 )
 from lrcompress.evaluation.tasks.cut_prompts import cut_prompts
+from lrcompress.evaluation.tasks.groups import group_record, group_samples, ordered, parts
 from lrcompress.evaluation.tasks.lm_eval_output import shown_bootstraps, warnings_once
 from lrcompress.evaluation.tasks.registry import Seeds, Tasks, explained
 from lrcompress.evaluation.tasks.sample_logs import Logs
+from lrcompress.evaluation.tasks.task_code import UntrackedCodeError
 from lrcompress.layers.nonfinite import checked_logits
 from lrcompress.models.loading import Loaded
 from lrcompress.reporting.metric import Metric
-from lrcompress.reporting.remarks import PROMPTS_CUT
+from lrcompress.reporting.remarks import PROMPTS_CUT, RESAMPLES
 from lrcompress.reporting.tables import QUESTIONS
 from lrcompress.runtime.errors import InputError, MachineError
+from lrcompress.runtime.notices import notice
 from lrcompress.runtime.packages import versions
 from lrcompress.runtime.progress import Progress, silent
 
@@ -106,14 +109,24 @@ def run_tasks(
     for name, task in tasks.tasks.items():
         with explained(name), warnings_once(), checked_logits(label, model):
             _build_requests(lm, task, tasks.seeds, options)
-            seeds = str(tasks.seeds)
-            inputs = [versions(), task_fingerprint(task), seeds, length, size, _device_name(lm)]
-            entry = None if cache is None else cache.entry(model_hash, name, inputs)
+            inputs = [versions(), str(tasks.seeds), length, size, _device_name(lm)]
+            entry = None if cache is None else _entry(cache, model_hash, name, task, inputs)
             record = _cached_or_computed(lm, name, task, tasks.seeds, options, entry)
             records[name] = {**record, "questions": questions_hash(task)}
     logs = {name: record["logs"] for name, record in records.items()}
-    records |= {name: _group_record(group, records) for name, group in tasks.groups.items()}
+    records |= {name: group_record(group, records) for name, group in tasks.groups.items()}
     return TaskResult(list(_metrics(label, records, tasks, options)), logs)
+
+
+def _entry(
+    cache: TaskCache, model_hash: str, name: str, task: Any, inputs: list[Any]
+) -> CacheEntry | None:
+    """The place of a result in `cache`; None where it cannot be told what it depends on."""
+    try:
+        return cache.entry(model_hash, name, [*inputs, task_fingerprint(task)])
+    except UntrackedCodeError as error:
+        notice(f"The results of task {name!r} are not kept: {error}.")
+        return None
 
 
 def _device_name(lm: Any) -> str:
@@ -161,7 +174,7 @@ def _compute(
     from lm_eval import evaluate
 
     cut = cut_prompts(lm, task)
-    with _caching_answers(lm, entry) as caching_lm, shown_bootstraps(lm.text_progress):
+    with _caching_answers(lm, entry) as caching_lm, shown_bootstraps(lm.text_progress) as reduced:
         tasks = {"tasks": {name: task}}
         output = evaluate(
             caching_lm,
@@ -173,6 +186,8 @@ def _compute(
         key: output[key][name] for key in ("results", "versions", "n-shot", "higher_is_better")
     }
     record["cut"] = cut
+    functions = {metric: f.__name__ for metric, f in task.aggregation().items()}
+    record["resamples"] = {m: reduced[name] for m, name in functions.items() if name in reduced}
     record["effective"] = output["n-samples"][name]["effective"]
     record["logs"] = output["samples"][name]
     # through JSON, so that a computed result equals the same result read from the cache
@@ -209,47 +224,38 @@ def _caching_answers(lm: Any, entry: CacheEntry | None) -> Iterator[Any]:
         ) from error
 
 
-def _group_record(group: Any, records: Mapping[str, TaskRecord]) -> TaskRecord:
-    """The result of a group from the results of its tasks, by lm-eval's own aggregation."""
-    members = [records[task.task_name] for task in group.get_all_tasks()]
-    higher_is_better: dict[str, bool] = {}
-    for member in members:
-        higher_is_better = member["higher_is_better"] | higher_is_better
-    shots = {member["n-shot"] for member in members}
-    return {
-        "results": group.aggregate({name: record["results"] for name, record in records.items()}),
-        "versions": group.version,
-        "n-shot": shots.pop() if len(shots) == 1 else None,
-        "higher_is_better": higher_is_better,
-        "effective": None,
-        "cut": sum(member["cut"] for member in members),
-        "logs": [],
-    }
-
-
 def _metrics(
     label: str, records: Mapping[str, TaskRecord], tasks: Tasks, options: TaskOptions
 ) -> Iterator[Metric]:
-    for name, record in records.items():
-        conditions: dict[str, object] = {
-            "task_version": record["versions"],
-            "num_fewshot": record["n-shot"],
-            "samples": record["effective"],
-            "context_length": options.max_length,
-            "seed": str(tasks.seeds),
-        }
-        conditions |= {key: value for key, value in options.prompting.items() if value}
-        if record["cut"]:
-            conditions[PROMPTS_CUT] = record["cut"]
-        if "questions" in record:
-            conditions[QUESTIONS] = record["questions"]
-        if name in tasks.files:
-            conditions["data"] = tasks.files[name]
-        for key, value in record["results"].items():
+    """Every metric of every task and group; those of a group are before those of its parts."""
+    for name in ordered(tasks):
+        conditions = _conditions(name, records[name], tasks, options)
+        for key, value in records[name]["results"].items():
             metric_name, _, filter_name = key.partition(",")
             is_number = isinstance(value, int | float)
             if filter_name and is_number and not metric_name.endswith("_stderr"):
-                yield _metric(label, name, record, key, conditions)
+                metric = _metric(label, name, records[name], key, conditions)
+                group = tasks.groups.get(name)
+                yield metric if group is None else _of_group(metric, group, key, records)
+
+
+def _conditions(
+    name: str, record: TaskRecord, tasks: Tasks, options: TaskOptions
+) -> dict[str, object]:
+    conditions: dict[str, object] = {
+        "task_version": record["versions"],
+        "num_fewshot": record["n-shot"],
+        "samples": record["effective"],
+        "context_length": options.max_length,
+        "seed": str(tasks.seeds),
+        QUESTIONS: record["questions"],
+    }
+    conditions |= {key: value for key, value in options.prompting.items() if value}
+    if record["cut"]:
+        conditions[PROMPTS_CUT] = record["cut"]
+    if name in tasks.files:
+        conditions["data"] = tasks.files[name]
+    return conditions
 
 
 def _metric(
@@ -260,25 +266,46 @@ def _metric(
     value = float(record["results"][key])
     error = record["results"].get(f"{name}_stderr,{filter_name}")
     low, high = (value - error, value + error) if isinstance(error, float) else (None, None)
+    resamples = record["resamples"].get(name)
     return Metric(
         model=label,
-        name=f"{task} {name}" + ("" if filter_name == "none" else f" ({filter_name})"),
+        name=_metric_name(task, key),
         value=value,
         unit="",
         higher_is_better=bool(record["higher_is_better"].get(name, True)),
-        conditions=conditions,
+        conditions={**conditions, **({RESAMPLES: resamples} if resamples else {})},
         low=low,
         high=high,
-        samples=_item_scores(record["logs"], name, filter_name, value),
+        samples=_item_scores(record, key),
     )
 
 
-def _item_scores(
-    logs: Sequence[Mapping[str, Any]], metric: str, filter_name: str, value: float
-) -> list[list[float]]:
-    """[score, 1] of every item if `value` is the mean of the scores; otherwise an empty list."""
-    scores = [item.get(metric) for item in logs if item["filter"] == filter_name]
+def _of_group(metric: Metric, group: Any, key: str, records: Mapping[str, TaskRecord]) -> Metric:
+    """`metric` of a group with the items of its tasks and the names of its parts."""
+    samples = {
+        task.task_name: _item_scores(records[task.task_name], key)
+        for task in group.get_all_tasks()
+        if key in records[task.task_name]["results"]
+    }
+    return replace(
+        metric,
+        samples=group_samples(group, key, samples, metric.value),
+        parts=[_metric_name(part, key) for part in parts(group, key, records)],
+    )
+
+
+def _metric_name(task: str, key: str) -> str:
+    name, filter_name = key.split(",", 1)
+    return f"{task} {name}" + ("" if filter_name == "none" else f" ({filter_name})")
+
+
+def _item_scores(record: TaskRecord, key: str) -> list[list[float]]:
+    """[score, 1] of every item if the metric `key` is the mean of the scores; otherwise an empty
+    list."""
+    metric, filter_name = key.split(",", 1)
+    scores = [item.get(metric) for item in record["logs"] if item["filter"] == filter_name]
     if not scores or not all(isinstance(score, int | float) for score in scores):
         return []
     numbers = [float(score) for score in scores if score is not None]
-    return [[number, 1] for number in numbers] if math.isclose(fmean(numbers), value) else []
+    is_mean = math.isclose(fmean(numbers), float(record["results"][key]))
+    return [[number, 1] for number in numbers] if is_mean else []

@@ -15,6 +15,7 @@ from lrcompress.config.recipe import Recipe, read_recipe
 from lrcompress.evaluation import evaluate
 from lrcompress.evaluation.contamination import check_checkpoint, check_recipe
 from lrcompress.evaluation.tasks import sample_logs
+from lrcompress.evaluation.tasks.cache import definitions_hash
 from lrcompress.evaluation.tasks.registry import Tasks
 from lrcompress.layers.model_info import sequence_length
 from lrcompress.models.loading import Loaded, load_model, locate, with_source
@@ -64,11 +65,11 @@ class Run:
         self.folder.refuse_other(overwrite)
         with locks.inside(self.folder.out):
             self.folder.refuse_other(overwrite)  # another process may have been here
-            tasks = evaluate.resolve_tasks(self.recipe.evaluate)
+            _ = self._tasks  # before hours of work: they may be refused
             self._check()
             self._make_models()
             differences = self._differences()  # first: it refuses prompts that are too long
-            return self._report(self._metrics(tasks), differences)
+            return self._report(self._metrics(), differences)
 
     def _check(self) -> None:
         """Raises InputError, before hours of work, for what later stages would refuse."""
@@ -146,6 +147,14 @@ class Run:
         made_here = {stage_titles[stage]: self._model_of(stage) for stage in self.stages}
         return (baselines or {"dense": model}) | made_here
 
+    @cached_property
+    def _tasks(self) -> Tasks | None:
+        return evaluate.resolve_tasks(self.recipe.evaluate)
+
+    @cached_property
+    def _task_state(self) -> str | None:
+        return definitions_hash(self._tasks.tasks.values()) if self._tasks else None
+
     def _metric_inputs(self, title: str) -> list[Any]:
         """Everything that the metrics of a column depend on."""
         settings, source = self.recipe.evaluate, self._compared[title]
@@ -156,15 +165,15 @@ class Run:
             model: list[Any] = [self._model_inputs(stage), self.folder.model_state(stage)]
         else:
             model = fingerprints.model_inputs(source)
-        return [settings.cache_key(), texts, model]
+        return [settings.cache_key(), texts, self._task_state, model]
 
-    def _metrics(self, tasks: Tasks | None) -> list[Metric]:
+    def _metrics(self) -> list[Metric]:
         """The quality of every model, then their speeds; kept ones where inputs are equal."""
         settings, metrics = self.recipe.evaluate, list[Metric]()
         inputs = {title: self._metric_inputs(title) for title in self._compared}
         for index, (title, column_inputs) in enumerate(inputs.items(), 1):
             name = title if " " not in title else f"baseline-{index}"  # a title may hold a path
-            quality = partial(self._quality, title, tasks)
+            quality = partial(self._quality, title)
             file = self.folder.measurement(f"quality-{name}", list[Metric])
             metrics += file.cached(column_inputs, ["evaluate", "tasks"], quality)
         if settings.speed or settings.training_speed:
@@ -186,14 +195,14 @@ class Run:
         models = {title: self._load(model) for title, model in self._compared.items()}
         return evaluate.details(models, self.recipe.evaluate, self.progress)
 
-    def _quality(self, title: str, tasks: Tasks | None) -> list[Metric]:
+    def _quality(self, title: str) -> list[Metric]:
         """Size, perplexities and task scores of one model; writes the samples of its tasks."""
         model, settings = self._compared[title], self.recipe.evaluate
         loaded = self._load(model)
         length = sequence_length(loaded[0], settings.context_length)
         record = record_of(model) or {}
         check_checkpoint(title, loaded[1], settings, length, record)
-        results = evaluate.quality(title, loaded, settings, tasks, length, self.progress)
+        results = evaluate.quality(title, loaded, settings, self._tasks, length, self.progress)
         folder_name = unique_file_names(self._compared)[title]
         sample_logs.write(self.folder.out / sample_logs.FOLDER / folder_name, results.logs[title])
         return results.metrics

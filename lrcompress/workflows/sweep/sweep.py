@@ -24,6 +24,7 @@ from lrcompress.config.recipe import Recipe
 from lrcompress.data.corpora import read_corpus
 from lrcompress.evaluation import evaluate
 from lrcompress.evaluation.contamination import check_recipe, reads_text
+from lrcompress.evaluation.tasks.cache import definitions_hash
 from lrcompress.evaluation.tasks.registry import Tasks
 from lrcompress.layers.model_info import sequence_length
 from lrcompress.methods.plan import Budget
@@ -146,6 +147,7 @@ class SweepRunner:
             fingerprints.model_state(recipe.model),
             measuring,
             texts,
+            self._task_state,
         ]
 
     def _variant_inputs(self, variant: Variant) -> list[Any]:
@@ -165,6 +167,10 @@ class SweepRunner:
     @cached_property
     def _tasks(self) -> Tasks | None:
         return evaluate.resolve_tasks(self.recipe.evaluate)
+
+    @cached_property
+    def _task_state(self) -> str | None:
+        return definitions_hash(self._tasks.tasks.values()) if self._tasks else None
 
     @cached_property
     def _loaded(self) -> Loaded:
@@ -266,10 +272,9 @@ class SweepRunner:
         Speeds are measured in alternation with the dense model's.
         """
         settings, title = self.recipe.evaluate, label(name, keep_ratio)
-        tasks = self._tasks  # before the model is loaded: they may be refused
         loaded = self._loaded if model is None else (model, self._loaded[1])
         length = sequence_length(loaded[0], settings.context_length)
-        results = evaluate.quality(title, loaded, settings, tasks, length, self.progress)
+        results = evaluate.quality(title, loaded, settings, self._tasks, length, self.progress)
         models = {DENSE: self._loaded} | {title: loaded}
         speeds = evaluate.speed(models, settings, self.progress)
         return SweepPoint(
