@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,29 @@ def _adapt_width(config: Any, stock: Any, linears: tuple[LinearSpec, ...]) -> An
     widest = max(spec.in_features for spec in linears if spec.role == "down")
     if any(spec.mixture for spec in linears):
         widest += -widest % EXPERT_WIDTH_MULTIPLE
-    for narrower_config in _configs_of_width(config, widest):
+    found = _stock_of_width(config, linears, widest)
+    if found is None:
+        return stock
+    narrower_config, skeleton = found
+    config.__dict__.update(narrower_config.__dict__)
+    return skeleton
+
+
+def _stock_of_width(
+    config: Any, linears: Sequence[LinearSpec], width: int
+) -> tuple[Any, Any] | None:
+    """A copy of `config` whose model has FFNs of `width`, with a skeleton of that model; None where
+    no key of the config does it."""
+    for narrower_config in _configs_of_width(config, width):
         candidate = _stock_skeleton(narrower_config)
-        if _has_width(candidate, linears, widest):
-            config.__dict__.update(narrower_config.__dict__)
-            return candidate
-    return stock
+        if _has_width(candidate, linears, width):
+            return narrower_config, candidate
+    return None
+
+
+def can_name_width(config: Any, linears: Sequence[LinearSpec], width: int) -> bool:
+    """Whether a stock model of the family of `config` can have FFNs of `width`."""
+    return _stock_of_width(config, linears, width) is not None
 
 
 def _stock_skeleton(config: Any) -> Any:
@@ -101,7 +118,7 @@ def _configs_of_width(config: Any, width: int) -> Iterator[Any]:
             yield changed
 
 
-def _has_width(stock: nn.Module, linears: tuple[LinearSpec, ...], width: int) -> bool:
+def _has_width(stock: nn.Module, linears: Sequence[LinearSpec], width: int) -> bool:
     shapes = {s.name: linear_shape(stock.get_submodule(s.name)) for s in linears}
     return all(shapes[s.name][1] == width for s in linears if s.role == "down")
 
