@@ -6,15 +6,15 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 from lrcompress.benchmark.timer import calls_per_timing, run_alternating, seconds_per_call
-from lrcompress.layers.lowrank import NARROWED, PivotedLinear, empty_like
+from lrcompress.layers.lowrank import PivotedLinear, empty_like
+from lrcompress.methods.candidates import CandidateGrid
 from lrcompress.methods.costs import FormCosts, LineCost
-from lrcompress.methods.types import Form, LayerForm, LinearSpec
+from lrcompress.methods.types import LayerForm, LinearSpec
 from lrcompress.runtime.progress import Progress
 
 # shares of a linear's parameters at which its forms are timed
@@ -22,7 +22,6 @@ SHARES = (0.4, 0.8)
 REPEATS = 7
 # a model reads other weights for every linear, so no cache helps it: so much weight is read in turn
 MAX_BYTES = 128 * 2**20
-DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class FormTiming:
 
 @dataclass(frozen=True)
 class ShapeTimings:
-    """The timings of linears like `linear`, by form, in the order of SHARES."""
+    """The timings of linears like `linear`, by form, with ascending parameters."""
 
     linear: LinearSpec
     by_form: Mapping[LayerForm, Sequence[FormTiming]]
@@ -62,16 +61,17 @@ class MeasuredCosts:
 
 
 def measure_costs(
-    linears: Sequence[LinearSpec], form: Form, like: Tensor, progress: Progress
+    linears: Sequence[LinearSpec], grid: CandidateGrid, like: Tensor, progress: Progress
 ) -> MeasuredCosts:
-    """Times each shape of `linears` once, dense, narrowed and in `form`, for one token.
+    """Times each shape of `linears` once, dense, narrowed and low rank, for one token.
 
-    Device and dtype are those of `like`.
+    Widths, ranks and the form are those of `grid`, device and dtype those of `like`.
     """
     counts = Counter((spec.out_features, spec.in_features) for spec in linears)
     shapes = {(spec.out_features, spec.in_features): spec for spec in linears}
     timings = {
-        shape: _timings(spec, form, like, counts[shape], progress) for shape, spec in shapes.items()
+        shape: _timings(spec, _layers(spec, grid, like), counts[shape], progress)
+        for shape, spec in shapes.items()
     }
     lines = {shape: timing.lines() for shape, timing in timings.items()}
     costs = {spec.name: lines[spec.out_features, spec.in_features] for spec in linears}
@@ -81,34 +81,50 @@ def measure_costs(
 def _sentence(timings: Iterable[ShapeTimings], like: Tensor) -> str:
     shares = " and ".join(f"{share:.0%}" for share in SHARES)
     return (
-        f"time for one token over dense with {shares} of the parameters, in "
+        f"time for one token over dense with about {shares} of the parameters, in "
         f"{str(like.dtype).removeprefix('torch.')} on {like.device.type}: "
         + "; ".join(map(str, timings))
     )
 
 
-def _timings(
-    spec: LinearSpec, form: Form, like: Tensor, count: int, progress: Progress
-) -> ShapeTimings:
-    """The timings of `spec`, with as many linears in turn as the model has of this shape."""
-    copies = max(1, min(count, MAX_BYTES // (spec.dense_parameters * like.element_size())))
-    layers = {DENSE: _dense_of(spec, like)}
+# what a layer is: its form, None for dense, and the share of the parameters that it is near
+Label = tuple[LayerForm | None, float]
+DENSE: Label = (None, 1.0)
+
+
+def _layers(spec: LinearSpec, grid: CandidateGrid, like: Tensor) -> dict[Label, nn.Module]:
+    """The layers to time in the place of `spec`; no form for which it is too small."""
+    layers: dict[Label, nn.Module] = {DENSE: _dense_of(spec, like)}
+    channels = spec.in_features if spec.role == "down" else spec.out_features
+    full_width = channels // 2 if spec.role == "gate_up" else channels
+    widths, ranks = grid.widths([spec], full_width), grid.ranks(spec)
     for share in SHARES:
-        layers[f"{NARROWED} {share}"] = _dense_of(_narrowed_to(spec, share), like)
-        layers[f"{form} {share}"] = _low_rank_of(spec, form, share, layers[DENSE])
-    passes = {name: _Pass.of(layer, copies) for name, layer in layers.items()}
+        if widths:
+            width = min(widths, key=lambda width: abs(width - share * full_width))
+            layers["narrowed", share] = _dense_of(spec.narrowed(width), like)
+        if ranks and grid.low_rank:
+            layers[grid.form, share] = _low_rank_of(spec, grid, share, layers[DENSE])
+    return layers
+
+
+def _timings(
+    spec: LinearSpec, layers: Mapping[Label, nn.Module], count: int, progress: Progress
+) -> ShapeTimings:
+    """The timings of `layers`, each read in turn as often as the model has linears of this shape.
+
+    The least time counts, which other work on the machine disturbs least.
+    """
+    size = sum(parameter.nbytes for parameter in layers[DENSE].parameters())
+    copies = max(1, min(count, MAX_BYTES // size))
+    passes = {str(label): _Pass.of(layer, copies) for label, layer in layers.items()}
     title = f"Timing {spec.out_features} x {spec.in_features}"
     seconds = run_alternating(passes, REPEATS, _Pass.seconds, progress, title)
-    dense = median(seconds[DENSE])
-
-    def of(name: LayerForm) -> list[FormTiming]:
-        labels = [f"{name} {share}" for share in SHARES]
-        return [
-            FormTiming(_parameters(layers[label]), median(seconds[label]) / dense)
-            for label in labels
-        ]
-
-    return ShapeTimings(spec, {"narrowed": of("narrowed"), form: of(form)})
+    by_form: dict[LayerForm, list[FormTiming]] = {}
+    for label, layer in layers.items():
+        ratio = min(seconds[str(label)]) / min(seconds[str(DENSE)])
+        if label[0] is not None:
+            by_form.setdefault(label[0], []).append(FormTiming(_parameters(layer), ratio))
+    return ShapeTimings(spec, by_form)
 
 
 def _parameters(layer: nn.Module) -> int:
@@ -121,19 +137,14 @@ def _dense_of(spec: LinearSpec, like: Tensor) -> nn.Module:
     )
 
 
-def _narrowed_to(spec: LinearSpec, share: float) -> LinearSpec:
-    channels = spec.in_features if spec.role == "down" else spec.out_features
-    halves = 2 if spec.role == "gate_up" else 1
-    return spec.narrowed(max(1, round(share * channels / halves)))
-
-
 @torch.no_grad()
-def _low_rank_of(spec: LinearSpec, form: Form, share: float, dense: nn.Module) -> nn.Module:
+def _low_rank_of(
+    spec: LinearSpec, grid: CandidateGrid, share: float, dense: nn.Module
+) -> nn.Module:
     """A random layer with the rank whose parameters are nearest to `share` of the dense ones."""
     target = share * spec.dense_parameters
-    ranks = range(1, spec.full_rank + 1)
-    rank = min(ranks, key=lambda rank: abs(spec.parameters(rank, form) - target))
-    layer = empty_like(dense, form, (spec.out_features, spec.in_features), rank)
+    rank = min(grid.ranks(spec), key=lambda rank: abs(spec.parameters(rank, grid.form) - target))
+    layer = empty_like(dense, grid.form, (spec.out_features, spec.in_features), rank)
     for parameter in layer.parameters():
         parameter.normal_(std=parameter.shape[-1] ** -0.5)
     if isinstance(layer, PivotedLinear):
@@ -172,7 +183,7 @@ def _line(timings: Sequence[FormTiming], dense: int) -> LineCost:
     It does not fall: smaller layers that took longer did so by chance, and count as equal.
     """
     first, last = timings[0], timings[-1]
+    if last.parameters == first.parameters or last.ratio <= first.ratio:
+        return LineCost(dense * max(first.ratio, last.ratio), 0.0)
     rise = dense * (last.ratio - first.ratio) / (last.parameters - first.parameters)
-    if rise <= 0:
-        return LineCost(dense * median(timing.ratio for timing in timings), 0.0)
     return LineCost(dense * first.ratio - rise * first.parameters, rise)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -42,21 +43,15 @@ class Serving:
     ) -> Self:
         """For `model`, which `check_target` has let through; times its shapes if speed counts."""
         target = TARGETS[settings.target]
-        costs, notes = _costs(model, linears, settings, progress)
         allocator = settings.allocator()
         # in the coarse steps of a target, equal shares are one width
         if not target.low_rank and (
             _needs_one_width(model, settings) or not allocator.needs_errors
         ):
             allocator = OneWidth()
-        grid = CandidateGrid(
-            settings.form,
-            settings.rank_multiple,
-            settings.rank,
-            low_rank=target.low_rank,
-            width_multiple=_width_multiple(settings, linears),
-            costs=costs,
-        )
+        grid = _grid(settings, linears)
+        costs, notes = _costs(model, linears, grid, settings, progress)
+        grid = replace(grid, costs=costs)
         if settings.target != "transformers":
             notes = (_target_note(settings, grid, allocator), *notes)
         return cls(grid, allocator, notes)
@@ -82,9 +77,7 @@ def check_target(model: Any, linears: Sequence[LinearSpec], settings: FactorizeS
             f"--for {name} gives all FFNs one width, and those of this {model.config.model_type!r} "
             f"have {' and '.join(map(str, widths))} channels: leave --for out"
         )
-    step = CandidateGrid(
-        settings.form, settings.rank_multiple, width_multiple=_width_multiple(settings, linears)
-    ).width_step
+    step = _grid(settings, linears).width_step
     if widths[0] <= step:
         raise InputError(
             f"--for {name} narrows in steps of {step} channels, and the FFNs have {widths[0]}: "
@@ -101,15 +94,27 @@ def _needs_one_width(model: Any, settings: FactorizeSettings) -> bool:
     return TARGETS[settings.target].needs_one_width(model.config.model_type)
 
 
-def _width_multiple(settings: FactorizeSettings, linears: Sequence[LinearSpec]) -> int:
+def _grid(settings: FactorizeSettings, linears: Sequence[LinearSpec]) -> CandidateGrid:
+    """What may be chosen for `linears`, as if every form cost its parameters."""
     target = TARGETS[settings.target]
+    multiple = target.width_multiple
     if not target.low_rank and any(spec.mixture for spec in linears):
-        return max(target.width_multiple, EXPERT_WIDTH_MULTIPLE)
-    return target.width_multiple
+        multiple = math.lcm(multiple, EXPERT_WIDTH_MULTIPLE)
+    return CandidateGrid(
+        settings.form,
+        settings.rank_multiple,
+        settings.rank,
+        low_rank=target.low_rank,
+        width_multiple=multiple,
+    )
 
 
 def _costs(
-    model: Any, linears: Sequence[LinearSpec], settings: FactorizeSettings, progress: Progress
+    model: Any,
+    linears: Sequence[LinearSpec],
+    grid: CandidateGrid,
+    settings: FactorizeSettings,
+    progress: Progress,
 ) -> tuple[FormCosts | None, tuple[str, ...]]:
     """What forms cost, and a note on it; None where they cost their parameters.
 
@@ -118,7 +123,7 @@ def _costs(
     overheads = TARGETS[settings.target].overheads
     if settings.objective == "speed":
         like = _where_it_runs(model)
-        measured = run_on_main(lambda: measure_costs(linears, settings.form, like, progress))
+        measured = run_on_main(lambda: measure_costs(linears, grid, like, progress))
         return measured.costs, (measured.sentence,)
     if not overheads or not settings.allocator().needs_errors:
         return None, ()
