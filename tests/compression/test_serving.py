@@ -10,8 +10,6 @@ import pytest
 import torch
 
 import lrcompress
-from lrcompress.checkpoint.export.export_folder import export_to
-from lrcompress.config import ModelSettings
 from lrcompress.methods.targets import TARGETS, Target
 from tests.conftest import invoke
 from tests.tiny import byte_tokenizer, logits, saved_model, tiny_model
@@ -87,11 +85,27 @@ def test_a_stock_model_is_smaller_and_equal_after_export(family: str, tmp_path: 
     assert "made for stock: one width for all FFNs" in result.output
     record = json.loads((tmp_path / "small" / "lrcompress.json").read_text())
     assert record["recipe"]["factorize"]["target"] == "stock"
-    export_to(ModelSettings(source=str(tmp_path / "small")), tmp_path / "plain", "dense")
+    exported = invoke("export", tmp_path / "small", "--to", "dense", "--out", tmp_path / "plain")
+    assert exported.exit_code == 0, exported.output
+    assert "notes" not in json.loads((tmp_path / "plain" / "lrcompress.json").read_text())
     plain, small = (lrcompress.load(tmp_path / name)[0] for name in ("plain", "small"))
     assert plain.num_parameters() == small.num_parameters() == record["counts"]["model"]["kept"]
     assert record["counts"]["ffn"]["keep_ratio"] <= 0.7
     torch.testing.assert_close(logits(plain), logits(small), rtol=0, atol=2e-5)
+
+
+def test_an_export_that_grows_names_the_flag(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(intermediate_size=WIDTH)
+    factorized(model, method="svd", keep_ratio=0.5)
+    lrcompress.save(model, tmp_path / "low-rank", byte_tokenizer())
+    exported = invoke("export", tmp_path / "low-rank", "--to", "dense", "--out", tmp_path / "plain")
+    assert exported.exit_code == 0, exported.output
+    (note,) = json.loads((tmp_path / "plain" / "lrcompress.json").read_text())["notes"]
+    assert note in caplog.text
+    assert "stock layers make 71,904 parameters of" in note
+    assert "`lrcompress factorize --for stock`" in note
 
 
 @pytest.mark.parametrize("settings", [
@@ -154,6 +168,12 @@ def test_vllm_narrows_where_factors_do_not_pay() -> None:
     assert "made for vllm: forms were weighed by what they cost there" in result.notes
     with pytest.raises(lrcompress.InputError, match=r"no form is faster than dense .* use a"):
         factorized(tiny_model(), target="vllm", method="fisher", keep_ratio=0.5)
+
+
+def test_gguf_has_the_families_of_its_export() -> None:
+    families = pytest.importorskip("lrcompress.checkpoint.export.gguf_families").FAMILIES
+    with_own_widths = {name for name, family in families.items() if family.per_block_width}
+    assert TARGETS["gguf"].own_widths == with_own_widths
 
 
 def test_streaming_gives_the_widths_of_memory(tmp_path: Path) -> None:

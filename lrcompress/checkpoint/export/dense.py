@@ -21,8 +21,10 @@ from lrcompress.layers.lowrank import (
     install,
     linear_shape,
 )
+from lrcompress.layers.model_info import parameter_count
 from lrcompress.layers.moe import unpack, unpacked
 from lrcompress.methods.types import LinearSpec
+from lrcompress.runtime.notices import notice
 
 # config keys for the number of intermediate channels; the value None means 4 x hidden size
 WIDTH_KEYS = (
@@ -147,8 +149,21 @@ def _zero_padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
 def export_dense(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:
     """Writes `model` with every compressed layer turned back into a stock layer (see `to_stock`).
 
-    Any program that loads the original architecture loads the result. `model` is changed.
+    Any program that loads the original architecture loads the result. `model` is changed. Says so
+    where the stock layers are larger than the compressed ones.
     """
+    compressed = parameter_count(model)
     to_stock(model)
-    origin = {"source": record.get("source"), "export": "dense", "factorized_from": dict(record)}
+    origin: dict[str, Any] = {
+        "source": record.get("source"),
+        "export": "dense",
+        "factorized_from": dict(record),
+    }
+    if (stock := parameter_count(model)) > compressed:
+        sentence = (
+            f"stock layers make {stock:,} parameters of {compressed:,}: "
+            "`lrcompress factorize --for stock` makes a model that an export leaves as small"
+        )
+        origin["notes"] = [sentence]
+        notice(sentence)
     save_checkpoint(model, tokenizer, out, origin)
