@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from lrcompress.config import EvaluateSettings
 
 
+# keyword argument -> its flag, where Python reserves the word
+FLAG_WORDS = {"target": "for"}
+
+
 class SettingsCommand(click.Command):
     """A command with an option for every field of some recipe sections.
 
@@ -57,18 +61,23 @@ def _section_options(sections: tuple[str, ...]) -> list[click.Parameter]:
 def _field_option(flag: str, field: Any) -> click.Option:
     """The option of a section's field. Its value stays text: pydantic converts and checks it, as it
     does for recipes."""
-    name, kind = flag.replace("_", "-"), field.annotation
+    name, kind = _flag_word(flag), field.annotation
     help_text = field.description + _default_text(field.default)
     if kind is bool:
         return click.Option([f"--{name}/--no-{name}"], default=None, help=help_text)
     is_multiple = typing.get_origin(kind) in (tuple, dict)
     return click.Option(
-        [f"--{name}"],
+        [f"--{name}", flag],
         default=None,
         multiple=is_multiple,
         metavar=_metavar(kind),
         help=help_text + (" May be repeated." if is_multiple else ""),
     )
+
+
+def _flag_word(name: str) -> str:
+    """The flag, without its dashes, of the keyword argument `name`."""
+    return FLAG_WORDS.get(name, name).replace("_", "-")
 
 
 def _default_text(default: object) -> str:
@@ -96,7 +105,7 @@ def _set_by_user(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_typed(key: str) -> str:
     """How the user writes the setting `key` on the command line."""
-    return "MODEL" if key == "source" else f"--{key.replace('_', '-')}"
+    return "MODEL" if key == "source" else f"--{_flag_word(key)}"
 
 
 def build_sections(

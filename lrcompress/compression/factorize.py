@@ -28,6 +28,7 @@ from lrcompress.compression.refine import refine
 from lrcompress.compression.refined_block import RefinedBlock
 from lrcompress.compression.replace_layers import LinearResult, apply_plan
 from lrcompress.compression.result import DenseModel, Factorization, factorization_of
+from lrcompress.compression.serving import check_target
 from lrcompress.config import CalibrationSettings, FactorizeSettings, RefineSettings
 from lrcompress.config.recipe import sections, sections_from_flat
 from lrcompress.layers.experts import EXPERT_LIST
@@ -132,6 +133,7 @@ class Compressor:
         with unpacked(self.model):
             linears = select(self.model, settings.include, settings.exclude, settings.dense_first)
             check_weights(self.model, linears)
+            check_target(self.model, linears, settings)
         if (weight := next(nonfinite_weights(self.model), None)) is not None:
             raise InputError(f"{weight} is not finite: get an intact copy")
         if settings.sequential == "anchored" and not _falls_back(settings, linears):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lrcompress.compression.calibration.moments import MomentStatistics
 from lrcompress.compression.calibration.probes import Probe, corrected, probe_of
+from lrcompress.compression.serving import Serving
 from lrcompress.config import FactorizeSettings
 from lrcompress.layers.ffn_layouts import linears_of
 from lrcompress.layers.lowrank import dense_weight
@@ -51,20 +52,26 @@ class ModelCandidates:
 class PreparedModel:
     """The selected linears with all that was measured; `plan` is None until a search finds it.
 
-    `keep_ratio` is the budget as a share of the selected parameters, None where it is another.
-    `moments` are None where none were measured, or where they are measured again block by block.
+    `grid` says which ranks and widths were considered, and `notes` why not others. `keep_ratio` is
+    the budget as a share of the selected parameters, None where it is another. `moments` are None
+    where none were measured, or where they are measured again block by block.
     """
 
     linears: tuple[LinearSpec, ...]
     method: Method
     allocator: Allocator
-    form: Form
+    grid: CandidateGrid
+    notes: tuple[str, ...]
     moments: MomentStatistics | None
     candidates: tuple[Candidates, ...]
     channels: Mapping[str, Tensor]
     keep_ratio: float | None
     plan: Plan | None
     decompositions: DecompositionCache
+
+    @property
+    def form(self) -> Form:
+        return self.grid.form
 
     def for_many_plans(self) -> PreparedModel:
         """The same with a cache of decompositions, each of which then serves all plans."""
@@ -84,18 +91,21 @@ class PreparedModel:
 
 @dataclass(frozen=True)
 class Planning:
-    """The method, the rank policy and the budget of a run: from FFNs to candidates to a plan."""
+    """The method, the rank policy and the budget of a run: from FFNs to candidates to a plan.
+
+    `notes` are sentences on the grid.
+    """
 
     method: Method
     allocator: Allocator
     grid: CandidateGrid
     budget: Budget
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, settings: FactorizeSettings, keep_ratio: float | None) -> Self:
-        grid = CandidateGrid(settings.form, settings.rank_multiple, settings.rank)
+    def of(cls, settings: FactorizeSettings, keep_ratio: float | None, serving: Serving) -> Self:
         budget = Budget(settings.rank, keep_ratio)
-        return cls(settings.build_method(), settings.allocator(), grid, budget)
+        return cls(settings.build_method(), serving.allocator, serving.grid, budget, serving.notes)
 
     @property
     def needs_measurement(self) -> bool:
@@ -152,9 +162,20 @@ class Planning:
 
     def plan(self, candidates: ModelCandidates) -> Plan | None:
         """The plan for the budget; None where the budget is to be searched for."""
+        if self.grid.costs is not None and not any(map(_has_options, candidates.ffns)):
+            raise InputError(
+                "no form is faster than dense at the widths of this model, "
+                f"{'; '.join(self.notes)}: use a method that narrows, such as auto, or leave out "
+                "--objective and --for"
+            )
         if self.budget.rank is None and self.budget.keep_ratio is None:
             return None
         return self.allocator.allocate(candidates.ffns, self.budget)
+
+
+def _has_options(ffn: Candidates) -> bool:
+    """Whether the FFN can be anything but dense."""
+    return len(ffn.shapes) > 1 or any(len(curve.ranks) > 1 for curve in ffn.shapes[0].curves)
 
 
 class PlanningSource(Protocol):
@@ -189,7 +210,8 @@ def plan_model(
         linears=linears,
         method=planning.method,
         allocator=planning.allocator,
-        form=planning.grid.form,
+        grid=planning.grid,
+        notes=planning.notes,
         moments=moments,
         candidates=candidates.ffns,
         channels=candidates.channels,
@@ -251,7 +273,8 @@ def prepare(
     `keep_ratio` is the budget as a share of the parameters of `linears`, None for a rank or a
     search. Raises InputError where the budget does not fit.
     """
-    planning = Planning.of(settings, keep_ratio)
+    serving = Serving.of(model, linears, settings, progress)
+    planning = Planning.of(settings, keep_ratio, serving)
     source = InMemorySource(model, linears, planning, calibration, progress)
     with unpacked(model):
         return plan_model(model, linears, planning, source)

@@ -140,18 +140,8 @@ def _warnings(
 
     `dense_experts` are the names of expert tensors, which stay dense.
     """
-    keep_ratio = prepared.keep_ratio
-    if all(linear.form is None for linear in linears):
-        spec = linears[0].spec
-        yield (
-            f"all {len(linears)} linears stay dense, because at the requested budget factors would "
-            f"not be smaller: {spec.name} breaks even at rank {spec.break_even_rank:.0f}"
-        )
-    elif keep_ratio is not None and abs(selected.keep_ratio - keep_ratio) > BUDGET_TOLERANCE:
-        yield (
-            f"{selected.keep_ratio:.1%} of the selected parameters are kept, not the requested "
-            f"{keep_ratio:.1%}: ranks come in steps of --rank-multiple"
-        )
+    yield from prepared.notes
+    yield from _budget_warning(prepared, linears, selected)
     undersampled = [] if prepared.moments is None else prepared.moments.undersampled_experts()
     if undersampled:
         experts = {linear.spec.ffn for linear in linears if linear.spec.mixture}
@@ -171,6 +161,27 @@ def _warnings(
         yield (
             f"{len(dense_experts)} mixture-of-experts tensors stay dense, such as "
             f"{dense_experts[0]}"
+        )
+
+
+def _budget_warning(
+    prepared: PreparedModel, linears: Sequence[LinearResult], selected: ParameterCounts
+) -> Iterator[str]:
+    """What became of the budget, if it is not met."""
+    keep_ratio, grid = prepared.keep_ratio, prepared.grid
+    if all(linear.form is None for linear in linears) and grid.low_rank:
+        spec = linears[0].spec
+        yield (
+            f"all {len(linears)} linears stay dense, because at the requested budget factors would "
+            f"not be smaller: {spec.name} breaks even at rank {spec.break_even_rank:.0f}"
+        )
+    elif keep_ratio is not None and abs(selected.keep_ratio - keep_ratio) > BUDGET_TOLERANCE:
+        steps = "ranks come in steps of --rank-multiple"
+        if not grid.low_rank:
+            steps = f"widths come in steps of {grid.width_step} channels"
+        yield (
+            f"{selected.keep_ratio:.1%} of the selected parameters are kept, not the requested "
+            f"{keep_ratio:.1%}: {steps}"
         )
 
 

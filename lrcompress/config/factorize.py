@@ -21,6 +21,7 @@ from lrcompress.config.field_types import (
 )
 from lrcompress.methods.plan import Allocator
 from lrcompress.methods.registry import ALLOCATORS, ESTIMATE_LOSS, METHODS
+from lrcompress.methods.targets import TARGETS
 from lrcompress.methods.types import Form, Method
 from lrcompress.runtime.errors import validation_reason
 
@@ -56,6 +57,16 @@ class FactorizeSettings(Section):
         "default",
         description="Defaults of other settings: quick reads less calibration text; best reads "
         "more, and fits anchored.",
+    )
+    target: Annotated[str, AfterValidator(one_of(TARGETS))] = Field(
+        "transformers",
+        description=f"Where the model will be served, one of {', '.join(TARGETS)}: forms that it "
+        "cannot serve are not chosen.",
+    )
+    objective: Literal["params", "speed"] = Field(
+        "params",
+        description="What losses are weighed against: parameters, or the time that each form takes "
+        "on this machine; forms slower than dense are then not chosen.",
     )
     method: Annotated[str, AfterValidator(one_of(METHODS))] = Field(
         "auto", description=f"One of {', '.join(METHODS)}; with rank the default is whitened."
@@ -131,7 +142,27 @@ class FactorizeSettings(Section):
             raise ValueError(
                 f"{self.ranks} does not go with {self.method}, which estimates no loss: use uniform"
             )
+        if not TARGETS[self.target].low_rank:
+            self._check_narrows(method)
+        if self.objective == "speed" and not policy.needs_errors:
+            raise ValueError(
+                f"objective speed does not go with {self.ranks}, which weighs nothing: use "
+                "loss_aware, with a method such as auto"
+            )
         return self
+
+    def _check_narrows(self, method: Method) -> None:
+        """Raises ValueError where low rank is asked for, which the target cannot serve."""
+        if self.rank is not None:
+            raise ValueError(
+                f"rank asks for low-rank layers, which --for {self.target} leaves out: use "
+                "keep_ratio"
+            )
+        if not method.narrows:
+            raise ValueError(
+                f"{self.method} makes low-rank layers, which --for {self.target} leaves out: use "
+                "auto, nystrom or another method that narrows"
+            )
 
     def build_method(self) -> Method:
         """The compression method with its options."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
+from lrcompress.methods.costs import FormCosts
 from lrcompress.methods.plan import Candidates, RankCurve, WidthOption
 from lrcompress.methods.types import FFN, Form, LinearSpec, Method
 from lrcompress.runtime.errors import InputError
@@ -18,26 +20,59 @@ COMBINED_WIDTH_SHARES = (0.85, 0.7, 0.55, 0.4)
 
 @dataclass(frozen=True)
 class CandidateGrid:
-    """Which ranks and widths are considered: multiples of `multiple`, or exactly one `rank`."""
+    """Which ranks and widths are considered: multiples of `multiple`, or exactly one `rank`.
+
+    Widths are also multiples of `width_multiple`. Without `low_rank` there are widths alone.
+    With `costs`, only what costs less than the dense linear or FFN is considered.
+    """
 
     form: Form
     multiple: int
     rank: int | None = None
+    low_rank: bool = True
+    width_multiple: int = 1
+    costs: FormCosts | None = None
 
-    def ranks(self, linear: LinearSpec) -> list[int]:
-        """Ranks of `linear` that save parameters, ascending."""
+    @property
+    def width_step(self) -> int:
+        return math.lcm(self.multiple, self.width_multiple)
+
+    def truncates(self, method: Method) -> bool:
+        """Whether linears are made low rank by `method`."""
+        return self.low_rank and method.truncates
+
+    def ranks(self, linear: LinearSpec, narrowed: bool = False) -> list[int]:
+        """Ranks of `linear`, in an FFN that may be `narrowed`, that save parameters, ascending."""
         grid = (
             [self.rank]
             if self.rank is not None
             else range(min(self.multiple, linear.full_rank), linear.full_rank, self.multiple)
         )
+        dense = self.cost(linear, None, narrowed)
         return [
-            rank for rank in grid if 1 <= rank < linear.full_rank and linear.saves(rank, self.form)
+            rank
+            for rank in grid
+            if 1 <= rank < linear.full_rank
+            and linear.saves(rank, self.form)
+            and self.cost(linear, rank, narrowed) < dense
         ]
 
-    def widths(self, width: int) -> list[int]:
-        """Widths below `width`, descending."""
-        return list(range((width - 1) // self.multiple * self.multiple, 0, -self.multiple))
+    def widths(self, linears: Sequence[LinearSpec], width: int) -> list[int]:
+        """Widths of an FFN of `linears` below its `width` that save something, descending."""
+        step = self.width_step
+        dense = sum(linear.dense_parameters for linear in linears)
+        return [
+            narrower
+            for narrower in range((width - 1) // step * step, 0, -step)
+            if sum(self.cost(spec.narrowed(narrower), None, True) for spec in linears) < dense
+        ]
+
+    def cost(self, linear: LinearSpec, rank: int | None, narrowed: bool) -> float:
+        """What `linear` costs at `rank`, or dense if that is None, in an FFN that is `narrowed`."""
+        parameters = linear.parameters(rank, self.form)
+        if self.costs is None or (rank is None and not narrowed):
+            return parameters
+        return self.costs.of(linear.name, self.form if rank else "narrowed", parameters)
 
 
 def list_candidates(
@@ -49,16 +84,19 @@ def list_candidates(
     errors of ranks are NaN, which saves their decompositions. Raises InputError where the method
     can only narrow and the FFN is incomplete.
     """
-    if not method.truncates and ffn.down is None:
+    if not grid.truncates(method) and ffn.down is None:
+        remedy = (
+            "leave --for out" if method.truncates else "use a method that truncates, such as fisher"
+        )
         raise InputError(
             f"{ffn.name} cannot be narrowed without all of its linears: do not exclude any of "
-            "them, or use a method that truncates, such as fisher"
+            f"them, or {remedy}"
         )
     if method.narrows and ffn.down is not None:
         shapes, channels = _narrowed_shapes(ffn, method, grid, errors)
     else:
         shapes, channels = [], None
-    full = WidthOption(None, 0.0, tuple(_curves(ffn, method, grid, errors)))
+    full = WidthOption(None, 0.0, tuple(_curves(ffn, method, grid, errors, narrowed=False)))
     return Candidates(ffn.name, ffn.linears, (full, *shapes)), channels
 
 
@@ -70,12 +108,13 @@ def _narrowed_shapes(
     full_width = ffn.down.in_features
     combined = {_nearest_multiple(s * full_width, grid.multiple) for s in COMBINED_WIDTH_SHARES}
     shapes = []
-    for width in grid.widths(full_width):
-        if method.truncates and errors and width in combined:
+    for width in grid.widths(ffn.linears, full_width):
+        if grid.truncates(method) and errors and width in combined:
             narrowed = method.narrow(ffn, order.channels[:width])
-            curves = _curves(narrowed, method, grid, errors)
+            curves = _curves(narrowed, method, grid, errors, narrowed=True)
         else:
-            curves = (_dense_curve(linear.narrowed(width)) for linear in ffn.linears)
+            linears = (linear.narrowed(width) for linear in ffn.linears)
+            curves = (_curve(linear, (), (), grid, narrowed=True) for linear in linears)
         shapes.append(WidthOption(width, float(order.errors[width]), tuple(curves)))
     return shapes, order.channels
 
@@ -84,29 +123,33 @@ def _nearest_multiple(value: float, multiple: int) -> int:
     return multiple * round(value / multiple)
 
 
-def _curves(ffn: FFN, method: Method, grid: CandidateGrid, errors: bool) -> Iterator[RankCurve]:
+def _curves(
+    ffn: FFN, method: Method, grid: CandidateGrid, errors: bool, narrowed: bool
+) -> Iterator[RankCurve]:
+    """The curve of each linear of `ffn`, which may already be `narrowed`."""
     for linear in ffn.linears:
-        if not method.truncates:
-            yield _dense_curve(linear)
-            continue
-        ranks = grid.ranks(linear)
-        parameters = [linear.parameters(rank, grid.form) for rank in ranks]
+        ranks = grid.ranks(linear, narrowed) if grid.truncates(method) else []
         rank_errors = [float("nan")] * len(ranks)
-        if errors:
+        if errors and ranks:
             weight, statistics = ffn.weights[linear.name], ffn.statistics[linear.name]
             rank_errors = method.error_curve(weight, statistics)[ranks].tolist()
-        yield RankCurve(
-            name=linear.name,
-            ranks=np.array([*ranks, 0]),
-            parameters=np.array([*parameters, linear.dense_parameters]),
-            errors=np.array([*rank_errors, 0.0]),
-        )
+        yield _curve(linear, ranks, rank_errors, grid, narrowed)
 
 
-def _dense_curve(linear: LinearSpec) -> RankCurve:
+def _curve(
+    linear: LinearSpec,
+    ranks: Sequence[int],
+    errors: Sequence[float],
+    grid: CandidateGrid,
+    narrowed: bool,
+) -> RankCurve:
+    """The curve of `linear` with the `errors` of `ranks`, and with the dense linear at its end."""
+    options = [*ranks, None]
+    costs = [grid.cost(linear, rank, narrowed) for rank in options]
     return RankCurve(
         name=linear.name,
-        ranks=np.array([0]),
-        parameters=np.array([linear.dense_parameters]),
-        errors=np.array([0.0]),
+        ranks=np.array([*ranks, 0]),
+        parameters=np.array([linear.parameters(rank, grid.form) for rank in options]),
+        errors=np.array([*errors, 0.0]),
+        costs=None if grid.costs is None else np.array(costs),
     )

@@ -17,12 +17,19 @@ class RankCurve:
     """Exact parameter count and estimated loss of one linear at each rank; arrays (options,).
 
     Ranks ascend. The last option, with 0 in `ranks`, is the dense linear, which has no loss.
+    `costs` are what the options cost where the model runs, None where that is their parameters.
     """
 
     name: str
     ranks: np.ndarray
     parameters: np.ndarray
     errors: np.ndarray
+    costs: np.ndarray | None = None
+
+    @property
+    def prices(self) -> np.ndarray:
+        """What the loss of an option is weighed against: its cost."""
+        return self.parameters if self.costs is None else self.costs
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 Role = Literal["gate", "up", "gate_up", "down"]
 Statistic = Literal["second_moment", "gradient_moment"]
 Form = Literal["factored", "pivoted"]
+LayerForm = Literal["factored", "pivoted", "narrowed"]
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pkgutil
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from lrcompress.methods.allocators.loss_aware import LossAware
+from lrcompress.methods.allocators.one_width import OneWidth
 from lrcompress.methods.allocators.uniform import Uniform
 from lrcompress.methods.candidates import CandidateGrid
 from lrcompress.methods.plan import Budget, Candidates, Plan, RankCurve, WidthOption
@@ -188,3 +190,45 @@ def test_rank_over_the_size_is_refused() -> None:
 
 def test_tiny_share_still_gives_a_rank() -> None:
     assert set(Uniform().allocate(model(1), Budget(keep_ratio=0.001)).ranks.values()) == {8}
+
+
+@pytest.mark.parametrize(
+    ("keep_ratio", "width"), [(0.9, 1376), (0.75, 1152), (0.001, 8), (0.9999, 1528)]
+)
+def test_one_width_is_the_widest_within_the_budget(keep_ratio: float, width: int) -> None:
+    plan = OneWidth().allocate(narrowing(3), Budget(keep_ratio=keep_ratio))
+    assert plan == Plan({}, {"0": width, "1": width, "2": width})
+    assert OneWidth().allocate(narrowing(3), Budget(keep_ratio=1.0)) == Plan()
+
+
+def priced(candidates: list[Candidates], overhead: float) -> list[Candidates]:
+    """`candidates` whose linears cost `overhead` beside their parameters at every rank."""
+
+    def with_costs(curve: RankCurve) -> RankCurve:
+        return replace(curve, costs=curve.parameters + np.where(curve.ranks > 0, overhead, 0.0))
+
+    return [
+        replace(ffn, shapes=tuple(
+            replace(shape, curves=tuple(map(with_costs, shape.curves))) for shape in ffn.shapes
+        ))
+        for ffn in candidates
+    ]  # fmt: skip
+
+
+def test_costs_decide_between_forms_and_parameters_meet_the_budget() -> None:
+    """Low rank loses less than narrowing here, so that it is chosen unless it costs much more."""
+    low_rank, narrow = model(10, growth=1.2), narrowing(10)
+    both = [
+        replace(
+            ffn,
+            shapes=(ffn.shapes[0], *(replace(s, error=5 * s.error) for s in wide.shapes[1:])),
+        )
+        for ffn, wide in zip(low_rank, narrow, strict=True)
+    ]
+    budget = Budget(keep_ratio=0.6)
+    free, costly = (LossAware().allocate(priced(both, overhead), budget) for overhead in (0.0, 3e5))
+    assert free == LossAware().allocate(both, budget)
+    assert len(costly.ranks) < len(free.ranks)
+    assert len(costly.widths) > len(free.widths)
+    for plan in (free, costly):
+        assert 0.595 < kept_share(both, plan, "pivoted") <= 0.6

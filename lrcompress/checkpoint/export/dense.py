@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from lrcompress.layers.lowrank import (
     install,
     linear_shape,
 )
+from lrcompress.layers.model_info import parameter_count
 from lrcompress.layers.moe import unpack, unpacked
 from lrcompress.methods.types import LinearSpec
+from lrcompress.runtime.notices import notice
 
 # config keys for the number of intermediate channels; the value None means 4 x hidden size
 WIDTH_KEYS = (
@@ -68,12 +70,29 @@ def _adapt_width(model: Any, stock: Any, linears: tuple[LinearSpec, ...]) -> Any
     widest = max(spec.in_features for spec in linears if spec.role == "down")
     if any(spec.mixture for spec in linears):
         widest += -widest % EXPERT_WIDTH_MULTIPLE
-    for narrower_config in _configs_of_width(model.config, widest):
+    narrowed = _stock_of_width(model, linears, widest)
+    if narrowed is None:
+        return stock
+    config, skeleton = narrowed
+    model.config.__dict__.update(config.__dict__)
+    return skeleton
+
+
+def _stock_of_width(
+    model: Any, linears: Sequence[LinearSpec], width: int
+) -> tuple[Any, Any] | None:
+    """A copy of the config of `model` with FFNs of `width`, and a skeleton of its model; None where
+    no key of the config does it."""
+    for narrower_config in _configs_of_width(model.config, width):
         candidate = _stock_skeleton(type(model), narrower_config)
-        if _has_width(candidate, linears, widest):
-            model.config.__dict__.update(narrower_config.__dict__)
-            return candidate
-    return stock
+        if _has_width(candidate, linears, width):
+            return narrower_config, candidate
+    return None
+
+
+def can_name_width(model: Any, linears: Sequence[LinearSpec], width: int) -> bool:
+    """Whether a stock model of the class of `model` can have FFNs of `width`."""
+    return _stock_of_width(model, linears, width) is not None
 
 
 def _stock_skeleton(stock_class: Any, config: Any) -> Any:
@@ -107,7 +126,7 @@ def _configs_of_width(config: Any, width: int) -> Iterator[Any]:
             yield changed
 
 
-def _has_width(stock: nn.Module, linears: tuple[LinearSpec, ...], width: int) -> bool:
+def _has_width(stock: nn.Module, linears: Sequence[LinearSpec], width: int) -> bool:
     shapes = {s.name: linear_shape(stock.get_submodule(s.name)) for s in linears}
     return all(shapes[s.name][1] == width for s in linears if s.role == "down")
 
@@ -136,8 +155,21 @@ def _zero_padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
 def export_dense(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:
     """Writes `model` with every compressed layer turned back into a stock layer (see `to_stock`).
 
-    Any program that loads the original architecture loads the result. `model` is changed.
+    Any program that loads the original architecture loads the result. `model` is changed. Says so
+    where the stock layers are larger than the compressed ones.
     """
+    compressed = parameter_count(model)
     to_stock(model)
-    origin = {"source": record.get("source"), "export": "dense", "factorized_from": dict(record)}
+    origin: dict[str, Any] = {
+        "source": record.get("source"),
+        "export": "dense",
+        "factorized_from": dict(record),
+    }
+    if (stock := parameter_count(model)) > compressed:
+        sentence = (
+            f"stock layers make {stock:,} parameters of {compressed:,}: "
+            "`lrcompress factorize --for stock` makes a model that an export leaves as small"
+        )
+        origin["notes"] = [sentence]
+        notice(sentence)
     save_checkpoint(model, tokenizer, out, origin)

@@ -19,7 +19,7 @@ from lrcompress.methods.types import LinearSpec
 from lrcompress.runtime.atomic_io import replace_tensors, replace_text, writing_state
 
 # the fields of a RankCurve that are arrays
-CURVE_ARRAYS = ("ranks", "parameters", "errors")
+CURVE_ARRAYS = ("ranks", "parameters", "errors", "costs")
 # transformers refuses a safetensors file without it
 SAFETENSORS_METADATA = {"format": "pt"}
 
@@ -103,10 +103,14 @@ class BlockFiles:
 def _option_to_json(option: WidthOption) -> dict[str, Any]:
     """JSON keeps every bit of a float."""
     curves = [
-        {"name": curve.name} | {key: getattr(curve, key).tolist() for key in CURVE_ARRAYS}
+        {"name": curve.name} | {key: _to_list(getattr(curve, key)) for key in CURVE_ARRAYS}
         for curve in option.curves
     ]
     return {"width": option.width, "error": option.error, "curves": curves}
+
+
+def _to_list(array: np.ndarray | None) -> list[float] | None:
+    return None if array is None else array.tolist()
 
 
 def _candidates_from_json(content: Mapping[str, Any], linears: Sequence[LinearSpec]) -> Candidates:
@@ -119,7 +123,9 @@ def _candidates_from_json(content: Mapping[str, Any], linears: Sequence[LinearSp
 
 
 def _curve(content: Mapping[str, Any]) -> RankCurve:
-    arrays = (np.array(content[key]) for key in CURVE_ARRAYS)
+    arrays: list[Any] = [
+        None if content[key] is None else np.array(content[key]) for key in CURVE_ARRAYS
+    ]
     return RankCurve(content["name"], *arrays)
 
 

@@ -25,6 +25,7 @@ from lrcompress.compression.planning import (
 from lrcompress.compression.refined_block import RefinedBlock
 from lrcompress.compression.replace_layers import LinearResult
 from lrcompress.compression.result import DenseModel, Factorization, factorization_of
+from lrcompress.compression.serving import Serving, check_target
 from lrcompress.compression.streaming.block_compressor import BlockCompressor
 from lrcompress.compression.streaming.block_store import BlockFiles
 from lrcompress.compression.streaming.source import StreamingSource
@@ -59,7 +60,10 @@ class StreamingCompressor:
         model, settings = offloaded.model, recipe.factorize
         _refuse_experts(model, settings.include)
         self.linears = select(model, settings.include, settings.exclude, settings.dense_first)
-        self.planning = Planning.of(settings, selected_keep_ratio(model, self.linears, settings))
+        check_target(model, self.linears, settings)
+        keep_ratio = selected_keep_ratio(model, self.linears, settings)
+        serving = Serving.of(model, self.linears, settings, progress)
+        self.planning = Planning.of(settings, keep_ratio, serving)
         self.files = BlockFiles(work)
         self.source = StreamingSource(
             recipe=recipe,

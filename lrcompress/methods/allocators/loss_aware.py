@@ -24,7 +24,7 @@ PRIOR_LOSS_SHARE = 1e-9
 
 @dataclass(frozen=True)
 class Decision:
-    """One way to compress one FFN, with its parameter count and its estimated loss.
+    """One way to compress one FFN, with its parameter count, its estimated loss and its cost.
 
     `width` is None where all channels stay, and a rank is 0 where the linear stays dense.
     """
@@ -33,6 +33,7 @@ class Decision:
     ranks: tuple[int, ...]
     parameters: int
     error: float
+    cost: float
 
 
 class FFNOptions:
@@ -48,36 +49,36 @@ class FFNOptions:
         fixed_shapes = [shape for shape in candidates.shapes if not _has_ranks(shape)]
         self._fixed = [self._decide(shape, 0.0) for shape in fixed_shapes]
         self._fixed_errors = np.array([decision.error for decision in self._fixed])
-        self._fixed_parameters = np.array([decision.parameters for decision in self._fixed])
+        self._fixed_costs = np.array([decision.cost for decision in self._fixed])
 
     def best(self, multiplier: float) -> Decision:
-        """The decision with the least (estimated loss + multiplier x parameters)."""
+        """The decision with the least (estimated loss + multiplier x cost)."""
         decisions = [self._decide(shape, multiplier) for shape in self._ranked_shapes]
         if self._fixed:
-            costs = self._fixed_errors + multiplier * self._fixed_parameters
-            decisions.append(self._fixed[int(np.argmin(costs))])
-        return min(
-            decisions, key=lambda decision: decision.error + multiplier * decision.parameters
-        )
+            sums = self._fixed_errors + multiplier * self._fixed_costs
+            decisions.append(self._fixed[int(np.argmin(sums))])
+        return min(decisions, key=lambda decision: decision.error + multiplier * decision.cost)
 
     def _decide(self, shape: WidthOption, multiplier: float) -> Decision:
         """The best rank of each linear at the width of `shape`."""
-        error, parameters, ranks = shape.error, 0, []
+        error, parameters, cost, ranks = shape.error, 0, 0.0, []
         for linear, curve in zip(self.candidates.linears, shape.curves, strict=True):
             allowed = curve.parameters >= self.floor * linear.dense_parameters
             errors = np.where(allowed, curve.errors, np.inf)
-            best = int(np.argmin(errors + multiplier * curve.parameters))
+            best = int(np.argmin(errors + multiplier * curve.prices))
             error += float(errors[best])
             parameters += int(curve.parameters[best])
+            cost += float(curve.prices[best])
             ranks.append(int(curve.ranks[best]))
-        return Decision(shape.width, tuple(ranks), parameters, error)
+        return Decision(shape.width, tuple(ranks), parameters, error, cost)
 
 
 @dataclass(frozen=True)
 class LossAware:
-    """Every FFN takes the decision with the least (estimated loss + multiplier x parameters).
+    """Every FFN takes the decision with the least (estimated loss + multiplier x cost).
 
-    The multiplier is bisected until the model meets the budget: at equal multipliers no parameter
+    The cost of a decision is its number of parameters, unless its curves have `costs`. The
+    multiplier is bisected until the parameters meet the budget: at equal multipliers no parameter
     could save more loss in another FFN (Everett 1963). The rest of the budget goes to single FFNs,
     as long as one of their larger decisions fits. No linear keeps less than the share `floor` of
     its parameters.
@@ -174,6 +175,7 @@ def _next_larger(ffn: Candidates, now: Decision) -> Iterator[Decision]:
                 ranks=(*now.ranks[:i], int(curve.ranks[at + 1]), *now.ranks[i + 1 :]),
                 parameters=now.parameters + int(curve.parameters[at + 1] - curve.parameters[at]),
                 error=now.error + float(curve.errors[at + 1] - curve.errors[at]),
+                cost=now.cost + float(curve.prices[at + 1] - curve.prices[at]),
             )
     wider = [
         width
@@ -183,7 +185,8 @@ def _next_larger(ffn: Candidates, now: Decision) -> Iterator[Decision]:
     if wider and not any(now.ranks):
         shape = shapes[min(wider)]
         parameters = sum(int(curve.parameters[-1]) for curve in shape.curves)
-        yield Decision(shape.width, now.ranks, parameters, shape.error)
+        cost = sum(float(curve.prices[-1]) for curve in shape.curves)
+        yield Decision(shape.width, now.ranks, parameters, shape.error, cost)
 
 
 def _curves(ffn: Candidates, decision: Decision) -> tuple[RankCurve, ...]:

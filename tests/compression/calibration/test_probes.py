@@ -12,6 +12,7 @@ import lrcompress
 from lrcompress.compression.calibration.moments import measure_errors, measure_moments
 from lrcompress.compression.calibration.probes import Probe, corrected
 from lrcompress.compression.planning import Planning, ffns_of, prepare
+from lrcompress.compression.serving import Serving
 from lrcompress.config import FactorizeSettings
 from lrcompress.layers.block_runner import sample_score_gradients
 from lrcompress.layers.ffn_layouts import select
@@ -158,7 +159,8 @@ def test_the_estimate_is_that_of_the_change(method: Auto | Nystrom | FisherSVD) 
     name = {"Auto": "auto", "Nystrom": "nystrom", "FisherSVD": "fisher"}[type(method).__name__]
     options = {"shrinkage": 0, "output_shrinkage": 0}
     settings = FactorizeSettings(keep_ratio=0.5, method=name, method_options=options)
-    planning, moments = Planning.of(settings, 0.5), FixedCosts(model, 1.0).moments(True)
+    planning = Planning.of(settings, 0.5, Serving.of(model, linears, settings, silent))
+    moments = FixedCosts(model, 1.0).moments(True)
     candidates = planning.candidates(ffns_of(model, linears, moments))
     for probe in planning.probes(ffns_of(model, linears, moments), candidates):
         statistics = moments.statistics(probe.linear)

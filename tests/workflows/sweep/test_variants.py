@@ -31,6 +31,15 @@ def test_variants_have_their_own_defaults(source: Path) -> None:
     assert variant.factorize.rank_multiple == 2
 
 
+def test_a_variant_may_have_a_target(source: Path) -> None:
+    changes = {"llama.cpp": {"target": "gguf"}, "stock ppm": {"target": "stock", "method": "ppm"}}
+    first, second = variants(sweep_recipe(source, variants=changes))
+    assert (first.factorize.target, first.factorize.method) == ("gguf", "auto")
+    assert (second.factorize.target, second.factorize.ranks) == ("stock", "uniform")
+    with pytest.raises(InputError, match="svd makes low-rank layers, which --for gguf leaves out"):
+        list(variants(sweep_recipe(source, variants={"x": {"target": "gguf", "method": "svd"}})))
+
+
 def test_wrong_settings_are_named(source: Path) -> None:
     with pytest.raises(InputError, match=r"x\.metod: unknown, did you mean 'method'"):
         list(variants(sweep_recipe(source, variants={"x": {"metod": "svd"}})))
