@@ -1,4 +1,4 @@
-"""What every entry of FORMATS keeps to: a new folder, written whole or not at all."""
+"""What every entry of FORMATS that is a folder keeps to: new, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import lrcompress
 from lrcompress.checkpoint.export.registry import FORMATS
 from tests.conftest import invoke
 
-each_format = pytest.mark.parametrize("name", FORMATS)
+each_format = pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if not f.suffix])
 
 
 @each_format
@@ -47,7 +47,7 @@ def test_a_failure_leaves_nothing(
 
 
 def test_an_unknown_format_is_one_sentence(factorized: Path, tmp_path: Path) -> None:
-    result = invoke("export", factorized, "--to", "gguf", "--out", tmp_path / "out")
+    result = invoke("export", factorized, "--to", "onnx", "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "dense" in result.stderr
     assert "standalone" in result.stderr
