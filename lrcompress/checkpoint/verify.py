@@ -1,4 +1,7 @@
-"""Checks that a checkpoint is as it was saved: files by checksum, tensors against the config."""
+"""Checks that a checkpoint, or a GGUF export, is as it was saved.
+
+Files are compared by checksum, and the tensors of a checkpoint with its config.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from lrcompress.checkpoint.export.gguf_seal import is_sealed
 from lrcompress.checkpoint.folder import checksums
 from lrcompress.checkpoint.record import RECORD, read_record
 from lrcompress.models import loading
@@ -42,7 +46,8 @@ class Fault:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result for one checkpoint: numbers of files and bytes read, and all faults.
+    """The result for one checkpoint, or for one GGUF file, which then is `folder`: numbers of files
+    and bytes read, and all faults.
 
     `unchecked` says why the model was not loaded, if it was not.
     """
@@ -58,13 +63,22 @@ class Verification:
 
 
 def verify(folder: Path, trust_remote_code: bool = False) -> list[Verification]:
-    """Verifies the checkpoint in `folder`, or every checkpoint in the folder of a run.
+    """Verifies the checkpoint in `folder`, every checkpoint in the folder of a run, or an exported
+    GGUF file.
 
     If all files are right, the model is also loaded, on the meta device, without memory for its
     weights; one that ships its own code, such as a standalone export, only with
     `trust_remote_code`. Raises InputError where there is no checkpoint, or one without checksums.
     """
+    if folder.is_file():
+        return [_verify_file(folder)]
     return [_verify_checkpoint(path, trust_remote_code) for path in _checkpoints(folder)]
+
+
+def _verify_file(file: Path) -> Verification:
+    message = f"{file.name} has changed since it was exported"
+    faults = () if is_sealed(file) else (Fault(file.name, "checksum", message),)
+    return Verification(str(file), 1, file.stat().st_size, faults)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -74,7 +88,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     if not checkpoints:
         raise InputError(
             f"{str(folder)!r} is no checkpoint of lrcompress, nor a run with one: give a folder "
-            f"with a {RECORD}"
+            f"with a {RECORD}, or a file of export --to gguf"
         )
     return checkpoints
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lrcompress.checkpoint.export.registry import FORMATS
+from lrcompress.checkpoint.export.registry import FORMATS, GGUF_TYPES
 from lrcompress.cli.options import (
     JSON,
     NEW_OUT,
@@ -30,7 +30,7 @@ MODEL_SECTIONS = ("model",)
 
 @click.command("export", cls=SettingsCommand, sections=MODEL_SECTIONS)
 @click.argument("source", metavar="DIR")
-@NEW_OUT
+@click.option("--out", required=True, type=UserPath(), help="New folder, or new file for gguf.")
 @click.option(
     "--to",
     "format_name",
@@ -38,12 +38,29 @@ MODEL_SECTIONS = ("model",)
     required=True,
     help="; ".join(f"{name}: {form.summary}" for name, form in FORMATS.items()) + ".",
 )
-def export_command(source: str, out: Path, format_name: str, **options: Any) -> None:
-    """Write the checkpoint DIR in a format that needs no lrcompress."""
+@click.option(
+    "--like",
+    metavar="FILE",
+    help="gguf: a GGUF file of the dense model, for metadata, tokenizer and chat template. "
+    "[default: the file from which DIR was compressed]",
+)
+@click.option(
+    "--type",
+    type=click.Choice(GGUF_TYPES),
+    help="gguf: type of the weights; those that start with q are quantized. [default: f16]",
+)
+def export_command(
+    source: str, out: Path, format_name: str, like: str | None, type: str | None, **options: Any
+) -> None:
+    """Write the checkpoint DIR in a format that needs no lrcompress.
+
+    gguf also takes a dense model, to compare with.
+    """
     settings = build_recipe(MODEL_SECTIONS, source, options).model
     from lrcompress.checkpoint.export.export_folder import export_to
 
-    export_to(settings, out, format_name)
+    given = {"like": like, "type": type}
+    export_to(settings, out, format_name, {k: v for k, v in given.items() if v is not None})
     click.echo(f"Wrote {out}.")
 
 
@@ -78,10 +95,10 @@ def quantize_command(source: str, out: Path, **options: Any) -> None:
 def verify_command(folder: Path, trust_remote_code: bool, as_json: bool) -> None:
     """Check that the checkpoint DIR is as it was saved.
 
-    DIR is a checkpoint, or the folder of a run, in which all checkpoints are checked. Every file is
-    compared by checksum, and every tensor with the config. The exit code is 1 if a file has
-    changed, is missing or is extra, or if a tensor does not fit the config. A model that was not
-    loaded is named as such.
+    DIR is a checkpoint, the folder of a run, in which all checkpoints are checked, or a file of
+    `export --to gguf`. Every file is compared by checksum, and every tensor of a checkpoint with
+    the config. The exit code is 1 if a file has changed, is missing or is extra, or if a tensor
+    does not fit the config. A model that was not loaded is named as such.
     """
     from lrcompress.checkpoint.verify import verify
 

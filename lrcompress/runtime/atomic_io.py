@@ -31,14 +31,37 @@ def writing(out: Path, replace: bool = False) -> Iterator[Path]:
     """
     if not replace:
         check_free(out)
+    with _partial_folder(out) as partial:
+        yield partial
+        partial.chmod(0o755)
+        _take_place(partial, out, replace)
+
+
+@contextmanager
+def writing_file(out: Path) -> Iterator[Path]:
+    """A file to write in a hidden folder beside `out`, which is moved to `out` when the block
+    succeeds.
+
+    After an error nothing is left. Raises InputError if `out` exists, MachineError if the disk is
+    full or cannot be written.
+    """
+    check_free(out)
+    with _partial_folder(out) as partial:
+        file = partial / out.name
+        yield file
+        check_free(out)  # another process may have written it in the meantime
+        file.rename(out)
+
+
+@contextmanager
+def _partial_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, which is removed at the end if it is still there."""
     try:
         with parent_folders(out):
             _clear_abandoned(out)
             partial = _hidden_folder(out)
             try:
                 yield partial
-                partial.chmod(0o755)
-                _take_place(partial, out, replace)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except Exception as error:

@@ -14,7 +14,7 @@ from lrcompress.runtime.errors import InputError
 def check_free(out: Path) -> None:
     """Raises InputError if `out` exists, or if its parent is not a writable folder."""
     if out.exists() or out.is_symlink():
-        raise InputError(f"output {str(out)!r} exists: choose another folder, or remove it")
+        raise InputError(f"output {str(out)!r} exists: choose another name, or remove it")
     check_parent(out)
 
 

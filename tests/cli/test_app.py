@@ -268,7 +268,7 @@ def _wrong(tmp_path: Path, dense: Path) -> dict[str, tuple[list[object], str]]:
         "stride": (["eval", dense, "--stride", "65", *EVAL], "exceeds the context length 64"),
         "export form": (
             ["export", dense, "--out", out],
-            "Missing option '--to'. Choose from dense, standalone",
+            "Missing option '--to'. Choose from dense, standalone, gguf",
         ),
         "export dense": (
             ["export", dense, "--out", out, "--to", "dense"],

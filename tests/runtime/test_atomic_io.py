@@ -33,7 +33,7 @@ def test_output_of_another_process_is_not_replaced(tmp_path: Path) -> None:
             (folder / "file").write_text("mine")
             _write(out, "the other's")
 
-    with pytest.raises(InputError, match="exists: choose another folder"):
+    with pytest.raises(InputError, match="exists: choose another name"):
         write_while_another_writes()
     assert (out / "file").read_text() == "the other's"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

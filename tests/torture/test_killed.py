@@ -144,7 +144,7 @@ class _Trial:
         assert "Traceback" not in again.output
         if finished:
             assert again.code == 2
-            assert "exists: choose another folder" in again.output
+            assert "exists: choose another name" in again.output
         else:
             assert again.code == 0, again.output
             assert {path.name for path in self.workspace.work.iterdir()} == self.names

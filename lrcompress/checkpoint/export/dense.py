@@ -61,7 +61,7 @@ def _make_dense(model: Any) -> None:
     if _shapes_differ(model, stock, linears):
         stock = _adapt_width(model, stock, linears)
         for spec in linears:
-            _pad(model, spec, linear_shape(stock.get_submodule(spec.name)))
+            pad(model, spec, linear_shape(stock.get_submodule(spec.name)))
 
 
 def _adapt_width(model: Any, stock: Any, linears: tuple[LinearSpec, ...]) -> Any:
@@ -131,9 +131,11 @@ def _has_width(stock: nn.Module, linears: Sequence[LinearSpec], width: int) -> b
     return all(shapes[s.name][1] == width for s in linears if s.role == "down")
 
 
-def _pad(model: nn.Module, spec: LinearSpec, shape: tuple[int, int]) -> None:
-    """Fills the linear of `spec` with zeros up to `shape` (out, in); a fused gate_up is two halves
-    that are filled one by one."""
+def pad(model: nn.Module, spec: LinearSpec, shape: tuple[int, int]) -> None:
+    """Fills the linear of `spec`, a stock layer, with zeros up to `shape` (out, in).
+
+    A fused gate_up is two halves that are filled one by one.
+    """
     layer = model.get_submodule(spec.name)
     weight, bias = dense_weight(layer), layer.bias
     rows, columns = shape
