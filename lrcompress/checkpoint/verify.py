@@ -78,7 +78,7 @@ def verify(folder: Path, trust_remote_code: bool = False) -> list[Verification]:
 def _verify_file(file: Path) -> Verification:
     message = f"{file.name} has changed since it was exported"
     faults = () if is_sealed(file) else (Fault(file.name, "checksum", message),)
-    return Verification(str(file), 1, file.stat().st_size, faults)
+    return Verification(str(file), 1, file.stat().st_size, faults, unchecked=None)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
