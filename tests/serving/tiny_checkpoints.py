@@ -18,9 +18,8 @@ import lrcompress
 from lrcompress.layers.ffn_layouts import find_ffns
 from lrcompress.layers.lowrank import PivotedLinear, rebuild
 from lrcompress.methods.types import LinearSpec
-from lrcompress.models.hf_quantizer import record_layout
 from tests.serving.damage import READ_FROM_CONFIG, SEEN_IN_FILES, SEEN_IN_THE_MODEL
-from tests.tiny import FAMILIES, MIXTURES, byte_tokenizer, tiny_model
+from tests.tiny import FAMILIES, byte_tokenizer, tiny_model
 
 Records = dict[str, dict[str, Any]]
 
@@ -46,7 +45,8 @@ SIZES: dict[str, Any] = {
 
 # block -> (width, form of each role); None is the dense width, and roles without a form are dense
 # or narrowed
-PLAN: tuple[tuple[int | None, dict[str, str]], ...] = (
+Plan = tuple[tuple[int | None, dict[str, str]], ...]
+PLAN: Plan = (
     (56, {}),
     (56, {"gate": "factored", "up": "pivoted", "gate_up": "pivoted", "down": "pivoted"}),
     (None, {"gate": "factored", "up": "factored", "gate_up": "factored", "down": "factored"}),
@@ -55,11 +55,11 @@ PLAN: tuple[tuple[int | None, dict[str, str]], ...] = (
 RANKS = {"gate": 9, "up": 14, "gate_up": 11, "down": 13}
 
 
-def records(linears: tuple[LinearSpec, ...]) -> Records:
-    """The record of every linear that PLAN changes."""
+def records(linears: tuple[LinearSpec, ...], plan: Plan) -> Records:
+    """The record of every linear that `plan` changes."""
     changed: Records = {}
     for linear in linears:
-        width, forms = PLAN[linear.block]
+        width, forms = plan[linear.block]
         shape, form = _shape(linear, width), forms.get(linear.role)
         if form:
             changed[linear.name] = {"form": form, "rank": RANKS[linear.role], "shape": shape}
@@ -76,13 +76,12 @@ def _shape(linear: LinearSpec, width: int | None) -> list[int]:
     return [2 * width if linear.role == "gate_up" else width, linear.in_features]
 
 
-def random_checkpoint(out: Path, family: str = "llama", **changes: Any) -> Any:
-    """Saves a model of `family` whose FFNs follow PLAN, and returns it."""
-    row = (FAMILIES | MIXTURES)[family]
-    sizes: dict[str, Any] = {key: size for key, size in SIZES.items() if key in row}
+def random_checkpoint(out: Path, family: str = "llama", plan: Plan = PLAN, **changes: Any) -> Any:
+    """Saves a model of `family` whose FFNs follow `plan`, and returns it."""
+    sizes = {key: size for key, size in SIZES.items() if key in FAMILIES[family]}
     model = tiny_model(family, **(sizes | changes))
     linears = find_ffns(model).linears
-    rebuild(model, records(linears))
+    rebuild(model, records(linears, plan))
     torch.manual_seed(3)
     with torch.no_grad():
         for linear in linears:
@@ -91,9 +90,18 @@ def random_checkpoint(out: Path, family: str = "llama", **changes: Any) -> Any:
     for module in model.modules():
         if isinstance(module, PivotedLinear):
             module.order.copy_(torch.randperm(module.in_features))
-    record_layout(model)
     lrcompress.save(model, out, byte_tokenizer())
     return model
+
+
+EXPERT = "model.layers.0.mlp.experts.ffns.1.down"
+
+
+def save_mixture(out: Path) -> None:
+    """A mixture of experts with one low-rank linear."""
+    model = tiny_model("qwen3_moe")
+    rebuild(model, {EXPERT: {"form": "factored", "rank": 4, "shape": [32, 24]}})
+    lrcompress.save(model, out, byte_tokenizer())
 
 
 PROMPT = torch.randint(1, 257, (40,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -148,9 +156,9 @@ def write_all(out: Path) -> None:
         folder = shutil.copytree(out / "served" / "llama", out / "refused" / damage.__name__)
         damage(folder)
         (folder / "refusal.txt").write_text(refusal)
-    mixture = out / "refused" / "mixture"
-    random_checkpoint(mixture, "qwen3_moe")
-    (mixture / "refusal.txt").write_text("compressed experts are not served")
+    random_checkpoint(out / "odd", plan=((57, {}), *PLAN[1:]))
+    save_mixture(out / "refused" / "mixture")
+    (out / "refused" / "mixture" / "refusal.txt").write_text(f"{EXPERT}: compressed experts are")
 
 
 if __name__ == "__main__":

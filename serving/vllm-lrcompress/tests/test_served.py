@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import CHECKPOINTS, engine, generate
 from safetensors.torch import load_file, save_file
+
 from vllm_lrcompress.records import CheckpointError
 
 SERVED = sorted(folder.name for folder in (CHECKPOINTS / "served").iterdir())
