@@ -89,8 +89,11 @@ class Handler(BaseHTTPRequestHandler):
             os._exit(7)
         if behaviour.refusal:
             self._send({"error": {"message": behaviour.refusal}}, 400)
-            return
-        self._stream(body)
+        elif body.get("stream"):
+            self._stream(body)
+        else:
+            usage = {"completion_tokens": body["max_tokens"]}
+            self._send({"choices": [{"text": "a"}], "usage": usage})
 
     def _stream(self, body: dict[str, Any]) -> None:
         behaviour = self.behaviour

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from lrcompress.benchmark.serving.api_client import Completion, Endpoint, batch_speed
@@ -52,7 +54,7 @@ BODY = {"prompt": [1, 2, 3], "max_tokens": 4}
         ({"error_in_stream": "no memory"}, "failed: no memory"),
     ],
 )
-def test_an_answer_without_numbers_is_refused(behaviour: dict[str, object], words: str) -> None:
+def test_an_answer_without_numbers_is_refused(behaviour: dict[str, Any], words: str) -> None:
     with serve(**behaviour) as url, pytest.raises(InputError) as error:
         Endpoint(url, timeout=5).stream_all([BODY])
     assert words in str(error.value)

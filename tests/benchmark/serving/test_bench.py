@@ -30,8 +30,7 @@ def test_numbers_are_those_of_the_server(factorized: Path) -> None:
 
     Sleeps are never shorter, and on a busy machine longer.
     """
-    fast, slow = {"first": 0.1, "step": 0.02}, {"first": 0.2, "step": 0.04}
-    with serve(**slow) as dense, serve(**fast) as url:
+    with serve(first=0.2, step=0.04) as dense, serve(first=0.1, step=0.02) as url:
         content = bench_json("serve", factorized, *QUICK, "--url", url, "--baseline-url", dense)
     values = _values(content, "factorized")
     for size in (1, 4):
@@ -251,7 +250,7 @@ def test_a_server_that_never_is_ready(checkpoint: Path, vllm: Path, logs: Path) 
     ],
 )
 def test_a_server_with_other_numbers_is_refused(
-    behaviour: dict[str, object], words: str, tmp_path: Path
+    behaviour: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "report"
     with serve() as dense, serve(**behaviour) as url:
@@ -314,7 +313,7 @@ def test_vllm_gets_its_threads_unpinned() -> None:
     assert environment["OMP_NUM_THREADS"] == "3"
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     command = VLLM().python_command("py", request)
-    assert command[:5] == ["py", "-m", "vllm.entrypoints.openai.api_server", "--model", "small"]
+    assert command[:5] == ["py", "-m", "vllm.entrypoints.cli.main", "serve", "small"]
     assert command[command.index("--gpu-memory-utilization") + 1] == "0.9"
     assert command[-1] == "--enforce-eager"
     assert os.environ.get("OMP_NUM_THREADS") != "3"
