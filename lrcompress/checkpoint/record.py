@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,17 @@ from lrcompress.reporting.metric import Metric, Summary
 from lrcompress.reporting.provenance import training
 from lrcompress.reporting.record_schema import validate_record
 from lrcompress.reporting.render import json_text, render
+from lrcompress.reporting.served import served_tables
 from lrcompress.reporting.significance import Comparison
 from lrcompress.reporting.tables import table
 from lrcompress.runtime.atomic_io import replace_text
 from lrcompress.runtime.errors import InputError, validation_reason
+from lrcompress.runtime.paths import user_path
 from lrcompress.runtime.safe_parsing import read_object
 
 RECORD, CARD = "lrcompress.json", "README.md"
-# fields of a record that `write_measured` writes
-MEASURED = ("metrics", "comparisons")
+# fields of a record that `write_measured` and `write_served` write
+MEASURED = ("metrics", "comparisons", "served")
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -66,13 +69,14 @@ def _card(folder: Path, record: Mapping[str, Any]) -> str:
         title=_title(record),
         record=record,
         table=table(metrics),
+        served=served_tables(record),
         training=training(record),
         comparisons=compared,
     )
 
 
 def drop_measured(record: dict[str, Any]) -> None:
-    """Removes what `write_measured` wrote: it describes the model before it was changed."""
+    """Removes what was measured: it describes the model before it was changed."""
     for key in MEASURED:
         record.pop(key, None)
 
@@ -86,6 +90,25 @@ def write_measured(
         "comparisons": [vars(comparison) for comparison in comparisons],
     }
     write_record(folder, (read_record(folder) or {}) | measured)
+
+
+def write_served(folder: Path, engine: str, metrics: Iterable[Metric]) -> None:
+    """Adds the speeds of the checkpoint `folder`, served by `engine`, to its record and card."""
+    record = read_record(folder) or {}
+    served = dict(record.get("served", {})) | {engine: [metric.summary() for metric in metrics]}
+    write_record(folder, record | {"served": served})
+
+
+def check_writable_checkpoint(source: str) -> None:
+    """Raises InputError where numbers about the model `source` cannot be stored in its folder."""
+    folder = user_path(source)
+    if not folder.is_dir() or read_record(folder) is None:
+        raise InputError(
+            f"{source!r} is no checkpoint of lrcompress, so the numbers cannot be stored in it: "
+            f"leave out --write-card, or measure a folder with a {RECORD}"
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{source!r} cannot be written to: leave out --write-card")
 
 
 def _title(record: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The commands `bench ffn` and `bench model`."""
+"""The commands `bench ffn`, `bench model` and `bench serve`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from lrcompress.cli.options import JSON, OUT, SettingsCommand, build_sections
+from lrcompress.cli.options import JSON, OUT, WRITE_CARD, SettingsCommand, build_sections
 
 
 @click.group()
 def bench() -> None:
-    """Time an FFN or a whole model against its dense baseline."""
+    """Time an FFN, a whole model or a served model against its dense baseline."""
 
 
 FFN_SECTIONS = ("ffn_bench",)
@@ -54,3 +54,29 @@ def bench_model_command(source: str, out: Path | None, as_json: bool, **options:
         checked["model"], checked["model_bench"], out, progress_bars.progress
     )
     display.show_bench(results, out, as_json)
+
+
+SERVE_SECTIONS = ("serve_bench",)
+
+
+@bench.command("serve", cls=SettingsCommand, sections=SERVE_SECTIONS)
+@click.argument("source", metavar="MODEL")
+@OUT
+@WRITE_CARD
+@JSON
+def bench_serve_command(
+    source: str, out: Path | None, write_card: bool, as_json: bool, **options: Any
+) -> None:
+    """Time MODEL where it is served: by vLLM or llama.cpp.
+
+    Time to first token, decode and total tokens per second are measured through the HTTP API, in
+    turn with the dense baseline. The command starts the servers and stops them again.
+    """
+    settings = build_sections(SERVE_SECTIONS, options)["serve_bench"]
+    from lrcompress.benchmark.serving import bench as serve
+    from lrcompress.cli import display, progress_bars
+
+    results = serve.bench_serve_to(
+        source, settings, out, write_card, progress_bars.progress, progress_bars.say
+    )
+    display.show_report(results, out, as_json)

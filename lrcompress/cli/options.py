@@ -90,10 +90,10 @@ def _default_text(default: object) -> str:
 def _metavar(kind: Any) -> str:
     if typing.get_origin(kind) is dict:
         return "KEY=VALUE"
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # of a Literal, the latter
+        kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(typing.get_args(kind))
-    if isinstance(kind, types.UnionType):
-        kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is typing.Annotated:
         kind = typing.get_args(kind)[0]
     return {int: "N", float: "X"}.get(kind, "TEXT")

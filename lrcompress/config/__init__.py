@@ -5,7 +5,7 @@ of the Python functions.
 """
 
 from lrcompress.config.base import Section
-from lrcompress.config.benchmark import FFNBenchSettings, ModelBenchSettings
+from lrcompress.config.benchmark import FFNBenchSettings, ModelBenchSettings, ServeBenchSettings
 from lrcompress.config.evaluate import EvaluateSettings
 from lrcompress.config.factorize import BUDGETS, FactorizeSettings, RefineSettings
 from lrcompress.config.model import CalibrationSettings, ModelSettings
@@ -28,6 +28,7 @@ __all__ = [
     "RefineSettings",
     "ScalingSettings",
     "Section",
+    "ServeBenchSettings",
     "SizeSettings",
     "SweepSettings",
     "TrainingSettings",

@@ -1,11 +1,12 @@
-"""Settings of `bench`, which measures the speed of one FFN or of a whole model."""
+"""Settings of `bench`: the speed of one FFN, of a whole model, or of a model where it is served."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lrcompress.config.base import Section
 from lrcompress.config.field_types import CountList, NameList, RatioList, all_of, not_empty
@@ -115,3 +116,73 @@ class ModelBenchSettings(Section):
     )
     optimize: bool = Field(True, description="Measure MODEL after lrcompress.optimize.")
     repeats: int = Field(5, ge=3, description="Measurements of each model; the models take turns.")
+
+
+def _split_arguments(value: object) -> object:
+    """'--dtype "bfloat16"' -> ['--dtype', 'bfloat16'], as a shell splits it."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        return value
+    try:
+        return [part for text in texts for part in shlex.split(str(text))]
+    except ValueError as error:
+        raise ValueError(f"{value!r} cannot be split into arguments ({error})") from None
+
+
+class ServeBenchSettings(Section):
+    """`bench serve`: a model and its dense baseline, each served by vLLM or llama.cpp."""
+
+    engine: Literal["vllm", "llama.cpp"] | None = Field(
+        None, description="What serves: vllm or llama.cpp; default is llama.cpp for a .gguf file."
+    )
+    baseline: str | None = Field(
+        None,
+        description="Dense model to serve beside MODEL; default is the one that MODEL was made "
+        "from, where the engine can serve it.",
+    )
+    checkpoint: str | None = Field(
+        None,
+        description="Checkpoint of lrcompress that a .gguf file was exported from: for the report "
+        "and --write-card.",
+    )
+    python: str | None = Field(
+        None, description="Python of the environment that has vllm, or xllamacpp for llama.cpp."
+    )
+    server: str | None = Field(
+        None,
+        description="The engine's own program; default is vllm or llama-server on the PATH.",
+    )
+    url: str | None = Field(
+        None, description="Where MODEL is already served, such as http://127.0.0.1:8000."
+    )
+    baseline_url: str | None = Field(None, description="Where the dense model is already served.")
+    arguments: Annotated[tuple[str, ...], BeforeValidator(_split_arguments)] = Field(
+        (), description='More arguments of each server, such as "--dtype bfloat16".'
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of each server; default is the engine's choice."
+    )
+    batch_sizes: Annotated[CountList, AfterValidator(not_empty)] = Field(
+        (1, 8, 32),
+        description="Requests at the same time.",
+        json_schema_extra={"flag": "batch_size"},
+    )
+    prompt_length: int = Field(128, ge=1, description="Tokens in a prompt.")
+    new_tokens: int = Field(64, ge=2, description="Tokens in an answer.")
+    repeats: int = Field(5, ge=3, description="Measurements of each model; the models take turns.")
+    timeout: float = Field(
+        600, gt=0, description="Seconds that a server may take to load its model, or to go on."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.python is not None and self.server is not None:
+            raise ValueError("python and server both say how to start a server: give one of them")
+        if self.url is None:
+            if self.baseline_url is not None:
+                raise ValueError("baseline_url needs url: give both, or --baseline")
+            return self
+        unused = ("baseline", "python", "server", "arguments", "threads")
+        if given := [name for name in unused if getattr(self, name)]:
+            raise ValueError(f"{given[0]} is for servers that are started: leave it out with url")
+        return self

@@ -22,6 +22,7 @@ from lrcompress.config import (
     RefineSettings,
     ScalingSettings,
     Section,
+    ServeBenchSettings,
     SweepSettings,
 )
 from lrcompress.config.effort import with_effort
@@ -81,6 +82,7 @@ class ScalingRecipe(Section):
 COMMAND_SECTIONS: dict[str, type[Section]] = {
     "ffn_bench": FFNBenchSettings,
     "model_bench": ModelBenchSettings,
+    "serve_bench": ServeBenchSettings,
     "quantize": QuantizeSettings,
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lrcompress.benchmark import throughput
-from lrcompress.checkpoint.record import RECORD, ModelWithRecord, read_record, write_measured
+from lrcompress.checkpoint.record import (
+    ModelWithRecord,
+    check_writable_checkpoint,
+    write_measured,
+)
 from lrcompress.config import EvaluateSettings, ModelSettings
 from lrcompress.config.recipe import Recipe, sections_from_flat
 from lrcompress.data.conversations import ChatFormat, with_template
@@ -261,7 +264,7 @@ def evaluate_to(
     """
     with locks.beside(out):
         if card:
-            _check_writable_checkpoint(recipe.model.source)
+            check_writable_checkpoint(recipe.model.source)
         tasks = resolve_tasks(recipe.evaluate)
         baselines = [with_source(recipe.model, name) for name in recipe.evaluate.baseline]
         columns = _load_columns([*baselines, recipe.model])
@@ -312,14 +315,3 @@ def _write_report(out: Path, evaluation: Report, logs: Mapping[str, Logs]) -> No
         report.write(folder, evaluation)
         for title, name in unique_file_names(logs).items():
             sample_logs.write(folder / sample_logs.FOLDER / name, logs[title])
-
-
-def _check_writable_checkpoint(source: str) -> None:
-    folder = user_path(source)
-    if not folder.is_dir() or read_record(folder) is None:
-        raise InputError(
-            f"{source!r} is no checkpoint of lrcompress, so the numbers cannot be stored in it: "
-            f"leave out --write-card, or evaluate a folder with a {RECORD}"
-        )
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{source!r} cannot be written to: leave out --write-card")

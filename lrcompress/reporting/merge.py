@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from lrcompress.reporting import metrics_json
 from lrcompress.reporting.differences import BlockChange, Continuation, Differences, TokenChange
-from lrcompress.reporting.metric import NO_QUALITY, SPEEDS, Metric
+from lrcompress.reporting.metric import NO_QUALITY, Metric
 from lrcompress.reporting.render import json_text
 from lrcompress.reporting.report import Report, markdown, read, write
 from lrcompress.reporting.tables import labels, title
@@ -99,7 +99,7 @@ def _distinct_models(reports: Mapping[str, Report]) -> list[_Model]:
 
 def _models_of(folder: str, report: Report) -> Iterator[_Model]:
     for label in dict.fromkeys(metric.model for metric in report.metrics):
-        metrics = (m for m in report.metrics if m.model == label and m.name not in SPEEDS)
+        metrics = (m for m in report.metrics if m.model == label and not m.is_speed)
         yield _Model(label, [folder], {title(metric): metric for metric in metrics})
 
 
@@ -164,7 +164,7 @@ def _notes(reports: Mapping[str, Report], details: Differences) -> Iterator[str]
     for folder, report in reports.items():
         yield from report.notes
         yield from (f"{folder}: {note}" for note in report.record.get("notes", ()))
-    if any(metric.name in SPEEDS for report in reports.values() for metric in report.metrics):
+    if any(metric.is_speed for report in reports.values() for metric in report.metrics):
         yield (
             "speeds are left out: a speed is a ratio within one run, and these were measured in "
             "several"

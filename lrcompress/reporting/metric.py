@@ -37,9 +37,17 @@ class Summary:
     """The slowest run of a speed, one standard error below a score; null where unknown."""
     high: Number | None = None
     """The fastest run of a speed, one standard error above a score; null where unknown."""
+    rounds: Sequence[Number] | None = field(default=None, kw_only=True)
+    """Of a served model's speed, the value in each round; models of one run took turns, so that
+    they are compared round by round. Null for other metrics."""
     parts: Sequence[str] = field(default_factory=list, kw_only=True)
     """Of a group of tasks: the names of the metrics of its tasks and sub-groups, which it is the
     mean of."""
+
+    @property
+    def is_speed(self) -> bool:
+        """Whether it is compared within one run only."""
+        return self.name in SPEEDS or self.rounds is not None
 
     @property
     def task(self) -> str:

@@ -13,6 +13,7 @@ from lrcompress.runtime.errors import validation_reason
 
 # fields that the schema does not name pass through
 ALLOW_EXTRA = {"extra": "allow"}
+FORBID_EXTRA = {"extra": "forbid"}
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 CountOrFloat = Count | float
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -109,6 +110,22 @@ class RefinedBlockRecord(TypedDict):
     after: CountOrFloat
 
 
+class ServedSpeedRecord(TypedDict):
+    """A metric of a served model; fields that a metric does not have are refused."""
+
+    __pydantic_config__ = FORBID_EXTRA  # type: ignore[misc]
+
+    model: str
+    name: str
+    value: CountOrFloat
+    unit: str
+    higher_is_better: bool
+    conditions: dict[str, str | CountOrFloat]
+    low: CountOrFloat | None
+    high: CountOrFloat | None
+    rounds: list[CountOrFloat] | None
+
+
 class ModelRecord(TypedDict, total=False):
     """lrcompress.json; docs/checkpoint.md describes each field."""
 
@@ -128,6 +145,7 @@ class ModelRecord(TypedDict, total=False):
     notes: list[str]
     linears: list[LinearRecord]
     refined: list[RefinedBlockRecord]
+    served: dict[str, list[ServedSpeedRecord]]
 
 
 _MODEL_RECORD = TypeAdapter(ModelRecord)

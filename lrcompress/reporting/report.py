@@ -22,6 +22,7 @@ from lrcompress.reporting.provenance import Text, texts, training
 from lrcompress.reporting.record_schema import validate_record
 from lrcompress.reporting.remarks import remarks
 from lrcompress.reporting.render import nonfinite_to_text, render
+from lrcompress.reporting.served import served_tables
 from lrcompress.reporting.significance import Comparison, comparisons
 from lrcompress.reporting.tables import table
 from lrcompress.reporting.tables import title as title_of
@@ -76,6 +77,7 @@ def _template_values(report: Report) -> dict[str, Any]:
         "table": table(report.metrics),
         "comparisons": report.comparisons,
         "details": report.details.comparable(),
+        "served": served_tables(report.record),
         "texts": report.texts,
         "training": training(report.record),
         "calibration": by_block(report.record),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import PurePath
+from statistics import median
 
 from lrcompress.reporting.metric import Summary
 from lrcompress.reporting.render import nonfinite_to_text
@@ -139,4 +140,12 @@ def _ratio(base: Summary | None, metric: Summary | None) -> str:
         return "–"
     if not comparable(base, metric):
         return "not comparable"
+    if base.rounds and metric.rounds and len(base.rounds) == len(metric.rounds):
+        return _ratio_of_rounds(base.rounds, metric.rounds)
     return f"{metric.value / base.value:.3g}x"
+
+
+def _ratio_of_rounds(base: Sequence[float], values: Sequence[float]) -> str:
+    """The median ratio of a round, with the lowest and the highest."""
+    ratios = sorted(value / each for each, value in zip(base, values, strict=True))
+    return f"{median(ratios):.3g}x ({ratios[0]:.3g}–{ratios[-1]:.3g})"

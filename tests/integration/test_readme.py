@@ -50,7 +50,7 @@ def test_commands_run(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     outputs = set()
     for line in COMMANDS:
         arguments = line.replace("MODEL", str(dense)).split()
-        if arguments[0] in WITH_RECIPE:
+        if arguments[0] in WITH_RECIPE or line.startswith("bench serve"):  # see test_serving.py
             continue
         if "--out" in arguments:
             output = arguments[arguments.index("--out") + 1]

@@ -1,0 +1,103 @@
+"""What docs/serving.md shows works as it stands there, as far as no server is needed.
+
+Servers are replaced by a program that answers as they do.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.benchmark.serving.fake_server import order, program, serve
+from tests.conftest import SMALL, invoke
+
+PAGE = Path("docs/serving.md").read_text("utf-8")
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"^```console\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+]
+QUICK = ("--batch-size", "1", "--prompt-length", "8", "--new-tokens", "4", "--repeats", "3")
+# shown in a sentence, not in a block
+GGUF_BENCH = "lrcompress bench serve small.gguf --baseline MODEL.gguf"
+
+
+def _section(title: str) -> list[str]:
+    """The commands of lrcompress under a heading, without the word lrcompress."""
+    text = PAGE[PAGE.index(f"\n## {title}\n") :].split("\n## ")[1]
+    return [
+        line.removeprefix("lrcompress ")
+        for line in COMMANDS
+        if line.startswith("lrcompress ") and line in text
+    ]
+
+
+def _run(line: str, *more: object) -> None:
+    result = invoke(*shlex.split(line), *more)
+    assert result.exit_code == 0, (line, result.output)
+
+
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a user, with vLLM's environment in VLLM."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "VLLM" / "bin").mkdir(parents=True)
+    program(tmp_path / "VLLM" / "bin" / "vllm")
+    return tmp_path
+
+
+def test_the_page_shows_five_commands_for_each_engine() -> None:
+    programs = [line.split()[0] for line in COMMANDS]
+    assert programs.count("curl") == 3
+    for server in ("VLLM/bin/vllm", "llama-server", "ollama"):
+        assert server in programs
+    assert GGUF_BENCH in PAGE
+
+
+def test_vllm(environment: Path, dense: Path) -> None:
+    model = environment / "MODEL"
+    shutil.copytree(dense, model)
+    factorize, bench = _section("vLLM")
+    _run(factorize, *SMALL)
+    for folder in (model, environment / "small"):
+        order(folder)
+    # the program in place of the Python of an environment that has vLLM
+    _run(bench.replace("--python VLLM/bin/python", "--server VLLM/bin/vllm"), *QUICK)
+
+
+def test_any_other_program(environment: Path, dense: Path) -> None:
+    shutil.copytree(dense, environment / "MODEL")
+    factorize, export = _section("Any other program")
+    _run(factorize, *SMALL)
+    _run(export)
+    sizes = [
+        (environment / name / "model.safetensors").stat().st_size for name in ("small", "plain")
+    ]
+    assert sizes[1] <= sizes[0]
+
+
+def test_llama_cpp(environment: Path, dense: Path) -> None:
+    from tests.gguf_models import dense_gguf
+
+    dense_gguf(dense, environment / "MODEL.gguf")
+    order(environment)
+    for line in _section("llama.cpp"):
+        _run(line, *(SMALL if line.startswith("factorize") else ()))
+    server = program(environment / "llama-server")
+    _run(GGUF_BENCH.removeprefix("lrcompress "), "--server", server, *QUICK)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+def test_curl() -> None:
+    for line in COMMANDS:
+        if line.startswith("curl "):
+            with serve() as url:
+                command = shlex.split(re.sub(r"http://127.0.0.1:\d+", url, line))
+                answer = subprocess.run(command, capture_output=True, check=True, text=True)
+            assert json.loads(answer.stdout)["usage"]["completion_tokens"] == 32
