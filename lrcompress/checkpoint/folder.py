@@ -18,6 +18,7 @@ from lrcompress.models.hf_quantizer import record_layout
 from lrcompress.models.safetensors_headers import stored_tensors
 from lrcompress.runtime.atomic_io import replace_text, writing
 from lrcompress.runtime.packages import versions
+from lrcompress.runtime.stage_costs import stage, stages_until_now
 
 # name endings of tensors that only a low-rank layer has
 LOW_RANK_ENDINGS = (".A.weight", ".Z.weight")
@@ -35,7 +36,8 @@ def save_checkpoint(
 ) -> dict[str, Any]:
     """Writes model, tokenizer, lrcompress.json and model card to the folder `out`.
 
-    Returns `record` with package versions and the counts and checksums of the saved files.
+    Returns `record` with package versions, the counts and checksums of the saved files, and the
+    costs of stages where they are recorded.
 
     state: weights to save, where the model itself holds only a part of them.
     shards: safetensors files with further weights, which are linked or copied into `out`.
@@ -44,10 +46,12 @@ def save_checkpoint(
     """
     record_layout(model)
     with writing(out, replace) as folder:
-        write_weights(model, tokenizer, folder, state)
-        if shards:
-            _add_shards(folder, shards)
-        complete = dict(record) | saved_as(folder)
+        with stage("saving"):
+            write_weights(model, tokenizer, folder, state)
+            if shards:
+                _add_shards(folder, shards)
+            complete = dict(record) | saved_as(folder)
+        complete |= stages_until_now()
         write_record(folder, complete)
     return complete
 

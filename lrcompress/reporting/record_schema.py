@@ -109,6 +109,14 @@ class RefinedBlockRecord(TypedDict):
     after: CountOrFloat
 
 
+class StageRecord(TypedDict):
+    __pydantic_config__ = ALLOW_EXTRA  # type: ignore[misc]
+
+    seconds: CountOrFloat
+    cpu_seconds: CountOrFloat
+    memory: Count | None
+
+
 class ModelRecord(TypedDict, total=False):
     """lrcompress.json; docs/checkpoint.md describes each field."""
 
@@ -126,6 +134,7 @@ class ModelRecord(TypedDict, total=False):
     factorized_from: ModelRecord
     probed: dict[str, CountOrFloat]
     notes: list[str]
+    stages: dict[str, StageRecord]
     linears: list[LinearRecord]
     refined: list[RefinedBlockRecord]
 

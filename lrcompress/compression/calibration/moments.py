@@ -29,6 +29,7 @@ from lrcompress.methods.types import LinearSpec, OutlierShares, Statistics
 from lrcompress.runtime.distributed import shard_of
 from lrcompress.runtime.errors import InputError, NotFiniteError
 from lrcompress.runtime.progress import Progress, silent
+from lrcompress.runtime.stage_costs import stage
 
 
 class MomentCollector:
@@ -247,10 +248,11 @@ def measure_moments(
     with unpacked(model), evaluation_mode(model):
         for index in progress(indices, "Calibrating", len(indices)):
             batch = tokens[index][None].to(model.device)
-            if index < gradient_samples:
-                _forward_backward(model, batch, collector, seed=index)
-            else:
-                _forward(model, batch, collector)
+            with stage("gradients" if index < gradient_samples else "second_moments"):
+                if index < gradient_samples:
+                    _forward_backward(model, batch, collector, seed=index)
+                else:
+                    _forward(model, batch, collector)
     collector.all_reduce(model.device)
     return collector.statistics(samples * length, gradient_samples * length)
 

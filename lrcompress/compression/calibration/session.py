@@ -21,6 +21,7 @@ from lrcompress.data.packing import Fingerprint
 from lrcompress.methods.types import LinearSpec
 from lrcompress.runtime.distributed import run_on_main
 from lrcompress.runtime.progress import Progress, silent
+from lrcompress.runtime.stage_costs import stage
 
 
 class CalibrationSession:
@@ -47,9 +48,10 @@ class CalibrationSession:
     @cached_property
     def _text(self) -> tuple[Tensor, Fingerprint]:
         started = time.perf_counter()
-        text = run_on_main(
-            lambda: calibration_tokens(self.model, self.tokenizer, self.settings, self.progress)
-        )
+        with stage("text"):
+            text = run_on_main(
+                lambda: calibration_tokens(self.model, self.tokenizer, self.settings, self.progress)
+            )
         self.text_seconds = time.perf_counter() - started
         return text
 
@@ -79,4 +81,5 @@ class CalibrationSession:
     def errors(self, probes: Sequence[Probe]) -> dict[str, list[float]]:
         """The cost of each probe on every held-out sample, by the name of its linear."""
         tokens = self.tokens
-        return run_on_main(lambda: measure_errors(self.model, probes, tokens, self.progress))
+        with stage("probes"):
+            return run_on_main(lambda: measure_errors(self.model, probes, tokens, self.progress))
