@@ -57,15 +57,18 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<s>")
 
 
-# a process writes its own peak when it ends: getrusage of a child starts at its parent's memory
+# a process measures its own peak: getrusage of a child starts at its parent's memory
 WRITE_PEAK = """
-import atexit, runpy, sys, torch
+import runpy, sys, torch
 from pathlib import Path
-peak = lambda: Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+from lrcompress.runtime.memory import peak_memory
 file, *sys.argv = sys.argv[1:]
-atexit.register(lambda: Path(file).write_text(peak()))
-if sys.argv:
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+try:
+    with peak_memory() as memory:
+        if sys.argv:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+finally:
+    Path(file).write_text(str(memory.peak))
 """
 
 
@@ -76,7 +79,7 @@ def measure(folder: Path, *command: str) -> tuple[float, float, str]:
     process = subprocess.run(words, check=False, stderr=subprocess.PIPE, text=True)
     if process.returncode:
         raise SystemExit(process.stderr)
-    return int(file.read_text()) / 1024, time.perf_counter() - started, process.stderr
+    return int(file.read_text()) / 2**20, time.perf_counter() - started, process.stderr
 
 
 def count_unequal(streamed: Path, in_memory: Path) -> tuple[int, int]:

@@ -81,6 +81,10 @@ RECORD: dict[str, Any] = {
         _linear(1, "gate", 6, 0.1, (0.5, None)), _linear(1, "down", 3, 0.2, (0.998, 0.625)),
     ],
     "probed": {"layers.0": 2.5, "layers.1": 0.8},
+    "stages": {
+        "second_moments": {"seconds": 1234.56, "cpu_seconds": 2345.67, "memory": 3 * 2**30},
+        "pivots": {"seconds": 0.25, "cpu_seconds": 0.5, "memory": None},
+    },
     "refined": [
         {"block": 0, "before": 0.5, "after": 0.25}, {"block": 1, "before": 0.5, "after": 0.5},
     ],

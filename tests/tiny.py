@@ -324,7 +324,7 @@ def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 # what differs in the records of two runs of the same settings
-RUN_SPECIFIC = ("seconds", "recipe", "saved")
+RUN_SPECIFIC = ("seconds", "stages", "recipe", "saved")
 
 
 def saved_record(folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from lrcompress.models.safetensors_headers import stored_tensors
 from lrcompress.models.stored_weights import read_tensors, unused_tensors
 from lrcompress.runtime.atomic_io import replace_text, writing
 from lrcompress.runtime.packages import versions
+from lrcompress.runtime.stage_costs import stage, stages_until_now
 
 # name endings of tensors that only a low-rank layer has
 LOW_RANK_ENDINGS = (".A.weight", ".Z.weight")
@@ -40,7 +41,8 @@ def save_checkpoint(
 ) -> dict[str, Any]:
     """Writes model, tokenizer, lrcompress.json and model card to the folder `out`.
 
-    Returns `record` with package versions and the counts and checksums of the saved files.
+    Returns `record` with package versions, the counts and checksums of the saved files, and the
+    costs of stages where they are recorded.
 
     state: weights to save, where the model itself holds only a part of them.
     shards: safetensors files with further weights, which are linked or copied into `out`.
@@ -50,9 +52,11 @@ def save_checkpoint(
     model = plain_model(model)
     record_layout(model)
     with writing(out, replace) as folder:
-        write_weights(model, tokenizer, folder, state)
-        carried_over = add_from_source(model, folder, shards)
-        complete = dict(record) | carried_over | saved_as(folder)
+        with stage("saving"):
+            write_weights(model, tokenizer, folder, state)
+            carried_over = add_from_source(model, folder, shards)
+            complete = dict(record) | carried_over | saved_as(folder)
+        complete |= stages_until_now()
         write_record(folder, complete)
     return complete
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -63,17 +64,19 @@ class RidgeFit:
         moment, cross = to_float64(v.T @ v), to_float64(t.T @ v)
         self.moment = moment if self.moment is None else self.moment + moment
         self.cross = cross if self.cross is None else self.cross + cross
-        self.outliers.add(self.subject, outlier_rows(v, 1 - clip_scales(v).square()))
+        norms = v.norm(dim=1)
+        self.outliers.add(self.subject, outlier_rows(v, 1 - clip_scales(norms).square(), norms))
         self.tokens += len(v)
         if not bool(cross.isfinite().all() and moment.isfinite().all()):
             raise NotFiniteError(f"{self.subject} is not finite: factorize with --dtype float32")
 
     def second_moment(self) -> Tensor:
         """The mean of v vᵀ (in, in), with outliers scaled down."""
-        return self._bulk() / self.tokens
+        return self._bulk / self.tokens
 
+    @cached_property
     def _bulk(self) -> Tensor:
-        """The sum of v vᵀ without what outliers add to it."""
+        """The sum of v vᵀ without what outliers add to it; read after the last `add`."""
         assert self.moment is not None
         outliers = self.outliers.product(self.subject)
         return self.moment if outliers is None else self.moment - outliers.to(self.moment.device)
@@ -86,7 +89,7 @@ class RidgeFit:
         """
         assert self.moment is not None
         assert self.cross is not None
-        energies = self._bulk().diagonal().clamp_min(0)
+        energies = self._bulk.diagonal().clamp_min(0)
         if bool(energies.any()):
             least = MIN_RELATIVE_ENERGY * energies.mean()
         else:

@@ -44,6 +44,7 @@ from lrcompress.runtime import distributed
 from lrcompress.runtime.distributed import run_on_main
 from lrcompress.runtime.errors import InputError, NotFiniteError
 from lrcompress.runtime.progress import Progress, silent
+from lrcompress.runtime.stage_costs import recording, stage
 
 OVERFLOWS = "activations overflow float16, so the model was run in float32 to calibrate"
 NOT_ANCHORED = (
@@ -99,6 +100,10 @@ class Compressor:
 
     def run(self) -> Factorization:
         """All stages, in the model's own precision; in float32 where its float16 overflows."""
+        with recording():
+            return self._run()
+
+    def _run(self) -> Factorization:
         session = self.calibration()
         # float32 would change the bytes that a target size is compared with
         keep_ratio = selected_keep_ratio(self.model, session.linears, self.settings)
@@ -147,12 +152,13 @@ class Compressor:
 
         Without a plan, the smallest model within the perplexity limit is searched for.
         """
-        with unpacked(self.model):
+        with unpacked(self.model), recording() as costs:
             trials: tuple[dict[str, float], ...] = ()
             if prepared.plan is None:
-                plan, trials = smallest_within(
-                    self.model, self.tokenizer, prepared, self.settings, self.progress
-                )
+                with stage("search"):
+                    plan, trials = smallest_within(
+                        self.model, self.tokenizer, prepared, self.settings, self.progress
+                    )
                 prepared = replace(prepared, plan=plan)
             before = DenseModel.of(self.model, self.started)
             linears, refined = self._replace_and_refine(prepared, session)
@@ -160,6 +166,7 @@ class Compressor:
             result = factorization_of(
                 self.model, before, prepared, linears, refined, session.fingerprint, trials
             )
+            result = replace(result, stages=costs.to_dict())
             if _falls_back(self.settings, prepared.linears):
                 return replace(result, notes=(*result.notes, NOT_ANCHORED))
             return result
@@ -185,11 +192,17 @@ class Compressor:
         if settings.sequential == "independent" or _falls_back(settings, prepared.linears):
             return apply_plan(self.model, prepared, plan, self.progress)
         tokens, damping = session.tokens, settings.anchor_damping
-        return run_on_main(
-            lambda: apply_plan_anchored(
-                self.model, prepared, plan, tokens=tokens, damping=damping, progress=self.progress
+        with stage("factors"):
+            return run_on_main(
+                lambda: apply_plan_anchored(
+                    self.model,
+                    prepared,
+                    plan,
+                    tokens=tokens,
+                    damping=damping,
+                    progress=self.progress,
+                )
             )
-        )
 
     def _refine(
         self,
@@ -203,17 +216,18 @@ class Compressor:
         if self.work is not None:
             work = self.work / self._refinement_key(originals, prepared, session)
         tokens = session.tokens
-        return run_on_main(
-            lambda: refine(
-                self.model,
-                originals,
-                prepared,
-                tokens=tokens,
-                settings=self.refine_settings,
-                work=work,
-                progress=self.progress,
+        with stage("refinement"):
+            return run_on_main(
+                lambda: refine(
+                    self.model,
+                    originals,
+                    prepared,
+                    tokens=tokens,
+                    settings=self.refine_settings,
+                    work=work,
+                    progress=self.progress,
+                )
             )
-        )
 
     def _refinement_key(
         self,

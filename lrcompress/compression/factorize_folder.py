@@ -20,6 +20,7 @@ from lrcompress.runtime.atomic_io import discard
 from lrcompress.runtime.distributed import run_on_all, run_on_main
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, ShowMessage, show_nothing, silent
+from lrcompress.runtime.stage_costs import recording, stage
 
 
 def factorize_to(
@@ -37,7 +38,11 @@ def factorize_to(
     """
     if not distributed.is_main():
         progress, say = silent, show_nothing
-    with distributed.process_group(recipe.model.device), locks.beside(out, replace):
+    with (
+        distributed.process_group(recipe.model.device),
+        locks.beside(out, replace),
+        recording(),
+    ):
         if recipe.factorize.streaming:
             return _streamed(recipe, out, progress, replace, say)
         return _in_memory(recipe, out, progress, replace)
@@ -45,7 +50,8 @@ def factorize_to(
 
 def _in_memory(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> dict[str, Any]:
     device = run_on_all(lambda: distributed.local_device(recipe.model.device))
-    model, tokenizer = run_on_all(lambda: load_model(recipe.model, device=device))
+    with stage("loading"):
+        model, tokenizer = run_on_all(lambda: load_model(recipe.model, device=device))
     # keeps refined blocks until the whole model is saved
     work = out.with_name(f".{out.name}.refine")
     result = run_on_all(
@@ -77,7 +83,8 @@ def _streamed(
     run_work = work / key[:16]
     distributed.make_shared_folder(run_work)
     try:
-        source = run_on_all(lambda: OffloadedModel.load(recipe.model, run_work))
+        with stage("loading"):
+            source = run_on_all(lambda: OffloadedModel.load(recipe.model, run_work))
         compressor = run_on_all(
             lambda: StreamingCompressor(recipe, source, run_work, progress, say)
         )

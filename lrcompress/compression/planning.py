@@ -25,6 +25,7 @@ from lrcompress.methods.types import FFN, Form, LinearSpec, Method, Statistics
 from lrcompress.runtime.distributed import map_sharded
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress
+from lrcompress.runtime.stage_costs import stage
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,14 @@ class Planning:
     def candidates(self, ffns: Iterable[FFN]) -> ModelCandidates:
         candidates: list[Candidates] = []
         channels: dict[str, Tensor] = {}
-        for ffn in ffns:
-            ffn_candidates, order = list_candidates(
-                ffn, self.method, self.grid, self.allocator.needs_errors
-            )
-            candidates.append(ffn_candidates)
-            if order is not None:
-                channels[ffn.name] = order.cpu()
+        with stage("choices_of_ranks"):
+            for ffn in ffns:
+                ffn_candidates, order = list_candidates(
+                    ffn, self.method, self.grid, self.allocator.needs_errors
+                )
+                candidates.append(ffn_candidates)
+                if order is not None:
+                    channels[ffn.name] = order.cpu()
         return ModelCandidates(tuple(candidates), channels)
 
     def probes(self, ffns: Iterable[FFN], candidates: ModelCandidates) -> list[Probe]:
@@ -157,8 +159,9 @@ class Planning:
         """
         if not self.needs_probes:
             return candidates
-        probes = self.probes(ffns, candidates)
-        return replace(candidates, ffns=corrected(candidates.ffns, probes, measure(probes)))
+        with stage("probes"):
+            probes = self.probes(ffns, candidates)
+            return replace(candidates, ffns=corrected(candidates.ffns, probes, measure(probes)))
 
     def plan(self, candidates: ModelCandidates) -> Plan | None:
         """The plan for the budget; None where the budget is to be searched for."""
@@ -170,7 +173,8 @@ class Planning:
             )
         if self.budget.rank is None and self.budget.keep_ratio is None:
             return None
-        return self.allocator.allocate(candidates.ffns, self.budget)
+        with stage("allocation"):
+            return self.allocator.allocate(candidates.ffns, self.budget)
 
 
 def _has_options(ffn: Candidates) -> bool:

@@ -27,6 +27,7 @@ from lrcompress.methods.types import FFN, LinearSpec, OutlierShares, Statistics
 from lrcompress.runtime import distributed
 from lrcompress.runtime.distributed import map_sharded
 from lrcompress.runtime.progress import Progress
+from lrcompress.runtime.stage_costs import stage
 
 # singular values recorded of each linear, to draw its spectrum
 SPECTRUM_POINTS = 32
@@ -124,7 +125,8 @@ def apply_plan(
         ]
         return computed if distributed.world_size() == 1 else [_on_cpu(r) for r in computed]
 
-    groups = map_sharded(by_ffn(prepared.linears), replacements, progress, "Factorizing")
+    with stage("factors"):
+        groups = map_sharded(by_ffn(prepared.linears), replacements, progress, "Factorizing")
     computed = [replacement for group in groups for replacement in group]
     for replacement in computed:
         if replacement.layer is not None:
@@ -212,7 +214,8 @@ def fill(layer: LowRankLinear, A: Tensor, B: Tensor, sizes: Tensor | None = None
         layer.B.weight.copy_(B)
         return None
     assert isinstance(layer, PivotedLinear)
-    pivoted = pivot(A, B, sizes)
+    with stage("pivots"):
+        pivoted = pivot(A, B, sizes)
     layer.C.weight.copy_(pivoted.columns)
     layer.Z.weight.copy_(pivoted.coefficients)
     layer.order.copy_(pivoted.order)

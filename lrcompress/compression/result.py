@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from torch import nn
@@ -47,7 +47,8 @@ class Factorization:
 
     `calibration` is None where no text was read. `probed` has, by FFN, the factor by which probes
     corrected its estimates, if they did. `trials` are the keep_ratios that a search for a
-    perplexity tried. `notes` are warnings. `seconds` is the wall time.
+    perplexity tried. `notes` are warnings. `seconds` is the wall time, and `stages` has what each
+    stage took of it, as `StageCosts.to_dict` gives it.
     """
 
     linears: tuple[LinearResult, ...]
@@ -60,6 +61,7 @@ class Factorization:
     refined: tuple[RefinedBlock, ...]
     notes: tuple[str, ...]
     seconds: float
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -74,6 +76,7 @@ class Factorization:
             "refined": [asdict(block) for block in self.refined],
             "notes": list(self.notes),
             "seconds": round(self.seconds, 1),
+            "stages": {name: dict(cost) for name, cost in self.stages.items()},
             "linears": [linear.to_dict() for linear in self.linears],
         }
 

@@ -22,7 +22,7 @@ BlockArguments = tuple[tuple[Any, ...], dict[str, Any]]
 Forward = Callable[..., Any]
 # types of block arguments, beside tensors, that cannot carry state from one block to the next
 STATELESS_TYPES = (type(None), bool, int, float, str)
-# tokens whose softmax is in memory at a time
+# tokens whose logits are in memory at a time
 TOKENS_PER_CHUNK = 128
 
 
@@ -101,7 +101,7 @@ class BlockRunner:
             for index, block in enumerate(self.blocks):
                 hook = self._recorder(index, recorded)
                 stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            with self._identity_blocks():
+            with _identity_blocks(self.blocks, self.returns_tuple):
                 self._run_base(sample)
         return recorded
 
@@ -118,22 +118,6 @@ class BlockRunner:
                     f"block {index} gets arguments that differ between samples, or is not called: "
                     "use --sequential independent, without --refine and --streaming"
                 )
-
-    @contextmanager
-    def _identity_blocks(self, last_output: Tensor | None = None) -> Iterator[None]:
-        """Inside, blocks return their input; the last returns `last_output` where it is given."""
-
-        def make_identity(index: int, _: Forward) -> Forward:
-            def forward(*arguments: Any, **keywords: Any) -> Any:
-                hidden = _split(arguments, keywords)[0]
-                if last_output is not None and index == len(self.blocks) - 1:
-                    hidden = last_output
-                return (hidden,) if self.returns_tuple else hidden
-
-            return forward
-
-        with replaced_forwards(self.blocks, make_identity):
-            yield
 
     def run(
         self,
@@ -174,15 +158,9 @@ class BlockRunner:
             hook.remove()
         return inputs[0]
 
-    @torch.enable_grad()
     def score_gradient(self, hidden: Tensor, sample: Tensor, seed: int) -> Tensor:
-        """`sample_score_gradients` of the logits, passed back to `hidden`, the output of the last
-        block (1, length, width) for the tokens `sample` (length,)."""
-        leaf = hidden.detach().requires_grad_(True)
-        with self._identity_blocks(leaf):
-            logits = logits_of(self.model, sample[None])
-            score_gradients = sample_score_gradients(logits.detach(), seed)
-            return torch.autograd.grad(logits, leaf, score_gradients)[0]
+        """The function of this name, of `hidden` (1, length, width) for tokens (length,)."""
+        return score_gradient(self.model, hidden, sample[None], seed, self.returns_tuple)
 
     @torch.enable_grad()
     def input_gradient(self, block: int, hidden: Tensor, gradient: Tensor) -> Tensor:
@@ -192,10 +170,49 @@ class BlockRunner:
         return torch.autograd.grad(output, leaf, gradient)[0]
 
 
-def logits_of(model: Any, sample: Tensor) -> Tensor:
-    """Logits (length, vocabulary) of one sample of tokens (1, length)."""
-    logits: Tensor = model(input_ids=sample.to(model.device), use_cache=False).logits[0]
-    return logits
+@torch.enable_grad()
+def score_gradient(
+    model: Any, hidden: Tensor, sample: Tensor, seed: int, returns_tuple: bool
+) -> Tensor:
+    """`sample_score_gradients` of the logits, passed back to `hidden`, the output of the last block
+    (1, length, width) for the tokens `sample` (1, length).
+
+    Logits are computed for TOKENS_PER_CHUNK tokens at a time: those of a whole sample would be the
+    largest tensors of a calibration. `returns_tuple` says that blocks return tuples.
+    """
+    generator, blocks = (
+        torch.Generator(hidden.device).manual_seed(seed),
+        list(find_blocks(model)[1]),
+    )
+    gradient = torch.empty_like(hidden)
+    for start in range(0, hidden.shape[1], TOKENS_PER_CHUNK):
+        part = slice(start, start + TOKENS_PER_CHUNK)
+        leaf = hidden[:, part].detach().requires_grad_(True)
+        with _identity_blocks(blocks, returns_tuple, leaf):
+            tokens = sample[:, part].to(model.device)
+            logits = model(input_ids=tokens, use_cache=False).logits
+        scores = sample_score_gradients(logits.detach(), generator)
+        gradient[:, part] = torch.autograd.grad(logits, leaf, scores)[0]
+    return gradient
+
+
+@contextmanager
+def _identity_blocks(
+    blocks: Sequence[nn.Module], returns_tuple: bool, last_output: Tensor | None = None
+) -> Iterator[None]:
+    """Inside, blocks return their input; the last returns `last_output` where it is given."""
+
+    def make_identity(index: int, _: Forward) -> Forward:
+        def forward(*arguments: Any, **keywords: Any) -> Any:
+            hidden = _split(arguments, keywords)[0]
+            if last_output is not None and index == len(blocks) - 1:
+                hidden = last_output
+            return (hidden,) if returns_tuple else hidden
+
+        return forward
+
+    with replaced_forwards(blocks, make_identity):
+        yield
 
 
 @contextmanager
@@ -249,8 +266,8 @@ def _linear_recorder(
     return hook
 
 
-def sample_score_gradients(logits: Tensor, seed: int) -> Tensor:
-    """Draws a random u for every token of `logits` (tokens, vocabulary), E u uᵀ = diag(p) - p pᵀ.
+def sample_score_gradients(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws a random u for every token of `logits` (..., vocabulary), E u uᵀ = diag(p) - p pᵀ.
 
     p = softmax(logits) are the model's own predictions, and diag(p) - p pᵀ is their Fisher matrix:
     the Hessian of the KL divergence from p. Passed backward to the output of any layer, u therefore
@@ -260,13 +277,6 @@ def sample_score_gradients(logits: Tensor, seed: int) -> Tensor:
     the text's own label (the empirical Fisher matrix) would give most weight to the tokens that the
     model predicts worst.
     """
-    generator = torch.Generator(logits.device).manual_seed(seed)
-    scores = torch.empty_like(logits)
-    chunks = zip(
-        torch.split(logits, TOKENS_PER_CHUNK), torch.split(scores, TOKENS_PER_CHUNK), strict=True
-    )
-    for logits_chunk, scores_chunk in chunks:
-        p = logits_chunk.float().softmax(-1)
-        z = torch.empty_like(p).normal_(generator=generator) * p.sqrt()
-        scores_chunk.copy_(z - p * z.sum(-1, keepdim=True))
-    return scores
+    p = logits.softmax(-1, dtype=torch.float32)
+    z = torch.empty_like(p).normal_(generator=generator).mul_(p.sqrt())
+    return z.addcmul_(p, z.sum(-1, keepdim=True), value=-1).to(logits.dtype)

@@ -13,6 +13,7 @@ from lrcompress.methods.costs import FormCosts
 from lrcompress.methods.plan import Candidates, RankCurve, WidthOption
 from lrcompress.methods.types import FFN, Form, LinearSpec, Method
 from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.stage_costs import stage
 
 # widths, as shares of all channels, at which narrowing and low rank are combined
 COMBINED_WIDTH_SHARES = (0.85, 0.7, 0.55, 0.4)
@@ -104,7 +105,8 @@ def _narrowed_shapes(
     ffn: FFN, method: Method, grid: CandidateGrid, errors: bool
 ) -> tuple[list[WidthOption], Tensor]:
     assert ffn.down is not None
-    order = method.order(ffn)
+    with stage("choices_of_channels"):
+        order = method.order(ffn)
     full_width = ffn.down.in_features
     combined = {_nearest_multiple(s * full_width, grid.multiple) for s in COMBINED_WIDTH_SHARES}
     shapes = []

@@ -18,6 +18,7 @@ from lrcompress.layers.ffn_layouts import find_blocks
 from lrcompress.models.loading import checked_device, load, locate, skeleton
 from lrcompress.runtime import distributed
 from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.stage_costs import stage
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,10 @@ class OffloadedModel:
         original_modules = {name: module for name, module in block.named_modules() if name}
         meta_parameters = {name: p for name, p in block.named_parameters() if p.is_meta}
         try:
-            for name, parameter in meta_parameters.items():
-                weight = self.weights[f"{self.prefix}.{index}.{name}"].to(self.model.device)
-                _set(block, name, nn.Parameter(weight, requires_grad=parameter.requires_grad))
+            with stage("loading"):
+                for name, parameter in meta_parameters.items():
+                    weight = self.weights[f"{self.prefix}.{index}.{name}"].to(self.model.device)
+                    _set(block, name, nn.Parameter(weight, requires_grad=parameter.requires_grad))
             yield block
         finally:
             for name, module in original_modules.items():

@@ -126,6 +126,14 @@ class ServedSpeedRecord(TypedDict):
     rounds: list[CountOrFloat] | None
 
 
+class StageRecord(TypedDict):
+    __pydantic_config__ = ALLOW_EXTRA  # type: ignore[misc]
+
+    seconds: CountOrFloat
+    cpu_seconds: CountOrFloat
+    memory: Count | None
+
+
 class ModelRecord(TypedDict, total=False):
     """lrcompress.json; docs/checkpoint.md describes each field."""
 
@@ -143,6 +151,7 @@ class ModelRecord(TypedDict, total=False):
     factorized_from: ModelRecord
     probed: dict[str, CountOrFloat]
     notes: list[str]
+    stages: dict[str, StageRecord]
     linears: list[LinearRecord]
     refined: list[RefinedBlockRecord]
     served: dict[str, list[ServedSpeedRecord]]

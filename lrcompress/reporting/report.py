@@ -24,6 +24,7 @@ from lrcompress.reporting.remarks import remarks
 from lrcompress.reporting.render import nonfinite_to_text, render
 from lrcompress.reporting.served import served_tables
 from lrcompress.reporting.significance import Comparison, comparisons
+from lrcompress.reporting.stage_table import stage_rows
 from lrcompress.reporting.tables import table
 from lrcompress.reporting.tables import title as title_of
 from lrcompress.runtime.atomic_io import replace_text
@@ -81,6 +82,7 @@ def _template_values(report: Report) -> dict[str, Any]:
         "texts": report.texts,
         "training": training(report.record),
         "calibration": by_block(report.record),
+        "stages": stage_rows(report.record),
         "record": {**report.record, "notes": [*report.record.get("notes", ()), *report.sentences]},
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +24,31 @@ class Memory:
         return None if self.start is None or self.peak is None else self.peak - self.start
 
 
+# the blocks that are measured now, outermost first: each reset of VmHWM is first noted in all
+MEASURED: ContextVar[tuple[Memory, ...]] = ContextVar("measured", default=())
+
+
 @contextmanager
 def peak_memory() -> Iterator[Memory]:
-    """Measures the block; `peak` is set when the block ends."""
+    """Measures the block; `peak` is set when the block ends. Blocks may be nested."""
     memory = Memory()
+    _note_peak()
     with suppress(OSError):
         CLEAR_REFS.write_text(RESET_PEAK)
         memory.start = _status("VmRSS:")
-    yield memory
-    if memory.start is not None:
-        memory.peak = _status("VmHWM:")
+    token = MEASURED.set((*MEASURED.get(), memory))
+    try:
+        yield memory
+    finally:
+        _note_peak()
+        MEASURED.reset(token)
+
+
+def _note_peak() -> None:
+    """Raises the peaks of all blocks that are measured now to that since the last reset."""
+    for memory in MEASURED.get():
+        if memory.start is not None:
+            memory.peak = max(memory.peak or 0, _status("VmHWM:") or 0)
 
 
 def resident() -> int:

@@ -97,7 +97,8 @@ def _expected_shares(model: Any, names: list[str]) -> dict[str, OutlierShares]:
     for index, sample in enumerate(samples[:8]):
         logits = model(input_ids=sample[None]).logits[0]
         if index < 2:
-            logits.backward(sample_score_gradients(logits.detach(), seed=index))
+            generator = torch.Generator().manual_seed(index)
+            logits.backward(sample_score_gradients(logits.detach(), generator))
     return {name: OutlierShares(_share(inputs[name]), _share(gradients[name])) for name in names}
 
 

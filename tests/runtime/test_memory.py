@@ -12,3 +12,13 @@ def test_memory_rises_from_its_start() -> None:
         held = torch.ones(8 * 2**20)  # 32 MiB
     assert measured.rise is None or measured.rise > 2**24
     assert held.numel() == 8 * 2**20
+
+
+def test_an_outer_block_keeps_the_peak_before_an_inner_one() -> None:
+    with memory.peak_memory() as outer:
+        held = torch.ones(8 * 2**20)  # 32 MiB
+        del held
+        with memory.peak_memory() as inner:
+            pass
+    assert outer.rise is None or outer.rise > 2**24
+    assert inner.rise is None or inner.rise < 2**24

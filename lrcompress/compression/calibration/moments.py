@@ -18,9 +18,8 @@ from lrcompress.compression.calibration.probes import Probe, ProbeErrors, held_o
 from lrcompress.compression.calibration.token_sums import TokenSums
 from lrcompress.layers.block_runner import (
     Forward,
-    logits_of,
     replaced_forwards,
-    sample_score_gradients,
+    score_gradient,
 )
 from lrcompress.layers.ffn_layouts import find_blocks
 from lrcompress.layers.model_state import evaluation_mode, only_trainable
@@ -29,6 +28,7 @@ from lrcompress.methods.types import LinearSpec, OutlierShares, Statistics
 from lrcompress.runtime.distributed import shard_of
 from lrcompress.runtime.errors import InputError, NotFiniteError
 from lrcompress.runtime.progress import Progress, silent
+from lrcompress.runtime.stage_costs import stage
 
 
 class MomentCollector:
@@ -63,8 +63,9 @@ class MomentCollector:
     def _input_hook(self, group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add_input(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = _by_token(arguments[0])
-            scales = self.input_sums.add(group, x)
-            self.input_outliers.add(group, outlier_rows(x, 1 - scales.square()))
+            norms = x.norm(dim=1)
+            scales = self.input_sums.add(group, x, norms)
+            self.input_outliers.add(group, outlier_rows(x, 1 - scales.square(), norms))
 
         return add_input
 
@@ -79,9 +80,10 @@ class MomentCollector:
 
         def add_gradient(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             def add(gradient: Tensor) -> None:
-                scales = self.gradient_sums.add(spec.name, _by_token(gradient))
+                g, x = _by_token(gradient), _by_token(arguments[0])
+                scales = self.gradient_sums.add(spec.name, g, g.norm(dim=1))
                 weights = (scales.square().reciprocal() - 1) / self.readers[spec.input_group]
-                rows = outlier_rows(_by_token(arguments[0]), weights)
+                rows = outlier_rows(x, weights, x.norm(dim=1))
                 self.gradient_outliers.add(spec.input_group, rows)
 
             if output.requires_grad:
@@ -238,7 +240,7 @@ def measure_moments(
     """Runs `tokens` (samples, length) through the model, one sample at a time.
 
     In the first `gradient_samples` of them the forward pass is followed by a backward pass from
-    `sample_score_gradients`. Blocks are checkpointed; parameters get no gradients and stay as they
+    `score_gradient`. Blocks are checkpointed; parameters get no gradients and stay as they
     are. Several processes share the samples, and all get the sums.
     """
     samples, length = tokens.shape
@@ -247,10 +249,11 @@ def measure_moments(
     with unpacked(model), evaluation_mode(model):
         for index in progress(indices, "Calibrating", len(indices)):
             batch = tokens[index][None].to(model.device)
-            if index < gradient_samples:
-                _forward_backward(model, batch, collector, seed=index)
-            else:
-                _forward(model, batch, collector)
+            with stage("gradients" if index < gradient_samples else "second_moments"):
+                if index < gradient_samples:
+                    _forward_backward(model, batch, collector, seed=index)
+                else:
+                    _forward(model, batch, collector)
     collector.all_reduce(model.device)
     return collector.statistics(samples * length, gradient_samples * length)
 
@@ -284,9 +287,23 @@ def _forward_backward(
     blocks = list(find_blocks(model)[1])
     with _gradients_of_activations(model), replaced_forwards(blocks, _checkpointed):
         # checkpointing repeats the forward pass during the backward pass: then without hooks
-        with observer.hooks(model):
-            logits = logits_of(model, sample)
-        logits.backward(sample_score_gradients(logits.detach(), seed))  # type: ignore[no-untyped-call]
+        with observer.hooks(model), _output_of(blocks[-1]) as outputs:
+            model.base_model(input_ids=sample, use_cache=False)  # without the head
+        returns_tuple = not isinstance(outputs[0], Tensor)
+        hidden = outputs[0][0] if returns_tuple else outputs[0]
+        gradient = score_gradient(model, hidden.detach(), sample, seed, returns_tuple)
+        hidden.backward(gradient)
+
+
+@contextmanager
+def _output_of(block: nn.Module) -> Iterator[list[Any]]:
+    """Inside, outputs of `block` are added to the list."""
+    outputs: list[Any] = []
+    hook = block.register_forward_hook(lambda _, __, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        hook.remove()
 
 
 @contextmanager

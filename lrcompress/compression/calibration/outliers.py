@@ -25,35 +25,35 @@ OUTLIER_NORM = 4.0
 MAX_ROW_NORM = 1e4
 
 
-def norm_limit(vectors: Tensor) -> Tensor:
-    """The norm from which on a vector counts as an outlier among `vectors` (tokens, features).
+def norm_limit(norms: Tensor) -> Tensor:
+    """The norm from which on a vector counts as an outlier among vectors with `norms` (tokens,).
 
     Tokens with a zero vector do not count: behind the last block that reads a token, its gradient
     is zero. Infinity where all are zero.
     """
-    norms = vectors.norm(dim=1)
     norms = norms[norms > 0]
     limit: Tensor = OUTLIER_NORM * norms.median() if len(norms) else norms.new_tensor(torch.inf)
     return limit
 
 
-def clip_scales(vectors: Tensor) -> Tensor:
-    """Factors (tokens,) in (0, 1] that bring every vector down to `norm_limit`."""
-    tiny = torch.finfo(vectors.dtype).tiny
-    scales: Tensor = norm_limit(vectors) / vectors.norm(dim=1).clamp_min(tiny)
+def clip_scales(norms: Tensor) -> Tensor:
+    """Factors (tokens,) in (0, 1] that bring vectors of `norms` (tokens,) down to `norm_limit`."""
+    tiny = torch.finfo(norms.dtype).tiny
+    scales: Tensor = norm_limit(norms) / norms.clamp_min(tiny)
     return scales.clamp_max(1.0)
 
 
-def outlier_rows(vectors: Tensor, weights: Tensor) -> Tensor:
+def outlier_rows(vectors: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
     """sqrt(weight) v of the `vectors` (tokens, features) with positive `weights` (tokens,).
 
-    The norm of a row is at most MAX_ROW_NORM times `norm_limit` of the vectors.
+    `norms` (tokens,) are those of the vectors. That of a row is at most MAX_ROW_NORM times their
+    `norm_limit`.
     """
     chosen = weights > 0
-    rows: Tensor = vectors[chosen] * weights[chosen, None].sqrt()
-    largest = MAX_ROW_NORM * norm_limit(vectors)
-    norms = rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    rows *= (largest / norms).clamp_max(1.0)
+    factors = weights[chosen].sqrt()
+    row_norms = (factors * norms[chosen]).clamp_min(torch.finfo(norms.dtype).tiny)
+    factors *= (MAX_ROW_NORM * norm_limit(norms) / row_norms).clamp_max(1.0)
+    rows: Tensor = vectors[chosen] * factors[:, None]
     return rows
 
 

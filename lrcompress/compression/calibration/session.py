@@ -22,6 +22,7 @@ from lrcompress.layers.model_info import check_predicts_next_token
 from lrcompress.methods.types import LinearSpec
 from lrcompress.runtime.distributed import run_on_main
 from lrcompress.runtime.progress import Progress, silent
+from lrcompress.runtime.stage_costs import stage
 
 
 class CalibrationSession:
@@ -49,9 +50,10 @@ class CalibrationSession:
     def _text(self) -> tuple[Tensor, Fingerprint]:
         check_predicts_next_token(self.model, "calibration")
         started = time.perf_counter()
-        text = run_on_main(
-            lambda: calibration_tokens(self.model, self.tokenizer, self.settings, self.progress)
-        )
+        with stage("text"):
+            text = run_on_main(
+                lambda: calibration_tokens(self.model, self.tokenizer, self.settings, self.progress)
+            )
         self.text_seconds = time.perf_counter() - started
         return text
 
@@ -81,4 +83,5 @@ class CalibrationSession:
     def errors(self, probes: Sequence[Probe]) -> dict[str, list[float]]:
         """The cost of each probe on every held-out sample, by the name of its linear."""
         tokens = self.tokens
-        return run_on_main(lambda: measure_errors(self.model, probes, tokens, self.progress))
+        with stage("probes"):
+            return run_on_main(lambda: measure_errors(self.model, probes, tokens, self.progress))

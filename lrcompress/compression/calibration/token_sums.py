@@ -34,10 +34,11 @@ class TokenSums:
     energies: dict[str, Tensor] = field(default_factory=dict)
     _mixture_totals: dict[tuple[str, ...], tuple[Tensor, int]] = field(default_factory=dict)
 
-    def add(self, key: str, vectors: Tensor) -> Tensor:
+    def add(self, key: str, vectors: Tensor, norms: Tensor) -> Tensor:
         """Adds v vᵀ of every token in `vectors` (tokens, features), float32, to the sum of `key`.
 
-        Returns the factors (tokens,) in (0, 1] by which outliers were scaled down.
+        `norms` (tokens,) are those of the vectors. Returns the factors (tokens,) in (0, 1] by which
+        outliers were scaled down.
         """
         size = vectors.shape[1]
         if key not in self.sums:
@@ -45,8 +46,8 @@ class TokenSums:
             self.tokens[key] = torch.tensor(0)
             self.energies[key] = torch.tensor(0.0, dtype=torch.float64)
         self.tokens[key] += len(vectors)
-        self.energies[key] += vectors.square().sum(1).cpu().double().sum()
-        scales = clip_scales(vectors)
+        self.energies[key] += norms.square().cpu().double().sum()
+        scales = clip_scales(norms)
         self._add_products(self.sums[key], vectors * scales[:, None])
         return scales
 

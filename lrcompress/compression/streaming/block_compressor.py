@@ -21,6 +21,7 @@ from lrcompress.compression.streaming.block_store import StreamFiles
 from lrcompress.config.recipe import Recipe
 from lrcompress.layers.lowrank import install
 from lrcompress.methods.plan import Plan
+from lrcompress.runtime.stage_costs import stage
 
 
 class BlockCompressor:
@@ -67,13 +68,15 @@ class BlockCompressor:
     ) -> tuple[list[LinearResult], RefinedBlock | None]:
         """Compresses block number `index`, which is resident; `prepared` has its linears alone."""
         originals = {s.name: self.model.get_submodule(s.name) for s in prepared.linears}
-        if self.anchoring is None:
-            linears = list(self._independent(prepared))
-        else:
-            linears = list(self.anchoring.block(index, list(prepared.ffns(self.model))))
+        with stage("factors"):
+            if self.anchoring is None:
+                linears = list(self._independent(prepared))
+            else:
+                linears = list(self.anchoring.block(index, list(prepared.ffns(self.model))))
         refined = None
         if self.refinement is not None:
-            refined = self.refinement.block(index, prepared, originals, file=None)
+            with stage("refinement"):
+                refined = self.refinement.block(index, prepared, originals, file=None)
         for files, streams in self.streams.items():
             files.write(index + 1, (streams.dense, streams.compressed))
         return linears, refined

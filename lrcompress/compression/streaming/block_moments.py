@@ -22,6 +22,7 @@ from lrcompress.methods.types import LinearSpec
 from lrcompress.models.offload import OffloadedModel
 from lrcompress.runtime.distributed import run_on_all, shard_of, world_size
 from lrcompress.runtime.progress import Progress
+from lrcompress.runtime.stage_costs import stage
 
 
 class BlockMoments:
@@ -53,18 +54,21 @@ class BlockMoments:
     def run(self, progress: Progress) -> None:
         """Runs the forward pass, if a backward pass or another process needs it, then the other."""
         if self.gradient_samples or world_size() > 1:
-            run_on_all(lambda: self._forward(progress))
+            with stage("second_moments"):
+                run_on_all(lambda: self._forward(progress))
         if self.gradient_samples:
-            run_on_all(lambda: self._backward(progress))
+            with stage("gradients"):
+                run_on_all(lambda: self._backward(progress))
 
     def reach(self, index: int) -> None:
         """Computes the hidden states in front of block number `index`, if they are not there."""
         samples = range(len(self.tokens))
         start = next(i for i in range(index, -1, -1) if i == 0 or self._is_reached(i))
-        if start == 0:
-            self._embed(samples)
-        for block in range(start, index):
-            self._advance(block, samples)
+        with stage("second_moments"):
+            if start == 0:
+                self._embed(samples)
+            for block in range(start, index):
+                self._advance(block, samples)
 
     def _is_reached(self, index: int) -> bool:
         return all(self.hidden.has(index, sample) for sample in range(len(self.tokens)))
@@ -140,10 +144,11 @@ class BlockMoments:
         collector = MomentCollector(specs, self.gradient_samples > 0)
         with collector.hooks(self.source.model):
             for sample in range(self.held_out.start):
-                if sample < self.gradient_samples:
-                    self._input_gradient(index, sample)
-                else:
-                    self._run_forward(index, sample)
+                with stage("gradients" if sample < self.gradient_samples else "second_moments"):
+                    if sample < self.gradient_samples:
+                        self._input_gradient(index, sample)
+                    else:
+                        self._run_forward(index, sample)
         length = self.tokens.shape[1]
         return collector.statistics(self.held_out.start * length, self.gradient_samples * length)
 

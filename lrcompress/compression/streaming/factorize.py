@@ -38,6 +38,7 @@ from lrcompress.models.offload import OffloadedModel
 from lrcompress.runtime.distributed import is_main, run_on_all, shard_of
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, ShowMessage
+from lrcompress.runtime.stage_costs import stage
 
 
 class StreamingCompressor:
@@ -123,7 +124,8 @@ class StreamingCompressor:
                 "linears": [linear.to_dict() for linear in linears],
                 "refined": [] if refined is None else [asdict(refined)],
             }
-            self.files.write(index, self.offloaded.stored(index, block), record)
+            with stage("saving"):
+                self.files.write(index, self.offloaded.stored(index, block), record)
 
     def _result(self, prepared: PreparedModel) -> Factorization:
         """Reads the records of all blocks, and gives the model its layers, which stay empty."""

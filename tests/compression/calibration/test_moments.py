@@ -89,7 +89,8 @@ def test_gradient_moment_of_every_linear(family: str, trained: bool) -> None:
     ]
     for index, row in enumerate(sample):
         logits = model(input_ids=row[None]).logits[0]
-        logits.backward(sample_score_gradients(logits.detach(), seed=index))
+        generator = torch.Generator().manual_seed(index)
+        logits.backward(sample_score_gradients(logits.detach(), generator))
     for handle in handles:
         handle.remove()
     for spec in linears:

@@ -36,26 +36,26 @@ def vectors_with_outliers() -> Tensor:
 
 
 def test_an_outlier_counts_with_four_times_the_median_norm() -> None:
-    scales = clip_scales(vectors_with_outliers())
+    scales = clip_scales(vectors_with_outliers().norm(dim=1))
     assert scales[3] == pytest.approx(0.04, rel=1e-4)
     assert (scales[torch.arange(64) != 3] == 1).all()
 
 
 def test_nothing_is_scaled_where_all_vectors_are_zero() -> None:
-    assert clip_scales(torch.zeros(4, 6)).tolist() == [1, 1, 1, 1]
-    assert len(outlier_rows(torch.zeros(4, 6), torch.zeros(4))) == 0
+    assert clip_scales(torch.zeros(4)).tolist() == [1, 1, 1, 1]
+    assert len(outlier_rows(torch.zeros(4, 6), torch.zeros(4), torch.zeros(4))) == 0
 
 
 def test_zeros_do_not_lower_the_limit() -> None:
     vectors = torch.zeros(100, 6)
     vectors[:10] = vectors_with_outliers()[10:20]
-    assert (clip_scales(vectors) == 1).all()
+    assert (clip_scales(vectors.norm(dim=1)) == 1).all()
 
 
 def test_the_mean_and_the_outliers_together_are_the_plain_moment() -> None:
     vectors, sums, rows = vectors_with_outliers(), TokenSums(torch.float64), OutlierRows()
-    scales = sums.add("x", vectors)
-    rows.add("x", outlier_rows(vectors, 1 - scales.square()))
+    scales = sums.add("x", vectors, vectors.norm(dim=1))
+    rows.add("x", outlier_rows(vectors, 1 - scales.square(), vectors.norm(dim=1)))
     outlier_sum = rows.product("x")
     assert outlier_sum is not None
     bulk = sums.sums["x"].triu()
@@ -70,7 +70,7 @@ def test_the_mean_and_the_outliers_together_are_the_plain_moment() -> None:
 
 def test_rows_are_limited_in_norm() -> None:
     vectors = vectors_with_outliers()
-    rows = outlier_rows(vectors, torch.arange(64) * 1e12)
+    rows = outlier_rows(vectors, torch.arange(64) * 1e12, vectors.norm(dim=1))
     assert len(rows) == 63
     limit = outliers.OUTLIER_NORM * outliers.MAX_ROW_NORM
     assert float(rows.norm(dim=1).max()) == pytest.approx(limit, rel=1e-4)
@@ -172,9 +172,9 @@ def test_no_token_counts_for_less_because_its_gradient_is_clipped() -> None:
 def test_whitening_reads_all_tokens() -> None:
     """Scaled-down tokens and their outlier rows make the plain second moment again."""
     vectors = vectors_with_outliers()
-    scales = clip_scales(vectors)
+    scales = clip_scales(vectors.norm(dim=1))
     bulk = vectors * scales[:, None]
-    rows = outlier_rows(vectors, 1 - scales.square()).double()
+    rows = outlier_rows(vectors, 1 - scales.square(), vectors.norm(dim=1)).double()
     split = Statistics((bulk.T @ bulk).double(), outlier_moment=rows.T @ rows)
     plain = Statistics((vectors.T @ vectors).double())
     weight = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))

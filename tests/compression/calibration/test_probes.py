@@ -42,9 +42,12 @@ def test_errors_are_means_over_tokens(family: str) -> None:
     expected = []
     for seed in (21, 22):  # an eighth
         seen.clear()
+        generator = torch.Generator().manual_seed(seed)
         logits = model(input_ids=sample[seed : seed + 1]).logits[0]
         h, output = seen[0]
-        g = torch.autograd.grad(logits, output, sample_score_gradients(logits.detach(), seed))[0]
+        g = torch.autograd.grad(logits, output, sample_score_gradients(logits.detach(), generator))[
+            0
+        ]
         products = (g.flatten(0, -2) * (h.detach() @ change.T)).sum(-1)
         expected.append(float(products.square().mean()))
     assert errors == {down.name: pytest.approx(expected, rel=1e-4)}
