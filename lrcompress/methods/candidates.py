@@ -47,19 +47,29 @@ def list_candidates(
 
     The order has shape (width,); it is None where the FFN is not narrowed. Without `errors` the
     errors of ranks are NaN, which saves their decompositions. Raises InputError where the method
-    can only narrow and the FFN is incomplete.
+    can only narrow and the FFN is incomplete, or mixes its channels.
     """
     if not method.truncates and ffn.down is None:
-        raise InputError(
-            f"{ffn.name} cannot be narrowed without all of its linears: do not exclude any of "
-            "them, or use a method that truncates, such as fisher"
-        )
+        raise InputError(_cannot_narrow(ffn))
     if method.narrows and ffn.down is not None:
         shapes, channels = _narrowed_shapes(ffn, method, grid, errors)
     else:
         shapes, channels = [], None
     full = WidthOption(None, 0.0, tuple(_curves(ffn, method, grid, errors)))
     return Candidates(ffn.name, ffn.linears, (full, *shapes)), channels
+
+
+def _cannot_narrow(ffn: FFN) -> str:
+    if ffn.linears[0].channelwise:
+        return (
+            f"{ffn.name} cannot be narrowed without all of its linears: do not exclude any of "
+            "them, or use a method that truncates, such as fisher"
+        )
+    return (
+        f"{ffn.name} cannot be narrowed, because it does not compute each intermediate channel by "
+        f"itself: leave it out with --exclude '{ffn.name}.*', or use a method that truncates, "
+        "such as fisher"
+    )
 
 
 def _narrowed_shapes(
