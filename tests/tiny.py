@@ -37,6 +37,28 @@ GPT2 = {
     "n_inner": INNER,
 }
 
+MAMBA = {
+    "mamba_d_state": 8,
+    "mamba_d_head": 8,
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+}
+LINEAR_ATTENTION = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+PER_LAYER_INPUTS = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 32,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 257,
+}
+
 # model type -> config keys; one row a family
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": STANDARD,
@@ -93,6 +115,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": WIDTH, "n_layers": BLOCKS, "n_heads": HEADS, "max_seq_len": LENGTH},
     "lfm2": STANDARD
     | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "falcon_h1": STANDARD | MAMBA | {"mamba_d_ssm": 64},
+    "bamba": STANDARD | MAMBA | {"attn_layer_indices": [1]},
+    "recurrent_gemma": STANDARD
+    | {"block_types": ["recurrent", "attention"], "lru_width": WIDTH, "attention_window_size": 32},
+    "qwen3_5_text": STANDARD | LINEAR_ATTENTION,
+    "gemma3n_text": STANDARD
+    | PER_LAYER_INPUTS
+    | {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0]},
+    "gemma4_text": STANDARD | PER_LAYER_INPUTS | {"global_head_dim": 8},
 }
 
 
@@ -103,7 +134,7 @@ MIXTURE = STANDARD | {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
 }
-# families with experts; glm4_moe has them in its second block only
+# families with experts; glm4_moe and jamba have dense FFNs in other blocks, nemotron_h none
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": MIXTURE,
     "qwen3_moe": MIXTURE,
@@ -112,6 +143,17 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "glm4_moe": MIXTURE
     | {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "granitemoe": MIXTURE,
+    "granitemoehybrid": MIXTURE
+    | MAMBA
+    | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 40},
+    "jamba": MIXTURE
+    | {"mamba_d_state": 8, "mamba_dt_rank": 8, "attn_layer_period": 2, "attn_layer_offset": 1}
+    | {"expert_layer_period": 2, "expert_layer_offset": 1},
+    "nemotron_h": MIXTURE
+    | {"layers_block_type": ["mamba", "mlp", "attention", "moe"], "num_hidden_layers": 4}
+    | {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1}
+    | {"chunk_size": 16, "n_routed_experts": EXPERTS, "n_group": 1, "topk_group": 1}
+    | {"moe_shared_expert_intermediate_size": 40},
 }
 
 # more families, each with its own router, shared experts or parameter names; for slow tests
@@ -150,6 +192,7 @@ MORE_MIXTURES: dict[str, dict[str, Any]] = {
     "phimoe": MIXTURE,
     "qwen3_next": MIXTURE
     | {"layer_types": ["full_attention"] * BLOCKS, "shared_expert_intermediate_size": 40},
+    "qwen3_5_moe_text": MIXTURE | LINEAR_ATTENTION | {"shared_expert_intermediate_size": 40},
     "solar_open": SPARSE | SHARED,
 }
 

@@ -1,8 +1,9 @@
 """Mixtures of experts as lists of FFNs with plain linears, which can become low-rank one by one.
 
 transformers keeps the experts of a block in two 3-D parameters: gate_up_proj (experts, 2 channels,
-hidden), with the rows of gate before those of up, and down_proj (experts, hidden, channels). Here
-each expert's linears are views of these parameters.
+hidden), with the rows of gate before those of up, or without a gate up_proj (experts, channels,
+hidden); and down_proj (experts, hidden, channels). Here each expert's linears are views of these
+parameters.
 
 This file imports only torch: `lrcompress export --to standalone` ships it beside `lowrank.py`.
 """
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 
 # attributes that transformers sets on experts, with the values that `Experts` supports
 SUPPORTED_FLAGS = {
-    "has_gate": True,
     "has_bias": False,
     "has_post_expert_norm": False,
     "is_transposed": False,
@@ -26,18 +26,28 @@ SUPPORTED_FLAGS = {
 }
 # the attribute of `Experts` that holds the list; part of parameter names in checkpoints
 EXPERT_LIST = "ffns"
+# names of an expert's linears; those of the fused parameters have the ending too
+GATE_UP, UP, DOWN = "gate_up", "up", "down"
+FUSED_ENDING = "_proj"
 
 
 class Expert(nn.Module):
-    """One gated FFN, down(gating(gate_up(x))), x (tokens, hidden); gate and up are one matrix."""
+    """One FFN, down(activation(first(x))), x (tokens, hidden).
 
-    def __init__(self, gate_up: nn.Parameter, down: nn.Parameter, gating: Any) -> None:
+    The first linear is called `first_name`: gate and up as one matrix, or up alone.
+    """
+
+    def __init__(
+        self, first_name: str, first: nn.Parameter, down: nn.Parameter, activation: Any
+    ) -> None:
         super().__init__()
-        self.gate_up, self.down = _linear(gate_up), _linear(down)
-        self.gating: Callable[[Tensor], Tensor] = gating
+        self.first_name = first_name
+        self.add_module(first_name, _linear(first))
+        self.down = _linear(down)
+        self.activation: Callable[[Tensor], Tensor] = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down(self.gating(self.gate_up(x)))
+        y: Tensor = self.down(self.activation(getattr(self, self.first_name)(x)))
         return y
 
 
@@ -54,12 +64,15 @@ class Experts(nn.Module):
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
         self.shell = (_without_parameters(fused),)  # a tuple, so that it is not a submodule
-        gate_up, down = fused.gate_up_proj, fused.down_proj
-        assert isinstance(gate_up, nn.Parameter)
+        first_name = GATE_UP if fused.has_gate else UP
+        first, down = getattr(fused, first_name + FUSED_ENDING), fused.down_proj
+        assert isinstance(first, nn.Parameter)
         assert isinstance(down, nn.Parameter)
-        gating: Any = self.shell[0]._apply_gate
-        weights = zip(_matrices(gate_up), _matrices(down), strict=True)
-        setattr(self, EXPERT_LIST, nn.ModuleList(Expert(*pair, gating) for pair in weights))
+        shell: Any = self.shell[0]
+        activation = shell._apply_gate if fused.has_gate else shell.act_fn
+        weights = zip(_matrices(first), _matrices(down), strict=True)
+        ffns = nn.ModuleList(Expert(first_name, *pair, activation) for pair in weights)
+        setattr(self, EXPERT_LIST, ffns)
         self.register_buffer("down_proj", down.detach().new_zeros(1, 1, 1))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -86,11 +99,11 @@ class Experts(nn.Module):
     def to_fused(self) -> nn.Module:
         """The module of transformers again; all linears of the experts have to be dense."""
         module, experts = _without_parameters(self.shell[0]), list(getattr(self, EXPERT_LIST))
-        for fused_name, linear_name in (("gate_up_proj", "gate_up"), ("down_proj", "down")):
-            weights = [getattr(expert, linear_name).weight for expert in experts]
+        for name in (experts[0].first_name, DOWN):
+            weights = [getattr(expert, name).weight for expert in experts]
             stacked = torch.stack(weights).detach()
             parameter = nn.Parameter(stacked, requires_grad=weights[0].requires_grad)
-            module.register_parameter(fused_name, parameter)
+            module.register_parameter(name + FUSED_ENDING, parameter)
         return module.train(self.training)
 
 
@@ -116,15 +129,19 @@ def _without_parameters(fused: nn.Module) -> nn.Module:
 def is_fused(module: nn.Module) -> bool:
     """Whether `module` holds experts in two 3-D parameters laid out as `Experts` needs them."""
     parameters = dict(module.named_parameters())
-    if set(parameters) != {"gate_up_proj", "down_proj"} or any(True for _ in module.buffers()):
+    has_gate = getattr(module, "has_gate", None)
+    first_name = (GATE_UP if has_gate else UP) + FUSED_ENDING
+    if set(parameters) != {first_name, "down_proj"} or any(True for _ in module.buffers()):
         return False
     if any(getattr(module, name, None) is not value for name, value in SUPPORTED_FLAGS.items()):
         return False
-    gate_up, down = parameters["gate_up_proj"], parameters["down_proj"]
-    if not (gate_up.ndim == down.ndim == 3 and hasattr(module, "_apply_gate")):
+    first, down = parameters[first_name], parameters["down_proj"]
+    if not (
+        first.ndim == down.ndim == 3 and hasattr(module, "_apply_gate" if has_gate else "act_fn")
+    ):
         return False
     experts, hidden, channels = down.shape
-    return tuple(gate_up.shape) == (experts, 2 * channels, hidden)
+    return tuple(first.shape) == (experts, 2 * channels if has_gate else channels, hidden)
 
 
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -9,44 +10,43 @@ from typing import Any
 
 from torch import nn
 
-from lrcompress.layers.experts import EXPERT_LIST, Experts, fused_experts
+from lrcompress.layers.experts import DOWN, EXPERT_LIST, GATE_UP, UP, Experts, fused_experts
 from lrcompress.layers.lowrank import LowRankLinear, is_compressed, is_linear, linear_shape
 from lrcompress.layers.model_info import parameter_count, refuse_quantized
 from lrcompress.methods.types import LinearSpec, Role
 from lrcompress.runtime.errors import InputError
 
-# paths inside a block -> role; a model family with new names is one more row
+# children of a module that is an FFN -> role; a model family with new names is one more row
 LAYOUTS: tuple[dict[str, Role], ...] = (
-    # llama, mistral, qwen2, qwen3, gemma 1-3, granite, smollm3, olmo2/3, stablelm, cohere, ...
-    {"mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down"},
-    # phi3, glm4: gate and up are one matrix
-    {"mlp.gate_up_proj": "gate_up", "mlp.down_proj": "down"},
-    # nemotron: no gate
-    {"mlp.up_proj": "up", "mlp.down_proj": "down"},
-    # phi
-    {"mlp.fc1": "up", "mlp.fc2": "down"},
-    # gpt2, gpt_neo, starcoder2
-    {"mlp.c_fc": "up", "mlp.c_proj": "down"},
-    # gptj, codegen
-    {"mlp.fc_in": "up", "mlp.fc_out": "down"},
-    # gpt_neox, bloom, falcon, persimmon
-    {"mlp.dense_h_to_4h": "up", "mlp.dense_4h_to_h": "down"},
-    # opt, xglm, biogpt: directly on the block
+    # llama, mistral, qwen, gemma, granite, olmo, jamba, bamba, falcon_h1, recurrent_gemma, ...
+    {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"},
+    # phi3, glm4, zamba2: gate and up are one matrix
+    {"gate_up_proj": "gate_up", "down_proj": "down"},
+    # nemotron, nemotron_h, mpt: no gate
+    {"up_proj": "up", "down_proj": "down"},
+    # phi; opt, xglm, biogpt: the block itself
     {"fc1": "up", "fc2": "down"},
-    # mpt
-    {"ffn.up_proj": "up", "ffn.down_proj": "down"},
+    # gpt2, gpt_neo, starcoder2
+    {"c_fc": "up", "c_proj": "down"},
+    # gptj, codegen
+    {"fc_in": "up", "fc_out": "down"},
+    # gpt_neox, bloom, falcon, persimmon
+    {"dense_h_to_4h": "up", "dense_4h_to_h": "down"},
     # lfm2
-    {"feed_forward.w1": "gate", "feed_forward.w3": "up", "feed_forward.w2": "down"},
-    # experts that every token uses: qwen2_moe; glm4_moe, deepseek, dots1, ...; hunyuan
-    *(
-        {f"mlp.{name}.{role}_proj": role for role in ("gate", "up", "down")}
-        for name in ("shared_expert", "shared_experts", "shared_mlp")
-    ),
-    # granitemoeshared
-    {"shared_mlp.input_linear": "gate_up", "shared_mlp.output_linear": "down"},
+    {"w1": "gate", "w3": "up", "w2": "down"},
+    # granitemoeshared, granitemoehybrid
+    {"input_linear": "gate_up", "output_linear": "down"},
+    # one expert of `Experts`, with a gate and without
+    {GATE_UP: "gate_up", DOWN: "down"},
+    {UP: "up", DOWN: "down"},
 )
-# paths inside an `Expert` -> role
-EXPERT_LAYOUT: dict[str, Role] = {"gate_up": "gate_up", "down": "down"}
+# attributes, not zero, of FFNs that compute something over all intermediate channels: gemma3n keeps
+# the highest activations
+MIXES_CHANNELS = ("activation_sparsity",)
+# names of modules that hold no FFN
+ATTENTION = re.compile("attn|attention|router")
+# the module list that holds experts as FFNs of their own
+EXPERT_MODULES = "experts"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,6 @@ def linears_of(model: nn.Module, blocks: Iterable[int]) -> Iterator[LinearSpec]:
     prefix, modules = find_blocks(model)
     for index in blocks:
         yield from _block_linears(modules[index], f"{prefix}.{index}", index)
-        yield from _expert_linears(modules[index], f"{prefix}.{index}", index)
 
 
 def ffn_parameters(model: nn.Module) -> int:
@@ -130,53 +129,83 @@ def _refuse_shared(model: nn.Module, selected: Iterable[LinearSpec]) -> None:
             raise InputError(
                 f"{sharing[0]} and {sharing[1]} are one weight of {type(model).__name__}, and "
                 "shared layers cannot be compressed: leave them out, such as with "
-                f"--exclude '*.{spec.name.rpartition('.')[0].rpartition('.')[2]}.*'"
+                f"--exclude {_pattern_around(spec.name)!r}"
             )
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and modules of the decoder's blocks.
 
-    They are the ModuleList of num_hidden_layers entries that has the most parameters. Raises
-    InputError where there is none.
+    They are the ModuleList of num_hidden_layers entries that stands closest to the token embedding,
+    so that those of encoders are none; of several, that with the most parameters. Raises InputError
+    where there is none.
     """
     config: Any = model.config
     depth = config.get_text_config(decoder=True).num_hidden_layers
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth
-    }
-    if not lists:
-        raise InputError(
-            f"unsupported model: {config.model_type!r} has no list of {depth} transformer blocks"
-        )
-    return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    for prefix in _around_embedding(model):
+        lists = {
+            name: module
+            for name, module in model.get_submodule(prefix).named_modules(prefix=prefix)
+            if isinstance(module, nn.ModuleList) and len(module) == depth
+        }
+        if lists:
+            return max(lists.items(), key=lambda item: parameter_count(item[1]))
+    raise InputError(
+        f"unsupported model: {config.model_type!r} has no list of {depth} transformer blocks"
+    )
+
+
+def _around_embedding(model: Any) -> Iterator[str]:
+    """Names of the modules that hold the token embedding, the innermost first; "" is the model."""
+    embedding = model.get_input_embeddings()
+    name = next((name for name, module in model.named_modules() if module is embedding), "")
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _block_linears(block: nn.Module, prefix: str, index: int) -> Iterator[LinearSpec]:
-    modules = dict(block.named_modules())
-    for layout in LAYOUTS:
-        if all(path in modules and _is_any_linear(modules[path]) for path in layout):
-            for path, role in layout.items():
-                parent = path.rpartition(".")[0]
-                group = path if role == "down" else parent or "input"
-                ffn = f"{prefix}.{parent}".rstrip(".")
-                group = f"{prefix}.{group}"
-                yield _spec(modules[path], f"{prefix}.{path}", index, role, group, ffn)
-            return
+    """The linears of all FFNs in a block: those that every token uses, then those of experts."""
+    modules = dict(block.named_modules(prefix=prefix))
+    ffns = {path: layout for path, ffn in modules.items() if (layout := _layout(ffn))}
+    mixtures = {path: _mixture(path, modules) for path in ffns}
+    for path in sorted(ffns, key=lambda path: mixtures[path] != ""):
+        channelwise = _is_channelwise(modules[path], ffns[path])
+        for child, role in ffns[path].items():
+            name = f"{path}.{child}"
+            group = name if role == "down" else path
+            spec = _spec(modules[name], name, index, role, group, path)
+            yield replace(spec, mixture=mixtures[path], channelwise=channelwise)
 
 
-def _expert_linears(block: nn.Module, prefix: str, index: int) -> Iterator[LinearSpec]:
-    for path, module in block.named_modules(prefix=prefix):
-        if isinstance(module, Experts):
-            for number, expert in enumerate(module.get_submodule(EXPERT_LIST).children()):
-                ffn = f"{path}.{EXPERT_LIST}.{number}"
-                for child, role in EXPERT_LAYOUT.items():
-                    name = f"{ffn}.{child}"
-                    group = name if role == "down" else ffn
-                    spec = _spec(expert.get_submodule(child), name, index, role, group, ffn)
-                    yield replace(spec, mixture=path)
+def _layout(module: nn.Module) -> dict[str, Role]:
+    """The row of LAYOUTS of which every name is a linear in `module`; empty where there is none."""
+    children = {name for name, child in module.named_children() if _is_any_linear(child)}
+    return next((layout for layout in LAYOUTS if layout.keys() <= children), {})
+
+
+def _mixture(path: str, modules: dict[str, nn.Module]) -> str:
+    """The mixture of experts to which the FFN `path` belongs; empty where every token uses it."""
+    siblings = path.rpartition(".")[0]
+    mixture = siblings.removesuffix(f".{EXPERT_LIST}")
+    is_list = isinstance(modules.get(siblings), nn.ModuleList)
+    is_mixture = isinstance(modules.get(mixture), Experts) or mixture.endswith(f".{EXPERT_MODULES}")
+    return mixture if is_list and is_mixture else ""
+
+
+def _is_channelwise(ffn: nn.Module, layout: dict[str, Role]) -> bool:
+    """Whether everything between the linears of `ffn` acts on each intermediate channel by itself.
+
+    Any other tensor with as many features as there are channels, or as gate and up have in one
+    matrix, such as that of a norm or of an adapter, could act on several.
+    """
+    linears = {role: ffn.get_submodule(child) for child, role in layout.items()}
+    in_linears = {id(p) for linear in linears.values() for p in linear.parameters()}
+    channels = linear_shape(linears["down"])[1]
+    others = (p for p in ffn.parameters() if id(p) not in in_linears)
+    return not any(getattr(ffn, name, 0) for name in MIXES_CHANNELS) and not any(
+        {channels, 2 * channels} & set(tensor.shape) for tensor in others
+    )
 
 
 def _is_any_linear(module: nn.Module) -> bool:
@@ -203,15 +232,21 @@ def _included(
 ) -> tuple[LinearSpec, ...]:
     """The linears inside the blocks that match `include`."""
     ffn_specs = {spec.name: spec for spec in finding.linears}
-    prefix, blocks = find_blocks(model)
-    specs: dict[str, LinearSpec] = {}
-    for index, block in enumerate(blocks):
-        for path, module in block.named_modules():
-            if _is_any_linear(module):
-                name = f"{prefix}.{index}.{path}"
-                specs[name] = ffn_specs.get(name) or _guessed_spec(module, name, index)
+    specs = {
+        name: ffn_specs.get(name) or _guessed_spec(linear, name, block)
+        for name, linear, block in _linears_in_blocks(model)
+    }
     _check_patterns(include, "include", specs)
     return tuple(spec for name, spec in specs.items() if any(fnmatchcase(name, p) for p in include))
+
+
+def _linears_in_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """Name, module and number of the block of every linear in the blocks."""
+    prefix, blocks = find_blocks(model)
+    for index, block in enumerate(blocks):
+        for name, module in block.named_modules(prefix=f"{prefix}.{index}"):
+            if _is_any_linear(module):
+                yield name, module, index
 
 
 def _guessed_spec(module: nn.Module, name: str, block: int) -> LinearSpec:
@@ -233,15 +268,19 @@ def _check_patterns(
 
 
 def _expert_tensors(model: nn.Module) -> Iterator[str]:
-    """Names of fused expert weights: parameters of three dimensions."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 3 and "expert" in name:
-            yield name
+    """Names of expert weights that are not those of linears."""
+    for path, module in model.named_modules():
+        is_expert = "expert" in path or "expert" in type(module).__name__.lower()
+        if is_expert and not _is_any_linear(module):
+            for name, parameter in module.named_parameters(prefix=path, recurse=False):
+                is_matrix = parameter.ndim == 2 and not name.endswith(("weight", "bias"))
+                if parameter.ndim == 3 or is_matrix:
+                    yield name
 
 
 def has_experts(model: nn.Module) -> bool:
     """Whether the model has mixtures of experts, fused or as lists of linears."""
-    unfused = any(isinstance(module, Experts) for module in model.modules())
+    unfused = any(spec.mixture for spec in find_ffns(model).linears)
     return unfused or any(True for _ in _expert_tensors(model))
 
 
@@ -255,7 +294,20 @@ def _nothing_selected(model: Any, finding: FFNLinears, has_linears: bool) -> str
             f"mixture-of-experts tensors ({finding.experts[0]} and {len(finding.experts) - 1} "
             "more) with biases, transposed or otherwise not laid out as lrcompress needs them"
         )
-    return (
-        f"unsupported model: no feed-forward linears known for {model.config.model_type!r}: name "
-        "them with --include, such as --include '*.mlp.*'"
-    )
+    return no_ffns(model)
+
+
+def no_ffns(model: Any) -> str:
+    """The error text for a model without known FFNs, with a pattern for its largest linears."""
+    text = f"unsupported model: no feed-forward linears known for {model.config.model_type!r}"
+    sizes = {name: linear_shape(linear) for name, linear, _ in _linears_in_blocks(model)}
+    if not sizes:
+        return f"{text}, and its blocks have no linears"
+    largest = max(sizes, key=lambda name: (not ATTENTION.search(name), *sizes[name]))
+    return f"{text}: name them with --include, such as --include {_pattern_around(largest)!r}"
+
+
+def _pattern_around(name: str) -> str:
+    """A pattern for the linear called `name` and those beside it, in every block."""
+    *_, parent, child = name.split(".")
+    return f"*.{child}" if parent.isdecimal() else f"*.{parent}.*"

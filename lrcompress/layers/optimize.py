@@ -125,7 +125,7 @@ def _can_permute(ffn: nn.Module, linears: Mapping[str, nn.Module], channels: int
             isinstance(layer, Fused) or (is_linear(layer) and _reads_own_weights(layer))
             for layer in linears.values()
         )
-        and not any(channels in tensor.shape for tensor in others)
+        and not any({channels, 2 * channels} & set(tensor.shape) for tensor in others)
     )
 
 

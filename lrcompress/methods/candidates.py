@@ -83,22 +83,31 @@ def list_candidates(
 
     The order has shape (width,); it is None where the FFN is not narrowed. Without `errors` the
     errors of ranks are NaN, which saves their decompositions. Raises InputError where the method
-    can only narrow and the FFN is incomplete.
+    can only narrow and the FFN is incomplete, or mixes its channels.
     """
     if not grid.truncates(method) and ffn.down is None:
-        remedy = (
-            "leave --for out" if method.truncates else "use a method that truncates, such as fisher"
-        )
-        raise InputError(
-            f"{ffn.name} cannot be narrowed without all of its linears: do not exclude any of "
-            f"them, or {remedy}"
-        )
+        raise InputError(_cannot_narrow(ffn, method))
     if method.narrows and ffn.down is not None:
         shapes, channels = _narrowed_shapes(ffn, method, grid, errors)
     else:
         shapes, channels = [], None
     full = WidthOption(None, 0.0, tuple(_curves(ffn, method, grid, errors, narrowed=False)))
     return Candidates(ffn.name, ffn.linears, (full, *shapes)), channels
+
+
+def _cannot_narrow(ffn: FFN, method: Method) -> str:
+    remedy = (
+        "leave --for out" if method.truncates else "use a method that truncates, such as fisher"
+    )
+    if ffn.linears[0].channelwise:
+        return (
+            f"{ffn.name} cannot be narrowed without all of its linears: do not exclude any of "
+            f"them, or {remedy}"
+        )
+    return (
+        f"{ffn.name} cannot be narrowed, because it does not compute each intermediate channel by "
+        f"itself: leave it out with --exclude '{ffn.name}.*', or {remedy}"
+    )
 
 
 def _narrowed_shapes(

@@ -22,6 +22,8 @@ class LinearSpec:
 
     `ffn` names the FFN of the linear. Linears of one `input_group` read the same input. If the FFN
     is an expert of a mixture, which reads only some of the tokens, `mixture` names the mixture.
+    `channelwise` says that all between the linears of the FFN acts on each intermediate channel by
+    itself, so that it can be narrowed.
     """
 
     name: str
@@ -33,6 +35,7 @@ class LinearSpec:
     input_group: str
     ffn: str
     mixture: str = ""
+    channelwise: bool = True
 
     @property
     def full_rank(self) -> int:
@@ -119,8 +122,8 @@ class FFN:
 
     @property
     def down(self) -> LinearSpec | None:
-        """down_proj, which reads the intermediate channels; None if the FFN is not whole."""
-        downs = [linear for linear in self.linears if linear.role == "down"]
+        """down_proj, which reads the intermediate channels; None if the FFN cannot be narrowed."""
+        downs = [linear for linear in self.linears if linear.role == "down" and linear.channelwise]
         return downs[0] if downs and self.whole else None
 
     @property

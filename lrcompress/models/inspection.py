@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lrcompress.layers.ffn_layouts import find_ffns
+from lrcompress.layers.ffn_layouts import find_ffns, no_ffns
 from lrcompress.layers.lowrank import LowRankLinear, dense_weight
 from lrcompress.layers.model_info import parameter_count
 from lrcompress.layers.moe import unpacked
@@ -63,9 +63,7 @@ def inspect(model: Any, energy: bool = False, progress: Progress = silent) -> In
 def _inspect_unpacked(model: Any, energy: bool, progress: Progress) -> Inspection:
     finding = find_ffns(model)
     if not finding.linears and not finding.experts:
-        raise InputError(
-            f"unsupported model: no feed-forward linears known for {model.config.model_type!r}"
-        )
+        raise InputError(no_ffns(model))
     total = parameter_count(model)
     rows = tuple(
         _inspect_linear(model, spec, total, energy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,23 +10,35 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import lrcompress
 from lrcompress.checkpoint.export.dense import to_stock
 from lrcompress.checkpoint.folder import saved_tensors
-from lrcompress.layers.ffn_layouts import LAYOUTS, find_blocks, find_ffns, select
+from lrcompress.layers.experts import EXPERT_LIST
+from lrcompress.layers.ffn_layouts import (
+    LAYOUTS,
+    _layout,
+    find_blocks,
+    find_ffns,
+    has_experts,
+    select,
+)
 from lrcompress.layers.lowrank import compressed_layers, dense_weight
 from lrcompress.layers.model_info import parameter_count
 from lrcompress.layers.moe import unpacked
 from lrcompress.runtime.errors import InputError
 from tests.tiny import (
     BLOCKS,
+    EXPERTS,
     FAMILIES,
     INNER,
     MIXTURE,
     MIXTURES,
     MORE_MIXTURES,
+    OTHER_CLASSES,
+    WIDTH,
     byte_tokenizer,
     logits,
     tiny_model,
@@ -35,6 +48,7 @@ from tests.tiny import (
 GATED = {
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3",
     "olmo2", "olmo3", "stablelm", "cohere", "helium", "exaone4", "ernie4_5", "lfm2",
+    "falcon_h1", "bamba", "recurrent_gemma", "qwen3_5_text", "gemma3n_text", "gemma4_text",
 }  # fmt: skip
 SETTINGS: dict[str, Any] = {"num_samples": 4, "seq_len": 48}
 
@@ -171,23 +185,120 @@ UNSUPPORTED_MIXTURE = MIXTURE | {
 }
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
-def test_unsupported_experts_are_named_and_refused(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(MIXTURES, family, UNSUPPORTED_MIXTURE)
-    model = tiny_model(family)
+def test_unsupported_experts_are_named_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MIXTURES, "gpt_oss", UNSUPPORTED_MIXTURE)
+    model = tiny_model("gpt_oss")
     with unpacked(model), pytest.raises(InputError, match=r"mixture-of-experts tensors \(model\."):
         select(model)
     with pytest.raises(InputError, match="otherwise not laid out"):
         lrcompress.factorize(model, rank=4, method="svd")
 
 
+def test_unsupported_experts_beside_other_ffns_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MIXTURES, "llama4_text", UNSUPPORTED_MIXTURE)
+    model = tiny_model("llama4_text")
+    result = lrcompress.factorize(model, rank=4, method="svd")
+    assert {linear.spec.ffn.rpartition(".")[2] for linear in result.linears} == {"shared_expert"}
+    (note,) = result.notes
+    assert "4 mixture-of-experts tensors stay dense, such as model.layers.0.feed_forward" in note
+
+
 def test_every_layout_has_a_family_that_tests_it() -> None:
-    rows = set()
+    used = []
     for family in (*FAMILIES, *MIXTURES, *MORE_MIXTURES):
-        for block in find_blocks(tiny_model(family))[1]:
-            paths = {name for name, _ in block.named_modules()}
-            # a block takes the first layout that fits
-            rows.add(next((n for n, row in enumerate(LAYOUTS) if row.keys() <= paths), None))
-    assert rows - {None} == set(range(len(LAYOUTS)))
+        model = tiny_model(family)
+        with unpacked(model):
+            used += [layout for module in model.modules() if (layout := _layout(module))]
+    assert [layout for layout in LAYOUTS if layout not in used] == []
+
+
+@pytest.mark.parametrize("family", ["jamba", "nemotron_h", "glm4_moe"])
+def test_experts_and_dense_ffns_of_one_model_are_both_found(family: str) -> None:
+    model = tiny_model(family)
+    with unpacked(model):
+        ffns = {spec.ffn: spec for spec in select(model)}
+    experts = {name: spec.mixture for name, spec in ffns.items() if spec.mixture}
+    places = {  # blocks of dense FFNs and of shared experts, and the mixture
+        "jamba": ([0], "model.layers.1.feed_forward.experts"),
+        "nemotron_h": ([1, 3], "model.layers.3.mixer.experts"),
+        "glm4_moe": ([0, 1], "model.layers.1.mlp.experts"),
+    }
+    dense_blocks, mixture = places[family]
+    assert [ffns[name].block for name in ffns if name not in experts] == dense_blocks
+    assert experts == {f"{mixture}.{EXPERT_LIST}.{n}": mixture for n in range(EXPERTS)}
+
+
+class ListedExperts(torch.nn.Module):
+    """Experts as code outside transformers has them: a list of FFNs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(tiny_model().model.layers[0].mlp for _ in range(EXPERTS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts[0](x)  # type: ignore[no-any-return]
+
+
+def test_experts_in_a_list_are_a_mixture() -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp = ListedExperts()
+    specs = find_ffns(model).linears
+    assert [spec.mixture for spec in specs if spec.block == 0] == [""] * 3
+    mixture = "model.layers.1.mlp.experts"
+    assert {(s.ffn, s.mixture) for s in specs if s.block == 1} == {
+        (f"{mixture}.{n}", mixture) for n in range(EXPERTS)
+    }
+    assert has_experts(model)
+    assert not has_experts(tiny_model())
+
+
+def test_ffns_that_mix_channels_are_not_narrowed() -> None:
+    """In gemma3n the activations that are kept depend on mean and variance over channels."""
+    model = tiny_model("gemma3n_text", activation_sparsity_pattern=[0.95, 0.0])
+    specs = find_ffns(model).linears
+    assert [spec.channelwise for spec in specs] == [False] * 3 + [True] * 3
+    message = r"model.layers.0.mlp cannot be narrowed.* --exclude 'model.layers.0.mlp.\*'"
+    with pytest.raises(InputError, match=message):
+        lrcompress.factorize(model, byte_tokenizer(), keep_ratio=0.6, method="nystrom", **SETTINGS)
+    result = lrcompress.factorize(
+        model, byte_tokenizer(), keep_ratio=0.4, method="auto", **SETTINGS
+    )
+    narrowed = {linear.spec.block for linear in result.linears if _is_narrowed(linear)}
+    assert narrowed == {1}
+
+
+def _is_narrowed(linear: Any) -> bool:
+    spec = linear.spec
+    return bool(linear.shape != (spec.out_features, spec.in_features))
+
+
+def test_a_norm_over_the_channels_prevents_narrowing() -> None:
+    model = tiny_model()
+    model.model.layers[0].mlp.norm = torch.nn.LayerNorm(INNER)
+    specs = find_ffns(model).linears
+    assert [spec.channelwise for spec in specs] == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize(
+    "name", ["LlavaForConditionalGeneration", "Gemma3ForConditionalGeneration"]
+)
+def test_blocks_are_those_of_the_language_model(name: str) -> None:
+    """Also where an encoder of images has as many, and far larger ones."""
+    model_type, keys = OTHER_CLASSES[name]
+    vision = keys["vision_config"] | {"num_hidden_layers": BLOCKS, "intermediate_size": 512}
+    config = AutoConfig.for_model(model_type, **(keys | {"vision_config": vision}))
+    model = getattr(transformers, name)(config)
+    assert find_blocks(model)[0] == "model.language_model.layers"
+
+
+@pytest.mark.parametrize("family", ["falcon_mamba", "rwkv"])
+def test_a_suggested_pattern_matches_linears_of_the_model(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "attention_hidden_size": WIDTH}
+    monkeypatch.setitem(FAMILIES, family, keys)
+    model = tiny_model(family)
+    with pytest.raises(InputError, match="no feed-forward linears known") as error:
+        select(model)
+    (pattern,) = re.findall(r"--include '(.*)'", str(error.value))
+    assert select(model, include=[pattern])
