@@ -81,7 +81,7 @@ def _write(
     return documents.cpu()
 
 
-class _InverseTransformSampling(LogitsProcessor):
+class _InverseTransformSampling(LogitsProcessor):  # type: ignore[misc]
     """Draws each next token from the softmax of its logits, and leaves that token the highest.
 
     One random number a row, looked up in the cumulative distribution, is several times faster than

@@ -13,9 +13,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from tests.benchmark.serving.fake_server import order, program, serve
 from tests.conftest import SMALL, invoke
+from tests.gguf_models import write_donor
 
 PAGE = Path("docs/serving.md").read_text("utf-8")
 COMMANDS = [
@@ -83,9 +85,10 @@ def test_any_other_program(environment: Path, dense: Path) -> None:
 
 
 def test_llama_cpp(environment: Path, dense: Path) -> None:
-    from tests.gguf_models import dense_gguf
-
-    dense_gguf(dense, environment / "MODEL.gguf")
+    donor = write_donor(
+        environment / "donor.gguf", AutoConfig.from_pretrained(dense), architecture="llama"
+    )
+    _run(f"export {dense} --to gguf --like {donor} --out MODEL.gguf")
     order(environment)
     for line in _section("llama.cpp"):
         _run(line, *(SMALL if line.startswith("factorize") else ()))
