@@ -23,7 +23,7 @@ from lrcompress.runtime.progress import Progress
 SHARES = (0.4, 0.8)
 REPEATS = 9
 # a model reads other weights for every linear, so no cache helps it: so much weight is read in turn
-MAX_BYTES = 128 * 2**20
+MAX_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,14 @@ def _stock_of_width(
 
 
 def can_name_width(config: Any, linears: Sequence[LinearSpec], width: int) -> bool:
-    """Whether a stock model of the family of `config` can have FFNs of `width`."""
-    return _stock_of_width(config, linears, width) is not None
+    """Whether a stock model of the family of `config` can have FFNs of `width`.
+
+    False for a family that transformers does not ship.
+    """
+    try:
+        return _stock_of_width(config, linears, width) is not None
+    except ValueError:
+        return False
 
 
 def _stock_skeleton(config: Any) -> Any:
