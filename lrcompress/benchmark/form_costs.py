@@ -6,11 +6,13 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from lrcompress.benchmark.timer import calls_per_timing, run_alternating, seconds_per_call
+from lrcompress.benchmark.timer import run_alternating, seconds_per_call
 from lrcompress.layers.lowrank import PivotedLinear, empty_like
 from lrcompress.methods.candidates import CandidateGrid
 from lrcompress.methods.costs import FormCosts, LineCost
@@ -19,9 +21,9 @@ from lrcompress.runtime.progress import Progress
 
 # shares of a linear's parameters at which its forms are timed
 SHARES = (0.4, 0.8)
-REPEATS = 7
+REPEATS = 9
 # a model reads other weights for every linear, so no cache helps it: so much weight is read in turn
-MAX_BYTES = 128 * 2**20
+MAX_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,7 @@ def _layers(spec: LinearSpec, grid: CandidateGrid, like: Tensor) -> dict[Label, 
 def _timings(
     spec: LinearSpec, layers: Mapping[Label, nn.Module], count: int, progress: Progress
 ) -> ShapeTimings:
-    """The timings of `layers`, each read in turn as often as the model has linears of this shape.
-
-    The least time counts, which other work on the machine disturbs least.
-    """
+    """The timings of `layers`, of each as many copies as the model has linears of this shape."""
     size = sum(parameter.nbytes for parameter in layers[DENSE].parameters())
     copies = max(1, min(count, MAX_BYTES // size))
     passes = {str(label): _Pass.of(layer, copies) for label, layer in layers.items()}
@@ -121,7 +120,7 @@ def _timings(
     seconds = run_alternating(passes, REPEATS, _Pass.seconds, progress, title)
     by_form: dict[LayerForm, list[FormTiming]] = {}
     for label, layer in layers.items():
-        ratio = min(seconds[str(label)]) / min(seconds[str(DENSE)])
+        ratio = median(seconds[str(label)]) / median(seconds[str(DENSE)])
         if label[0] is not None:
             by_form.setdefault(label[0], []).append(FormTiming(_parameters(layer), ratio))
     return ShapeTimings(spec, by_form)
@@ -154,27 +153,22 @@ def _low_rank_of(
 
 @dataclass(frozen=True)
 class _Pass:
-    """One token through `layers`, one after the other, `calls` times in a row."""
+    """One token through `layers`, one after the other."""
 
     layers: Sequence[nn.Module]
     x: Tensor
-    calls: int
 
     @classmethod
     def of(cls, layer: nn.Module, copies: int) -> _Pass:
         weight = next(layer.parameters())
         x = torch.randn(1, layer.in_features, device=weight.device, dtype=weight.dtype)  # type: ignore[call-overload]
-        layers = [copy.deepcopy(layer) for _ in range(copies)]
-        once = cls(layers, x, 1)
-        return cls(layers, x, calls_per_timing(once.run, x.device))
+        return cls([copy.deepcopy(layer) for _ in range(copies)], x)
 
     @torch.no_grad()
-    def run(self) -> None:
-        for layer in self.layers:
-            layer(self.x)
-
     def seconds(self) -> float:
-        return seconds_per_call(self.run, self.x.device, self.calls)
+        """The median of a layer; few are interrupted by other work on the machine."""
+        x, device = self.x, self.x.device
+        return median(seconds_per_call(partial(layer, x), device, 1) for layer in self.layers)
 
 
 def _line(timings: Sequence[FormTiming], dense: int) -> LineCost:

@@ -30,7 +30,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, seconds: Mapping[str, float]) -> No
             form, share = label.strip("()").split(", ")
             return seconds.get(form.strip("'"), 0.0) + float(share)
 
-        return {label: [time(label), 9.0] for label in passes}
+        return {label: [time(label), time(label), 9.0] for label in passes}
 
     monkeypatch.setattr(form_costs, "run_alternating", run)
 

@@ -176,10 +176,14 @@ def test_gguf_has_the_families_of_its_export() -> None:
     assert TARGETS["gguf"].own_widths == with_own_widths
 
 
-def test_streaming_gives_the_widths_of_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["gguf", "vllm"])
+def test_streaming_gives_the_shapes_of_memory(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TARGETS, "vllm", Target(overheads={"pivoted": 500}))
     source = saved_model(tmp_path / "dense", intermediate_size=WIDTH)
     options = [
-        "--for", "gguf", "--keep-ratio", 0.7, "--num-samples", 4, "--seq-len", 48,
+        "--for", target, "--keep-ratio", 0.7, "--num-samples", 4, "--seq-len", 48,
         "--calibration", "pydoc",
     ]  # fmt: skip
     shapes = []

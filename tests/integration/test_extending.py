@@ -13,6 +13,7 @@ from safetensors import safe_open
 from lrcompress.checkpoint.export import registry as exports
 from lrcompress.checkpoint.export.registry import ExportFormat
 from lrcompress.methods import registry
+from lrcompress.methods.targets import TARGETS, Target
 from tests.conftest import invoke
 
 BLOCKS = re.findall(r"```python\n(.*?)```", Path("docs/extending.md").read_text("utf-8"), re.DOTALL)
@@ -54,6 +55,17 @@ def test_policy(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     linears = _factorize(dense, tmp_path / "out", *options)["linears"]
     kept = [sum(x["parameters_kept"] for x in linears if x["block"] == block) for block in (0, 1)]
     assert kept[0] > kept[1]
+
+
+def test_target(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = (block for block in BLOCKS if block.startswith("# lrcompress/methods/targets.py"))
+    (target,) = eval(f"{{{code}}}", {"Target": Target}).values()
+    monkeypatch.setitem(TARGETS, "gguf", target)
+    linears = _factorize(dense, tmp_path / "out", "--for", "gguf")["linears"]
+    widths = {x["in_features"] if x["form"] == "dense" else x["shape"][1]
+              for x in linears if x["role"] == "down"}  # fmt: skip
+    assert widths <= {64, 88}
+    assert 64 in widths
 
 
 def test_export_format(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

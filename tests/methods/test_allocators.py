@@ -201,6 +201,15 @@ def test_one_width_is_the_widest_within_the_budget(keep_ratio: float, width: int
     assert OneWidth().allocate(narrowing(3), Budget(keep_ratio=1.0)) == Plan()
 
 
+def test_one_width_is_one_that_all_have() -> None:
+    first, second = narrowing(2)
+    few = replace(second, shapes=tuple(s for s in second.shapes if s.width in (None, 640, 960)))
+    plan = OneWidth().allocate([first, few], Budget(keep_ratio=0.9))
+    assert plan == Plan({}, {"0": 960, "1": 960})
+    alone = replace(second, shapes=second.shapes[:1])
+    assert OneWidth().allocate([first, alone], Budget(keep_ratio=0.9)) == Plan()
+
+
 def priced(candidates: list[Candidates], overhead: float) -> list[Candidates]:
     """`candidates` whose linears cost `overhead` beside their parameters at every rank."""
 

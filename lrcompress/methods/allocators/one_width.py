@@ -14,7 +14,7 @@ from lrcompress.methods.plan import Budget, Candidates, Plan
 class OneWidth:
     """The policy of targets that take one width: of the FFNs only the channels still differ.
 
-    The FFNs have to have equal widths before compression. Not in ALLOCATORS, because it gives no
+    FFNs that cannot all be narrowed to one width stay dense. Not in ALLOCATORS, because it gives no
     ranks and meets a budget in steps of the whole model.
     """
 
@@ -32,11 +32,13 @@ class OneWidth:
         return Plan({}, {ffn.ffn: width for ffn in candidates})
 
 
-def _parameters_by_width(candidates: Sequence[Candidates]) -> Counter[int]:
-    """Parameters of all FFNs together at each width below the full one."""
+def _parameters_by_width(candidates: Sequence[Candidates]) -> dict[int, int]:
+    """Parameters of all FFNs together, at each width that all of them can be narrowed to."""
     totals: Counter[int] = Counter()
+    counts: Counter[int] = Counter()
     for ffn in candidates:
         for shape in ffn.shapes:
             if shape.width is not None:
+                counts[shape.width] += 1
                 totals[shape.width] += sum(int(curve.parameters[-1]) for curve in shape.curves)
-    return totals
+    return {width: totals[width] for width in totals if counts[width] == len(candidates)}
