@@ -104,7 +104,9 @@ def grouped_tasks() -> Report:
             name: (area, answers & (draw.random(120) >= share))
             for name, (area, answers) in subjects.items()
         }
-        metrics += [_accuracy(model, n, answers, group=area) for n, (area, answers) in asked.items()]
+        metrics += [
+            _accuracy(model, n, answers, group=area) for n, (area, answers) in asked.items()
+        ]
         for area in AREAS:
             parts = [answers for parent, answers in asked.values() if parent == f"mmlu_{area}"]
             metrics.append(_accuracy(model, f"mmlu_{area}", np.concatenate(parts), group="mmlu"))

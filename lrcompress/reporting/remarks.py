@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import isfinite
 
-from lrcompress.reporting.metric import Summary
-from lrcompress.reporting.tables import number, title
+from lrcompress.reporting.metric import Summary, task_of, title
+from lrcompress.reporting.tables import number
 
 # condition of a task's metrics: questions of which a prompt was cut; left out where there are none
 PROMPTS_CUT = "prompts_cut"
@@ -33,15 +33,9 @@ def _cut(metrics: Sequence[Summary]) -> Iterator[str]:
         cut, asked = metric.conditions.get(PROMPTS_CUT), metric.conditions.get("samples")
         if cut and asked:  # a group of tasks has no number of its own
             length = metric.conditions.get("context_length")
-            tasks.setdefault(length, {})[f"{cut} of {asked} in {_task(metric)}"] = None
+            tasks.setdefault(length, {})[f"{cut} of {asked} in {task_of(metric)}"] = None
     for length, counts in tasks.items():
         yield (
             f"prompts longer than the context of {length} tokens, with room for the answer, lost "
             f"their beginning: {', '.join(counts)}"
         )
-
-
-def _task(metric: Summary) -> str:
-    """The task in the name of a metric, which is "TASK METRIC" or "TASK METRIC (FILTER)"."""
-    name = metric.name.rpartition(" (")[0] if metric.name.endswith(")") else metric.name
-    return name.rpartition(" ")[0]

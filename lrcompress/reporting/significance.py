@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import NormalDist
 from typing import Any
 
@@ -12,8 +13,9 @@ import numpy as np
 from scipy import stats
 
 from lrcompress.reporting.differences import MAX_EXPONENT
-from lrcompress.reporting.metric import PUBLISHED, Metric
-from lrcompress.reporting.tables import comparable, number, title
+from lrcompress.reporting.metric import PUBLISHED, Metric, title
+from lrcompress.reporting.tables import comparable, number
+from lrcompress.reporting.task_groups import places
 from lrcompress.runtime.errors import InputError
 
 ALPHA = 0.05
@@ -32,7 +34,9 @@ class Comparison:
 
     Where every sample is right or wrong, the interval combines those of the shares that changed
     (Newcombe 1998), and the test is McNemar's exact one; else a paired bootstrap, and the test that
-    flips the signs of the samples' differences.
+    flips the signs of the samples' differences. The interval has the level of the test, so that
+    both are adjusted (the Bonferroni intervals of what Holm's procedure leaves, Guilbaud 2008). It
+    holds 0 where the test does not reject 0, and ends there where the test does.
     """
 
     __pydantic_config__ = PUBLISHED
@@ -47,36 +51,45 @@ class Comparison:
     """The later model's less the first's: of a perplexity in nats per token, else in the metric's
     unit."""
     low: float
-    """Lower end of the 95 % interval of the difference."""
+    """Lower end of the interval of the difference, of `confidence`."""
     high: float
-    """Upper end of the 95 % interval of the difference."""
+    """Upper end of the interval of the difference, of `confidence`."""
     worst: float
-    """The largest loss inside the interval: of a perplexity as a share of the first's, else in the
-    metric's unit."""
+    """The largest loss inside the 95 % interval of this comparison alone: of a perplexity as a
+    share of the first's, else in the metric's unit."""
     p_value: float
-    """Adjusted for all comparisons of a report (Holm 1979)."""
+    """Adjusted for all comparisons of a report, or for those of the parts of one group of tasks
+    (Holm 1979)."""
     verdict: str
     """better, worse, no difference seen, or not enough data, with how many samples would decide."""
+    confidence: float = 1 - ALPHA
+    """Of the interval: 1 - 0.05 / the number of comparisons that Holm's procedure did not reject
+    before this one."""
 
 
 def comparisons(metrics: Sequence[Metric]) -> tuple[Comparison, ...]:
-    """Each later model against the first, by every metric that has samples."""
-    pairs = list(_pairs(metrics))
-    results = [_compare(base, other) for base, other in pairs]
-    adjusted = holm([result.p_value for result in results])
-    return tuple(
-        _with_verdict(replace(result, p_value=p), other.higher_is_better)
-        for result, p, (_, other) in zip(results, adjusted, pairs, strict=True)
-    )
+    """Each later model against the first, by every metric that has samples.
+
+    Adjusted for their number are the metrics that are no part of a group of tasks, and by
+    themselves the parts of each group, so that a group costs no more than a task.
+    """
+    place_of = places(metrics)
+    tests = list(_tests(metrics))
+    adjusted = dict[int, Comparison]()
+    for group in dict.fromkeys(place.group for place in place_of.values()):
+        family = [i for i, test in enumerate(tests) if place_of[title(test.base)].group == group]
+        adjusted |= zip(family, _compare([tests[i] for i in family]), strict=True)
+    return tuple(adjusted[index] for index in range(len(tests)))
 
 
 def non_inferiority_failures(metrics: Sequence[Metric], max_loss: float) -> list[Comparison]:
     """The metrics by which the last model may have lost more than `max_loss` against the first.
 
     A metric passes the test of non-inferiority where the whole 95 % interval of the loss lies below
-    `max_loss`: a share of a perplexity, or points of an accuracy. Fewer than MIN_SAMPLES samples
-    always fail. Raises InputError where there is nothing to compare, where a text or task was
-    measured under other conditions on the first model, or where a value is not finite.
+    `max_loss`: a share of a perplexity, or points of an accuracy. All of them have to pass, which
+    needs no adjustment for their number (Berger 1982). Fewer than MIN_SAMPLES samples always fail.
+    Raises InputError where there is nothing to compare, where a text or task was measured under
+    other conditions on the first model, or where a value is not finite.
     """
     last = metrics[-1].model if metrics else ""
     _check_finite([m for m in metrics if m.model in (last, metrics[0].model)])
@@ -113,7 +126,7 @@ def _check_all_compared(
             )
 
 
-def _pairs(metrics: Sequence[Metric]) -> Iterator[tuple[Metric, Metric]]:
+def _tests(metrics: Sequence[Metric]) -> Iterator[_PairedTest]:
     """The metric of the first model, and the same of a later one."""
     first = metrics[0].model if metrics else ""
     for row in dict.fromkeys(title(metric) for metric in metrics):
@@ -121,7 +134,7 @@ def _pairs(metrics: Sequence[Metric]) -> Iterator[tuple[Metric, Metric]]:
         base = by_model.pop(first, None)
         for other in by_model.values():
             if base is not None and _can_pair(base, other):
-                yield base, other
+                yield _PairedTest(base, other)
 
 
 def _can_pair(base: Metric, other: Metric) -> bool:
@@ -132,28 +145,91 @@ def _can_pair(base: Metric, other: Metric) -> bool:
     return same_weights and all_finite and comparable(base, other)
 
 
-def _compare(base: Metric, other: Metric) -> Comparison:
-    values, weights = np.array(base.samples, dtype=float).T
-    changed = np.array(other.samples, dtype=float)[:, 0]
-    difference = float((changed - values).sum() / weights.sum())
-    gains = changed - values
-    is_binary = bool(np.isin([values, changed], (0.0, 1.0)).all())
-    if is_binary:
-        low, high = _newcombe_interval((gains > 0).mean(), (gains < 0).mean(), len(gains))
-    else:
-        low, high = _bootstrap_interval(gains, weights, difference)
-    return Comparison(
-        metric=title(base),
-        baseline=base.model,
-        model=other.model,
-        samples=len(values),
-        difference=difference,
-        low=low,
-        high=high,
-        worst=_largest_loss(other, low, high),
-        p_value=_mcnemar(gains) if is_binary else _sign_flip_test(gains),
-        verdict="",
-    )
+@dataclass(frozen=True)
+class _PairedTest:
+    """One metric of two models, on the same windows or items."""
+
+    base: Metric
+    other: Metric
+
+    @cached_property
+    def _samples(self) -> Any:
+        """Shape (3, samples): values of the first and of the later model, and their weights."""
+        first, later = np.array(self.base.samples, float), np.array(self.other.samples, float)
+        return np.stack([first[:, 0], later[:, 0], first[:, 1]])
+
+    @cached_property
+    def gains(self) -> Any:
+        """Shape (samples,)."""
+        return self._samples[1] - self._samples[0]
+
+    @property
+    def is_binary(self) -> bool:
+        return bool(np.isin(self._samples[:2], (0.0, 1.0)).all())
+
+    @property
+    def difference(self) -> float:
+        return float(self.gains.sum() / self._samples[2].sum())
+
+    @cached_property
+    def p_value(self) -> float:
+        return _mcnemar(self.gains) if self.is_binary else _sign_flip_test(self.gains)
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """Of the difference.
+
+        A bootstrap is of 95 %. For another confidence both its arms are stretched as those of a
+        normal distribution are: 2000 resamples do not tell its far ends.
+        """
+        gains = self.gains
+        if self.is_binary:
+            return _newcombe_interval(
+                (gains > 0).mean(), (gains < 0).mean(), len(gains), confidence
+            )
+        low, high = self._bootstrapped
+        stretch = _normal_quantile(confidence) / _normal_quantile(1 - ALPHA)
+        middle = self.difference
+        return middle - stretch * (middle - low), middle + stretch * (high - middle)
+
+    @cached_property
+    def _bootstrapped(self) -> tuple[float, float]:
+        return _bootstrap_interval(self.gains, self._samples[2], self.difference)
+
+
+def _normal_quantile(confidence: float) -> float:
+    """Of a two-sided interval: its half-width in standard errors."""
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def _compare(tests: Sequence[_PairedTest]) -> Iterator[Comparison]:
+    """The comparison of each of `tests`, adjusted for their number."""
+    p_values = [test.p_value for test in tests]
+    for test, p, level in zip(tests, holm(p_values), holm_levels(p_values), strict=True):
+        low, high = test.interval(1 - level)
+        side = _with_zero(low, high) if p >= ALPHA else _without_zero(low, high, test.difference)
+        result = Comparison(
+            metric=title(test.base),
+            baseline=test.base.model,
+            model=test.other.model,
+            samples=len(test.gains),
+            difference=test.difference,
+            low=side[0],
+            high=side[1],
+            worst=_largest_loss(test.other, *test.interval(1 - ALPHA)),
+            p_value=p,
+            verdict="",
+            confidence=1 - level,
+        )
+        needed = _samples_needed(result, (high - low) / 2)
+        yield replace(result, verdict=_verdict(result, test.other.higher_is_better, needed))
+
+
+def _with_zero(low: float, high: float) -> tuple[float, float]:
+    return min(low, 0.0), max(high, 0.0)
+
+
+def _without_zero(low: float, high: float, difference: float) -> tuple[float, float]:
+    return (max(low, 0.0), high) if difference > 0 else (low, min(high, 0.0))
 
 
 def _largest_loss(metric: Metric, low: float, high: float) -> float:
@@ -184,14 +260,16 @@ def _bootstrap_interval(gains: Any, weights: Any, mean: float) -> tuple[float, f
     return float(interval.low), float(interval.high)
 
 
-def _newcombe_interval(won: float, lost: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of won - lost, which are shares of `count` items.
+def _newcombe_interval(
+    won: float, lost: float, count: int, confidence: float
+) -> tuple[float, float]:
+    """The interval of won - lost, which are shares of `count` items.
 
     Newcombe (1998), from the Wilson intervals of both shares and their correlation: an item is
     either won or lost. Unlike a bootstrap interval it has a width also where no item changed.
     """
     wins, losses = (
-        stats.binomtest(round(share * count), count).proportion_ci(method="wilson")
+        stats.binomtest(round(share * count), count).proportion_ci(confidence, "wilson")
         for share in (won, lost)
     )
     anticorrelation = 0.0
@@ -236,27 +314,31 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in adjusted]
 
 
-def _with_verdict(result: Comparison, higher_is_better: bool) -> Comparison:
+def holm_levels(p_values: Sequence[float]) -> list[float]:
+    """The level that Holm's procedure tests each of `p_values` at: ALPHA / the number of those that
+    are not rejected before it."""
+    rejected = sum(p < ALPHA for p in holm(p_values))
+    ranks = np.minimum(np.argsort(np.argsort(p_values)), rejected)
+    return [float(level) for level in ALPHA / (len(p_values) - ranks)]
+
+
+def _verdict(result: Comparison, higher_is_better: bool, needed: int | None) -> str:
     if result.p_value < ALPHA:
-        better = (result.difference > 0) == higher_is_better
-        return replace(result, verdict="better" if better else "worse")
+        return "better" if (result.difference > 0) == higher_is_better else "worse"
     if result.samples >= MIN_SAMPLES and max(-result.low, result.high) < NEGLIGIBLE:
-        return replace(result, verdict="no difference seen")
-    needed = _samples_needed(result)
+        return "no difference seen"
     more = f": about {needed:,} samples would decide" if needed else ""
-    return replace(result, verdict=f"not enough data{more}")
+    return f"not enough data{more}"
 
 
-def _samples_needed(result: Comparison) -> int | None:
+def _samples_needed(result: Comparison, half_width: float) -> int | None:
     """The fewer of two counts: samples that show a difference of the observed size with POWER, and
     samples that show it to be negligible; never fewer than MIN_SAMPLES. None where the interval has
     no width."""
-    half_width = (result.high - result.low) / 2
     if half_width == 0:
         return None
-    normal = NormalDist()
-    z_alpha = normal.inv_cdf(1 - ALPHA / 2)
-    detectable = (z_alpha + normal.inv_cdf(POWER)) / z_alpha * half_width
+    z_level = _normal_quantile(result.confidence)
+    detectable = (z_level + NormalDist().inv_cdf(POWER)) / z_level * half_width
     size, gap = abs(result.difference), NEGLIGIBLE - abs(result.difference)
     # an interval that has to be this many times narrower takes the square of that in samples
     narrowing = [detectable / size] if size else []
