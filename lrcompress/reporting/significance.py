@@ -318,7 +318,7 @@ def holm_levels(p_values: Sequence[float]) -> list[float]:
     """The level that Holm's procedure tests each of `p_values` at: ALPHA / the number of those that
     are not rejected before it."""
     rejected = sum(p < ALPHA for p in holm(p_values))
-    ranks = np.minimum(np.argsort(np.argsort(p_values)), rejected)
+    ranks = np.minimum(stats.rankdata(p_values, "min") - 1, rejected)
     return [float(level) for level in ALPHA / (len(p_values) - ranks)]
 
 

@@ -94,7 +94,8 @@ ALL = ["report", "sweep", "checkpoints", "groups", "large-sweep"]
 LARGE = ["checkpoints", "groups", "large-sweep"]
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 # of every element that it is called on: whether it can be seen within the width of the window
-IN_VIEW = """elements => elements.filter(e => e.checkVisibility()).map(e => e.getBoundingClientRect())
+IN_VIEW = """elements => elements.filter(e => e.checkVisibility())
+  .map(e => e.getBoundingClientRect())
   .every(box => box.left >= 0 && box.right <= innerWidth)"""
 
 

@@ -128,6 +128,7 @@ def test_p_values_are_adjusted_for_all_rows() -> None:
 def test_levels_are_those_of_the_steps_of_holm() -> None:
     assert holm_levels([0.04, 0.001, 0.9, 0.01]) == pytest.approx([0.025, 0.0125, 0.025, 0.05 / 3])
     assert holm_levels([0.01, 0.02]) == pytest.approx([0.025, 0.05])
+    assert holm_levels([0.01, 0.01]) == pytest.approx([0.025, 0.025])
     assert holm_levels([0.9, 0.8, 0.7]) == pytest.approx([0.05 / 3] * 3)
     assert holm_levels([]) == []
 

@@ -70,7 +70,8 @@ def _draw_front(axes: Axes, front: Front) -> None:
         marker = MARKERS[round_of_colours % len(MARKERS)]
         for on_front in (False, True):
             alike = [point for point in points if point.on_front == on_front]
-            _draw_points(axes, alike, variant, COLOURS[colour], marker)
+            _draw_points(axes, alike, COLOURS[colour], marker, 1 if on_front else PALE)
+        axes.plot([], [], marker, color=COLOURS[colour], markersize=5, label=variant)
         _write_ratios(axes, points, COLOURS[colour], RATIO_OFFSETS[index % len(RATIO_OFFSETS)])
     line = [(point.x, point.y) for point in front.leading]
     if len(line) > 1:
@@ -95,9 +96,8 @@ def _draw_front(axes: Axes, front: Front) -> None:
 
 
 def _draw_points(
-    axes: Axes, points: Sequence[FrontPoint], label: str, colour: str, marker: str
+    axes: Axes, points: Sequence[FrontPoint], colour: str, marker: str, alpha: float
 ) -> None:
-    """Points that are all on the front, or all not: these are pale."""
     if not points:
         return
     x, y = [point.x for point in points], [point.y for point in points]
@@ -112,8 +112,7 @@ def _draw_points(
         markersize=5,
         color=colour,
         elinewidth=0.8,
-        alpha=1 if points[0].on_front else PALE,
-        label=label,
+        alpha=alpha,
     )
 
 
