@@ -41,14 +41,14 @@ def _speed(model: str, name: str, rate: float, spread: float) -> Metric:
     )
 
 
-def _accuracy(model: str, task: str, right: np.ndarray, **conditions: object) -> Metric:
+def _accuracy(model: str, task: str, right: np.ndarray, *parts: str) -> Metric:
     score = float(right.mean())
     error = float(np.sqrt(score * (1 - score) / len(right)))
-    shared = {"task_version": 1.0, "num_fewshot": 5, "samples": len(right), "context_length": 2048}
+    conditions = {"task_version": 1.0, "num_fewshot": 5, "samples": len(right)}
     samples = [[float(answer), 1] for answer in right]
     return Metric(
-        model, f"{task} acc", score, "", True, shared | conditions, score - error, score + error,
-        samples,
+        model, f"{task} acc", score, "", True, conditions, score - error, score + error, samples,
+        parts=[f"{part} acc" for part in parts],
     )  # fmt: skip
 
 
@@ -104,14 +104,13 @@ def grouped_tasks() -> Report:
             name: (area, answers & (draw.random(120) >= share))
             for name, (area, answers) in subjects.items()
         }
-        metrics += [
-            _accuracy(model, n, answers, group=area) for n, (area, answers) in asked.items()
-        ]
+        metrics += [_accuracy(model, name, answers) for name, (_, answers) in asked.items()]
         for area in AREAS:
-            parts = [answers for parent, answers in asked.values() if parent == f"mmlu_{area}"]
-            metrics.append(_accuracy(model, f"mmlu_{area}", np.concatenate(parts), group="mmlu"))
+            names = [name for name, (parent, _) in asked.items() if parent == f"mmlu_{area}"]
+            answers = np.concatenate([asked[name][1] for name in names])
+            metrics.append(_accuracy(model, f"mmlu_{area}", answers, *names))
         every = np.concatenate([answers for _, answers in asked.values()])
-        metrics.append(_accuracy(model, "mmlu", every))
+        metrics.append(_accuracy(model, "mmlu", every, *(f"mmlu_{area}" for area in AREAS)))
     return Report("runs/smollm2: run", tuple(metrics))
 
 

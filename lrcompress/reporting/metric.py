@@ -37,6 +37,15 @@ class Summary:
     """The slowest run of a speed, one standard error below a score; null where unknown."""
     high: Number | None = None
     """The fastest run of a speed, one standard error above a score; null where unknown."""
+    parts: Sequence[str] = field(default_factory=list, kw_only=True)
+    """Of a group of tasks: the names of the metrics of its tasks and sub-groups, which it is the
+    mean of."""
+
+    @property
+    def task(self) -> str:
+        """The task in the name, which is "TASK METRIC" or "TASK METRIC (FILTER)"."""
+        name = self.name.rpartition(" (")[0] if self.name.endswith(")") else self.name
+        return name.rpartition(" ")[0]
 
 
 @dataclass(frozen=True)
@@ -63,9 +72,3 @@ def title(metric: Summary) -> str:
     """The name of the metric, and its text or file of questions where it has one."""
     data = metric.conditions.get("data")
     return metric.name + (f", {data}" if data else "")
-
-
-def task_of(metric: Summary) -> str:
-    """The task in the name of a metric, which is "TASK METRIC" or "TASK METRIC (FILTER)"."""
-    name = metric.name.rpartition(" (")[0] if metric.name.endswith(")") else metric.name
-    return name.rpartition(" ")[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import isfinite
 
-from lrcompress.reporting.metric import Summary, task_of, title
+from lrcompress.reporting.metric import Summary, title
 from lrcompress.reporting.tables import number
 
 # condition of a task's metrics: questions of which a prompt was cut; left out where there are none
@@ -33,7 +33,7 @@ def _cut(metrics: Sequence[Summary]) -> Iterator[str]:
         cut, asked = metric.conditions.get(PROMPTS_CUT), metric.conditions.get("samples")
         if cut and asked:  # a group of tasks has no number of its own
             length = metric.conditions.get("context_length")
-            tasks.setdefault(length, {})[f"{cut} of {asked} in {task_of(metric)}"] = None
+            tasks.setdefault(length, {})[f"{cut} of {asked} in {metric.task}"] = None
     for length, counts in tasks.items():
         yield (
             f"prompts longer than the context of {length} tokens, with room for the answer, lost "

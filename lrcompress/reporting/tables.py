@@ -10,11 +10,10 @@ from pathlib import PurePath
 
 from lrcompress.reporting.metric import Summary, title
 from lrcompress.reporting.render import nonfinite_to_text
-from lrcompress.reporting.task_groups import GROUP, Place, places
+from lrcompress.reporting.task_groups import Place, places
 
-# conditions that may differ between two metrics that are still comparable: a task is the same
-# within a group and alone
-MAY_DIFFER = {"dtype", "device", GROUP}
+# conditions that may differ between two metrics that are still comparable
+MAY_DIFFER = {"dtype", "device"}
 QUESTIONS = "questions"
 # conditions that identify the text or the questions: they decide what is comparable, and tables do
 # not show them

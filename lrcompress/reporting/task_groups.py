@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
-from lrcompress.reporting.metric import Summary, task_of, title
-
-# condition of a task's or group's metrics: the group of tasks that it is a part of; left out where
-# it is a part of none
-GROUP: Final = "group"
+from lrcompress.reporting.metric import Summary, title
 
 
 @dataclass(frozen=True)
@@ -29,29 +24,31 @@ NO_PART = Place("", 0)
 
 def places(metrics: Sequence[Summary]) -> dict[str, Place]:
     """The place of each metric by its title, in the order of `metrics`, but for the parts of a
-    group, which follow it.
-
-    A part whose group has no metric stands by itself.
-    """
+    group, which follow it."""
     titles = defaultdict[str, dict[str, None]](dict)
-    group_of = dict[str, str]()
+    group_of = dict[str, Summary]()
     for metric in metrics:
-        name = task_of(metric) if "task_version" in metric.conditions else title(metric)
-        titles[name][title(metric)] = None
-        group_of[name] = str(metric.conditions.get(GROUP) or group_of.get(name, ""))
-    group_of = {name: group if group in titles else "" for name, group in group_of.items()}
-    ordered = dict(_below("", NO_PART, group_of))
+        titles[metric.name][title(metric)] = None
+        group_of |= dict.fromkeys(metric.parts, metric)
+    parts = defaultdict[str, list[str]](list)
+    for name in titles:
+        parts[group_of[name].name if name in group_of else ""].append(name)
+    tasks = {metric.name: metric.task for metric in group_of.values()}
+    ordered = dict(_below("", NO_PART, parts, tasks))
     # groups in a circle, which only a damaged file has
     ordered |= {name: NO_PART for name in titles if name not in ordered}
     return {each: place for name, place in ordered.items() for each in titles[name]}
 
 
-def _below(group: str, place: Place, group_of: Mapping[str, str]) -> Iterator[tuple[str, Place]]:
-    """Every task and group below `group`, which maps their names to their groups, with its place.
+def _below(
+    group: str, place: Place, parts: Mapping[str, Sequence[str]], tasks: Mapping[str, str]
+) -> Iterator[tuple[str, Place]]:
+    """The name of every metric below that called `group`, with its place.
 
-    `place` is that of those directly below.
+    `place` is that of those directly below. `parts` maps a metric to these, and `tasks` the metric
+    of a group to the name of the group.
     """
-    for name, parent in group_of.items():
-        if parent == group:
-            yield name, place
-            yield from _below(name, Place(place.group or name, place.depth + 1), group_of)
+    for name in parts.get(group, ()):
+        yield name, place
+        below = Place(place.group or tasks.get(name, name), place.depth + 1)
+        yield from _below(name, below, parts, tasks)

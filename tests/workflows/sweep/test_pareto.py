@@ -173,8 +173,8 @@ def test_without_ranges_nothing_is_dominated_but_by_its_numbers(seed: int) -> No
 def test_parts_of_a_group_have_no_front() -> None:
     shared = {"task_version": 1.0}
     scores = (
-        Metric("dense", "mmlu acc", 0.5, "", True, shared),
-        Metric("dense", "mmlu_law acc", 0.4, "", True, {**shared, "group": "mmlu"}),
+        Metric("dense", "mmlu acc", 0.5, "", True, shared, parts=["mmlu_law acc"]),
+        Metric("dense", "mmlu_law acc", 0.4, "", True, shared),
     )
     points = [point("dense", 1.0, size("dense", 100), *scores)]
     assert [front.quality.title for front in fronts(points)] == ["mmlu acc"]
