@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import exp, inf, isnan
 from statistics import median
+from typing import TypeVar
 
 from lrcompress.reporting.metric import PUBLISHED
 
@@ -126,6 +127,9 @@ class BlockChange:
         return median(self.errors)
 
 
+Change = TypeVar("Change", TokenChange, BlockChange)
+
+
 @dataclass(frozen=True)
 class Continuation:
     """A prompt, and how each model goes on by its likeliest tokens."""
@@ -146,6 +150,26 @@ class Differences:
     tokens: tuple[TokenChange, ...] = ()
     blocks: tuple[BlockChange, ...] = ()
     continuations: tuple[Continuation, ...] = ()
+
+    def renamed(self, model: Callable[[str], str], data: Callable[[str], str] = str) -> Differences:
+        """With other names of the models, and of the texts."""
+
+        def rename(change: Change) -> Change:
+            return replace(
+                change,
+                baseline=model(change.baseline),
+                model=model(change.model),
+                data=data(change.data),
+            )
+
+        return Differences(
+            tokens=tuple(rename(change) for change in self.tokens),
+            blocks=tuple(rename(change) for change in self.blocks),
+            continuations=tuple(
+                Continuation(c.prompt, {model(label): text for label, text in c.texts.items()})
+                for c in self.continuations
+            ),
+        )
 
     def comparable(self) -> Differences:
         """Only the changes that fit into one table with the first change.

@@ -15,9 +15,18 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lrcompress.reporting.block_calibration import BlockCalibration, by_block
 from lrcompress.reporting.differences import BlockChange, Differences, TokenChange
-from lrcompress.reporting.figures import COLOURS, INK, Picture, draw, legend, plain_log_ticks
-from lrcompress.reporting.metric import Metric
+from lrcompress.reporting.figures import (
+    COLOURS,
+    INK,
+    WIDTH,
+    Picture,
+    draw,
+    legend,
+    plain_log_ticks,
+)
+from lrcompress.reporting.metric import Metric, title
 from lrcompress.reporting.provenance import TRAININGS
+from lrcompress.reporting.task_groups import places
 from lrcompress.runtime.paths import unique_file_names
 
 # half of a 95 % interval, in standard errors
@@ -32,8 +41,7 @@ def pictures(
     metrics: Sequence[Metric], details: Differences, record: Mapping[str, Any]
 ) -> Iterator[Picture]:
     """Every picture for which there are numbers; `record` is lrcompress.json of the last model."""
-    if scores := [metric for metric in metrics if _is_score(metric)]:
-        yield _tasks(scores)
+    yield from _scores(metrics)
     names = unique_file_names(change.data for change in details.tokens)
     for data, name in names.items():
         changes = [change for change in details.tokens if change.data == data]
@@ -54,12 +62,23 @@ def pictures(
             break  # the latest training comes first
 
 
+def _scores(metrics: Sequence[Metric]) -> Iterator[Picture]:
+    """The tasks and groups, and for each outermost group its parts."""
+    place_of = places(metrics)
+    scores = [metric for metric in metrics if _is_score(metric)]
+    groups = unique_file_names(dict.fromkeys(place_of[title(score)].group for score in scores))
+    for group in groups:
+        of_group = [score for score in scores if place_of[title(score)].group == group]
+        section = f"parts of {group}" if group else "metrics"
+        yield _tasks("tasks" + (f"-{groups[group]}" if group else ""), section, of_group)
+
+
 def _is_score(metric: Metric) -> bool:
     of_task = "task_version" in metric.conditions and metric.low is not None
     return of_task and metric.higher_is_better and 0 <= metric.value <= 1
 
 
-def _tasks(scores: Sequence[Metric]) -> Picture:
+def _tasks(name: str, section: str, scores: Sequence[Metric]) -> Picture:
     models = list(dict.fromkeys(score.model for score in scores))
     names = list(dict.fromkeys(score.name for score in scores))
     score_of = {(score.name, score.model): score for score in scores}
@@ -69,12 +88,12 @@ def _tasks(scores: Sequence[Metric]) -> Picture:
         for name in names
     )
     return draw(
-        name="tasks",
-        section="metrics",
+        name=name,
+        section=section,
         title="Tasks, with 95 % intervals of each score alone",
         text=f"Scores of tasks. {text}.",
         paint=partial(_draw_tasks, models, names, score_of),
-        size=(7.5, 1.0 + 0.24 * len(names) * (len(models) + 0.6)),
+        size=(WIDTH, 1.0 + 0.24 * len(names) * (len(models) + 0.6)),
     )
 
 
@@ -201,7 +220,7 @@ def _ranks(linears: Linears) -> Picture:
         title=title,
         text=f"{title}: {span}; energy kept {min(energies):.4f} to {max(energies):.4f}.",
         paint=partial(_draw_ranks, linears, roles),
-        size=(7.5, 1.6 + 0.7 * len(roles)),
+        size=(WIDTH, 1.6 + 0.7 * len(roles)),
     )
 
 
@@ -210,10 +229,10 @@ def _draw_ranks(linears: Linears, roles: Sequence[str], figure: Figure) -> None:
         "rank": lambda linear: linear["rank"] or min(linear["shape"]),
         "energy kept": lambda linear: 1 - (linear["relative_error"] or 0.0),
     }
-    for axes, (title, value) in zip(figure.subplots(2, sharex=True), panels.items(), strict=True):
+    for axes, (name, value) in zip(figure.subplots(2, sharex=True), panels.items(), strict=True):
         image = axes.imshow(_grid(linears, roles, value), aspect="auto", interpolation="none")
         axes.set_yticks(range(len(roles)), roles)
-        axes.set_title(title, loc="left")
+        axes.set_title(name, loc="left")
         axes.grid(visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes, pad=0.01).outline.set_visible(False)

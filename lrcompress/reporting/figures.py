@@ -32,12 +32,17 @@ STYLE: dict[str, Any] = {
     "axes.grid": True,
     "axes.prop_cycle": cycler(color=COLOURS),
     "axes.titlesize": "medium",
+    "font.size": 10.5,
     "figure.constrained_layout.use": True,
     "grid.color": "#88888855",
     "image.cmap": "viridis",
     "svg.fonttype": "none",
     "text.parse_math": False,  # names of models and texts may contain $
 }
+# inches: narrow, so that its text can be read on a phone, where the whole figure shrinks to fit
+WIDTH = 6.0
+# inches that an entry of a legend takes, with the space around it, and each character of its label
+LEGEND_HANDLE, LEGEND_CHARACTER = 0.7, 0.085
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 ON_DARK = "<style>@media (prefers-color-scheme: dark) { svg { color: #ddd } }</style>"
 
@@ -70,7 +75,7 @@ def draw(
     title: str,
     text: str,
     paint: Callable[[Figure], None],
-    size: tuple[float, float] = (7.5, 3.2),
+    size: tuple[float, float] = (WIDTH, 3.0),
 ) -> Picture:
     """A Picture of what `paint` draws on an empty figure; `size` is in inches.
 
@@ -100,7 +105,14 @@ def legend(figure: Figure) -> None:
         handles, labels = axes.get_legend_handles_labels()
         handle_of = dict(zip(labels, handles, strict=True)) | handle_of
     if handle_of:
-        figure.legend(handle_of.values(), handle_of.keys(), loc="outside upper left", ncols=4)
+        longest = max(map(len, handle_of))
+        columns = int(figure.get_figwidth() / (LEGEND_HANDLE + LEGEND_CHARACTER * longest))
+        figure.legend(
+            handle_of.values(),
+            handle_of.keys(),
+            loc="outside upper left",
+            ncols=min(max(columns, 1), 4),
+        )
 
 
 def plain_log_ticks(axis: Axis) -> None:

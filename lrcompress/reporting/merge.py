@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from lrcompress.reporting import metrics_json
-from lrcompress.reporting.differences import BlockChange, Continuation, Differences, TokenChange
-from lrcompress.reporting.metric import NO_QUALITY, Metric
+from lrcompress.reporting.differences import Change, Continuation, Differences
+from lrcompress.reporting.metric import NO_QUALITY, Metric, title
 from lrcompress.reporting.render import json_text
 from lrcompress.reporting.report import Report, markdown, read, write
-from lrcompress.reporting.tables import labels, title
+from lrcompress.reporting.tables import labels
 from lrcompress.runtime.atomic_io import writing
 from lrcompress.runtime.paths import check_free
 
 # keys of records that a merged report shows for the model of the last report only
 LAST_MODEL_ONLY = {"linears", "finetuned"}
-
-Change = TypeVar("Change", TokenChange, BlockChange)
 
 
 @dataclass
@@ -67,8 +64,8 @@ def _merge_distinct(reports: Mapping[str, Report]) -> Report:
     models, last = _distinct_models(reports), list(reports.values())[-1]
     details = _merge_details(
         [
-            _rename_models(
-                report.details, {m.label: m.title for m in models if folder in m.folders}
+            report.details.renamed(
+                {m.label: m.title for m in models if folder in m.folders}.__getitem__
             )
             for folder, report in reports.items()
         ]
@@ -111,20 +108,6 @@ def _add_model(models: list[_Model], model: _Model) -> None:
             earlier.folders += model.folders
             return
     models.append(model)
-
-
-def _rename_models(details: Differences, names: Mapping[str, str]) -> Differences:
-    def rename(change: Change) -> Change:
-        return replace(change, baseline=names[change.baseline], model=names[change.model])
-
-    return Differences(
-        tokens=tuple(rename(change) for change in details.tokens),
-        blocks=tuple(rename(change) for change in details.blocks),
-        continuations=tuple(
-            Continuation(c.prompt, {names[label]: text for label, text in c.texts.items()})
-            for c in details.continuations
-        ),
-    )
 
 
 def _merge_details(details: Sequence[Differences]) -> Differences:

@@ -75,3 +75,9 @@ class Metric(Summary):
     def summary(self) -> dict[str, object]:
         """All fields except the samples: a task has thousands of them."""
         return {k: v for k, v in vars(self).items() if k != "samples"}
+
+
+def title(metric: Summary) -> str:
+    """The name of the metric, and its text or file of questions where it has one."""
+    data = metric.conditions.get("data")
+    return metric.name + (f", {data}" if data else "")

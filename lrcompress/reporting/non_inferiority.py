@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lrcompress.reporting.metric import Metric
-from lrcompress.reporting.significance import MIN_SAMPLES, Comparison, comparisons, part_names
-from lrcompress.reporting.tables import number, title
+from lrcompress.reporting.metric import Metric, title
+from lrcompress.reporting.significance import MIN_SAMPLES, Comparison, comparisons
+from lrcompress.reporting.tables import number
+from lrcompress.reporting.task_groups import places
 from lrcompress.runtime.errors import InputError
 
 # name of a limit that is for every metric without a limit of its own, but for parts of groups
@@ -67,13 +68,13 @@ def _check_names(metrics: Sequence[Metric], limits: Limits) -> None:
 
 def _limits_by_title(metrics: Sequence[Metric], limits: Limits) -> dict[str, float]:
     """The limit of every metric that has one."""
-    parts = part_names(metrics)
+    place_of = places(metrics)
     limit_of: dict[str, float] = {}
     for metric in metrics:
         named = [name for name in _names(metric) if name in limits]
         if named:
             limit_of[title(metric)] = limits[named[0]]
-        elif EVERY in limits and metric.name not in parts:
+        elif EVERY in limits and not place_of[title(metric)].group:
             limit_of[title(metric)] = limits[EVERY]
     return limit_of
 

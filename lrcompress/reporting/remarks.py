@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import isfinite, sqrt
 
-from lrcompress.reporting.metric import Summary
-from lrcompress.reporting.tables import number, title
+from lrcompress.reporting.metric import Summary, title
+from lrcompress.reporting.tables import number
 
 # condition of a task's metrics: questions of which a prompt was cut; left out where there are none
 PROMPTS_CUT = "prompts_cut"

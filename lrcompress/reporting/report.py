@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from lrcompress.reporting.differences import Differences
 from lrcompress.reporting.evaluation_figures import pictures
 from lrcompress.reporting.figures import Picture
 from lrcompress.reporting.metric import Metric
+from lrcompress.reporting.metric import title as title_of
 from lrcompress.reporting.metrics_json import Evaluation, Samples
+from lrcompress.reporting.names import ShortNames
 from lrcompress.reporting.provenance import Text, texts, training
 from lrcompress.reporting.record_schema import validate_record
 from lrcompress.reporting.remarks import remarks
@@ -26,7 +28,6 @@ from lrcompress.reporting.served import served_tables
 from lrcompress.reporting.significance import Comparison, comparisons
 from lrcompress.reporting.stage_table import stage_rows
 from lrcompress.reporting.tables import table
-from lrcompress.reporting.tables import title as title_of
 from lrcompress.runtime.atomic_io import replace_text
 
 
@@ -58,8 +59,18 @@ class Report:
         return comparisons(self.metrics)
 
     @cached_property
+    def names(self) -> ShortNames:
+        """Of models and texts, as pages show them."""
+        sources = self.title.rpartition(": ")[0].split(", ")
+        data = (data for text in self.texts for data in text.data.split(", "))
+        return ShortNames.of_metrics(self.metrics, *sources, *data)
+
+    @cached_property
     def pictures(self) -> tuple[Picture, ...]:
-        return tuple(pictures(self.metrics, self.details.comparable(), self.record))
+        shorten = self.names.shorten
+        details = self.details.comparable().renamed(shorten, shorten)
+        metrics = [self.names.metric(metric) for metric in self.metrics]
+        return tuple(pictures(metrics, details, self.record))
 
 
 def markdown(report: Report) -> str:
@@ -73,17 +84,21 @@ def html(report: Report) -> str:
 
 
 def _template_values(report: Report) -> dict[str, Any]:
+    """What pages show, with short names of models and texts."""
+    names = report.names
+    notes = (*report.record.get("notes", ()), *report.sentences)
     return {
-        "title": report.title,
-        "table": table(report.metrics),
-        "comparisons": report.comparisons,
-        "details": report.details.comparable(),
+        "title": names.shorten(report.title),
+        "names": names,
+        "table": table([names.metric(metric) for metric in report.metrics]),
+        "comparisons": [names.comparison(comparison) for comparison in report.comparisons],
+        "details": report.details.comparable().renamed(names.shorten, names.shorten),
         "served": served_tables(report.record),
-        "texts": report.texts,
+        "texts": [replace(text, data=names.shorten(text.data)) for text in report.texts],
         "training": training(report.record),
         "calibration": by_block(report.record),
         "stages": stage_rows(report.record),
-        "record": {**report.record, "notes": [*report.record.get("notes", ()), *report.sentences]},
+        "record": {**report.record, "notes": [names.shorten(note) for note in notes]},
     }
 
 

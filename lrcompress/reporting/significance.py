@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import NormalDist
 from typing import Any
 
@@ -13,8 +14,9 @@ from scipy import stats
 
 from lrcompress.reporting.differences import MAX_EXPONENT
 from lrcompress.reporting.intervals import Interval
-from lrcompress.reporting.metric import PUBLISHED, Metric, Summary
-from lrcompress.reporting.tables import comparable, title
+from lrcompress.reporting.metric import PUBLISHED, Metric, title
+from lrcompress.reporting.tables import comparable
+from lrcompress.reporting.task_groups import places
 
 ALPHA = 0.05
 POWER = 0.8
@@ -33,7 +35,10 @@ class Comparison:
     Where every sample is right or wrong, the interval combines those of the shares that changed
     (Newcombe 1998), and the test is McNemar's exact one; else a paired bootstrap, and the test that
     flips the signs of the samples' differences. A group of tasks is compared by the items of all
-    its tasks, and by flipped signs where these have different weights.
+    its tasks, and by flipped signs where these have different weights. The interval has the level
+    of the test, so that both are adjusted (the Bonferroni intervals of what Holm's procedure
+    leaves, Guilbaud 2008). It holds 0 where the test does not reject 0, and ends there where the
+    test does.
     """
 
     __pydantic_config__ = PUBLISHED
@@ -48,49 +53,38 @@ class Comparison:
     """The later model's less the first's: of a perplexity in nats per token, else in the metric's
     unit."""
     low: float
-    """Lower end of the 95 % interval of the difference."""
+    """Lower end of the interval of the difference, of `confidence`."""
     high: float
-    """Upper end of the 95 % interval of the difference."""
+    """Upper end of the interval of the difference, of `confidence`."""
     worst: float
-    """The largest loss inside the interval: of a perplexity as a share of the first's, else in the
-    metric's unit."""
+    """The largest loss inside the 95 % interval of this comparison alone: of a perplexity as a
+    share of the first's, else in the metric's unit."""
     p_value: float
-    """Adjusted (Holm 1979) for all comparisons of a report that are not of parts of a group; that
-    of a part, for all of parts."""
+    """Adjusted for all comparisons of a report, or for those of the parts of one group of tasks
+    (Holm 1979)."""
     verdict: str
     """better, worse, no difference seen, or not enough data, with how many samples would decide."""
+    confidence: float = 1 - ALPHA
+    """Of the interval: 1 - 0.05 / the number of comparisons that Holm's procedure did not reject
+    before this one."""
 
 
 def comparisons(metrics: Sequence[Metric]) -> tuple[Comparison, ...]:
-    """Each later model against the first, by every metric that has samples."""
-    pairs = list(_pairs(metrics))
-    results = [_compare(base, other) for base, other in pairs]
-    adjusted = _adjusted(results, part_names(metrics))
-    return tuple(
-        _with_verdict(replace(result, p_value=p), other.higher_is_better)
-        for result, p, (_, other) in zip(results, adjusted, pairs, strict=True)
-    )
+    """Each later model against the first, by every metric that has samples.
 
-
-def part_names(metrics: Sequence[Summary]) -> set[str]:
-    """The names of the metrics that are parts of a group of tasks."""
-    return {part for metric in metrics for part in metric.parts}
-
-
-def _adjusted(results: Sequence[Comparison], parts: Collection[str]) -> list[float]:
-    """The p-values adjusted by Holm's method, those of `parts` apart from the others.
-
-    So a group of many tasks is judged as one row.
+    Adjusted for their number are the metrics that are no part of a group of tasks, and by
+    themselves the parts of each group, so that a group costs no more than a task.
     """
-    adjusted = [0.0] * len(results)
-    for of_parts in (False, True):
-        rows = [i for i, result in enumerate(results) if (result.metric in parts) == of_parts]
-        for row, p in zip(rows, holm([results[row].p_value for row in rows]), strict=True):
-            adjusted[row] = p
-    return adjusted
+    place_of = places(metrics)
+    tests = list(_tests(metrics))
+    adjusted = dict[int, Comparison]()
+    for group in dict.fromkeys(place.group for place in place_of.values()):
+        family = [i for i, test in enumerate(tests) if place_of[title(test.base)].group == group]
+        adjusted |= zip(family, _compare([tests[i] for i in family]), strict=True)
+    return tuple(adjusted[index] for index in range(len(tests)))
 
 
-def _pairs(metrics: Sequence[Metric]) -> Iterator[tuple[Metric, Metric]]:
+def _tests(metrics: Sequence[Metric]) -> Iterator[_PairedTest]:
     """The metric of the first model, and the same of a later one."""
     first = metrics[0].model if metrics else ""
     for row in dict.fromkeys(title(metric) for metric in metrics):
@@ -98,7 +92,7 @@ def _pairs(metrics: Sequence[Metric]) -> Iterator[tuple[Metric, Metric]]:
         base = by_model.pop(first, None)
         for other in by_model.values():
             if base is not None and _can_pair(base, other):
-                yield base, other
+                yield _PairedTest(base, other)
 
 
 def _can_pair(base: Metric, other: Metric) -> bool:
@@ -109,29 +103,95 @@ def _can_pair(base: Metric, other: Metric) -> bool:
     return same_weights and all_finite and comparable(base, other)
 
 
-def _compare(base: Metric, other: Metric) -> Comparison:
-    values, weights = np.array(base.samples, dtype=float).T
-    changed = np.array(other.samples, dtype=float)[:, 0]
-    difference = float((changed - values).sum() / weights.sum())
-    gains = changed - values
-    is_binary = bool(np.isin([values / weights, changed / weights], (0.0, 1.0)).all())
-    has_equal_weights = np.ptp(weights) == 0
-    if is_binary:
-        low, high = _newcombe_interval(gains, weights)
-    else:
-        low, high = _bootstrap_interval(gains, weights, difference)
-    return Comparison(
-        metric=title(base),
-        baseline=base.model,
-        model=other.model,
-        samples=len(values),
-        difference=difference,
-        low=low,
-        high=high,
-        worst=_largest_loss(other, low, high),
-        p_value=_mcnemar(gains) if is_binary and has_equal_weights else _sign_flip_test(gains),
-        verdict="",
-    )
+@dataclass(frozen=True)
+class _PairedTest:
+    """One metric of two models, on the same windows or items."""
+
+    base: Metric
+    other: Metric
+
+    @cached_property
+    def _samples(self) -> Any:
+        """Shape (3, samples): values of the first and of the later model, and their weights."""
+        first, later = np.array(self.base.samples, float), np.array(self.other.samples, float)
+        return np.stack([first[:, 0], later[:, 0], first[:, 1]])
+
+    @cached_property
+    def gains(self) -> Any:
+        """Shape (samples,)."""
+        return self._samples[1] - self._samples[0]
+
+    @property
+    def weights(self) -> Any:
+        """Shape (samples,)."""
+        return self._samples[2]
+
+    @property
+    def is_binary(self) -> bool:
+        return bool(np.isin(self._samples[:2] / self.weights, (0.0, 1.0)).all())
+
+    @property
+    def difference(self) -> float:
+        return float(self.gains.sum() / self.weights.sum())
+
+    @cached_property
+    def p_value(self) -> float:
+        has_equal_weights = np.ptp(self.weights) == 0
+        is_exact = self.is_binary and has_equal_weights
+        return _mcnemar(self.gains) if is_exact else _sign_flip_test(self.gains)
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """Of the difference.
+
+        A bootstrap is of 95 %. For another confidence both its arms are stretched as those of a
+        normal distribution are: 2000 resamples do not tell its far ends.
+        """
+        if self.is_binary:
+            return _newcombe_interval(self.gains, self.weights, confidence)
+        low, high = self._bootstrapped
+        stretch = _normal_quantile(confidence) / _normal_quantile(1 - ALPHA)
+        middle = self.difference
+        return middle - stretch * (middle - low), middle + stretch * (high - middle)
+
+    @cached_property
+    def _bootstrapped(self) -> tuple[float, float]:
+        return _bootstrap_interval(self.gains, self.weights, self.difference)
+
+
+def _normal_quantile(confidence: float) -> float:
+    """Of a two-sided interval: its half-width in standard errors."""
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def _compare(tests: Sequence[_PairedTest]) -> Iterator[Comparison]:
+    """The comparison of each of `tests`, adjusted for their number."""
+    p_values = [test.p_value for test in tests]
+    for test, p, level in zip(tests, holm(p_values), holm_levels(p_values), strict=True):
+        low, high = test.interval(1 - level)
+        side = _with_zero(low, high) if p >= ALPHA else _without_zero(low, high, test.difference)
+        result = Comparison(
+            metric=title(test.base),
+            baseline=test.base.model,
+            model=test.other.model,
+            samples=len(test.gains),
+            difference=test.difference,
+            low=side[0],
+            high=side[1],
+            worst=_largest_loss(test.other, *test.interval(1 - ALPHA)),
+            p_value=p,
+            verdict="",
+            confidence=1 - level,
+        )
+        needed = _samples_needed(result, (high - low) / 2)
+        yield replace(result, verdict=_verdict(result, test.other.higher_is_better, needed))
+
+
+def _with_zero(low: float, high: float) -> tuple[float, float]:
+    return min(low, 0.0), max(high, 0.0)
+
+
+def _without_zero(low: float, high: float, difference: float) -> tuple[float, float]:
+    return (max(low, 0.0), high) if difference > 0 else (low, min(high, 0.0))
 
 
 def _largest_loss(metric: Metric, low: float, high: float) -> float:
@@ -162,8 +222,8 @@ def _bootstrap_interval(gains: Any, weights: Any, mean: float) -> tuple[float, f
     return float(interval.low), float(interval.high)
 
 
-def _newcombe_interval(gains: Any, weights: Any) -> tuple[float, float]:
-    """The 95 % interval of the share of items that were won less that of items that were lost.
+def _newcombe_interval(gains: Any, weights: Any, confidence: float) -> tuple[float, float]:
+    """The interval of the share of items that were won less that of items that were lost.
 
     `gains` and `weights` have shape (items,); a gain is the weight, its negative, or 0. Newcombe
     (1998), from the Wilson intervals of both shares and their correlation: an item is either won
@@ -172,7 +232,7 @@ def _newcombe_interval(gains: Any, weights: Any) -> tuple[float, float]:
     """
     won, lost = (weights[mask].sum() / weights.sum() for mask in (gains > 0, gains < 0))
     count = weights.sum() ** 2 / (weights**2).sum()
-    wins, losses = (_wilson_interval(share, count) for share in (won, lost))
+    wins, losses = (_wilson_interval(share, count, confidence) for share in (won, lost))
     anticorrelation = 0.0
     if max(won, lost) < 1:
         anticorrelation = math.sqrt(won * lost / ((1 - won) * (1 - lost)))
@@ -185,9 +245,9 @@ def _newcombe_interval(gains: Any, weights: Any) -> tuple[float, float]:
     return float(max(low, -1.0)), float(min(high, 1.0))
 
 
-def _wilson_interval(share: float, count: float) -> Interval:
-    """The 95 % interval of a share of `count` items, which may be no whole number (Wilson 1927)."""
-    z = NormalDist().inv_cdf(1 - ALPHA / 2)
+def _wilson_interval(share: float, count: float, confidence: float) -> Interval:
+    """The interval of a share of `count` items, which may be no whole number (Wilson 1927)."""
+    z = _normal_quantile(confidence)
     scale = 1 + z**2 / count
     centre = (share + z**2 / (2 * count)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
@@ -224,27 +284,31 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in adjusted]
 
 
-def _with_verdict(result: Comparison, higher_is_better: bool) -> Comparison:
+def holm_levels(p_values: Sequence[float]) -> list[float]:
+    """The level that Holm's procedure tests each of `p_values` at: ALPHA / the number of those that
+    are not rejected before it."""
+    rejected = sum(p < ALPHA for p in holm(p_values))
+    ranks = np.minimum(stats.rankdata(p_values, "min") - 1, rejected)
+    return [float(level) for level in ALPHA / (len(p_values) - ranks)]
+
+
+def _verdict(result: Comparison, higher_is_better: bool, needed: int | None) -> str:
     if result.p_value < ALPHA:
-        better = (result.difference > 0) == higher_is_better
-        return replace(result, verdict="better" if better else "worse")
+        return "better" if (result.difference > 0) == higher_is_better else "worse"
     if result.samples >= MIN_SAMPLES and max(-result.low, result.high) < NEGLIGIBLE:
-        return replace(result, verdict="no difference seen")
-    needed = _samples_needed(result)
+        return "no difference seen"
     more = f": about {needed:,} samples would decide" if needed else ""
-    return replace(result, verdict=f"not enough data{more}")
+    return f"not enough data{more}"
 
 
-def _samples_needed(result: Comparison) -> int | None:
+def _samples_needed(result: Comparison, half_width: float) -> int | None:
     """The fewer of two counts: samples that show a difference of the observed size with POWER, and
     samples that show it to be negligible; never fewer than MIN_SAMPLES. None where the interval has
     no width."""
-    half_width = (result.high - result.low) / 2
     if half_width == 0:
         return None
-    normal = NormalDist()
-    z_alpha = normal.inv_cdf(1 - ALPHA / 2)
-    detectable = (z_alpha + normal.inv_cdf(POWER)) / z_alpha * half_width
+    z_level = _normal_quantile(result.confidence)
+    detectable = (z_level + NormalDist().inv_cdf(POWER)) / z_level * half_width
     size, gap = abs(result.difference), NEGLIGIBLE - abs(result.difference)
     # an interval that has to be this many times narrower takes the square of that in samples
     narrowing = [detectable / size] if size else []

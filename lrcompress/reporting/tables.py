@@ -9,8 +9,9 @@ from math import isfinite
 from pathlib import PurePath
 from statistics import median
 
-from lrcompress.reporting.metric import Summary
+from lrcompress.reporting.metric import Summary, title
 from lrcompress.reporting.render import nonfinite_to_text
+from lrcompress.reporting.task_groups import Place, places
 
 # conditions that may differ between two metrics that are still comparable
 MAY_DIFFER = {"dtype", "device"}
@@ -26,11 +27,15 @@ ROUNDING_ERROR = 1e-15
 class MetricRow:
     """One metric of all models: a cell for each, and the ratio of each later one to the first."""
 
+    name: str
+    """The name of the metric and its text, as comparisons have it."""
     title: str
+    """The name with its unit."""
     better: str
     cells: tuple[str, ...]
     ratios: tuple[str, ...]
     conditions: str
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,30 @@ class MetricTable:
     """The models: titles of the columns."""
     rows: tuple[MetricRow, ...]
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The outermost groups of tasks that rows are parts of."""
+        return tuple(dict.fromkeys(row.place.group for row in self.rows if row.place.group))
+
+    def rows_in(self, group: str = "") -> tuple[MetricRow, ...]:
+        """The parts of an outermost group, however deep; of "" the rows that are no part."""
+        return tuple(row for row in self.rows if row.place.group == group)
+
+    def names_in(self, group: str = "") -> tuple[str, ...]:
+        """The names of `rows_in`."""
+        return tuple(row.name for row in self.rows_in(group))
+
 
 def table(metrics: Sequence[Summary]) -> MetricTable:
-    """A column for each model, a row for each metric and text, in the order of `metrics`."""
+    """A column for each model, a row for each metric and text, in the order of `places`."""
     labels = tuple(dict.fromkeys(m.model for m in metrics))
-    groups: dict[tuple[str, object], dict[str, Summary]] = {}
+    place_of = places(metrics)
+    rows: dict[str, dict[str, Summary]] = {name: {} for name in place_of}
     for metric in metrics:
-        groups.setdefault((metric.name, metric.conditions.get("data")), {})[metric.model] = metric
-    return MetricTable(labels, tuple(_row(labels, by_model) for by_model in groups.values()))
+        rows[title(metric)][metric.model] = metric
+    return MetricTable(
+        labels, tuple(_row(labels, rows[name], place) for name, place in place_of.items())
+    )
 
 
 def labels(kinds: Sequence[str], sources: Sequence[str]) -> list[str]:
@@ -69,28 +90,24 @@ def labels(kinds: Sequence[str], sources: Sequence[str]) -> list[str]:
     return titles
 
 
-def title(metric: Summary) -> str:
-    """The name of the metric, and its text or file of questions where it has one."""
-    data = metric.conditions.get("data")
-    return metric.name + (f", {data}" if data else "")
-
-
 def comparable(base: Summary, metric: Summary) -> bool:
     """Whether both were measured under the same conditions; dtype and device may differ."""
     differing = {*base.conditions.items()} ^ {*metric.conditions.items()}
     return not {name for name, _ in differing} - MAY_DIFFER
 
 
-def _row(labels: Sequence[str], by_model: Mapping[str, Summary]) -> MetricRow:
+def _row(labels: Sequence[str], by_model: Mapping[str, Summary], place: Place) -> MetricRow:
     first = next(iter(by_model.values()))
     base = by_model.get(labels[0])
     unit = f" ({first.unit})" if first.unit else ""
     return MetricRow(
+        name=title(first),
         title=title(first) + unit,
         better="higher is better" if first.higher_is_better else "lower is better",
         cells=tuple(cell(by_model.get(label)) for label in labels),
         ratios=tuple(_ratio(base, by_model.get(label)) for label in labels[1:]),
         conditions=conditions(by_model),
+        place=place,
     )
 
 

@@ -17,6 +17,7 @@ from lrcompress.reporting.differences import Differences
 from lrcompress.reporting.figures import Picture
 from lrcompress.workflows.sweep import figures as sweep_figures
 from lrcompress.workflows.sweep.pareto import fronts
+from tests.large_samples import checkpoints, grouped_tasks
 from tests.samples import DETAILS, METRICS, RECORD, SCRIPT, points
 
 
@@ -123,6 +124,40 @@ def test_more_variants_than_colours_have_other_marks() -> None:
 
 def test_a_single_point_has_no_front_to_draw() -> None:
     assert not list(sweep_figures.pictures(fronts(points()[:1])))
+
+
+def test_a_front_of_one_point_is_not_drawn_as_one() -> None:
+    dense, low, *_ = points()
+    worse = tuple(replace(metric, value=metric.value * 2) for metric in dense.metrics)
+    (picture,) = sweep_figures.pictures(fronts([dense, replace(low, metrics=worse)]))
+    assert ">Pareto front</text>" not in picture.svg
+    assert "no front: dense is best in both" in picture.text
+    (front,) = sweep_figures.pictures(fronts(points()))
+    assert ">Pareto front</text>" in front.svg
+
+
+def test_points_carry_their_keep_ratio_and_axes_their_label() -> None:
+    (picture,) = sweep_figures.pictures(fronts(points()))
+    for ratio in ("0.5", "0.8", "0.9"):
+        assert f">{ratio}</text>" in picture.svg
+    assert ">token perplexity, t.txt</text>" in picture.svg
+    assert ">parameters</text>" in picture.svg
+
+
+def test_parts_of_a_group_have_a_picture_of_their_own() -> None:
+    content = grouped_tasks()
+    tasks, parts = (p for p in content.pictures if p.name.startswith("tasks"))
+    assert (tasks.section, parts.name, parts.section) == ("metrics", "tasks-mmlu", "parts of mmlu")
+    assert "mmlu acc" in tasks.text
+    assert "mmlu_stem" not in tasks.text
+    assert "mmlu_stem acc" in parts.text
+
+
+def test_a_legend_of_long_names_fits_its_picture() -> None:
+    content = checkpoints()
+    picture = next(p for p in content.pictures if p.section == "tokens")
+    assert "factorized keep-0.6/…/model" in picture.svg
+    assert "/home" not in picture.svg
 
 
 @pytest.mark.parametrize("errors", [(0.0, 0.0), (0.0, 0.3)])

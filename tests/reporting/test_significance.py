@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from scipy import stats
 
 from lrcompress.reporting.metric import Metric
-from lrcompress.reporting.significance import _newcombe_interval, comparisons, holm
+from lrcompress.reporting.significance import _newcombe_interval, comparisons, holm, holm_levels
 
 
 def windows(model: str, losses: np.ndarray, tokens: int = 100) -> Metric:
@@ -116,6 +117,72 @@ def test_p_values_are_adjusted_for_all_rows() -> None:
     assert holm([]) == []
 
 
+def test_levels_are_those_of_the_steps_of_holm() -> None:
+    assert holm_levels([0.04, 0.001, 0.9, 0.01]) == pytest.approx([0.025, 0.0125, 0.025, 0.05 / 3])
+    assert holm_levels([0.01, 0.02]) == pytest.approx([0.025, 0.05])
+    assert holm_levels([0.01, 0.01]) == pytest.approx([0.025, 0.025])
+    assert holm_levels([0.9, 0.8, 0.7]) == pytest.approx([0.05 / 3] * 3)
+    assert holm_levels([]) == []
+
+
+def _several(shifts: Sequence[float], count: int = 30) -> list[Metric]:
+    """A first model, and a later one for each difference of the losses."""
+    draw = np.random.default_rng(9)
+    losses = draw.normal(3, 0.5, count)
+    models = [windows("dense", losses)]
+    noise = draw.normal(0, 0.05, count)
+    noise -= noise.mean()
+    return models + [windows(f"m{i}", losses + shift + noise) for i, shift in enumerate(shifts)]
+
+
+def test_an_interval_excludes_zero_only_beside_a_verdict() -> None:
+    standard_error = 0.05 / np.sqrt(30)
+    (alone,) = comparisons(_several([2.4 * standard_error]))
+    assert alone.verdict == "worse"
+    assert alone.confidence == pytest.approx(0.95)
+    assert alone.low > 0
+    among = comparisons(_several([2.4 * standard_error] * 10))
+    assert {result.verdict.split(":")[0] for result in among} == {"not enough data"}
+    assert all(result.low <= 0 < result.high for result in among)
+    assert [result.confidence for result in among] == pytest.approx([0.995] * 10)
+    stretch = stats.norm.ppf(0.9975) / stats.norm.ppf(0.975)
+    assert among[0].high - among[0].difference == pytest.approx(
+        stretch * (alone.high - alone.difference)
+    )
+    assert among[0].worst == alone.worst
+
+
+def test_what_was_rejected_before_does_not_widen_an_interval() -> None:
+    first, second, last = comparisons(_several([0.2, -0.2, 0.0]))
+    assert (first.verdict, second.verdict) == ("worse", "better")
+    assert first.confidence == second.confidence == pytest.approx(1 - 0.05 / 3)  # equal p
+    assert last.confidence == pytest.approx(0.95)
+    assert last.low < 0 < last.high
+
+
+def test_the_test_decides_on_which_side_of_zero_the_interval_ends() -> None:
+    losses = np.array([2.0, 3.0, 2.5, 2.2, 2.9])
+    gains = np.array([0.50, 0.52, 0.49, 0.51, 0.50])
+    (few,) = comparisons([windows("dense", losses), windows("low", losses + gains)])
+    assert few.p_value == pytest.approx(2 / 2**5)
+    assert few.low == 0
+    assert few.high > 0.5
+
+
+def test_parts_of_a_group_are_adjusted_among_themselves() -> None:
+    right = np.array([1] * 70 + [0] * 30)
+    changed = np.array([1] * 61 + [0] * 9 + [1] * 1 + [0] * 29)
+    names = [f"part{index} acc" for index in range(5)]
+    pair = [items("dense", right), items("low", changed)]
+    group = [replace(metric, name="g acc", parts=names) for metric in pair]
+    parts = [replace(metric, name=name) for name in names for metric in pair]
+    (alone,), (first, *others) = comparisons(group), comparisons([*group, *parts])
+    assert first == alone
+    assert first.verdict == "worse"
+    assert [other.confidence for other in others] == pytest.approx([0.99] * 5)
+    assert {other.verdict.split(":")[0] for other in others} == {"not enough data"}
+
+
 def test_only_the_same_measurement_is_compared() -> None:
     losses = np.random.default_rng(5).normal(3, 0.5, 20)
     base, other = windows("dense", losses), windows("small", losses)
@@ -171,7 +238,7 @@ def test_the_interval_of_a_group_of_unequal_tasks_covers() -> None:
     covered = 0
     for _ in range(1000):
         signs = generator.choice([-1, 0, 1], size=len(weights), p=[0.1, 0.8, 0.1])
-        low, high = _newcombe_interval(signs * weights, weights)
+        low, high = _newcombe_interval(signs * weights, weights, 0.95)
         covered += low <= 0 <= high
     assert 930 <= covered <= 970
 

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from matplotlib.figure import Figure
 
-from lrcompress.reporting.figures import COLOURS, Picture, draw, legend
+from lrcompress.reporting.figures import COLOURS, WIDTH, Picture, draw, legend
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def picture(name: str, series: Sequence[Series], cost: str) -> Picture:
     title = f"Loss by {cost}, nats per token"
     spans = "; ".join(f"{line.label}: {max(line.y):.3f} to {min(line.y):.3f}" for line in series)
     text = f"{title}, with fitted lines. {spans}."
-    return draw(name, "loss", title, text, partial(_draw, series, cost), (7.5, 4.2))
+    return draw(name, "loss", title, text, partial(_draw, series, cost), (WIDTH, 4.0))
 
 
 def _draw(series: Sequence[Series], cost: str, figure: Figure) -> None:

@@ -5,18 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from lrcompress.reporting.figures import COLOURS, INK, Picture, draw, legend, plain_log_ticks
+from lrcompress.reporting.figures import (
+    COLOURS,
+    INK,
+    WIDTH,
+    Picture,
+    draw,
+    legend,
+    plain_log_ticks,
+)
 from lrcompress.reporting.metric import SIZES
 from lrcompress.runtime.paths import unique_file_names
 from lrcompress.workflows.sweep.pareto import Front, FrontPoint
+from lrcompress.workflows.sweep.point import DENSE
 
 MARKERS = "os^Dv"  # the next marker, once every colour was used
+# of a variant's keep ratios from their points, in points: other corners for other variants
+RATIO_OFFSETS = ((4, 3), (4, -9), (-16, 3), (-16, -9))
+PALE = 0.45  # opacity of points that are not on the front
 
 
 def pictures(fronts: Sequence[Front]) -> Iterator[Picture]:
@@ -33,22 +46,19 @@ def pictures(fronts: Sequence[Front]) -> Iterator[Picture]:
 
 def _picture(name: str, title: str, panels: Sequence[Front]) -> Picture:
     descriptions = "; ".join(
-        f"against {front.cost.title}: {', '.join(point.label for point in front.on_front)}"
+        f"against {front.cost.title}: {front.description}"
         + (f", knee {front.knee.label}" if front.knee else "")
         for front in panels
     )
     text = f"{title} of every point, and which are on the Pareto front {descriptions}."
-    rows = (len(panels) + 1) // 2
-    size = (8.5, 0.8 + 2.8 * rows)
-    return draw(name, "fronts", title, text, partial(_draw, panels, rows), size)
+    size = (WIDTH, 0.8 + 3.2 * len(panels))
+    return draw(name, "fronts", title, text, partial(_draw, panels), size)
 
 
-def _draw(panels: Sequence[Front], rows: int, figure: Figure) -> None:
-    grid = figure.subplots(rows, min(len(panels), 2), squeeze=False).ravel()
-    for axes, front in zip(grid, panels, strict=False):
+def _draw(panels: Sequence[Front], figure: Figure) -> None:
+    grid = figure.subplots(len(panels), squeeze=False).ravel()
+    for axes, front in zip(grid, panels, strict=True):
         _draw_front(axes, front)
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
     legend(figure)
 
 
@@ -58,9 +68,15 @@ def _draw_front(axes: Axes, front: Front) -> None:
         points = [point for point in front.points if point.variant == variant]
         round_of_colours, colour = divmod(index, len(COLOURS))
         marker = MARKERS[round_of_colours % len(MARKERS)]
-        _draw_points(axes, points, variant, COLOURS[colour], marker)
-    line = [(point.x, point.y) for point in front.on_front]
-    axes.plot(*zip(*line, strict=True), color=INK, linewidth=0.8, label="Pareto front", zorder=1)
+        for on_front in (False, True):
+            alike = [point for point in points if point.on_front == on_front]
+            _draw_points(axes, alike, COLOURS[colour], marker, 1 if on_front else PALE)
+        axes.plot([], [], marker, color=COLOURS[colour], markersize=5, label=variant)
+        _write_ratios(axes, points, COLOURS[colour], RATIO_OFFSETS[index % len(RATIO_OFFSETS)])
+    line = [(point.x, point.y) for point in front.leading]
+    if len(line) > 1:
+        style: Any = {"color": INK, "linewidth": 0.8, "zorder": 1}
+        axes.plot(*zip(*line, strict=True), label="Pareto front", **style)
     if front.knee:
         axes.plot(
             front.knee.x,
@@ -71,7 +87,7 @@ def _draw_front(axes: Axes, front: Front) -> None:
             color=INK,
             label="knee",
         )
-    axes.set(xlabel=front.cost.title, yscale=front.quality.scale)
+    axes.set(xlabel=front.cost.title, ylabel=front.quality.title, yscale=front.quality.scale)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     if front.cost.title in SIZES:
         axes.xaxis.set_major_formatter(EngFormatter(front.cost.unit))
@@ -80,8 +96,10 @@ def _draw_front(axes: Axes, front: Front) -> None:
 
 
 def _draw_points(
-    axes: Axes, points: Sequence[FrontPoint], label: str, colour: str, marker: str
+    axes: Axes, points: Sequence[FrontPoint], colour: str, marker: str, alpha: float
 ) -> None:
+    if not points:
+        return
     x, y = [point.x for point in points], [point.y for point in points]
     x_errors = [_error_bar(point.x, point.x_low, point.x_high) for point in points]
     y_errors = [_error_bar(point.y, point.y_low, point.y_high) for point in points]
@@ -94,8 +112,23 @@ def _draw_points(
         markersize=5,
         color=colour,
         elinewidth=0.8,
-        label=label,
+        alpha=alpha,
     )
+
+
+def _write_ratios(
+    axes: Axes, points: Sequence[FrontPoint], colour: str, offset: tuple[int, int]
+) -> None:
+    for point in points:
+        if point.variant != DENSE:
+            axes.annotate(
+                f"{point.keep_ratio:g}",
+                (point.x, point.y),
+                xytext=offset,
+                textcoords="offset points",
+                fontsize="small",
+                color=colour,
+            )
 
 
 def _error_bar(value: float, low: float | None, high: float | None) -> tuple[float, float]:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lrcompress.reporting.metric import NO_QUALITY, PUBLISHED, SIZES, SPEEDS, Metric, Number
-from lrcompress.reporting.tables import comparable, title
+from lrcompress.reporting.metric import NO_QUALITY, PUBLISHED, SIZES, SPEEDS, Metric, Number, title
+from lrcompress.reporting.tables import comparable
+from lrcompress.reporting.task_groups import places
 from lrcompress.workflows.sweep.point import DENSE, SweepPoint, label
 
 # smaller distances from the chord are rounding errors, not a knee
@@ -63,7 +64,10 @@ class FrontPoint:
     y_high: Number | None
     """Upper end of an accuracy, one standard error above; null where unknown."""
     on_front: bool
-    """Whether no other point is at least as good in both and better in one."""
+    """Whether no other point is shown to be at least as good in both and better in one: a speed
+    that is better only within the ranges of both shows nothing."""
+    leads: bool = False
+    """Whether it is on the front of the numbers alone, without their ranges."""
 
     @property
     def label(self) -> str:
@@ -81,14 +85,29 @@ class Front:
     cost: FrontAxis
     points: tuple[FrontPoint, ...]
     knee: FrontPoint | None
-    """The point of the front furthest from the chord between its ends; null where there is none."""
+    """The leading point furthest from the chord between the ends of these; null where there is
+    none."""
     left_out: tuple[str, ...]
     """Points that were not measured, or under other conditions than the dense model."""
 
     @property
     def on_front(self) -> tuple[FrontPoint, ...]:
-        """The points that are not dominated, by ascending cost."""
+        """The points that are not shown to be dominated, by ascending cost."""
         return tuple(sorted((p for p in self.points if p.on_front), key=lambda p: p.x))
+
+    @property
+    def leading(self) -> tuple[FrontPoint, ...]:
+        """The front of the numbers alone, by ascending cost."""
+        return tuple(point for point in self.on_front if point.leads)
+
+    @property
+    def description(self) -> str:
+        """Which points are on the front, in words."""
+        leading = ", ".join(point.label for point in self.leading)
+        if len(self.on_front) == 1:
+            return f"no front: {leading} is best in both"
+        others = ", ".join(point.label for point in self.on_front if not point.leads)
+        return leading + (f"; within the ranges of speeds also {others}" if others else "")
 
 
 def fronts(points: Sequence[SweepPoint]) -> tuple[Front, ...]:
@@ -103,8 +122,14 @@ def fronts(points: Sequence[SweepPoint]) -> tuple[Front, ...]:
 
 
 def qualities(points: Sequence[SweepPoint]) -> tuple[Metric, ...]:
-    """The dense model's metrics that are neither sizes nor speeds."""
-    return tuple(metric for metric in points[0].metrics if metric.name not in NO_QUALITY)
+    """The dense model's metrics that are neither sizes nor speeds, nor parts of a group of
+    tasks."""
+    place_of = places(points[0].metrics)
+    return tuple(
+        metric
+        for metric in points[0].metrics
+        if metric.name not in NO_QUALITY and not place_of[title(metric)].group
+    )
 
 
 def over_dense(point: SweepPoint, dense: SweepPoint, name: str) -> Spread | None:
@@ -142,7 +167,9 @@ def _front(points: Sequence[SweepPoint], quality: Metric, cost: Metric) -> Front
         else:
             measured.append((point, x, y))
     goods = [(cost_axis.goodness(x.value), quality_axis.goodness(y.value)) for _, x, y in measured]
-    on_front = non_dominated(goods)
+    ranges = [_goodness_range(cost_axis, x) for _, x, _ in measured]
+    leads = non_dominated(goods)
+    on_front = not_shown_dominated(goods, ranges)
     front_points = tuple(
         FrontPoint(
             variant=point.variant,
@@ -154,10 +181,11 @@ def _front(points: Sequence[SweepPoint], quality: Metric, cost: Metric) -> Front
             y_low=y.low,
             y_high=y.high,
             on_front=is_on_front,
+            leads=is_leading,
         )
-        for (point, x, y), is_on_front in zip(measured, on_front, strict=True)
+        for (point, x, y), is_on_front, is_leading in zip(measured, on_front, leads, strict=True)
     )
-    knee_index = knee([good if on else None for good, on in zip(goods, on_front, strict=True)])
+    knee_index = knee([good if lead else None for good, lead in zip(goods, leads, strict=True)])
     return Front(
         quality=quality_axis,
         cost=cost_axis,
@@ -165,6 +193,14 @@ def _front(points: Sequence[SweepPoint], quality: Metric, cost: Metric) -> Front
         knee=None if knee_index is None else front_points[knee_index],
         left_out=tuple(left_out),
     )
+
+
+def _goodness_range(axis: FrontAxis, cost: Spread) -> tuple[float, float]:
+    """The goodness of a cost at its worst and at its best."""
+    if cost.low is None or cost.high is None:
+        return axis.goodness(cost.value), axis.goodness(cost.value)
+    ends = axis.goodness(cost.low), axis.goodness(cost.high)
+    return min(ends), max(ends)
 
 
 def _cost_axis(metric: Metric) -> FrontAxis:
@@ -201,6 +237,19 @@ def non_dominated(goods: Sequence[tuple[float, float]]) -> list[bool]:
     A pair dominates another if it is at least as good in both numbers and the two differ.
     """
     return [not any(a >= x and b >= y and (a, b) != (x, y) for a, b in goods) for x, y in goods]
+
+
+def not_shown_dominated(
+    goods: Sequence[tuple[float, float]], ranges: Sequence[tuple[float, float]]
+) -> list[bool]:
+    """For each of `goods`, pairs of cost and quality, whether none is shown to dominate it.
+
+    `ranges` are the lowest and the highest goodness of each cost. Another pair is shown to dominate
+    if it does so with its lowest against the highest (Limbourg and Aponte 2005).
+    """
+    least = [(low, quality) for (low, _), (_, quality) in zip(ranges, goods, strict=True)]
+    most = [(high, quality) for (_, high), (_, quality) in zip(ranges, goods, strict=True)]
+    return [not any(a >= x and b >= y and (a, b) != (x, y) for a, b in least) for x, y in most]
 
 
 def knee(goods: Sequence[tuple[float, float] | None]) -> int | None:

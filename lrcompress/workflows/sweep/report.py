@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from lrcompress.reporting import figures, metrics_json
 from lrcompress.reporting.figures import Picture
-from lrcompress.reporting.metric import PERPLEXITY, SPEEDS, Metric
+from lrcompress.reporting.metric import PERPLEXITY, SPEEDS, Metric, title
+from lrcompress.reporting.names import ShortNames
 from lrcompress.reporting.remarks import remarks
 from lrcompress.reporting.render import render
 from lrcompress.reporting.significance import Comparison, comparisons
-from lrcompress.reporting.tables import cell, comparable, conditions, number, title
+from lrcompress.reporting.tables import cell, comparable, conditions, number
+from lrcompress.reporting.task_groups import places
 from lrcompress.runtime.atomic_io import replace_text
 from lrcompress.workflows.sweep import sweep_json
 from lrcompress.workflows.sweep.figures import pictures
@@ -62,7 +65,15 @@ class SweepReport:
     def tasks(self) -> Grid:
         """Task metrics, each with its standard error."""
         titles = [title(m) for m in qualities(self.points) if m.name != PERPLEXITY]
-        return _grid(self.points, titles, lambda point, _, name: cell(_metric(point, name)))
+        return _grid(self.points, titles, _with_spread)
+
+    @cached_property
+    def parts(self) -> Mapping[str, Grid]:
+        """By the outermost group of tasks, the metrics of its parts."""
+        place_of = places(self.points[0].metrics)
+        groups = dict.fromkeys(place.group for place in place_of.values() if place.group)
+        titles = {g: [name for name, place in place_of.items() if place.group == g] for g in groups}
+        return {group: _grid(self.points, titles[group], _with_spread) for group in groups}
 
     @cached_property
     def speeds(self) -> Grid:
@@ -86,7 +97,27 @@ class SweepReport:
 
     @cached_property
     def pictures(self) -> tuple[Picture, ...]:
-        return tuple(pictures(self.fronts))
+        return tuple(pictures(self.shown.fronts))
+
+    @cached_property
+    def names(self) -> ShortNames:
+        """Of the texts, as pages show them."""
+        metrics = [metric for point in self.points for metric in point.metrics]
+        return ShortNames.of_metrics(metrics, self.source)
+
+    @cached_property
+    def shown(self) -> SweepReport:
+        """With short names of the texts, as pages show it."""
+        metric = self.names.metric
+        points = (
+            replace(
+                point,
+                metrics=tuple(map(metric, point.metrics)),
+                baseline=tuple(map(metric, point.baseline)),
+            )
+            for point in self.points
+        )
+        return replace(self, source=self.names.shorten(self.source), points=tuple(points))
 
     def size(self, point: SweepPoint) -> str:
         """Parameters of the point's whole model."""
@@ -112,6 +143,10 @@ def _metric(point: SweepPoint, metric_title: str) -> Metric | None:
     return next((metric for metric in point.metrics if title(metric) == metric_title), None)
 
 
+def _with_spread(point: SweepPoint, _: SweepPoint, metric_title: str) -> str:
+    return cell(_metric(point, metric_title))
+
+
 def _with_ratio(point: SweepPoint, dense: SweepPoint, metric_title: str) -> str:
     metric, base = _metric(point, metric_title), _metric(dense, metric_title)
     if metric is None or base is None:
@@ -135,12 +170,28 @@ def _speed(point: SweepPoint, dense: SweepPoint, name: str) -> str:
 
 def markdown(report: SweepReport) -> str:
     """sweep.md."""
-    return render("sweep.md.jinja", escape=False, report=report)
+    return render("sweep.md.jinja", escape=False, **_template_values(report))
 
 
 def html(report: SweepReport) -> str:
     """One self-contained page with the pictures in it, which loads nothing from the network."""
-    return render("sweep.html.jinja", escape=True, report=report, title=report.title)
+    return render("sweep.html.jinja", escape=True, **_template_values(report))
+
+
+def _template_values(report: SweepReport) -> dict[str, Any]:
+    names, parts = report.names, report.shown.parts
+    compared = [names.comparison(comparison) for comparison in report.comparisons]
+    folded = {title for grid in parts.values() for title in grid.titles}
+    return {
+        "report": report.shown,
+        "title": names.shorten(report.title),
+        "names": names,
+        "pictures": report.pictures,
+        "comparisons": [c for c in compared if c.metric not in folded],
+        "compared_parts": {
+            group: [c for c in compared if c.metric in grid.titles] for group, grid in parts.items()
+        },
+    }
 
 
 def to_json(report: SweepReport) -> str:

@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 from lrcompress.reporting.metric import PERPLEXITY, Metric
-from lrcompress.workflows.sweep.pareto import Front, fronts, knee, non_dominated, over_dense
+from lrcompress.workflows.sweep.pareto import (
+    Front,
+    fronts,
+    knee,
+    non_dominated,
+    not_shown_dominated,
+    over_dense,
+)
 from lrcompress.workflows.sweep.point import SweepPoint
 from lrcompress.workflows.sweep.report import FORMATS, SweepReport, markdown, to_csv, to_json
 
@@ -124,6 +131,56 @@ def test_a_speed_counts_over_the_dense_model_of_its_own_run() -> None:
     assert front.cost.higher_is_better
     assert all(p.on_front for p in front.points)
     assert over_dense(replace(compressed, baseline=()), dense, "decode") is None
+
+
+def _timed(ratio: float, perplexity: float, rate: float, spread: float) -> SweepPoint:
+    """A point whose speed is that of a dense model of exactly 100 tokens/s in its run."""
+    return point(
+        "m", ratio, quality("m", perplexity), speed("m", rate, spread), baseline=(speed("d", 100),)
+    )
+
+
+def test_a_speed_that_is_better_within_its_range_dominates_nothing() -> None:
+    dense = point("dense", 1.0, quality("dense", 10.0), speed("dense", 100.0))
+    near = only([dense, _timed(0.9, 12.0, 110, 8), _timed(0.8, 13.0, 105, 8)])
+    assert [p.on_front for p in near.points] == [True, True, True]
+    assert [p.leads for p in near.points] == [True, True, False]
+    assert near.description == "dense, m at 0.9; within the ranges of speeds also m at 0.8"
+    far = only([dense, _timed(0.9, 12.0, 125, 4), _timed(0.8, 13.0, 105, 8)])
+    assert [p.on_front for p in far.points] == [True, True, False]
+    assert far.description == "dense, m at 0.9"
+
+
+def test_a_front_of_one_point_is_called_none() -> None:
+    dense = point("dense", 1.0, quality("dense", 10.0), speed("dense", 100.0))
+    alone = only([dense, _timed(0.9, 12.0, 90, 4)])
+    assert alone.description == "no front: dense is best in both"
+    assert "| no front: dense is best in both | no knee |" in markdown(
+        report([dense, _timed(0.9, 12.0, 90, 4)])
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_without_ranges_nothing_is_dominated_but_by_its_numbers(seed: int) -> None:
+    draw = random.Random(seed)
+    goods = [(float(draw.randint(0, 9)), float(draw.randint(0, 9))) for _ in range(30)]
+    exact = [(x, x) for x, _ in goods]
+    assert not_shown_dominated(goods, exact) == non_dominated(goods)
+    wide = not_shown_dominated(goods, [(x - 1, x + 1) for x, _ in goods])
+    assert all(w or not n for w, n in zip(wide, non_dominated(goods), strict=True))
+
+
+def test_parts_of_a_group_have_no_front() -> None:
+    shared = {"task_version": 1.0}
+    scores = (
+        Metric("dense", "mmlu acc", 0.5, "", True, shared, parts=["mmlu_law acc"]),
+        Metric("dense", "mmlu_law acc", 0.4, "", True, shared),
+    )
+    points = [point("dense", 1.0, size("dense", 100), *scores)]
+    assert [front.quality.title for front in fronts(points)] == ["mmlu acc"]
+    text = markdown(report(points))
+    assert text.index("| point | mmlu acc |") < text.index("<summary>mmlu: its 1 parts</summary>")
+    assert "| point | mmlu_law acc |" in text
 
 
 @pytest.mark.parametrize(
