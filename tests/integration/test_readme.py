@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from tests.conftest import invoke
+from tests.gguf_models import write_donor
 
 README = Path("README.md").read_text("utf-8")
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
@@ -47,6 +49,7 @@ def test_every_command_has_an_example() -> None:
 def test_commands_run(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("TRAIN.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    write_donor(Path("DENSE.gguf"), AutoConfig.from_pretrained(dense), "llama")
     outputs = set()
     for line in COMMANDS:
         arguments = line.replace("MODEL", str(dense)).split()
@@ -59,7 +62,17 @@ def test_commands_run(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             outputs.add(output)
         result = invoke(*arguments, *QUICK.get(arguments[0], ()))
         assert result.exit_code == 0, (line, result.output)
-    assert outputs >= {"small", "tuned", "report", "plain", "alone", "int8", "large", "new"}
+    assert outputs >= {
+        "small",
+        "tuned",
+        "report",
+        "plain",
+        "alone",
+        "int8",
+        "large",
+        "new",
+        "slim.gguf",
+    }
 
 
 def test_tree_names_every_room() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,22 @@ def find_donor(like: str | None, record: Mapping[str, Any]) -> Path:
     if source is None:
         raise InputError(f"the checkpoint names no source: {REMEDY}")
     location = _locate(source, None if like else _recorded_file(record), like is not None)
-    file = Path(str(cached_file(location.path, str(location.gguf_file))))
-    check_gguf(file)
+    with _read_errors_explained(location.name):
+        file = Path(str(cached_file(location.path, str(location.gguf_file))))
+        check_gguf(file)
     return file
+
+
+@contextmanager
+def _read_errors_explained(name: str) -> Iterator[None]:
+    """Turns errors of reading a damaged GGUF file into one InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # the reader trusts lengths and types in the file
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"GGUF file {name!r} cannot be read ({reason}): {REMEDY}") from error
 
 
 def _recorded_file(record: Mapping[str, Any]) -> str | None:
@@ -78,13 +92,10 @@ class Donor:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.reader = GGUFReader(file)
-        self.architecture = str(self.value(ARCHITECTURE))
-
-    def value(self, key: str) -> Any:
-        """The value of a metadata key; None where the file does not have it."""
-        field = self.reader.get_field(key)
-        return None if field is None else field.contents()
+        with _read_errors_explained(str(file)):
+            self.reader = GGUFReader(file)
+            self.values = {key: f.contents() for key, f in self.reader.fields.items()}
+        self.architecture = str(self.values[ARCHITECTURE])
 
     def check(self, config: Any, tokenizer: Any, vocabulary: int, architecture: str) -> None:
         """Raises InputError where the file is not of the model that is exported.
@@ -94,20 +105,20 @@ class Donor:
         if self.architecture != architecture:
             self._refuse(f"describes a {self.architecture!r}", f"the model is a {architecture!r}")
         for key, (name, words) in SIZES.items():
-            stated, expected = self.value(f"{architecture}.{key}"), getattr(config, name, None)
+            stated, expected = self.values.get(f"{architecture}.{key}"), getattr(config, name, None)
             if _differ(stated, expected):
                 self._refuse(f"has {stated:g} {words}", f"the model {expected:g}")
         self._check_rotary_base(config)
         self._check_tokens(tokenizer, vocabulary)
 
     def _check_rotary_base(self, config: Any) -> None:
-        stated = self.value(f"{self.architecture}.rope.freq_base")
+        stated = self.values.get(f"{self.architecture}.rope.freq_base")
         expected = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
         if _differ(stated, expected):
             self._refuse(f"has the rotary base {stated:g}", f"the model {expected:g}")
 
     def _check_tokens(self, tokenizer: Any, vocabulary: int) -> None:
-        tokens = self.value(TOKENS) or []
+        tokens = self.values.get(TOKENS, [])
         if len(tokens) != vocabulary:
             self._refuse(f"has {len(tokens)} tokens", f"the model {vocabulary}")
         if tokenizer is None:
@@ -129,7 +140,7 @@ class Donor:
         for key, field in self.reader.fields.items():
             if key in own or key.startswith(OWN_PREFIXES):
                 continue
-            kind, value = field.types[0], field.contents()
+            kind, value = field.types[0], self.values[key]
             if kind == GGUFValueType.ARRAY and not value:
                 continue  # the writer takes no empty array
             name = new + key.removeprefix(old) if key.startswith(old) else key

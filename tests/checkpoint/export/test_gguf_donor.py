@@ -141,3 +141,14 @@ def test_sources_that_cannot_be_donors_are_refused(tmp_path: Path) -> None:
     assert f"--like {str(folder)!r} is not a GGUF file" in refusal(*command, "--like", folder)
     donor = write_donor(tmp_path / "donor.gguf", CONFIG, "llama")
     assert invoke(*command, "--like", donor).exit_code == 0
+
+
+def test_a_damaged_donor_is_one_sentence(tmp_path: Path) -> None:
+    donor = write_donor(tmp_path / "donor.gguf", CONFIG, "llama")
+    whole = donor.read_bytes()
+    key = whole.index(b"tokenizer.ggml.tokens")
+    unreadable = whole[: key + 40] + b"\xff" * 8 + whole[key + 48 :]
+    for content in (whole[:100], b"GGUF" + bytes(60), unreadable):
+        donor.write_bytes(content)
+        with pytest.raises(InputError, match=r"donor.gguf' .*(cannot be read|has no|holds no)"):
+            export(donor, tmp_path / "out.gguf")
