@@ -42,6 +42,8 @@ SIZES: dict[str, Any] = {
     "attention_types": [[["global", "local"], BLOCKS // 2]],
     "layer_types": ["conv", "full_attention"] * (BLOCKS // 2),
 }
+# every family has them; without, some have ends of text that the vocabulary has not
+SPECIAL_TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
 
 # block -> (width, form of each role); None is the dense width, and roles without a form are dense
 # or narrowed
@@ -78,31 +80,42 @@ def _shape(linear: LinearSpec, width: int | None) -> list[int]:
 
 def random_checkpoint(out: Path, family: str = "llama", plan: Plan = PLAN, **changes: Any) -> Any:
     """Saves a model of `family` whose FFNs follow `plan`, and returns it."""
+    model = small_model(family, **changes)
+    return save_random(out, model, records(find_ffns(model).linears, plan))
+
+
+def small_model(family: str = "llama", **changes: Any) -> Any:
+    """A dense model that vLLM can run, with `changes` of its config."""
     sizes = {key: size for key, size in SIZES.items() if key in FAMILIES[family]}
-    model = tiny_model(family, **(sizes | changes))
-    linears = find_ffns(model).linears
-    rebuild(model, records(linears, plan))
+    return tiny_model(family, **(sizes | SPECIAL_TOKENS | changes))
+
+
+def save_random(out: Path, model: Any, changed: Records) -> Any:
+    """Saves `model` with the linears `changed`, whose weights are random, and returns it."""
+    rebuild(model, changed)
     torch.manual_seed(3)
-    with torch.no_grad():
-        for linear in linears:
-            for parameter in model.get_submodule(linear.name).parameters():
-                parameter.normal_(0, 0.3)
-    for module in model.modules():
-        if isinstance(module, PivotedLinear):
-            module.order.copy_(torch.randperm(module.in_features))
+    for name in changed:
+        layer = model.get_submodule(name)
+        for parameter in layer.parameters():
+            parameter.detach().normal_(0, 0.3)
+        if isinstance(layer, PivotedLinear):
+            layer.order.copy_(torch.randperm(layer.in_features))
     lrcompress.save(model, out, byte_tokenizer())
     return model
 
 
+def attention_records() -> Records:
+    """Low-rank linears of attention; the value is dense."""
+    linears: Records = {
+        "q_proj": {"form": "factored", "rank": 20, "shape": [WIDTH, WIDTH]},
+        "k_proj": {"form": "pivoted", "rank": 12, "shape": [KEY_HEADS * HEAD_DIM, WIDTH]},
+        "o_proj": {"form": "pivoted", "rank": 18, "shape": [WIDTH, WIDTH]},
+    }
+    return {f"model.layers.1.self_attn.{name}": record for name, record in linears.items()}
+
+
 EXPERT = "model.layers.0.mlp.experts.ffns.1.down"
-
-
-def save_mixture(out: Path) -> None:
-    """A mixture of experts with one low-rank linear."""
-    model = tiny_model("qwen3_moe")
-    rebuild(model, {EXPERT: {"form": "factored", "rank": 4, "shape": [32, 24]}})
-    lrcompress.save(model, out, byte_tokenizer())
-
+EXPERT_RECORD = {"form": "factored", "rank": 4, "shape": [32, 24]}
 
 PROMPT = torch.randint(1, 257, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 NEW_TOKENS = 16
@@ -139,26 +152,42 @@ def expectation(model: Any) -> dict[str, Any]:
     }
 
 
+# families of which vLLM knows no architecture
+NOT_IN_VLLM = ("codegen", "gpt_neo", "mpt", "openai-gpt", "xglm")
+# without shared keys, which vLLM would believe of any config that has the number
+EQUAL_HEADS = {"num_key_value_heads": HEADS}
 # name of the folder -> family and changes of its config
 SERVED: dict[str, tuple[str, dict[str, Any]]] = {
-    **{family: (family, {}) for family in FAMILIES},
+    **{family: (family, {}) for family in FAMILIES if family not in NOT_IN_VLLM},
+    "biogpt": ("biogpt", EQUAL_HEADS),
+    "falcon": ("falcon", {"ffn_hidden_size": 4 * WIDTH}),  # vLLM knows no other
+    "gpt_neox": ("gpt_neox", EQUAL_HEADS),
+    "opt": ("opt", EQUAL_HEADS),
+    "persimmon": ("persimmon", EQUAL_HEADS),
     "llama-biases": ("llama", {"mlp_bias": True, "attention_bias": True}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
 }
 
 
 def write_all(out: Path) -> None:
-    """Writes OUT/served/NAME with expected.json, and OUT/refused/NAME with refusal.txt."""
+    """Writes OUT/served/NAME with expected.json, OUT/refused/NAME with refusal.txt, and OUT/odd,
+    whose width two processes do not divide."""
     for name, (family, changes) in SERVED.items():
-        model = random_checkpoint(out / "served" / name, family, **changes)
-        (out / "served" / name / "expected.json").write_text(json.dumps(expectation(model)))
+        _write_served(out, name, random_checkpoint(out / "served" / name, family, **changes))
+    name = "llama-attention"
+    _write_served(out, name, save_random(out / "served" / name, small_model(), attention_records()))
     for damage, refusal in (READ_FROM_CONFIG | SEEN_IN_FILES | SEEN_IN_THE_MODEL).items():
         folder = shutil.copytree(out / "served" / "llama", out / "refused" / damage.__name__)
         damage(folder)
         (folder / "refusal.txt").write_text(refusal)
+    mixture = out / "refused" / "mixture"
+    save_random(mixture, tiny_model("qwen3_moe"), {EXPERT: EXPERT_RECORD})
+    (mixture / "refusal.txt").write_text(f"{EXPERT}: compressed experts are not served")
     random_checkpoint(out / "odd", plan=((57, {}), *PLAN[1:]))
-    save_mixture(out / "refused" / "mixture")
-    (out / "refused" / "mixture" / "refusal.txt").write_text(f"{EXPERT}: compressed experts are")
+
+
+def _write_served(out: Path, name: str, model: Any) -> None:
+    (out / "served" / name / "expected.json").write_text(json.dumps(expectation(model)))
 
 
 if __name__ == "__main__":
