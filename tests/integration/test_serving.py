@@ -10,10 +10,14 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
+from lrcompress.checkpoint.export.registry import FORMATS
+from lrcompress.config import FactorizeSettings
 from tests.benchmark.serving.fake_server import order, program, serve
 from tests.conftest import SMALL, invoke
 
@@ -26,6 +30,11 @@ COMMANDS = [
 QUICK = ("--batch-size", "1", "--prompt-length", "8", "--new-tokens", "4", "--repeats", "3")
 # shown in a sentence, not in a block
 GGUF_BENCH = "lrcompress bench serve small.gguf --baseline MODEL.gguf"
+# the page shows `factorize --for` and `export --to gguf`
+TARGETS = pytest.mark.skipif(
+    "gguf" not in FORMATS or "target" not in FactorizeSettings.model_fields,
+    reason="targets and the export to GGUF are not in this version",
+)
 
 
 def _section(title: str) -> list[str]:
@@ -60,6 +69,7 @@ def test_the_page_shows_five_commands_for_each_engine() -> None:
     assert GGUF_BENCH in PAGE
 
 
+@TARGETS
 def test_vllm(environment: Path, dense: Path) -> None:
     model = environment / "MODEL"
     shutil.copytree(dense, model)
@@ -71,6 +81,7 @@ def test_vllm(environment: Path, dense: Path) -> None:
     _run(bench.replace("--python VLLM/bin/python", "--server VLLM/bin/vllm"), *QUICK)
 
 
+@TARGETS
 def test_any_other_program(environment: Path, dense: Path) -> None:
     shutil.copytree(dense, environment / "MODEL")
     factorize, export = _section("Any other program")
@@ -82,15 +93,36 @@ def test_any_other_program(environment: Path, dense: Path) -> None:
     assert sizes[1] <= sizes[0]
 
 
-def test_llama_cpp(environment: Path, dense: Path) -> None:
-    from tests.gguf_models import dense_gguf
+@pytest.fixture
+def dense_gguf(environment: Path, dense: Path) -> Path:
+    """The tiny llama as a GGUF file, in the working folder."""
+    models = pytest.importorskip("tests.gguf_models")
+    config = AutoConfig.from_pretrained(dense)
+    donor = models.write_donor(environment / "donor.gguf", config, "llama")
+    _run(f"export {dense} --to gguf --out MODEL.gguf --type f32 --like {donor}")
+    return environment / "MODEL.gguf"
 
-    dense_gguf(dense, environment / "MODEL.gguf")
+
+@TARGETS
+def test_llama_cpp(environment: Path, dense_gguf: Path) -> None:
     order(environment)
     for line in _section("llama.cpp"):
         _run(line, *(SMALL if line.startswith("factorize") else ()))
     server = program(environment / "llama-server")
     _run(GGUF_BENCH.removeprefix("lrcompress "), "--server", server, *QUICK)
+
+
+@TARGETS
+def test_a_real_server(environment: Path, dense_gguf: Path) -> None:
+    """llama.cpp itself, by xllamacpp in this environment, answers what is asked of it."""
+    pytest.importorskip("xllamacpp")
+    out = environment / "report"
+    options = ("--python", sys.executable, "--threads", 1, "--out", out, *QUICK)
+    _run(GGUF_BENCH.removeprefix("lrcompress ").replace("small", "MODEL"), *options)
+    metrics = json.loads((out / "metrics.json").read_text("utf-8"))["metrics"]
+    assert len(metrics) == 6
+    assert all(metric["value"] > 0 for metric in metrics)
+    assert metrics[0]["conditions"]["version"].startswith("xllamacpp ")
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
