@@ -96,8 +96,9 @@ def _distinct_models(reports: Mapping[str, Report]) -> list[_Model]:
 
 def _models_of(folder: str, report: Report) -> Iterator[_Model]:
     for label in dict.fromkeys(metric.model for metric in report.metrics):
-        metrics = (m for m in report.metrics if m.model == label and not m.is_speed)
-        yield _Model(label, [folder], {title(metric): metric for metric in metrics})
+        metrics = [m for m in report.metrics if m.model == label and not m.is_speed]
+        if metrics:
+            yield _Model(label, [folder], {title(metric): metric for metric in metrics})
 
 
 def _add_model(models: list[_Model], model: _Model) -> None:

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ COMMANDS = [
 QUICK = ("--batch-size", "1", "--prompt-length", "8", "--new-tokens", "4", "--repeats", "3")
 # shown in a sentence, not in a block
 GGUF_BENCH = "lrcompress bench serve small.gguf --baseline MODEL.gguf"
+# the page shows `factorize --for` and `export --to gguf`
 
 
 def _section(title: str) -> list[str]:
@@ -84,16 +86,32 @@ def test_any_other_program(environment: Path, dense: Path) -> None:
     assert sizes[1] <= sizes[0]
 
 
-def test_llama_cpp(environment: Path, dense: Path) -> None:
-    donor = write_donor(
-        environment / "donor.gguf", AutoConfig.from_pretrained(dense), architecture="llama"
-    )
-    _run(f"export {dense} --to gguf --like {donor} --out MODEL.gguf")
+@pytest.fixture
+def dense_gguf(environment: Path, dense: Path) -> Path:
+    """The tiny llama as a GGUF file, in the working folder."""
+    config = AutoConfig.from_pretrained(dense)
+    donor = write_donor(environment / "donor.gguf", config, "llama")
+    _run(f"export {dense} --to gguf --out MODEL.gguf --type f32 --like {donor}")
+    return environment / "MODEL.gguf"
+
+
+def test_llama_cpp(environment: Path, dense_gguf: Path) -> None:
     order(environment)
     for line in _section("llama.cpp"):
         _run(line, *(SMALL if line.startswith("factorize") else ()))
     server = program(environment / "llama-server")
     _run(GGUF_BENCH.removeprefix("lrcompress "), "--server", server, *QUICK)
+
+
+def test_a_real_server(environment: Path, dense_gguf: Path) -> None:
+    """llama.cpp itself, by xllamacpp in this environment, answers what is asked of it."""
+    out = environment / "report"
+    options = ("--python", sys.executable, "--threads", 1, "--out", out, *QUICK)
+    _run(GGUF_BENCH.removeprefix("lrcompress ").replace("small", "MODEL"), *options)
+    metrics = json.loads((out / "metrics.json").read_text("utf-8"))["metrics"]
+    assert len(metrics) == 6
+    assert all(metric["value"] > 0 for metric in metrics)
+    assert metrics[0]["conditions"]["version"].startswith("xllamacpp ")
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")

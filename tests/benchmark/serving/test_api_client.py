@@ -42,7 +42,7 @@ def test_tokens_are_those_of_the_usage() -> None:
     assert speed.decode == pytest.approx(8 / 2)
 
 
-BODY = {"prompt": [1, 2, 3], "max_tokens": 4}
+BODY = {"prompt": [1, 2, 3], "max_tokens": 4, "stream": True}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lrcompress.checkpoint.record import drop_measured, read_record
 from tests.benchmark.conftest import bench_json
 from tests.benchmark.serving.fake_server import order, program, serve
 from tests.conftest import invoke, refusal
@@ -147,6 +148,36 @@ def test_numbers_are_in_the_card_and_in_later_reports(
     again = invoke("report", out, "--out", tmp_path / "again")
     assert again.exit_code == 0, again.output
     assert (tmp_path / "again" / "report.html").read_text() == (out / "report.html").read_text()
+
+
+def test_the_report_is_shown_again(tmp_path: Path) -> None:
+    out, again = tmp_path / "report", tmp_path / "again"
+    with serve() as url, serve() as dense:
+        command = ("bench", "serve", "m", *QUICK, "--url", url, "--baseline-url", dense)
+        assert invoke(*command, "--out", out).exit_code == 0
+    assert invoke("report", out, "--out", again).exit_code == 0
+    for file in ("metrics.json", "metrics.csv", "report.md", "report.html"):
+        assert (again / file).read_text("utf-8") == (out / file).read_text("utf-8")
+
+
+def test_numbers_go_when_the_model_changes(checkpoint: Path) -> None:
+    with serve() as url:
+        served = ("bench", "serve", checkpoint, "--url", url, *QUICK, "--write-card")
+        assert invoke(*served).exit_code == 0
+    record = read_record(checkpoint)
+    assert record is not None
+    drop_measured(record)
+    assert "served" not in record
+
+
+def test_damaged_numbers_are_refused(checkpoint: Path) -> None:
+    file = checkpoint / "lrcompress.json"
+    record = json.loads(file.read_text())
+    record["served"] = {"vllm": [{"model": "dense"}]}
+    file.write_text(json.dumps(record))
+    with serve() as url:
+        error = refusal("bench", "serve", checkpoint, "--url", url, *QUICK)
+    assert "is damaged (served.vllm.0.name: field required)" in error
 
 
 def test_without_a_baseline_the_model_is_measured_alone() -> None:
@@ -313,7 +344,7 @@ def test_vllm_gets_its_threads_unpinned() -> None:
     assert environment["OMP_NUM_THREADS"] == "3"
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     command = VLLM().python_command("py", request)
-    assert command[:5] == ["py", "-m", "vllm.entrypoints.cli.main", "serve", "small"]
+    assert command[:5] == ["py", "-m", "vllm.entrypoints.openai.api_server", "--model", "small"]
     assert command[command.index("--gpu-memory-utilization") + 1] == "0.9"
     assert command[-1] == "--enforce-eager"
     assert os.environ.get("OMP_NUM_THREADS") != "3"
