@@ -211,6 +211,7 @@ MORE_MIXTURES: dict[str, dict[str, Any]] = {
     "solar_open": SPARSE | SHARED,
 }
 
+ALL_FAMILIES = FAMILIES | MIXTURES | MORE_MIXTURES | SHARED_FFNS
 
 TEXT = {key: value for key, value in STANDARD.items() if not key.endswith("_token_id")} | {
     "vocab_size": 264
@@ -385,6 +386,13 @@ def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 # what differs in the records of two runs of the same settings
 RUN_SPECIFIC = ("seconds", "recipe", "saved")
+
+
+def flip_a_bit(file: Path) -> None:
+    """Changes one bit in the middle of `file`."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def saved_record(folder: Path) -> dict[str, Any]:
