@@ -123,6 +123,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3n_text": STANDARD
     | PER_LAYER_INPUTS
     | {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0]},
+    # its second and fourth block share one FFN
+    "zamba": STANDARD
+    | {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
+    | {"layers_block_type": ["mamba", "hybrid"] * 2, "num_key_value_heads": HEADS}
+    | {"mamba_d_state": 8, "mamba_dt_rank": 8, "n_mamba_heads": 2}
+    | {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 16},
     "gemma4_text": STANDARD | PER_LAYER_INPUTS | {"global_head_dim": 8},
 }
 
@@ -154,6 +160,15 @@ MIXTURES: dict[str, dict[str, Any]] = {
     | {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1}
     | {"chunk_size": 16, "n_routed_experts": EXPERTS, "n_group": 1, "topk_group": 1}
     | {"moe_shared_expert_intermediate_size": 40},
+}
+
+# blocks 1 and 3 share an FFN, in which each has an adapter of its own: it is never narrowed
+SHARED_FFNS: dict[str, dict[str, Any]] = {
+    "zamba2": STANDARD
+    | {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1}
+    | {"hybrid_layer_ids": [1, 3], "adapter_rank": 8, "num_key_value_heads": HEADS}
+    | {"mamba_d_state": 8, "mamba_headdim": 8, "n_mamba_heads": 8, "mamba_ngroups": 1}
+    | {"chunk_size": 16, "attention_hidden_size": 2 * WIDTH, "attention_head_dim": 16}
 }
 
 # more families, each with its own router, shared experts or parameter names; for slow tests
@@ -196,6 +211,7 @@ MORE_MIXTURES: dict[str, dict[str, Any]] = {
     "solar_open": SPARSE | SHARED,
 }
 
+ALL_FAMILIES = FAMILIES | MIXTURES | MORE_MIXTURES | SHARED_FFNS
 
 TEXT = {key: value for key, value in STANDARD.items() if not key.endswith("_token_id")} | {
     "vocab_size": 264
@@ -252,7 +268,9 @@ def saved_class(folder: Path, name: str, **changes: Any) -> Path:
 def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
     """A random model with large weights, so that an error in one layer is visible in the output."""
     torch.manual_seed(seed)
-    keys = (FAMILIES | MIXTURES | MORE_MIXTURES)[family] | {"vocab_size": 257} | changes
+    keys = (
+        (FAMILIES | MIXTURES | MORE_MIXTURES | SHARED_FFNS)[family] | {"vocab_size": 257} | changes
+    )
     config = AutoConfig.for_model(family, **keys)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -368,6 +386,13 @@ def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 # what differs in the records of two runs of the same settings
 RUN_SPECIFIC = ("seconds", "stages", "recipe", "saved")
+
+
+def flip_a_bit(file: Path) -> None:
+    """Changes one bit in the middle of `file`."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def saved_record(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from lrcompress.layers.ffn_layouts import find_blocks, find_ffns, has_experts
-from lrcompress.layers.lowrank import is_linear, linear_shape
+from lrcompress.layers.lowrank import is_linear, linear_shape, tied_modules
 from lrcompress.runtime.errors import InputError
 
 # products of a forward and backward pass over those of the forward pass
@@ -66,7 +66,8 @@ def analytic_flops(model: Any, length: int) -> Flops:
             "take: use a model without mixtures of experts"
         )
     blocks_name, blocks = find_blocks(model)
-    ffn_linears = {spec.name for spec in find_ffns(model).linears}
+    names = [spec.name for spec in find_ffns(model).linears]
+    ffn_linears = {place for name in names for place in (name, *tied_modules(model, name))}
     ffn = projections = 0
     for name, linear in _linears(blocks, blocks_name):
         cost = linear_flops(linear)
@@ -82,7 +83,8 @@ def analytic_flops(model: Any, length: int) -> Flops:
 
 
 def _linears(blocks: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in blocks.named_modules(prefix=prefix):
+    # a linear that several blocks share computes in each of them
+    for name, module in blocks.named_modules(prefix=prefix, remove_duplicate=False):
         if is_linear(module):
             yield name, module
 

@@ -165,6 +165,11 @@ def saved_tensors(folder: Path) -> dict[str, int]:
     }
     buffers = {f"{layer}.{name}" for layer in low_rank_layers for name in ("weight", "order")}
     buffers |= {key for key, shape in shapes.items() if len(shape) > 1 and math.prod(shape) == 1}
+    if low_rank_layers:  # also of tied layers, whose factors are stored elsewhere
+        buffers |= {
+            k for k, shape in shapes.items() if math.prod(shape) == 1 and k.endswith(".weight")
+        }
+        buffers |= {key for key in shapes if key.endswith(".order")}
     parameters = sum(math.prod(shape) for key, shape in shapes.items() if key not in buffers)
     return {"parameters": parameters, "bytes": sum(file.stat().st_size for file in files)}
 

@@ -139,6 +139,7 @@ class Compressor:
             linears = select(self.model, settings.include, settings.exclude, settings.dense_first)
             check_weights(self.model, linears)
             check_target(self.model, linears, settings)
+            _join_tied(self.model, linears)
         if (weight := next(nonfinite_weights(self.model), None)) is not None:
             raise InputError(f"{weight} is not finite: get an intact copy")
         if settings.sequential == "anchored" and not _falls_back(settings, linears):
@@ -262,6 +263,12 @@ def _compressed_in_float32(model: nn.Module) -> Iterator[None]:
         yield
     for name, layer in compressed_layers(model):
         layer.to(dtypes.get(name, model_dtype))
+
+
+def _join_tied(model: nn.Module, linears: Iterable[LinearSpec]) -> None:
+    """Makes each of `linears` one module with those tied to it, so that hooks see every use."""
+    for spec in linears:
+        install(model, spec.name, model.get_submodule(spec.name))
 
 
 def _falls_back(settings: FactorizeSettings, linears: Iterable[LinearSpec]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lrcompress.layers.experts import DOWN, EXPERT_LIST, GATE_UP, UP, Experts, fused_experts
-from lrcompress.layers.lowrank import LowRankLinear, is_compressed, is_linear, linear_shape
+from lrcompress.layers.lowrank import LowRankLinear, is_compressed, is_linear, is_tied, linear_shape
 from lrcompress.layers.model_info import parameter_count, refuse_quantized
 from lrcompress.methods.types import LinearSpec, Role
 from lrcompress.runtime.errors import InputError
@@ -71,10 +71,12 @@ def find_ffns(model: nn.Module) -> FFNLinears:
 
 
 def linears_of(model: nn.Module, blocks: Iterable[int]) -> Iterator[LinearSpec]:
-    """The FFN linears of the blocks with these numbers."""
+    """The FFN linears of the blocks with these numbers; those that blocks share in the first."""
     prefix, modules = find_blocks(model)
     for index in blocks:
-        yield from _block_linears(modules[index], f"{prefix}.{index}", index)
+        for spec in _block_linears(modules[index], f"{prefix}.{index}", index):
+            if not is_tied(model, spec.name):
+                yield spec
 
 
 def ffn_parameters(model: nn.Module) -> int:
@@ -118,10 +120,13 @@ def select(
 
 
 def _refuse_shared(model: nn.Module, selected: Iterable[LinearSpec]) -> None:
-    """Raises InputError where a selected linear has a weight that another linear has too."""
+    """Raises InputError where a selected linear has a weight that another linear has too.
+
+    What the model declares is no error: transformers ties such weights again when it loads them.
+    """
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if is_linear(module):
+        if is_linear(module) and not is_tied(model, name):
             names.setdefault(id(module.weight), []).append(name)
     for spec in selected:
         sharing = names.get(id(model.get_submodule(spec.name).weight), [])
@@ -245,7 +250,7 @@ def _linears_in_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]
     prefix, blocks = find_blocks(model)
     for index, block in enumerate(blocks):
         for name, module in block.named_modules(prefix=f"{prefix}.{index}"):
-            if _is_any_linear(module):
+            if _is_any_linear(module) and not is_tied(model, name):
                 yield name, module, index
 
 

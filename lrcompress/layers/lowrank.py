@@ -6,6 +6,7 @@ copies both into checkpoints that load without lrcompress.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -197,9 +198,9 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 def compressed_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear | NarrowedLinear]]:
-    """Name and module of every low-rank or narrowed layer in `model`."""
+    """Name and module of every low-rank or narrowed layer in `model`; tied ones come once."""
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear | NarrowedLinear):
+        if isinstance(module, LowRankLinear | NarrowedLinear) and not is_tied(model, name):
             yield name, module
 
 
@@ -209,9 +210,47 @@ def is_compressed(model: Any) -> bool:
 
 
 def install(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Puts `layer` in the place of the submodule called `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
+    """Puts `layer` in the place of the submodule called `name`, and of those tied to it."""
+    tied = tied_modules(model, name)
+    for place in (name, *tied):
+        parent, _, child = place.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer if place == name else _twin(layer))
+    if tied:
+        _declare_ties(model)
+
+
+def tied_modules(model: Any, name: str) -> list[str]:
+    """The modules that have their parameters from that called `name`, as `model` declares it.
+
+    Blocks of zamba share one FFN.
+    """
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    own = {target: source for target, source in ties.items() if source.startswith(f"{name}.")}
+    places = (target.removesuffix(source.removeprefix(name)) for target, source in own.items())
+    return list(dict.fromkeys(places))
+
+
+def is_tied(model: Any, name: str) -> bool:
+    """Whether the module called `name` has its parameters from another, as `model` declares it."""
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return any(target.startswith(f"{name}.") for target in ties)
+
+
+def _twin(layer: nn.Module) -> nn.Module:
+    """A module with the parameters of `layer`; it has its own buffers, which are never tied."""
+    buffers = dict(layer.named_buffers(recurse=False))
+    if not buffers:
+        return layer
+    twin = copy.copy(layer)
+    twin.__dict__["_buffers"] = {name: buffer.clone() for name, buffer in buffers.items()}
+    return twin
+
+
+def _declare_ties(model: Any) -> None:
+    """Tells transformers which parameters are tied, after the modules that have them changed."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.all_tied_weights_keys = {name: ties[name] for name in ties if name in parameters}
 
 
 def empty_like(

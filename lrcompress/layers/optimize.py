@@ -20,7 +20,7 @@ from lrcompress.layers.fused import (
     ShareInputHook,
     are_stock_linears,
 )
-from lrcompress.layers.lowrank import LowRankLinear, is_linear
+from lrcompress.layers.lowrank import LowRankLinear, is_linear, tied_modules
 
 # roles of FFNs that compute each intermediate channel by itself, so that channels may be reordered
 PERMUTABLE_ROLES = ({"gate", "up", "down"}, {"gate_up", "down"}, {"up", "down"})
@@ -32,12 +32,15 @@ def optimize(model: nn.Module) -> ExitStack:
     Gate and up share one product, or one gather, for their input; the rows of gate and up are put
     into the order of down's pivots; sums become part of products. Names, shapes, training and
     saving do not change; a saved model loads without being optimized. Layers with adapters and
-    layers with quantized or offloaded weights stay as they are. The returned ExitStack restores
-    the model bit for bit, by its `close()` or as a context: `with optimize(model): ...`.
+    layers with quantized, offloaded or tied weights stay as they are. The returned ExitStack
+    restores the model bit for bit, by its `close()` or as a context: `with optimize(model): ...`.
     """
     linears = find_ffns(model).linears
     with ExitStack() as undo, torch.no_grad():
-        for name, specs in groupby(linears, key=lambda spec: spec.ffn):
+        for name, group in groupby(linears, key=lambda spec: spec.ffn):
+            specs = list(group)
+            if any(tied_modules(model, spec.name) for spec in specs):
+                continue
             modules = {str(spec.role): model.get_submodule(spec.name) for spec in specs}
             optimize_ffn(model.get_submodule(name), modules, undo)
         return undo.pop_all()

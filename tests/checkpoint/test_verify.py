@@ -14,6 +14,7 @@ from lrcompress.checkpoint.record import read_record, write_record
 from lrcompress.checkpoint.verify import Fault, verify
 from lrcompress.runtime.errors import InputError
 from tests.conftest import invoke
+from tests.tiny import flip_a_bit
 
 
 @pytest.fixture
@@ -46,9 +47,7 @@ def test_what_was_saved_is_right(saved: Path) -> None:
 def test_a_flipped_bit_in_any_file_is_found(saved: Path) -> None:
     for name in json.loads((saved / "lrcompress.json").read_text())["files"]:
         whole = (saved / name).read_bytes()
-        middle = len(whole) // 2
-        flipped = bytes([whole[middle] ^ 1])
-        (saved / name).write_bytes(whole[:middle] + flipped + whole[middle + 1 :])
+        flip_a_bit(saved / name)
         assert [(fault.file, fault.kind) for fault in faults(saved)] == [(name, "checksum")]
         (saved / name).write_bytes(whole)
     assert faults(saved) == []

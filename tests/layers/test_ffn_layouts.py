@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lrcompress
 from lrcompress.checkpoint.export.dense import to_stock
+from lrcompress.checkpoint.export.standalone import export_standalone
 from lrcompress.checkpoint.folder import saved_tensors
+from lrcompress.compression.factorize import _join_tied
 from lrcompress.layers.experts import EXPERT_LIST
 from lrcompress.layers.ffn_layouts import (
     LAYOUTS,
@@ -25,7 +27,7 @@ from lrcompress.layers.ffn_layouts import (
     has_experts,
     select,
 )
-from lrcompress.layers.lowrank import compressed_layers, dense_weight
+from lrcompress.layers.lowrank import LowRankLinear, compressed_layers, dense_weight
 from lrcompress.layers.model_info import parameter_count
 from lrcompress.layers.moe import unpacked
 from lrcompress.runtime.errors import InputError
@@ -48,7 +50,7 @@ from tests.tiny import (
 GATED = {
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3",
     "olmo2", "olmo3", "stablelm", "cohere", "helium", "exaone4", "ernie4_5", "lfm2",
-    "falcon_h1", "bamba", "recurrent_gemma", "qwen3_5_text", "gemma3n_text", "gemma4_text",
+    "falcon_h1", "bamba", "zamba", "recurrent_gemma", "qwen3_5_text", "gemma3n_text", "gemma4_text",
 }  # fmt: skip
 SETTINGS: dict[str, Any] = {"num_samples": 4, "seq_len": 48}
 
@@ -68,7 +70,7 @@ def test_finds_every_ffn_linear(family: str) -> None:
     roles = ["gate", "up", "down"] if family in GATED else ["up", "down"]
     if family in {"phi3", "glm4"}:
         roles = ["gate_up", "down"]
-    assert [spec.role for spec in linears] == roles * BLOCKS
+    assert [spec.role for spec in linears] == roles * (1 if family == "zamba" else BLOCKS)
     assert [spec.block for spec in linears] == sorted(spec.block for spec in linears)
     for spec in linears:
         weight = dense_weight(tiny_model(family).get_submodule(spec.name))
@@ -90,7 +92,8 @@ def test_round_trip_is_exact(family: str, method: str, tmp_path: Path) -> None:
     changed = [linear for linear in result.linears if linear.form is not None]
     assert len(list(compressed_layers(loaded))) == len(changed) > 0
     assert torch.equal(logits(loaded), logits(model))
-    uncounted = {f"{name}.{b}" for name, _ in compressed_layers(model) for b in ("weight", "order")}
+    low_rank = [name for name, m in model.named_modules() if isinstance(m, LowRankLinear)]
+    uncounted = {f"{name}.{buffer}" for name in low_rank for buffer in ("weight", "order")}
     uncounted |= {name for name in model.state_dict() if name.endswith("experts.down_proj")}
     saved_names = model.state_dict().keys() - uncounted
     buffers = sum(b.numel() for name, b in model.named_buffers() if name in saved_names)
@@ -226,6 +229,46 @@ def test_experts_and_dense_ffns_of_one_model_are_both_found(family: str) -> None
     dense_blocks, mixture = places[family]
     assert [ffns[name].block for name in ffns if name not in experts] == dense_blocks
     assert experts == {f"{mixture}.{EXPERT_LIST}.{n}": mixture for n in range(EXPERTS)}
+
+
+def test_an_ffn_that_blocks_share_is_one(tmp_path: Path) -> None:
+    """In zamba2 adapters of each block stand between the shared linears."""
+    model = tiny_model("zamba2")
+    assert [spec.block for spec in select(model)] == [1, 1]
+    dense, before = parameter_count(model), logits(model)
+    uses = []
+    result = lrcompress.factorize(
+        model, byte_tokenizer(), keep_ratio=0.6, method="fisher", rank_multiple=2, **SETTINGS
+    )
+    assert [linear.form for linear in result.linears] == ["pivoted"] * 2
+    assert result.model.kept == parameter_count(model) < dense
+    for block in (1, 3):
+        ffn = model.model.layers[block].shared_transformer.feed_forward
+        assert type(ffn.down_proj).__name__ == "PivotedLinear"
+        uses.append(ffn.down_proj.C.weight)
+    assert uses[0] is uses[1]
+    expected = logits(model)
+    assert not torch.allclose(expected, before)
+    lrcompress.save(model, tmp_path / "small")
+    for folder in ("small", "again"):
+        loaded, _ = lrcompress.load(tmp_path / folder)
+        assert torch.equal(logits(loaded), expected)
+        assert parameter_count(loaded) == result.model.kept
+        lrcompress.save(loaded, tmp_path / ("again" if folder == "small" else "last"))
+    export_standalone(loaded, None, tmp_path / "alone", {})  # compares outputs
+    to_stock(loaded)
+    assert parameter_count(loaded) == dense
+
+
+def test_calibration_sees_every_use_of_a_shared_ffn() -> None:
+    model, calls = tiny_model("zamba"), []
+    specs = select(model)
+    _join_tied(model, specs)
+    ffn = model.get_submodule(specs[0].ffn)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        ffn.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
+    logits(model)
+    assert len(calls) == 3 * 2
 
 
 class ListedExperts(torch.nn.Module):

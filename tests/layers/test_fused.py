@@ -42,7 +42,9 @@ def test_every_family_gives_the_same_and_goes_back(family: str, form: str) -> No
     expected = logits(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with optimize(model):
-        assert fused_layers(model).keys() == dict(compressed_layers(model)).keys()
+        # layers that blocks share stay as they are
+        optimized = {} if family == "zamba" else dict(compressed_layers(model))
+        assert fused_layers(model).keys() == optimized.keys()
         assert_close(logits(model), expected)
         one_token = model(input_ids=tokens()[:1, :1]).logits  # few tokens take other kernels
     assert not fused_layers(model)

@@ -20,10 +20,9 @@ from lrcompress.checkpoint.record import write_record
 from lrcompress.layers import experts, lowrank
 from lrcompress.models.architecture import auto_classes
 from lrcompress.runtime.atomic_io import writing
-from lrcompress.runtime.errors import InputError
 
 MODULES_KEY = "low_rank_modules"  # config key: layout of the low-rank layers
-# they build what is below their head by AutoModel, which knows no config from a folder
+# they build what is below their head by AutoModel, which has to learn the config of the folder
 HEADS_ON_AUTO_MODEL = (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -47,14 +46,8 @@ def export_standalone(model: Any, tokenizer: Any, out: Path, record: Mapping[str
     The folder has the source of the low-rank layers, followed by subclasses of the config and model
     that rebuild the layers from the config. The tensors have the names of the model's modules:
     transformers converts names for its own classes alone. The folder is loaded again before it gets
-    its name; raises InputError where the result is another model, and for classes whose code cannot
-    find the layers.
+    its name; raises InputError where the result is another model.
     """
-    if isinstance(model, HEADS_ON_AUTO_MODEL):
-        raise InputError(
-            f"{type(model).__name__} finds its layers by a config of transformers and not by that "
-            "of a standalone export: use --to dense"
-        )
     modules = lowrank.layout(model)
     with writing(out) as folder:
         write_weights(model, tokenizer, folder, module_names=True)
@@ -83,6 +76,7 @@ def _source_code(model: Any) -> str:
         f"\n\n{_import(type(model.config))}\n{_import(type(model))}\n\n\n"
         f"class LowRank{config}({config}):\n"
         '    """The original config; `low_rank_modules` records the low-rank layers."""\n\n\n'
+        f"{_registration(model)}"
         f"class LowRank{name}({name}):\n"
         '    """The original model with its low-rank layers in place."""\n\n'
         f"    config_class = LowRank{config}\n\n"
@@ -90,6 +84,21 @@ def _source_code(model: Any) -> str:
         "        super().__init__(config)\n"
         "        rebuild(self, config.low_rank_modules)\n"
         f"{INITIALIZATION if _is_stock(type(model)) else ''}"
+    )
+
+
+def _registration(model: Any) -> str:
+    """The statements by which AutoModel builds what is below the head; empty where it does not."""
+    if not isinstance(model, HEADS_ON_AUTO_MODEL):
+        return ""
+    base, config = type(model.base_model), type(model.config).__name__
+    name = base.__name__
+    return (
+        f"from transformers import AutoModel  # noqa: E402\n{_import(base)}\n\n\n"
+        f"class LowRank{name}({name}):\n"
+        '    """The original model below the head."""\n\n'
+        f"    config_class = LowRank{config}\n\n\n"
+        f"AutoModel.register(LowRank{config}, LowRank{name}, exist_ok=True)\n\n\n"
     )
 
 

@@ -8,7 +8,7 @@ run resumes. Several processes share the samples and the blocks.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,8 +32,9 @@ from lrcompress.compression.streaming.source import StreamingSource
 from lrcompress.config.recipe import Recipe
 from lrcompress.layers.experts import fused_experts
 from lrcompress.layers.ffn_layouts import select
-from lrcompress.layers.lowrank import rebuild
+from lrcompress.layers.lowrank import rebuild, tied_modules
 from lrcompress.methods.plan import Plan
+from lrcompress.methods.types import LinearSpec
 from lrcompress.models.offload import OffloadedModel
 from lrcompress.runtime.distributed import is_main, run_on_all, shard_of
 from lrcompress.runtime.errors import InputError
@@ -61,6 +62,7 @@ class StreamingCompressor:
         model, settings = offloaded.model, recipe.factorize
         _refuse_experts(model, settings.include)
         self.linears = select(model, settings.include, settings.exclude, settings.dense_first)
+        _refuse_used_elsewhere(model, self.linears)
         check_target(model, self.linears, settings)
         keep_ratio = selected_keep_ratio(model, self.linears, settings)
         serving = Serving.of(model, self.linears, settings, progress)
@@ -156,3 +158,14 @@ def _refuse_experts(model: nn.Module, include: Sequence[str]) -> None:
             "streaming does not factorize mixtures of experts: leave --streaming out, or name "
             "other linears with --include, such as --include '*.shared_expert.*'"
         )
+
+
+def _refuse_used_elsewhere(model: nn.Module, linears: Iterable[LinearSpec]) -> None:
+    """Raises InputError where the block alone does not tell what a linear reads."""
+    for spec in linears:
+        if spec.mixture or tied_modules(model, spec.name):
+            owner = "an expert of a mixture" if spec.mixture else "shared with other blocks"
+            raise InputError(
+                f"streaming does not factorize {spec.name}, which is {owner}: leave --streaming "
+                "out, or exclude it by name"
+            )
