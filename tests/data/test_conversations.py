@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from lrcompress.config import CalibrationSettings, FinetuneSettings
 from lrcompress.data.calibration_text import calibration_tokens
 from lrcompress.data.conversations import ChatFormat, with_template
+from lrcompress.data.corpora import read_corpus
 from lrcompress.data.packing import IGNORED, encode, encode_with_labels
 from lrcompress.data.training_text import training_text
+from lrcompress.data.windows import Windowing
+from lrcompress.evaluation.perplexity import perplexity
 from lrcompress.runtime.errors import InputError
 from tests.tiny import byte_tokenizer, tiny_model
 
@@ -184,3 +188,21 @@ def test_calibration_and_finetuning_read_conversations(tmp_path: Path) -> None:
     )
     tokens = training_text(tiny_model(), tokenizer(), training, "finetune").tokens
     assert tokens.tolist() == [stream, stream]
+
+
+def test_one_conversation_in_every_form_gives_one_perplexity(tmp_path: Path) -> None:
+    rows = {"messages": [{"messages": MESSAGES}], "conversations": [{"conversations": SHAREGPT}]}
+    for name, content in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(content[0]))
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        Dataset.from_list(content).to_parquet(str(tmp_path / f"{name}.parquet"))
+    (tmp_path / "text.txt").write_text("<s>" + RENDERED)
+    loaded, chat = (tiny_model(), tokenizer()), ChatFormat(tokenizer())
+    values = {
+        file.name: perplexity(
+            "m", loaded, read_corpus(str(file), "test", chat), Windowing(16)
+        ).value
+        for file in sorted(tmp_path.iterdir())
+    }
+    assert len(values) == 7
+    assert set(values.values()) == {values["text.txt"]}
