@@ -13,7 +13,7 @@ from pathlib import Path
 from lrcompress.checkpoint.fingerprints import STAGES, Stage
 
 RECORD = Path("tests/checkpoint/stages.json")
-TEXT = ["corpora", "files", "rows", "conversations", "packing"]
+TEXT = ["corpora", "files", "rows", "text", "conversations", "packing"]
 SHARED = ["layers/*.py", "models/loading.py", *(f"data/{name}.py" for name in TEXT)]
 PERPLEXITY = ["evaluation/perplexity.py", "data/windows.py"]
 COMPRESSION = ["compression/**/*.py", "methods/**/*.py"]

@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from lrcompress.config.base import Section
 from lrcompress.config.field_types import (
     CHAT_TEMPLATE_TEXT,
+    LOSS_ON_TEXT,
+    LossOn,
     NameList,
     PathText,
     TextList,
@@ -24,6 +26,7 @@ class EvaluateSettings(Section):
 
     perplexity: NameList = Field(("pydoc",), description="Texts to measure token perplexity on.")
     chat_template: str = Field("auto", description=CHAT_TEMPLATE_TEXT)
+    loss_on: LossOn = Field("all", description=LOSS_ON_TEXT)
     context_length: int | None = Field(
         None, ge=2, description="Tokens in a window; default 1024, or the model's maximum if less."
     )

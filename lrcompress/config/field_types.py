@@ -6,7 +6,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -146,6 +146,14 @@ def _distinct(ratios: tuple[float, ...]) -> tuple[float, ...]:
 CHAT_TEMPLATE_TEXT = (
     "How conversations in texts become text: auto (the model's own chat template), none (the "
     "contents of the messages alone), or a file with a Jinja template."
+)
+
+
+# which tokens a loss is a mean over
+LossOn = Literal["all", "answers"]
+LOSS_ON_TEXT = (
+    "Tokens that the loss is a mean over: all, or those of the answers in conversations, as the "
+    "chat template tells them."
 )
 
 

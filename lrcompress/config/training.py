@@ -8,7 +8,14 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from lrcompress.config.base import Section
-from lrcompress.config.field_types import CHAT_TEMPLATE_TEXT, NameList, PathText, Share
+from lrcompress.config.field_types import (
+    CHAT_TEMPLATE_TEXT,
+    LOSS_ON_TEXT,
+    LossOn,
+    NameList,
+    PathText,
+    Share,
+)
 
 # optimizer steps of a training whose length the user leaves open
 DEFAULT_STEPS = 200
@@ -119,6 +126,7 @@ class TrainingSettings(Section):
 class FinetuneSettings(TrainingSettings):
     """Training of a compressed model towards its dense teacher."""
 
+    loss_on: LossOn = Field("all", description=LOSS_ON_TEXT)
     teacher: str | None = Field(
         None, description="Dense model to learn from; default is the model that was compressed."
     )

@@ -10,7 +10,14 @@ from lrcompress.config import CalibrationSettings
 from lrcompress.data.conversations import ChatFormat
 from lrcompress.data.corpora import SELF, read_corpus
 from lrcompress.data.generated import sampled_blocks
-from lrcompress.data.packing import Fingerprint, bos_token, fingerprint, interleave, token_blocks
+from lrcompress.data.packing import (
+    Fingerprint,
+    Packing,
+    bos_token,
+    fingerprint,
+    interleave,
+    token_blocks,
+)
 from lrcompress.layers.model_info import sequence_length
 from lrcompress.layers.token_ids import check_token_ids
 from lrcompress.runtime.errors import InputError
@@ -75,11 +82,5 @@ def _text_blocks(
 ) -> Tensor:
     """`count` blocks of one text, (samples, length); or fewer where the user gave no number."""
     chat = ChatFormat.from_setting(tokenizer, settings.chat_template)
-    return token_blocks(
-        read_corpus(spec, "calibration", chat),
-        tokenizer,
-        count,
-        length,
-        settings.seed,
-        allow_fewer=settings.num_samples is None,
-    )
+    packing = Packing(count, length, settings.seed, allow_fewer=settings.num_samples is None)
+    return token_blocks(read_corpus(spec, "calibration", chat), tokenizer, packing)

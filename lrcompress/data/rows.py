@@ -10,6 +10,7 @@ from typing import Any
 from lrcompress.data.conversations import FIELDS as CONVERSATION_FIELDS
 from lrcompress.data.conversations import ChatFormat
 from lrcompress.data.files import DEFAULT_FIELD
+from lrcompress.data.text import Conversation, with_unix_lines
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.notices import notice
 
@@ -63,17 +64,12 @@ def documents(
             key, value = _field(place, row, name)
             text = "" if value is None else _text(place, key, value, chat)
             if text.strip():
-                yield with_unix_lines(text)
+                yield text if isinstance(text, Conversation) else with_unix_lines(text)
             else:
                 skipped.add(f"with {'null' if value is None else 'an empty'} {key!r}", place)
         skipped.refuse_all()
     finally:
         skipped.tell()
-
-
-def with_unix_lines(text: str) -> str:
-    """`text` without a byte order mark, and with a line feed at the end of each line."""
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _field(place: str, row: Any, name: str | None) -> tuple[str, Any]:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lrcompress.config import TrainingSettings
+from lrcompress.config import FinetuneSettings, TrainingSettings
 from lrcompress.data.conversations import ChatFormat
 from lrcompress.data.corpora import read_corpus
-from lrcompress.data.packing import fingerprint, interleave, token_blocks
+from lrcompress.data.packing import Packing, fingerprint, interleave, labelled_blocks
 from lrcompress.layers.model_info import sequence_length
 from lrcompress.layers.token_ids import check_token_ids
 from lrcompress.runtime.errors import InputError
@@ -26,12 +26,13 @@ MAX_TIMED_TOKENS = 2**25
 
 @dataclass(frozen=True)
 class TrainingText:
-    """Token blocks (sequences, length), the held-out ones first.
+    """Token blocks and their labels (sequences, length), the held-out ones first.
 
     `fingerprint` identifies them in lrcompress.json: sequences, length, sha256 and sketch.
     """
 
     tokens: Tensor
+    labels: Tensor
     fingerprint: dict[str, Any]
 
 
@@ -52,19 +53,14 @@ def training_text(
     batch_size = settings.batch_size
     needed = settings.held_out + _steps_of_text(settings, length) * batch_size
     share = -(-needed // len(settings.data))
-    chat = ChatFormat.from_setting(tokenizer, settings.chat_template)
+    loss_on = settings.loss_on if isinstance(settings, FinetuneSettings) else "all"
+    chat = ChatFormat.from_setting(tokenizer, settings.chat_template, loss_on)
+    packing = Packing(share, length, settings.seed, True, loss_on)
     texts = [
-        token_blocks(
-            read_corpus(spec, "calibration", chat),
-            tokenizer,
-            share,
-            length,
-            settings.seed,
-            allow_fewer=True,
-        )
+        labelled_blocks(read_corpus(spec, "calibration", chat), tokenizer, packing)
         for spec in settings.data
     ]
-    blocks = interleave(texts)[:needed]
+    blocks, labels = (interleave(part)[:needed] for part in zip(*texts, strict=True))
     check_token_ids(model, blocks)
     if len(blocks) < settings.held_out + batch_size:
         raise InputError(
@@ -73,9 +69,11 @@ def training_text(
         )
     incomplete_step = (len(blocks) - settings.held_out) % batch_size
     blocks = blocks[: len(blocks) - incomplete_step]
+    labels = labels[: len(blocks)]
     identity = fingerprint(settings.data, blocks, settings.seed)
     return TrainingText(
         blocks,
+        labels,
         {
             "sequences": identity.num_samples,
             "length": length,

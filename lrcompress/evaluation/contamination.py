@@ -51,8 +51,8 @@ def _evaluation_hashes(
     tokenizer: Any, settings: EvaluateSettings, length: int
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The SPEC and the n-gram hashes of each text, in the windows used for perplexity."""
-    windowing = Windowing(length, settings.stride, settings.limit)
-    chat = ChatFormat.from_setting(tokenizer, settings.chat_template)
+    windowing = Windowing(length, settings.stride, settings.limit, settings.loss_on)
+    chat = ChatFormat.from_setting(tokenizer, settings.chat_template, settings.loss_on)
     for spec in settings.perplexity:
         corpus = read_corpus(spec, "test", chat)
         windows = corpus_windows(corpus, tokenizer, windowing)

@@ -136,7 +136,7 @@ def details(
             _, tokenizer = next(iter(models.values()))
             corpora = _corpora(tokenizer, settings)
             for corpus in corpora:
-                windowing = Windowing(length, settings.stride, limit)
+                windowing = Windowing(length, settings.stride, limit, settings.loss_on)
                 tokens += token_changes(models, corpus, windowing, progress)
             for corpus in corpora[:1]:
                 blocks += block_changes(models, corpus, Windowing(length, limit=limit), progress)
@@ -206,7 +206,7 @@ def quality(
         check_predicts_next_token(model, "an evaluation")
     check_weights_finite(label, model)
     corpora = _corpora(tokenizer, settings)
-    windowing = Windowing(length, settings.stride, settings.limit)
+    windowing = Windowing(length, settings.stride, settings.limit, settings.loss_on)
     metrics = list(size(label, model))
     logs: Logs = {}
     with evaluation_mode(model):
@@ -232,7 +232,7 @@ def quality(
 
 def _corpora(tokenizer: Any, settings: EvaluateSettings) -> list[Corpus]:
     """The texts of perplexity, with conversations as `tokenizer` writes them."""
-    chat = ChatFormat.from_setting(tokenizer, settings.chat_template)
+    chat = ChatFormat.from_setting(tokenizer, settings.chat_template, settings.loss_on)
     return [read_corpus(spec, "test", chat) for spec in settings.perplexity]
 
 

@@ -28,22 +28,27 @@ LOSS_ROWS = 256
 
 @torch.no_grad()
 def scored_logits(model: Any, window: Window) -> tuple[Tensor, Tensor]:
-    """Logits of shape (scored, vocabulary) and the tokens that they predict, shape (scored,).
+    """Logits (count, vocabulary) and the tokens (count,) that they predict: those whose losses
+    count in `window`.
 
     Raises InputError where the embedding of `model` does not have a token.
     """
     check_token_ids(model, window.tokens)
     tokens = window.tokens.to(model.device)
     logits = model(input_ids=tokens[None], use_cache=False).logits[0]
-    return logits[-window.scored - 1 : -1], tokens[-window.scored :]
+    rows, targets = logits[-window.scored - 1 : -1], tokens[-window.scored :]
+    if window.counts is None:
+        return rows, targets
+    counts = window.counts.to(model.device)
+    return rows[counts], targets[counts]
 
 
 def token_losses(model: Any, window: Window) -> Tensor:
-    """Negative log-likelihood (nats) of the scored tokens, shape (scored,), float32."""
+    """Negative log-likelihood (nats) of the tokens that count, shape (count,), float32."""
     rows, targets = scored_logits(model, window)
     losses = [
         cross_entropy(rows[i : i + LOSS_ROWS].float(), targets[i : i + LOSS_ROWS], reduction="none")
-        for i in range(0, window.scored, LOSS_ROWS)
+        for i in range(0, len(targets), LOSS_ROWS)
     ]
     return torch.cat(losses)
 
@@ -70,8 +75,8 @@ def perplexity(
                 f"the loss of the {label} model on window {index} of {corpus.spec!r} is {loss}, "
                 f"{explain_nonfinite(model, window.tokens[None])}"
             )
-        samples.append([loss, window.scored])
-    count = sum(window.scored for window in windows)
+        samples.append([loss, len(window.positions)])
+    count = sum(tokens for _, tokens in samples)
     mean = sum(loss for loss, _ in samples) / count
     return Metric(
         model=label,
@@ -88,12 +93,13 @@ def _conditions(
     corpus: Corpus, windowing: Windowing, windows: Sequence[Window], bos: int | None
 ) -> dict[str, object]:
     """What has to be equal for two perplexities to be compared."""
-    return {
+    answers = {"loss_on": windowing.loss_on} if windowing.loss_on != "all" else {}
+    return answers | {
         "data": corpus.spec,
         "context_length": windowing.length,
         "stride": windowing.step(bos),
         "bos": "none" if bos is None else "at each window",
         "windows": len(windows),
-        "tokens": sum(window.scored for window in windows),
+        "tokens": sum(len(window.positions) for window in windows),
         "sha256": token_hash(torch.cat([window.tokens for window in windows])),
     }

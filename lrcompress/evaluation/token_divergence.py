@@ -147,7 +147,7 @@ def _summary(
     locations = [
         (index, position)
         for index, window in enumerate(windows)
-        for position in range(len(window.tokens) - window.scored, len(window.tokens))
+        for position in window.positions.tolist()
     ]
     levels = np.percentile(statistics.divergence, PERCENTILES)
     positions = np.array([position for _, position in locations])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lrcompress.training.losses import hidden_error, kl_divergence, token_loss, top_k_divergence
 from lrcompress.training.teacher_cache import IDS, LOG_PROBS
-from lrcompress.training.trainer import TextTrainer
+from lrcompress.training.trainer import TextTrainer, counted
 
 
 @dataclass(frozen=True)
@@ -32,39 +32,35 @@ class DistillationTrainer(TextTrainer):
         self.objective = objective
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        objective, tokens = self.objective, inputs["input_ids"]
+        objective, tokens, labels = self.objective, inputs["input_ids"], inputs["labels"]
         student = model(
             input_ids=tokens, use_cache=False, output_hidden_states=objective.hidden_states > 0
         )
-        logits = _predictions(student)
+        logits = counted(student.logits[:, :-1], labels)
         if LOG_PROBS in inputs:
-            ids, log_probs = inputs[IDS].flatten(0, 1), inputs[LOG_PROBS].flatten(0, 1)
+            ids, log_probs = (counted(inputs[key], labels) for key in (IDS, LOG_PROBS))
             loss = top_k_divergence(logits, ids, log_probs, objective.temperature)
         else:
-            loss = self._teacher_loss(student, logits, tokens)
+            loss = self._teacher_loss(student, logits, inputs)
         if objective.cross_entropy:
-            loss = loss + objective.cross_entropy * token_loss(logits, tokens[:, 1:].flatten())
+            targets = counted(labels[:, 1:], labels)
+            loss = loss + objective.cross_entropy * token_loss(logits, targets)
         return loss
 
-    def _teacher_loss(self, student: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+    def _teacher_loss(self, student: Any, logits: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """Runs the teacher: the KL divergence, and the error of hidden states if it has a weight.
 
-        `student` is the output of the student for `tokens` (batch, length), `logits` its
-        predictions (tokens, vocabulary).
+        `student` is the output of the student for the tokens of `inputs`, `logits` its predictions
+        (tokens, vocabulary) of those that count. Hidden states count for all tokens.
         """
-        objective = self.objective
+        objective, tokens, labels = self.objective, inputs["input_ids"], inputs["labels"]
         with torch.no_grad(), self.accelerator.autocast():
             teacher = self.teacher(
                 input_ids=tokens, use_cache=False, output_hidden_states=objective.hidden_states > 0
             )
-        loss = kl_divergence(logits, _predictions(teacher), objective.temperature)
+        teacher_logits = counted(teacher.logits[:, :-1], labels)
+        loss = kl_divergence(logits, teacher_logits, objective.temperature)
         if objective.hidden_states > 0:
             error = hidden_error(student.hidden_states, teacher.hidden_states)
             loss = loss + objective.hidden_states * error
         return loss
-
-
-def _predictions(output: Any) -> Tensor:
-    """Logits (tokens, vocabulary) of all positions except the last of each sequence."""
-    logits: Tensor = output.logits[:, :-1].flatten(0, 1)
-    return logits

@@ -65,9 +65,10 @@ class TrainingJob(ABC):
     ) -> TrainingInputs:
         """The sequences of `text`, the held-out ones apart, with what `cache` holds for them."""
         held_out = self.settings.held_out
+        sequences = BlockDataset(text.tokens, cache, labels=text.labels)
         return TrainingInputs(
-            blocks=BlockDataset(text.tokens[held_out:], cache, first=held_out),
-            held_out=BlockDataset(text.tokens[:held_out], cache),
+            blocks=sequences.part(held_out),
+            held_out=sequences.part(0, held_out),
             checkpoints=checkpoints,
             progress=self.progress,
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lrcompress.data.packing import IGNORED
 from lrcompress.runtime.atomic_io import writing_state
 from lrcompress.training.callbacks import training_losses
 from lrcompress.training.fsdp import ShardingTrainer
@@ -24,27 +25,33 @@ DIVERGENCE_RATIO = 3.0
 
 
 class BlockDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Packed token blocks (sequences, length) as Trainer reads them.
+    """Packed token blocks (sequences, length) and their labels, as Trainer reads them.
 
-    With a cache every sequence comes with the teacher's predictions; `first` is the number of the
-    first sequence in the cache.
+    Without `labels` all tokens count. With a cache every sequence comes with the teacher's
+    predictions; `first` is the number of the first sequence in the cache.
     """
 
-    def __init__(self, blocks: Tensor, cache: TeacherCache | None = None, first: int = 0) -> None:
+    def __init__(
+        self,
+        blocks: Tensor,
+        cache: TeacherCache | None = None,
+        first: int = 0,
+        labels: Tensor | None = None,
+    ) -> None:
         self.blocks, self.cache, self.first = blocks, cache, first
+        self.labels = blocks if labels is None else labels
 
     def part(self, begin: int, end: int | None = None) -> BlockDataset:
         """The sequences from `begin` to `end`, without `end`."""
-        return BlockDataset(self.blocks[begin:end], self.cache, self.first + begin)
+        labels = self.labels[begin:end]
+        return BlockDataset(self.blocks[begin:end], self.cache, self.first + begin, labels)
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        block = self.blocks[index]
-        predictions = {} if self.cache is None else self.cache.read(self.first + index)
-        # Trainer computes no evaluation loss without labels
-        return {"input_ids": block, "labels": block} | predictions
+        sequence = {"input_ids": self.blocks[index], "labels": self.labels[index]}
+        return sequence | ({} if self.cache is None else self.cache.read(self.first + index))
 
 
 class TextTrainer(ShardingTrainer):
@@ -76,10 +83,11 @@ class TextTrainer(ShardingTrainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Mean loss in nats per token of the sequences `input_ids` (batch, length)."""
-        tokens = inputs["input_ids"]
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-        return token_loss(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        """Mean loss in nats per token of the sequences `input_ids` (batch, length), over the tokens
+        that have `labels`."""
+        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+        labels = inputs["labels"]
+        return token_loss(counted(logits[:, :-1], labels), counted(labels[:, 1:], labels))
 
     @torch.no_grad()
     def loss_of(self, model: Any) -> float:
@@ -104,6 +112,14 @@ class TextTrainer(ShardingTrainer):
             _without_renaming(self.model),
         ):
             super()._save_checkpoint(*arguments, **keywords)
+
+
+def counted(rows: Tensor, labels: Tensor) -> Tensor:
+    """Of `rows` (batch, length - 1, ...), one for each predicted token, those (tokens, ...) whose
+    token counts by `labels` (batch, length)."""
+    counts = labels[:, 1:].flatten() != IGNORED
+    flat = rows.flatten(0, 1)
+    return flat if bool(counts.all()) else flat[counts]
 
 
 @contextmanager

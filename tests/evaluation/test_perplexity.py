@@ -10,6 +10,7 @@ import torch
 
 from lrcompress.data.corpora import Corpus
 from lrcompress.data.packing import encode
+from lrcompress.data.text import Conversation
 from lrcompress.data.windows import Windowing, windows
 from lrcompress.evaluation.perplexity import perplexity
 from lrcompress.runtime.errors import InputError
@@ -115,3 +116,38 @@ def test_documents_of_one_token_are_counted(caplog: pytest.LogCaptureFixture) ->
     metric = perplexity("m", loaded, Corpus("few", ["a", TEXT, "b"]), Windowing(32))
     assert metric.value == perplexity("m", loaded, Corpus("few", [TEXT]), Windowing(32)).value
     assert caplog.messages == ["Not scored: 2 of 3 documents of 'few', each of one token."]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_of_answers_it_is_the_mean_over_their_tokens(bos: bool) -> None:
+    """The text has a window without an answer, which is left out."""
+    model, tokenizer = tiny_model(), byte_tokenizer(bos)
+    answers = ((10, 20), (25, 33), (120, 150))
+    corpus = Corpus("x", [Conversation(TEXT[:200], answers)])
+    metric = perplexity("m", (model, tokenizer), corpus, Windowing(32, loss_on="answers"))
+    losses: list[float] = []
+    capacity = 31 if bos else 32
+    for begin in range(0, 200, capacity):
+        end = min(begin + capacity, 200)
+        ids = [0] * bos + encode(tokenizer, TEXT[begin:end])
+        log_p = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        for place in range(begin + (not bos), end):
+            if any(first <= place < last for first, last in answers):
+                position = place - begin + bos
+                losses.append(-float(log_p[position - 1, ids[position]].detach()))
+    assert metric.value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert metric.conditions["tokens"] == len(losses)
+    assert metric.conditions["loss_on"] == "answers"
+    assert sum(count for _, count in metric.samples) == len(losses)
+    assert len(metric.samples) == metric.conditions["windows"]
+    assert len(metric.samples) < 7
+    everything = perplexity("m", (model, tokenizer), corpus, Windowing(32))
+    assert "loss_on" not in everything.conditions
+
+
+def test_texts_without_answers_are_refused() -> None:
+    loaded, windowing = (tiny_model(), byte_tokenizer()), Windowing(32, loss_on="answers")
+    with pytest.raises(InputError, match=r"'x' are not known \(it holds text that is no conv"):
+        perplexity("m", loaded, Corpus("x", [TEXT]), windowing)
+    with pytest.raises(InputError, match="none of its 1 documents has an answer"):
+        perplexity("m", loaded, Corpus("x", [Conversation(TEXT, ())]), windowing)

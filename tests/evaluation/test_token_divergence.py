@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 
 import lrcompress
-from lrcompress.data.corpora import read_corpus
+from lrcompress.data.corpora import Corpus, read_corpus
+from lrcompress.data.text import Conversation
 from lrcompress.data.windows import Windowing, corpus_windows
 from lrcompress.evaluation.block_divergence import block_changes
 from lrcompress.evaluation.token_divergence import token_changes
@@ -74,3 +75,18 @@ def test_models_of_other_tokenizers_are_left_out(dense: Path, text: Path, tmp_pa
 def test_a_loss_beyond_all_perplexities_is_still_reported() -> None:
     hopeless = PositionLoss(1, 15, 15, 2.0, 5000.0)
     assert hopeless.perplexity == hopeless.ratio == pytest.approx(np.exp(700.0))
+
+
+def test_of_answers_only_their_tokens_are_compared(dense: Path, factorized: Path) -> None:
+    models, words = loaded(dense, factorized), "The quick brown fox jumps over the lazy dog. " * 3
+    marked = Corpus("x", [Conversation(words, ((4, 9), (50, 60)))])
+    (whole,) = token_changes(models, Corpus("x", [words]), Windowing(LENGTH))
+    (change,) = token_changes(models, marked, Windowing(LENGTH, loss_on="answers"))
+    assert change.tokens == 15
+    assert whole.tokens > 100
+    places = {(token.window, token.position) for token in change.worst}
+    assert places <= {(0, place) for place in (*range(4, 9), *range(50, 60))}
+    divergences = {(token.window, token.position): token.divergence for token in whole.worst}
+    for token in change.worst:
+        expected = divergences.get((token.window, token.position), token.divergence)
+        assert token.divergence == pytest.approx(expected, rel=1e-5)

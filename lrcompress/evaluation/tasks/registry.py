@@ -30,7 +30,7 @@ TEST_SPLIT = "test"
 # lm-eval raises any of these for a task or data that it cannot use
 TASK_ERRORS = (
     OSError, LookupError, TypeError, ValueError, AssertionError, AttributeError, TemplateError,
-    ImportError, ArithmeticError, RecursionError, YAMLError,
+    ImportError, ArithmeticError, RecursionError, SyntaxError, YAMLError,
 )  # fmt: skip
 
 
@@ -196,8 +196,15 @@ def explained(name: str) -> Iterator[None]:
     except InputError:
         raise
     except TASK_ERRORS as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"task {name!r} cannot be run: {reason}") from error
+        raise InputError(f"task {name!r} cannot be run: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    if isinstance(error, ModuleNotFoundError):
+        return f"{reason}: install it, or name its folder in PYTHONPATH"
+    is_bare = not reason or isinstance(error, KeyError)  # whose text is the key alone
+    return f"{type(error).__name__} {reason}".rstrip() if is_bare else reason
 
 
 def _local_spec(name: str) -> Path | dict[str, Any] | None:

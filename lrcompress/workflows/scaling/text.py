@@ -14,7 +14,7 @@ from lrcompress.config.recipe import ScalingRecipe
 from lrcompress.data.conversations import ChatFormat
 from lrcompress.data.corpora import Use, read_corpus
 from lrcompress.data.ngram_overlap import TOLERATED_OVERLAP, ngram_hashes
-from lrcompress.data.packing import interleave, token_blocks
+from lrcompress.data.packing import Packing, interleave, token_blocks
 from lrcompress.runtime.errors import InputError
 
 # chooses and orders the sequences: the same for all models, whatever their own seeds
@@ -68,8 +68,6 @@ def _blocks(
     """At most `sequences` blocks of `length` tokens, taken from the texts `specs` in turn."""
     share = -(-sequences // len(specs))
     corpora = [read_corpus(spec, use, chat) for spec in specs]
-    blocks = [
-        token_blocks(corpus, chat.tokenizer, share, length, ORDER_SEED, allow_fewer=True)
-        for corpus in corpora
-    ]
+    packing = Packing(share, length, ORDER_SEED, allow_fewer=True)
+    blocks = [token_blocks(corpus, chat.tokenizer, packing) for corpus in corpora]
     return interleave(blocks)[:sequences]

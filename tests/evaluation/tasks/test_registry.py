@@ -46,6 +46,24 @@ def test_a_group_file_finds_the_tasks_beside_it(tmp_path: Path) -> None:
     assert task.doc_to_text(ROWS[0]) == "Q: Number 0 of the list is"
 
 
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("def prompt(doc)\n    return 1\n", r"expected ':' \(utils.py, line 1\)"),
+        ("import mine_lost\n", "No module named 'mine_lost': install it, or name its folder in"),
+        ("x = {}['no such']\n", "KeyError 'no such'"),
+        ("raise ValueError\n", "ValueError"),
+    ],
+)
+def test_faults_in_the_code_of_a_task_are_one_sentence(
+    code: str, reason: str, tmp_path: Path
+) -> None:
+    task = write_yaml(tmp_path, text="!function utils.prompt")
+    (tmp_path / "utils.py").write_text(code)
+    with pytest.raises(InputError, match=f"mine.yaml' cannot be run: {reason}"):
+        resolve([str(task)])
+
+
 def test_a_folder_that_is_named_like_a_task_is_not_its_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
