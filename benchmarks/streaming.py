@@ -44,10 +44,10 @@ def save_random_model(folder: Path, size: float) -> None:
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="400MB")
-    _tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<s>": 0} | {character: i for i, character in enumerate(alphabet, 1)}

@@ -18,33 +18,35 @@ RESIDUAL_TOLERANCE = 1e-9
 COMPACT_BELOW = 0.8
 
 
-def order_channels(second_moment: Tensor, metric: Tensor) -> ChannelOrder:
+def order_channels(second_moment: Tensor, root: Tensor) -> ChannelOrder:
     """All channels in a greedy order: the one that lowers the error most comes first.
 
-    `second_moment` C = E h hᵀ and `metric` M = W_downᵀ G W_down have shape (width, width). With the
+    `second_moment` C = E h hᵀ has shape (width, width), and `root` R (out, width) is the root of
+    the metric M = RᵀR = W_downᵀ G W_down, whose products are cheaper than those of M. With the
     channels J kept and the others reconstructed from them, the error is tr(M D), where D is the
     residual C - C_J C_JJ⁻¹ C_Jᵀ. Keeping channel j as well lowers the error by exactly
     (D M D)_jj / D_jj (pivoted Cholesky in the metric M). D is updated for several channels at once.
     """
-    D, M = to_float64(second_moment).clone(), to_float64(metric)
+    D, R = to_float64(second_moment).clone(), to_float64(root)
     floor = RESIDUAL_TOLERANCE * D.diagonal().clamp_min(torch.finfo(D.dtype).tiny)
-    dmd = ((D @ M) * D).sum(1)  # diag(D M D)
+    RD = R @ D
+    dmd = RD.square().sum(0)  # diag(D M D)
     channels = torch.arange(len(D), device=D.device)  # the channel of each row of D
     remaining = torch.ones(len(D), dtype=torch.bool, device=D.device)
     order: list[Tensor] = []
-    errors = [float((M * D).sum())]
+    errors = [float((R * RD).sum())]
     while bool(remaining.any()):
         pool, best_outside = _pool(D, dmd, remaining, floor)
-        chosen, gains = _choose(D, M, pool, floor, best_outside)
+        chosen, gains = _choose(D, R, pool, floor, best_outside)
         if not len(chosen):
             break
         order.append(channels[chosen])
         for gain in gains:
             errors.append(max(errors[-1] - gain, 0.0))
         remaining[chosen] = False
-        dmd = _project_out(D, M, dmd, chosen)
+        dmd = _project_out(D, R, dmd, chosen)
         if int(remaining.sum()) < COMPACT_BELOW * len(D):  # rows of chosen channels are zero
-            D, M = D[remaining][:, remaining], M[remaining][:, remaining]
+            D, R = D[remaining][:, remaining], R[:, remaining]
             dmd, floor, channels = dmd[remaining], floor[remaining], channels[remaining]
             remaining = remaining[remaining]
     rest = channels[remaining]  # the chosen channels reconstruct these without error
@@ -62,19 +64,20 @@ def _pool(D: Tensor, dmd: Tensor, remaining: Tensor, floor: Tensor) -> tuple[Ten
 
 
 def _choose(
-    D: Tensor, M: Tensor, pool: Tensor, floor: Tensor, best_outside: float
+    D: Tensor, R: Tensor, pool: Tensor, floor: Tensor, best_outside: float
 ) -> tuple[Tensor, list[float]]:
     """Up to CHANNELS_PER_UPDATE channels of `pool` with their gains, greedy and exact in the pool.
 
     Stops where a channel outside the pool may gain more than the best in the pool.
     """
     rows = D[pool]
-    R, S, pool_floor = rows[:, pool].clone(), rows @ M @ rows.T, floor[pool]
+    images = R @ rows.T
+    residual, S, pool_floor = rows[:, pool].clone(), images.T @ images, floor[pool]
     chosen: list[int] = []
     chosen_gains: list[float] = []
     free = torch.ones(len(pool), dtype=torch.bool, device=D.device)
     for _ in range(min(CHANNELS_PER_UPDATE, len(pool))):
-        diagonal = R.diagonal()
+        diagonal = residual.diagonal()
         usable = free & (diagonal > pool_floor)
         if not bool(usable.any()):
             break
@@ -86,14 +89,14 @@ def _choose(
         chosen.append(int(pool[j]))
         chosen_gains.append(float(gains[j]))
         free[j] = False
-        d, s, pivot = R[:, j].clone(), S[:, j].clone(), float(R[j, j])
-        R -= torch.outer(d, d) / pivot
-        S += torch.outer(d, d) * (float(s[j]) / pivot**2)
-        S -= (torch.outer(d, s) + torch.outer(s, d)) / pivot
+        d, s, pivot = residual[:, j] / diagonal[j], S[:, j].clone(), float(diagonal[j])
+        outer = torch.outer(d, s)
+        S += torch.outer(d, d * s[j]).sub_(outer).sub_(outer.T)
+        residual -= torch.outer(d, d * pivot)
     return torch.tensor(chosen, device=D.device, dtype=torch.long), chosen_gains
 
 
-def _project_out(D: Tensor, M: Tensor, dmd: Tensor, chosen: Tensor) -> Tensor:
+def _project_out(D: Tensor, R: Tensor, dmd: Tensor, chosen: Tensor) -> Tensor:
     """Subtracts from D, in place, what `chosen` reconstructs; returns the new diag(D M D).
 
     With Q Qᵀ = D_J D_JJ⁻¹ D_Jᵀ the residual becomes D - Q Qᵀ. The new diag(D M D) follows from
@@ -103,8 +106,8 @@ def _project_out(D: Tensor, M: Tensor, dmd: Tensor, chosen: Tensor) -> Tensor:
     rows = D[chosen] / sizes[:, None]
     block = rows[:, chosen] / sizes
     Q = torch.linalg.solve_triangular(torch.linalg.cholesky(block), rows, upper=False).T
-    MQ = M @ Q
-    V, inner = D @ MQ, Q.T @ MQ
+    RQ = R @ Q
+    V, inner = D @ (R.T @ RQ), RQ.T @ RQ
     D.addmm_(Q, Q.T, alpha=-1)
     updated: Tensor = dmd - 2 * (V * Q).sum(1) + ((Q @ inner) * Q).sum(1)
     return updated.clamp_min(0)

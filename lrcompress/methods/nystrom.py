@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lrcompress.methods.channel_selection import fold_into_down, order_channels
-from lrcompress.methods.linalg import shrunk, to_float64, with_outliers
+from lrcompress.methods.linalg import WeightedNorm, shrunk, to_float64, with_outliers
 from lrcompress.methods.narrowing import down_of, keep_channels
 from lrcompress.methods.svd import OUTPUT_SHRINKAGE, SHRINKAGE, check_shrinkage
 from lrcompress.methods.types import FFN, ChannelOrder, Decomposition, Statistic, Statistics
@@ -55,14 +55,13 @@ class Nystrom:
     def order(self, ffn: FFN) -> ChannelOrder:
         """All channels of `ffn`, in the order in which they are kept."""
         down, statistics = down_of(ffn)
-        weight = to_float64(ffn.weights[down.name])
-        scaled = weight
+        root = to_float64(ffn.weights[down.name])
         if self.two_sided:
             assert statistics.gradient_moment is not None
             gradient_moment = to_float64(statistics.gradient_moment)
-            scaled = shrunk(gradient_moment, self.output_shrinkage) @ weight
+            root = WeightedNorm(shrunk(gradient_moment, self.output_shrinkage)).scale(root)
         moment = with_outliers(self._shrunk_moment(statistics), statistics.outlier_moment)
-        return order_channels(moment, weight.T @ scaled)
+        return order_channels(moment, root)
 
     def _shrunk_moment(self, statistics: Statistics) -> Tensor:
         assert statistics.second_moment is not None

@@ -14,34 +14,34 @@ from lrcompress.methods.types import FFN, LinearSpec, Statistics
 
 
 def moments(width: int, out: int, samples: int = 2000) -> tuple[Tensor, Tensor]:
-    """A second moment of correlated channels, and a metric of rank `out`."""
+    """A second moment of correlated channels, and the root (out, width) of a metric."""
     generator = torch.Generator().manual_seed(width)
     mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
     h = torch.randn(samples, width, generator=generator, dtype=torch.float64)
     h = h * torch.logspace(0, -2, width, dtype=torch.float64) @ mix
     weight = torch.randn(out, width, generator=generator, dtype=torch.float64)
-    return h.T @ h / samples, weight.T @ weight
+    return h.T @ h / samples, weight
 
 
-def measured(C: Tensor, M: Tensor, channels: Tensor) -> float:
-    """tr(M D) with D the residual after reconstruction from `channels`, computed directly."""
+def measured(C: Tensor, root: Tensor, channels: Tensor) -> float:
+    """tr(rootᵀ root D), D the residual after reconstruction from `channels`, computed directly."""
     fold = torch.zeros_like(C)
     fold[:, channels] = fold_into_down(torch.eye(len(C)), C, channels, 1e-14)
     rest = torch.eye(len(C), dtype=C.dtype) - fold
-    return float((M * (rest @ C @ rest.T)).sum())
+    return float((root @ rest @ C @ rest.T @ root.T).trace())
 
 
 @pytest.mark.parametrize("width", [20, 150, 300])
 def test_errors_are_those_of_the_channels(width: int) -> None:
-    C, M = moments(width, 16)
-    order = order_channels(C, M)
+    C, root = moments(width, 16)
+    order = order_channels(C, root)
     assert sorted(order.channels.tolist()) == list(range(width))
     assert order.errors.shape == (width + 1,)
     assert bool((order.errors.diff() <= 0).all())
-    assert float(order.errors[0]) == pytest.approx(float((M * C).sum()))
+    assert float(order.errors[0]) == pytest.approx(float((root @ C @ root.T).trace()))
     assert order.errors[-1] == 0
     for count in (1, width // 3, width - 2):
-        expected = measured(C, M, order.channels[:count])
+        expected = measured(C, root, order.channels[:count])
         assert float(order.errors[count]) == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
@@ -81,7 +81,8 @@ def test_the_estimated_error_of_an_ffn_is_the_measured_one(
 
 
 def test_as_good_as_the_plain_greedy_loop() -> None:
-    C, M = moments(150, 16)
+    C, root = moments(150, 16)
+    M = root.T @ root
     chosen: list[int] = []
     D = C.clone()
     for _ in range(60):
@@ -91,30 +92,29 @@ def test_as_good_as_the_plain_greedy_loop() -> None:
         chosen.append(j)
         D = D - torch.outer(D[:, j], D[j]) / D[j, j]
     plain = float((M * D).sum())
-    assert float(order_channels(C, M).errors[60]) <= 1.02 * plain
+    assert float(order_channels(C, root).errors[60]) <= 1.02 * plain
 
 
 def test_channels_that_copy_others_come_last_and_cost_nothing() -> None:
-    C, M = moments(30, 8)
+    C, root = moments(30, 8)
     twice = torch.cat([torch.cat([C, C], 1), torch.cat([C, C], 1)])
-    metric = torch.cat([torch.cat([M, M], 1), torch.cat([M, M], 1)])
-    order = order_channels(twice, metric)
+    order = order_channels(twice, torch.cat([root, root], 1))
     assert len({int(c) % 30 for c in order.channels[:30]}) == 30
     assert float(order.errors[30]) <= 1e-6 * float(order.errors[0])
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
 def test_degenerate_moments_are_ordered(scale: float) -> None:
-    C, M = moments(20, 8)
-    order = order_channels(C * scale, M)
+    C, root = moments(20, 8)
+    order = order_channels(C * scale, root)
     assert sorted(order.channels.tolist()) == list(range(20))
     assert bool(order.errors.isfinite().all())
 
 
 def test_constant_and_silent_channels() -> None:
-    C, M = moments(20, 8)
+    C, root = moments(20, 8)
     C[3], C[:, 3] = 0, 0
-    order = order_channels(C, M)
+    order = order_channels(C, root)
     assert int(order.channels[-1]) == 3
     fold = fold_into_down(torch.eye(len(C)), C, order.channels[:10], 1e-6)
     assert bool(fold.isfinite().all())
