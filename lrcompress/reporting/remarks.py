@@ -34,7 +34,7 @@ def _cut(metrics: Sequence[Summary]) -> Iterator[str]:
     tasks: dict[object, dict[str, None]] = {}
     for metric in metrics:
         cut, asked = metric.conditions.get(PROMPTS_CUT), metric.conditions.get("samples")
-        if cut and asked and not metric.parts:  # a group of tasks has the sum of its parts
+        if cut and asked:  # a group of tasks has no number of its own
             length = metric.conditions.get("context_length")
             tasks.setdefault(length, {})[f"{cut} of {asked} in {metric.task}"] = None
     for length, counts in tasks.items():

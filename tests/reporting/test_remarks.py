@@ -43,7 +43,7 @@ def test_cut_prompts_are_one_sentence_for_each_length() -> None:
         _cut("my task acc", 1), _cut("my task acc_norm", 1), _cut("gsm exact (strict-match)", 3),
         _cut("other acc", 2, 128),
     ]  # fmt: skip
-    conditions = {"samples": 20, "context_length": 512, "prompts_cut": 4}
+    conditions = {"context_length": 512, "prompts_cut": 4}
     group = Metric("low", "group acc", 0.5, "", True, conditions, parts=["my task acc"])
     start = "prompts longer than the context of {} tokens, with room for the answer, lost their "
     assert remarks([*metrics, group]) == (

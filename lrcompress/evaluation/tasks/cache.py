@@ -34,7 +34,7 @@ TaskRecord = TypedDict(
         "versions": Any,
         "n-shot": int | None,
         "higher_is_better": dict[str, bool],
-        "effective": int,  # number of questions asked
+        "effective": int | None,  # number of questions asked; None for a group
         "logs": list[dict[str, Any]],
         "cut": int,  # number of questions of which a prompt lost its beginning
         "resamples": dict[str, int],  # metric -> those of its bootstrap, where lm-eval draws more

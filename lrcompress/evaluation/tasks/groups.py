@@ -46,7 +46,7 @@ def group_record(group: Any, records: Mapping[str, TaskRecord]) -> TaskRecord:
         "versions": group.version,
         "n-shot": shots.pop() if len(shots) == 1 else None,
         "higher_is_better": higher_is_better,
-        "effective": sum(member["effective"] for member in members),
+        "effective": None,
         "cut": sum(member["cut"] for member in members),
         "logs": [],
         "resamples": {},

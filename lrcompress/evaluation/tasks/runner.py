@@ -245,12 +245,13 @@ def _conditions(
     conditions: dict[str, object] = {
         "task_version": record["versions"],
         "num_fewshot": record["n-shot"],
-        "samples": record["effective"],
         "context_length": options.max_length,
         "seed": str(tasks.seeds),
         QUESTIONS: record["questions"],
     }
     conditions |= {key: value for key, value in options.prompting.items() if value}
+    if record["effective"] is not None:
+        conditions["samples"] = record["effective"]
     if record["cut"]:
         conditions[PROMPTS_CUT] = record["cut"]
     if name in tasks.files:
