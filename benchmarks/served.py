@@ -44,10 +44,10 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def server(vllm: Path, folder: Path, dtype: str, port: int) -> Iterator[str]:
+def server(vllm: Path, folder: Path, dtype: str, length: int, port: int) -> Iterator[str]:
     """The address of a server of `folder`, which is stopped afterwards."""
     command = [vllm, "serve", folder, "--served-model-name", "model", "--dtype", dtype]
-    options = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024"]
+    options = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(length)]
     log = Path(tempfile.gettempdir(), f"vllm-{dtype}.log").open("w")  # noqa: SIM115
     process = subprocess.Popen(
         [*command, *options, "--no-enable-prefix-caching"],
@@ -136,10 +136,10 @@ def main(folder: Path, vllm: Path, text: str, windows: int, length: int, port: i
     with torch.no_grad():
         losses = torch.cat([token_losses(model, window) for window in selected])
         continuations = [greedy(model, prompt) for prompt in prompts]
-    with server(vllm, folder, "float32", port) as url:
+    with server(vllm, folder, "float32", length + NEW_TOKENS, port) as url:
         exact = torch.cat([served_losses(url, window) for window in selected])
         equal = [served_greedy(url, p) == c for p, c in zip(prompts, continuations, strict=True)]
-    with server(vllm, folder, "bfloat16", port) as url:
+    with server(vllm, folder, "bfloat16", length + NEW_TOKENS, port) as url:
         rounded = torch.cat([served_losses(url, window) for window in selected])
     difference = float((exact - losses).abs().max())
     perplexity, half = (math.exp(x.double().mean()) for x in (losses, rounded))
