@@ -22,7 +22,12 @@ from lrcompress.layers.block_runner import (
     score_gradient,
 )
 from lrcompress.layers.ffn_layouts import find_blocks
-from lrcompress.layers.model_state import evaluation_mode, only_trainable
+from lrcompress.layers.model_state import (
+    bfloat16_products,
+    evaluation_mode,
+    exact_products,
+    only_trainable,
+)
 from lrcompress.layers.moe import unpacked
 from lrcompress.methods.types import LinearSpec, OutlierShares, Statistics
 from lrcompress.runtime.distributed import shard_of
@@ -64,7 +69,8 @@ class MomentCollector:
         def add_input(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = _by_token(arguments[0])
             norms = x.norm(dim=1)
-            scales = self.input_sums.add(group, x, norms)
+            with exact_products():
+                scales = self.input_sums.add(group, x, norms)
             self.input_outliers.add(group, outlier_rows(x, 1 - scales.square(), norms))
 
         return add_input
@@ -81,7 +87,8 @@ class MomentCollector:
         def add_gradient(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             def add(gradient: Tensor) -> None:
                 g, x = _by_token(gradient), _by_token(arguments[0])
-                scales = self.gradient_sums.add(spec.name, g, g.norm(dim=1))
+                with exact_products():
+                    scales = self.gradient_sums.add(spec.name, g, g.norm(dim=1))
                 weights = (scales.square().reciprocal() - 1) / self.readers[spec.input_group]
                 rows = outlier_rows(x, weights, x.norm(dim=1))
                 self.gradient_outliers.add(spec.input_group, rows)
@@ -241,12 +248,14 @@ def measure_moments(
 
     In the first `gradient_samples` of them the forward pass is followed by a backward pass from
     `score_gradient`. Blocks are checkpointed; parameters get no gradients and stay as they
-    are. Several processes share the samples, and all get the sums.
+    are. Several processes share the samples, and all get the sums. With gradients, products may be
+    in bfloat16; without, the moments may be whitened with hardly any damping, which reads digits
+    that bfloat16 does not have.
     """
     samples, length = tokens.shape
     gradient_samples = min(gradient_samples, samples)
     collector, indices = MomentCollector(linears, gradient_samples > 0), shard_of(range(samples))
-    with unpacked(model), evaluation_mode(model):
+    with unpacked(model), evaluation_mode(model), bfloat16_products(model, gradient_samples > 0):
         for index in progress(indices, "Calibrating", len(indices)):
             batch = tokens[index][None].to(model.device)
             with stage("gradients" if index < gradient_samples else "second_moments"):
@@ -266,7 +275,7 @@ def measure_errors(
     Each list has an entry per held-out sample of `tokens` (samples, length).
     """
     samples, errors = held_out(len(tokens)), ProbeErrors(probes)
-    with unpacked(model), evaluation_mode(model):
+    with unpacked(model), evaluation_mode(model), bfloat16_products(model):
         for index in progress(samples, "Probing", len(samples)):
             errors.start_sample()
             batch = tokens[index][None].to(model.device)

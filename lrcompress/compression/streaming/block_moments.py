@@ -8,7 +8,7 @@ the two the moments of any block follow without the other blocks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from lrcompress.compression.calibration.moments import MomentCollector, MomentSt
 from lrcompress.compression.calibration.probes import Probe, ProbeErrors, held_out
 from lrcompress.compression.streaming.block_store import Activations
 from lrcompress.layers.block_runner import BlockRunner
+from lrcompress.layers.model_state import bfloat16_products
 from lrcompress.methods.types import LinearSpec
 from lrcompress.models.offload import OffloadedModel
 from lrcompress.runtime.distributed import run_on_all, shard_of, world_size
@@ -46,25 +47,29 @@ class BlockMoments:
         self.held_out = held_out(count) if gradient_samples else range(count, count)
         self.gradient_samples = min(gradient_samples, self.held_out.start)
         self.hidden, self.gradients = Activations(work / "hidden"), Activations(work / "gradient")
-        with source.resident(0):
+        with source.resident(0), self._products():
             self.blocks = BlockRunner(source.model, tokens)
         self.first_block = min(spec.block for spec in linears)
         self.last_block = max(spec.block for spec in linears)
 
+    def _products(self) -> AbstractContextManager[None]:
+        """The precision of passes, as `measure_moments` chooses it."""
+        return bfloat16_products(self.source.model, self.gradient_samples > 0)
+
     def run(self, progress: Progress) -> None:
         """Runs the forward pass, if a backward pass or another process needs it, then the other."""
         if self.gradient_samples or world_size() > 1:
-            with stage("second_moments"):
+            with stage("second_moments"), self._products():
                 run_on_all(lambda: self._forward(progress))
         if self.gradient_samples:
-            with stage("gradients"):
+            with stage("gradients"), self._products():
                 run_on_all(lambda: self._backward(progress))
 
     def reach(self, index: int) -> None:
         """Computes the hidden states in front of block number `index`, if they are not there."""
         samples = range(len(self.tokens))
         start = next(i for i in range(index, -1, -1) if i == 0 or self._is_reached(i))
-        with stage("second_moments"):
+        with stage("second_moments"), self._products():
             if start == 0:
                 self._embed(samples)
             for block in range(start, index):
@@ -142,7 +147,7 @@ class BlockMoments:
         """
         specs = [spec for spec in self.linears if spec.block == index]
         collector = MomentCollector(specs, self.gradient_samples > 0)
-        with collector.hooks(self.source.model):
+        with collector.hooks(self.source.model), self._products():
             for sample in range(self.held_out.start):
                 with stage("gradients" if sample < self.gradient_samples else "second_moments"):
                     if sample < self.gradient_samples:
@@ -155,7 +160,7 @@ class BlockMoments:
     def errors(self, index: int, probes: Sequence[Probe]) -> dict[str, list[float]]:
         """The costs of probes of block number `index`, bit for bit those of `measure_errors`."""
         errors = ProbeErrors(probes)
-        with errors.hooks(self.source.model):
+        with errors.hooks(self.source.model), self._products():
             for sample in self.held_out:
                 errors.start_sample()
                 self._input_gradient(index, sample)

@@ -13,6 +13,7 @@ from torch import nn
 from lrcompress.compression.calibration.probes import held_out
 from lrcompress.compression.planning import Planning
 from lrcompress.config.recipe import Recipe
+from lrcompress.layers.block_runner import TOKENS_PER_CHUNK
 from lrcompress.layers.ffn_layouts import find_blocks
 from lrcompress.layers.model_info import weight_bytes
 from lrcompress.methods.types import LinearSpec
@@ -93,12 +94,13 @@ class FootprintInputs:
         return self._sample_states * (tensors + streams * self.samples)
 
     def _activations(self) -> int:
-        """Activations of one sample in a block, kept for a backward pass, or its logits."""
+        """Activations of one sample in a block, kept for a backward pass, or some of its logits."""
         config = self.model.config.get_text_config(decoder=True)
         widths = sum(sum(p.shape) for p in self._blocks[0].parameters() if p.ndim == 2)
         inside: int = self.length * widths * 2 * FLOAT32
         inside += self.length**2 * config.num_attention_heads * FLOAT32
-        logits: int = self.length * config.vocab_size * 4 * FLOAT32 * self.planning.needs_gradients
+        tokens = min(self.length, TOKENS_PER_CHUNK)
+        logits: int = tokens * config.vocab_size * 4 * FLOAT32 * self.planning.needs_gradients
         return max(inside, logits)
 
     def _moments(self) -> int:

@@ -7,6 +7,7 @@ import torch
 
 import lrcompress
 from lrcompress.compression.calibration.moments import measure_moments
+from lrcompress.layers import model_state
 from lrcompress.layers.block_runner import sample_score_gradients
 from lrcompress.layers.ffn_layouts import select
 from lrcompress.runtime.errors import InputError
@@ -117,3 +118,17 @@ def test_gradients_survive_low_precision_and_the_models_own_checkpointing(
         assert a is not None
         assert b is not None
         assert float((a - b).norm() / a.norm()) < (0.1 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_products_in_bfloat16_hardly_move_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sample = tiny_model(), tokens(2, 64)
+    linears = select(model)
+    exact = measure_moments(model, linears, sample, gradient_samples=2)
+    monkeypatch.setattr(model_state, "BFLOAT16_MINIMUM_WIDTH", 1)
+    rounded = measure_moments(model, linears, sample, gradient_samples=2)
+    for spec in linears:
+        a, b = exact.statistics(spec), rounded.statistics(spec)
+        for x, y in ((a.second_moment, b.second_moment), (a.gradient_moment, b.gradient_moment)):
+            assert x is not None
+            assert y is not None
+            assert float((x - y).norm() / x.norm()) < 0.1
