@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lrcompress.benchmark.form_costs import measure_costs
 from lrcompress.checkpoint.export.dense import EXPERT_WIDTH_MULTIPLE, can_name_width
+from lrcompress.checkpoint.export.gguf_families import family_of
 from lrcompress.config import FactorizeSettings
 from lrcompress.layers.ffn_layouts import find_ffns
 from lrcompress.methods.allocators.one_width import OneWidth
@@ -62,6 +63,8 @@ def check_target(model: Any, linears: Sequence[LinearSpec], settings: FactorizeS
 
     `linears` are the selected ones; fused experts have to be unpacked.
     """
+    if settings.target == "gguf":
+        family_of(model)  # refuses what has no form in llama.cpp
     if not _needs_one_width(model, settings):
         return
     selected, name = {spec.name for spec in linears}, settings.target

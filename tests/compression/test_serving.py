@@ -128,6 +128,8 @@ def test_a_rank_is_refused_without_low_rank() -> None:
     ("llama", {"target": "stock", "dense_first": 1}, "one width: leave out --include"),
     ("qwen3", {"target": "gguf", "exclude": ["*.0.*"]}, "one width: leave out --include"),
     ("qwen2_moe", {"target": "stock"}, "have 24 and 40 channels: leave --for out"),
+    ("helium", {"target": "gguf"}, "'helium' is not exported to GGUF"),
+    ("mixtral", {"target": "gguf"}, "has mixtures of experts, which are not exported"),
     ("bloom", {"target": "stock"}, "a config that names the width of FFNs"),
     ("qwen3", {"target": "gguf", "rank_multiple": 96}, "in steps of 96 channels, .* have 88"),
     ("llama", {"target": "gguf", "exclude": ["*.up_proj"]}, "exclude any of them, or leave --for"),

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrcompress.layers.ffn_layouts import has_experts
+from lrcompress.runtime.errors import InputError
+
 # the architecture of DeciLM: that of llama, with a width for each block
 DECI = "deci"
 
@@ -66,6 +69,21 @@ FAMILIES: dict[str, GgufFamily] = {
     "bloom": GgufFamily("bloom", fused_heads=True),
     "mpt": GgufFamily("mpt"),
 }
+
+
+USE = "serve it with transformers, or factorize it --for stock and export it --to dense"
+
+
+def family_of(model: Any) -> GgufFamily:
+    """The family of a causal language model; InputError where llama.cpp's form is not known."""
+    name = model.config.model_type
+    if has_experts(model):
+        raise InputError(f"{name!r} has mixtures of experts, which are not exported to GGUF: {USE}")
+    if name not in FAMILIES:
+        raise InputError(
+            f"{name!r} is not exported to GGUF, but {', '.join(sorted(FAMILIES))}: {USE}"
+        )
+    return FAMILIES[name]
 
 
 def to_llama_cpp(family: GgufFamily, config: Any, name: str, tensor: Tensor) -> Tensor:

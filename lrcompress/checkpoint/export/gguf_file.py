@@ -13,10 +13,10 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFile
 
 from lrcompress.checkpoint.export.dense import pad
 from lrcompress.checkpoint.export.gguf_donor import WIDTH, Donor, find_donor
-from lrcompress.checkpoint.export.gguf_families import FAMILIES, GgufFamily
+from lrcompress.checkpoint.export.gguf_families import GgufFamily, family_of
 from lrcompress.checkpoint.export.gguf_seal import BLANK, KEY, seal
 from lrcompress.checkpoint.export.gguf_tensors import GgufTensor, gguf_tensors, group_size
-from lrcompress.layers.ffn_layouts import find_ffns, has_experts
+from lrcompress.layers.ffn_layouts import find_ffns
 from lrcompress.layers.lowrank import LowRankLinear, compressed_layers, install
 from lrcompress.layers.model_info import parameter_count
 from lrcompress.methods.types import LinearSpec
@@ -46,7 +46,7 @@ def export_gguf(
     Raises InputError where llama.cpp cannot compute the model, or the donor is not of this model.
     """
     kind = GGMLQuantizationType[type.upper()]
-    family = _family(model)
+    family = family_of(model)
     _refuse_low_rank(model)
     linears = find_ffns(model).linears
     widths = _padded_widths(linears, group_size(kind))
@@ -63,21 +63,6 @@ def export_gguf(
         _write(writer, list(gguf_tensors(model, family, kind)), donor)
         writer.close()
         seal(file)
-
-
-def _family(model: Any) -> GgufFamily:
-    """Raises InputError where llama.cpp's form of the model is not known."""
-    name = model.config.model_type
-    if has_experts(model):
-        raise InputError(f"{name!r} has mixtures of experts, which are not exported to GGUF: {USE}")
-    if name not in FAMILIES:
-        raise InputError(
-            f"{name!r} is not exported to GGUF, but {', '.join(sorted(FAMILIES))}: {USE}"
-        )
-    return FAMILIES[name]
-
-
-USE = "use the checkpoint with transformers, or export --to dense"
 
 
 def _refuse_low_rank(model: Any) -> None:
