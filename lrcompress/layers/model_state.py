@@ -47,7 +47,7 @@ def bfloat16_products(model: Any, wanted: bool = True) -> Iterator[None]:
     """Inside, if `wanted`, a wide float32 model on a CPU multiplies bfloat16 and sums float32.
 
     This is for passes whose results are means over many tokens, shrunk and damped afterwards: other
-    text moves them a hundred times as much. It takes half the time where the CPU has instructions
+    text moves them far more. It takes half the time where the CPU has instructions
     for it; elsewhere, and for other models, nothing changes.
     """
     width = int(getattr(model.config.get_text_config(decoder=True), "hidden_size", 0))

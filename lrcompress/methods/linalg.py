@@ -38,9 +38,9 @@ def damped(moment: Tensor, damping: float) -> Tensor:
     mean = moment.diagonal().mean()
     if mean == 0:
         return torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    return moment + damping * mean * torch.eye(
-        len(moment), dtype=moment.dtype, device=moment.device
-    )
+    result = moment.clone()
+    result.diagonal().add_(damping * mean)
+    return result
 
 
 def shrunk(moment: Tensor, shrinkage: float) -> Tensor:
