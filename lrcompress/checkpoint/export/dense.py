@@ -20,6 +20,7 @@ from lrcompress.layers.lowrank import (
     install,
     linear_shape,
 )
+from lrcompress.layers.model_info import parameter_count
 from lrcompress.layers.moe import unpack, unpacked
 from lrcompress.methods.types import LinearSpec
 
@@ -27,6 +28,9 @@ from lrcompress.methods.types import LinearSpec
 WIDTH_KEYS = (
     "intermediate_size",
     "moe_intermediate_size",
+    "shared_intermediate_size",
+    "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size",
     "ffn_dim",
     "n_inner",
     "ffn_hidden_size",
@@ -39,8 +43,8 @@ EXPERT_WIDTH_MULTIPLE = 8
 def to_stock(model: Any) -> None:
     """Replaces low-rank and narrowed layers by stock layers, in place, and adapts the config.
 
-    A config holds one width for all FFNs: they get the width of the widest if the config has a key
-    for it, else the original width. Missing channels are filled with zeros, which changes no
+    A config holds one width for FFNs of a kind: they get the width of the widest if the config has
+    a key for it, else the original width. Missing channels are filled with zeros, which changes no
     output.
     """
     with unpacked(model):
@@ -63,16 +67,17 @@ def _make_dense(model: Any) -> None:
 
 
 def _adapt_width(model: Any, stock: Any, linears: tuple[LinearSpec, ...]) -> Any:
-    """Sets the width in the config of `model` to that of its widest FFN, and returns a skeleton of
-    that width; where no key of the config does it, returns `stock`, of the original width."""
-    widest = max(spec.in_features for spec in linears if spec.role == "down")
-    if any(spec.mixture for spec in linears):
-        widest += -widest % EXPERT_WIDTH_MULTIPLE
-    for narrower_config in _configs_of_width(model.config, widest):
-        candidate = _stock_skeleton(type(model), narrower_config)
-        if _has_width(candidate, linears, widest):
-            model.config.__dict__.update(narrower_config.__dict__)
-            return candidate
+    """Sets the widths in the config of `model` to those of its widest FFNs, key by key.
+
+    Returns a skeleton of these widths: `stock`, of the original widths, where no key helps.
+    """
+    for key in WIDTH_KEYS:
+        for config in _narrower_configs(model.config, key, stock, linears):
+            candidate = _stock_skeleton(type(model), config)
+            if _holds(candidate, linears) and parameter_count(candidate) < parameter_count(stock):
+                model.config.__dict__.update(config.__dict__)
+                stock = candidate
+                break
     return stock
 
 
@@ -91,25 +96,62 @@ def _shapes_differ(model: nn.Module, stock: nn.Module, linears: tuple[LinearSpec
     )
 
 
-def _configs_of_width(config: Any, width: int) -> Iterator[Any]:
-    """Copies of `config` with one of its width keys, if it has a larger one, set to `width`.
+def _narrower_configs(
+    config: Any, key: str, stock: nn.Module, linears: tuple[LinearSpec, ...]
+) -> Iterator[Any]:
+    """Copies of `config` with smaller widths under `key` of the language model, ascending.
 
-    The keys are those of the language model, in a list where each block has its own.
+    `stock` has the widths of `config`.
     """
-    for key in WIDTH_KEYS:
+    original: Any = getattr(config.get_text_config(decoder=True), key, None)
+    downs = [spec for spec in linears if spec.role == "down"]
+    values: list[Any] = (
+        [_width_of_each_block(original, downs)]
+        if isinstance(original, list)
+        else _widths(original, stock, downs)
+    )
+    for value in values:
         changed = copy.deepcopy(config)
         text_config = changed.get_text_config(decoder=True)
-        original = getattr(text_config, key, None)
-        widths = original if isinstance(original, list) else [original or width]
-        if hasattr(text_config, key) and max(widths) >= width:
-            new = [width] * len(widths) if isinstance(original, list) else width
-            setattr(text_config, key, new)
+        if hasattr(text_config, key):
+            setattr(text_config, key, value)
             yield changed
 
 
-def _has_width(stock: nn.Module, linears: tuple[LinearSpec, ...], width: int) -> bool:
-    shapes = {s.name: linear_shape(stock.get_submodule(s.name)) for s in linears}
-    return all(shapes[s.name][1] == width for s in linears if s.role == "down")
+def _width_of_each_block(original: list[int], downs: list[LinearSpec]) -> list[int]:
+    """For a key that holds a list: the widest FFN of each block."""
+    widths: dict[int, int] = {}
+    for spec in downs:
+        widths[spec.block] = max(_needed(spec), widths.get(spec.block, 0))
+    return [widths.get(block, width) for block, width in enumerate(original)]
+
+
+def _widths(original: int | None, stock: nn.Module, downs: list[LinearSpec]) -> list[int]:
+    """For a key that holds one number: the widest of the FFNs that have equal widths in `stock`.
+
+    In some families the number is a multiple of the width. None stands for a width that follows
+    from others.
+    """
+    widest: dict[int, int] = {}
+    for spec in downs:
+        full = linear_shape(stock.get_submodule(spec.name))[1]
+        widest[full] = max(_needed(spec), widest.get(full, 0))
+    if original is None:
+        return sorted(widest.values())
+    values = (original * width // full for full, width in widest.items())
+    return sorted(value for value in values if value < original)
+
+
+def _needed(spec: LinearSpec) -> int:
+    """The smallest width that a stock FFN may have for the down_proj of `spec`."""
+    width = spec.in_features
+    return width + -width % EXPERT_WIDTH_MULTIPLE if spec.mixture else width
+
+
+def _holds(stock: nn.Module, linears: tuple[LinearSpec, ...]) -> bool:
+    """Whether each of `linears` fits into that of `stock`."""
+    shapes = ((s, linear_shape(stock.get_submodule(s.name))) for s in linears)
+    return all(s.out_features <= rows and s.in_features <= columns for s, (rows, columns) in shapes)
 
 
 def _pad(model: nn.Module, spec: LinearSpec, shape: tuple[int, int]) -> None:
