@@ -29,6 +29,9 @@ from lrcompress.runtime.notices import notice
 WIDTH_KEYS = (
     "intermediate_size",
     "moe_intermediate_size",
+    "shared_intermediate_size",
+    "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size",
     "ffn_dim",
     "n_inner",
     "ffn_hidden_size",
@@ -41,8 +44,8 @@ EXPERT_WIDTH_MULTIPLE = 8
 def to_stock(model: Any) -> None:
     """Replaces low-rank and narrowed layers by stock layers, in place, and adapts the config.
 
-    A config holds one width for all FFNs: they get the width of the widest if the config has a key
-    for it, else the original width. Missing channels are filled with zeros, which changes no
+    A config holds one width for FFNs of a kind: they get the width of the widest if the config has
+    a key for it, else the original width. Missing channels are filled with zeros, which changes no
     output.
     """
     with unpacked(model):
@@ -65,34 +68,38 @@ def _make_dense(model: Any) -> None:
 
 
 def _adapt_width(model: Any, stock: Any, linears: tuple[LinearSpec, ...]) -> Any:
-    """Sets the width in the config of `model` to that of its widest FFN, and returns a skeleton of
-    that width; where no key of the config does it, returns `stock`, of the original width."""
-    widest = max(spec.in_features for spec in linears if spec.role == "down")
-    if any(spec.mixture for spec in linears):
-        widest += -widest % EXPERT_WIDTH_MULTIPLE
-    narrowed = _stock_of_width(model, linears, widest)
-    if narrowed is None:
-        return stock
-    config, skeleton = narrowed
+    """Sets the widths in the config of `model` to those of its widest FFNs.
+
+    Returns a skeleton of these widths: `stock`, of the original widths, where no key helps.
+    """
+    config, skeleton = _narrowest(type(model), model.config, stock, linears)
     model.config.__dict__.update(config.__dict__)
     return skeleton
 
 
-def _stock_of_width(
-    model: Any, linears: Sequence[LinearSpec], width: int
-) -> tuple[Any, Any] | None:
-    """A copy of the config of `model` with FFNs of `width`, and a skeleton of its model; None where
-    no key of the config does it."""
-    for narrower_config in _configs_of_width(model.config, width):
-        candidate = _stock_skeleton(type(model), narrower_config)
-        if _has_width(candidate, linears, width):
-            return narrower_config, candidate
-    return None
+def _narrowest(
+    stock_class: Any, config: Any, stock: Any, linears: Sequence[LinearSpec]
+) -> tuple[Any, Any]:
+    """The config and skeleton of the smallest stock model, from `stock`, that `linears` fit into.
+
+    Key by key of WIDTH_KEYS.
+    """
+    for key in WIDTH_KEYS:
+        for candidate in _narrower_configs(config, key, stock, linears):
+            skeleton = _stock_skeleton(stock_class, candidate)
+            if _holds(skeleton, linears) and parameter_count(skeleton) < parameter_count(stock):
+                config, stock = candidate, skeleton
+                break
+    return config, stock
 
 
 def can_name_width(model: Any, linears: Sequence[LinearSpec], width: int) -> bool:
     """Whether a stock model of the class of `model` can have FFNs of `width`."""
-    return _stock_of_width(model, linears, width) is not None
+    stock = _stock_skeleton(type(model), model.config)
+    narrowed = [spec.narrowed(width) for spec in linears]
+    _, skeleton = _narrowest(type(model), model.config, stock, narrowed)
+    downs = [spec for spec in linears if spec.role == "down"]
+    return all(linear_shape(skeleton.get_submodule(spec.name))[1] == width for spec in downs)
 
 
 def _stock_skeleton(stock_class: Any, config: Any) -> Any:
@@ -110,25 +117,62 @@ def _shapes_differ(model: nn.Module, stock: nn.Module, linears: tuple[LinearSpec
     )
 
 
-def _configs_of_width(config: Any, width: int) -> Iterator[Any]:
-    """Copies of `config` with one of its width keys, if it has a larger one, set to `width`.
+def _narrower_configs(
+    config: Any, key: str, stock: nn.Module, linears: Sequence[LinearSpec]
+) -> Iterator[Any]:
+    """Copies of `config` with smaller widths under `key` of the language model, ascending.
 
-    The keys are those of the language model, in a list where each block has its own.
+    `stock` has the widths of `config`.
     """
-    for key in WIDTH_KEYS:
+    original: Any = getattr(config.get_text_config(decoder=True), key, None)
+    downs = [spec for spec in linears if spec.role == "down"]
+    values: list[Any] = (
+        [_width_of_each_block(original, downs)]
+        if isinstance(original, list)
+        else _widths(original, stock, downs)
+    )
+    for value in values:
         changed = copy.deepcopy(config)
         text_config = changed.get_text_config(decoder=True)
-        original = getattr(text_config, key, None)
-        widths = original if isinstance(original, list) else [original or width]
-        if hasattr(text_config, key) and max(widths) >= width:
-            new = [width] * len(widths) if isinstance(original, list) else width
-            setattr(text_config, key, new)
+        if hasattr(text_config, key):
+            setattr(text_config, key, value)
             yield changed
 
 
-def _has_width(stock: nn.Module, linears: Sequence[LinearSpec], width: int) -> bool:
-    shapes = {s.name: linear_shape(stock.get_submodule(s.name)) for s in linears}
-    return all(shapes[s.name][1] == width for s in linears if s.role == "down")
+def _width_of_each_block(original: list[int], downs: list[LinearSpec]) -> list[int]:
+    """For a key that holds a list: the widest FFN of each block."""
+    widths: dict[int, int] = {}
+    for spec in downs:
+        widths[spec.block] = max(_needed(spec), widths.get(spec.block, 0))
+    return [widths.get(block, width) for block, width in enumerate(original)]
+
+
+def _widths(original: int | None, stock: nn.Module, downs: list[LinearSpec]) -> list[int]:
+    """For a key that holds one number: the widest of the FFNs that have equal widths in `stock`.
+
+    In some families the number is a multiple of the width. None stands for a width that follows
+    from others.
+    """
+    widest: dict[int, int] = {}
+    for spec in downs:
+        full = linear_shape(stock.get_submodule(spec.name))[1]
+        widest[full] = max(_needed(spec), widest.get(full, 0))
+    if original is None:
+        return sorted(widest.values())
+    values = (original * width // full for full, width in widest.items())
+    return sorted(value for value in values if value < original)
+
+
+def _needed(spec: LinearSpec) -> int:
+    """The smallest width that a stock FFN may have for the down_proj of `spec`."""
+    width = spec.in_features
+    return width + -width % EXPERT_WIDTH_MULTIPLE if spec.mixture else width
+
+
+def _holds(stock: nn.Module, linears: Sequence[LinearSpec]) -> bool:
+    """Whether each of `linears` fits into that of `stock`."""
+    shapes = ((s, linear_shape(stock.get_submodule(s.name))) for s in linears)
+    return all(s.out_features <= rows and s.in_features <= columns for s, (rows, columns) in shapes)
 
 
 def pad(model: nn.Module, spec: LinearSpec, shape: tuple[int, int]) -> None:
