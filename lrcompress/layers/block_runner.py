@@ -53,7 +53,7 @@ class BlockRunner:
     def __init__(self, model: Any, tokens: Tensor, dtype: torch.dtype | None = None) -> None:
         self.model, self.dtype = model, dtype
         self.blocks = list(find_blocks(model)[1])
-        self.returns_tuple = self._returns_tuple(tokens[0])
+        self.tuple_length = self._tuple_length(tokens[0])
         self.arguments = self._record_arguments(tokens[0])
         if len(tokens) > 1:
             self._check_equal(self._record_arguments(tokens[1]))
@@ -90,9 +90,9 @@ class BlockRunner:
         self.model.base_model(input_ids=sample[None].to(self.model.device), use_cache=False)
 
     @torch.no_grad()
-    def _returns_tuple(self, sample: Tensor) -> bool:
+    def _tuple_length(self, sample: Tensor) -> int:
         hidden, (arguments, keywords) = self._first_call(sample)
-        return not isinstance(self.blocks[0](hidden, *arguments, **keywords), Tensor)
+        return tuple_length(self.blocks[0](hidden, *arguments, **keywords))
 
     @torch.no_grad()
     def _record_arguments(self, sample: Tensor) -> dict[int, BlockArguments]:
@@ -101,7 +101,7 @@ class BlockRunner:
             for index, block in enumerate(self.blocks):
                 hook = self._recorder(index, recorded)
                 stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            with _identity_blocks(self.blocks, self.returns_tuple):
+            with _identity_blocks(self.blocks, self.tuple_length):
                 self._run_base(sample)
         return recorded
 
@@ -160,7 +160,7 @@ class BlockRunner:
 
     def score_gradient(self, hidden: Tensor, sample: Tensor, seed: int) -> Tensor:
         """The function of this name, of `hidden` (1, length, width) for tokens (length,)."""
-        return score_gradient(self.model, hidden, sample[None], seed, self.returns_tuple)
+        return score_gradient(self.model, hidden, sample[None], seed, self.tuple_length)
 
     @torch.enable_grad()
     def input_gradient(self, block: int, hidden: Tensor, gradient: Tensor) -> Tensor:
@@ -170,15 +170,20 @@ class BlockRunner:
         return torch.autograd.grad(output, leaf, gradient)[0]
 
 
+def tuple_length(output: Any) -> int:
+    """How many values a block returned in a tuple, hidden states first; 0 for a bare tensor."""
+    return 0 if isinstance(output, Tensor) else len(output)
+
+
 @torch.enable_grad()
 def score_gradient(
-    model: Any, hidden: Tensor, sample: Tensor, seed: int, returns_tuple: bool
+    model: Any, hidden: Tensor, sample: Tensor, seed: int, tuple_length: int
 ) -> Tensor:
     """`sample_score_gradients` of the logits, passed back to `hidden`, the output of the last block
     (1, length, width) for the tokens `sample` (1, length).
 
     Logits are computed for TOKENS_PER_CHUNK tokens at a time: those of a whole sample would be the
-    largest tensors of a calibration. `returns_tuple` says that blocks return tuples.
+    largest tensors of a calibration. `tuple_length` is that of what blocks return.
     """
     generator, blocks = (
         torch.Generator(hidden.device).manual_seed(seed),
@@ -188,7 +193,7 @@ def score_gradient(
     for start in range(0, hidden.shape[1], TOKENS_PER_CHUNK):
         part = slice(start, start + TOKENS_PER_CHUNK)
         leaf = hidden[:, part].detach().requires_grad_(True)
-        with _identity_blocks(blocks, returns_tuple, leaf):
+        with _identity_blocks(blocks, tuple_length, leaf):
             tokens = sample[:, part].to(model.device)
             logits = model(input_ids=tokens, use_cache=False).logits
         scores = sample_score_gradients(logits.detach(), generator)
@@ -198,7 +203,7 @@ def score_gradient(
 
 @contextmanager
 def _identity_blocks(
-    blocks: Sequence[nn.Module], returns_tuple: bool, last_output: Tensor | None = None
+    blocks: Sequence[nn.Module], tuple_length: int, last_output: Tensor | None = None
 ) -> Iterator[None]:
     """Inside, blocks return their input; the last returns `last_output` where it is given."""
 
@@ -207,7 +212,7 @@ def _identity_blocks(
             hidden = _split(arguments, keywords)[0]
             if last_output is not None and index == len(blocks) - 1:
                 hidden = last_output
-            return (hidden,) if returns_tuple else hidden
+            return (hidden, *[None] * (tuple_length - 1)) if tuple_length else hidden
 
         return forward
 

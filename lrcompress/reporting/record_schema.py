@@ -124,6 +124,7 @@ class ServedSpeedRecord(TypedDict):
     low: CountOrFloat | None
     high: CountOrFloat | None
     rounds: list[CountOrFloat] | None
+    parts: list[str]
 
 
 class StageRecord(TypedDict):

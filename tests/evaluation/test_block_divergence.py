@@ -58,5 +58,5 @@ def test_blocks_of_every_family_can_be_compared(family: str, text: Path) -> None
     for each, _ in models.values():
         each.eval()
     (change,) = block_changes(models, read_corpus(str(text), "test"), Windowing(32, limit=1))
-    assert len(change.errors) == 2
+    assert len(change.errors) == model.config.get_text_config().num_hidden_layers
     assert all(error >= 0 for error in change.errors)

@@ -66,7 +66,14 @@ def test_every_expert_is_found(family: str) -> None:
     with unpacked(model):
         finding = find_ffns(model)
         assert ffn_parameters(model) == parameters
-    roles = {"qwen2_moe": (FFN + EXPERT) * 2, "glm4_moe": FFN + FFN + EXPERT}
+    ungated = ["up", "down"]
+    roles = {
+        "qwen2_moe": (FFN + EXPERT) * 2,
+        "glm4_moe": FFN + FFN + EXPERT,
+        "granitemoehybrid": (["gate_up", "down"] + EXPERT) * 2,  # a shared expert in each block
+        "jamba": FFN + EXPERT,  # a dense block, then one of experts
+        "nemotron_h": ungated + ungated + ungated * EXPERTS,  # dense, shared expert, experts
+    }
     assert [spec.role for spec in finding.linears] == roles.get(family, EXPERT * BLOCKS)
     assert parameters == sum(spec.dense_parameters for spec in finding.linears)
     assert not finding.experts

@@ -20,6 +20,7 @@ from lrcompress.layers.block_runner import (
     Forward,
     replaced_forwards,
     score_gradient,
+    tuple_length,
 )
 from lrcompress.layers.ffn_layouts import find_blocks
 from lrcompress.layers.model_state import (
@@ -303,9 +304,9 @@ def _forward_backward(
         # checkpointing repeats the forward pass during the backward pass: then without hooks
         with observer.hooks(model), _output_of(blocks[-1]) as outputs:
             model.base_model(input_ids=sample, use_cache=False)  # without the head
-        returns_tuple = not isinstance(outputs[0], Tensor)
-        hidden = outputs[0][0] if returns_tuple else outputs[0]
-        gradient = score_gradient(model, hidden.detach(), sample, seed, returns_tuple)
+        hidden = outputs[0] if isinstance(outputs[0], Tensor) else outputs[0][0]
+        length = tuple_length(outputs[0])
+        gradient = score_gradient(model, hidden.detach(), sample, seed, length)
         hidden.backward(gradient)
 
 

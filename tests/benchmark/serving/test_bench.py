@@ -123,7 +123,7 @@ def test_servers_are_started_and_stopped(
     assert log.endswith("--no-enable-prefix-caching --dtype bfloat16")
     assert (out / "servers" / "dense.log").is_file()
     page = (out / "report.html").read_text("utf-8")
-    assert "time to first token, batch 4 (ms)" in page
+    assert "time to first token, batch 4</span> (ms)" in page
     assert "arguments --dtype bfloat16" in page
 
 
