@@ -70,7 +70,7 @@ def test_every_expert_is_found(family: str) -> None:
     roles = {
         "qwen2_moe": (FFN + EXPERT) * 2,
         "glm4_moe": FFN + FFN + EXPERT,
-        "granitemoehybrid": (["gate_up", "down"] + EXPERT) * 2,  # a shared expert in each block
+        "granitemoehybrid": ["gate_up", "down", *EXPERT] * 2,  # a shared expert in each block
         "jamba": FFN + EXPERT,  # a dense block, then one of experts
         "nemotron_h": ungated + ungated + ungated * EXPERTS,  # dense, shared expert, experts
     }
