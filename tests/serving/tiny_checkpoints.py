@@ -169,7 +169,16 @@ def expectation(model: Any) -> dict[str, Any]:
 
 
 # families of which vLLM knows no architecture
-NOT_IN_VLLM = ("codegen", "gpt_neo", "mpt", "openai-gpt", "xglm")
+NOT_IN_VLLM = (
+    "bamba",
+    "codegen",
+    "gpt_neo",
+    "mpt",
+    "openai-gpt",
+    "recurrent_gemma",
+    "xglm",
+    "zamba",
+)
 # without shared keys, which vLLM would believe of any config that has the number
 EQUAL_HEADS = {"num_key_value_heads": HEADS}
 # name of the folder -> family and changes of its config
