@@ -22,6 +22,15 @@ HIDDEN, WIDTH = 8, 12
 Tensors = dict[str, Tensor]
 
 
+@pytest.fixture(autouse=True)
+def no_process_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's parameters ask for the process, which no layer here does."""
+    monkeypatch.setattr("vllm.model_executor.parameter.get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(
+        "vllm.model_executor.parameter.get_tensor_model_parallel_world_size", lambda: 1
+    )
+
+
 def record(name: str, form: str, shape: tuple[int, int], rank: int | None = None) -> LinearRecord:
     return LinearRecord(f"mlp.{name}", form, *shape, rank)
 
