@@ -47,8 +47,7 @@ SPECIAL_TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
 
 # block -> (width, form of each role); None is the dense width, and roles without a form are dense
 # or narrowed
-Plan = tuple[tuple[int | None, dict[str, str]], ...]
-PLAN: Plan = (
+PLAN: tuple[tuple[int | None, dict[str, str]], ...] = (
     (56, {}),
     (56, {"gate": "factored", "up": "pivoted", "gate_up": "pivoted", "down": "pivoted"}),
     (None, {"gate": "factored", "up": "factored", "gate_up": "factored", "down": "factored"}),
@@ -57,11 +56,11 @@ PLAN: Plan = (
 RANKS = {"gate": 9, "up": 14, "gate_up": 11, "down": 13}
 
 
-def records(linears: tuple[LinearSpec, ...], plan: Plan) -> Records:
-    """The record of every linear that `plan` changes."""
+def records(linears: tuple[LinearSpec, ...]) -> Records:
+    """The record of every linear that PLAN changes."""
     changed: Records = {}
     for linear in linears:
-        width, forms = plan[linear.block]
+        width, forms = PLAN[linear.block]
         shape, form = _shape(linear, width), forms.get(linear.role)
         if form:
             changed[linear.name] = {"form": form, "rank": RANKS[linear.role], "shape": shape}
@@ -78,10 +77,10 @@ def _shape(linear: LinearSpec, width: int | None) -> list[int]:
     return [2 * width if linear.role == "gate_up" else width, linear.in_features]
 
 
-def random_checkpoint(out: Path, family: str = "llama", plan: Plan = PLAN, **changes: Any) -> Any:
-    """Saves a model of `family` whose FFNs follow `plan`, and returns it."""
+def random_checkpoint(out: Path, family: str = "llama", **changes: Any) -> Any:
+    """Saves a model of `family` whose FFNs follow PLAN, and returns it."""
     model = small_model(family, **changes)
-    return save_random(out, model, records(find_ffns(model).linears, plan))
+    return save_random(out, model, records(find_ffns(model).linears))
 
 
 def small_model(family: str = "llama", **changes: Any) -> Any:
@@ -170,8 +169,7 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def write_all(out: Path) -> None:
-    """Writes OUT/served/NAME with expected.json, OUT/refused/NAME with refusal.txt, and OUT/odd,
-    whose width two processes do not divide."""
+    """Writes OUT/served/NAME with expected.json, and OUT/refused/NAME with refusal.txt."""
     for name, (family, changes) in SERVED.items():
         _write_served(out, name, random_checkpoint(out / "served" / name, family, **changes))
     name = "llama-attention"
@@ -183,7 +181,6 @@ def write_all(out: Path) -> None:
     mixture = out / "refused" / "mixture"
     save_random(mixture, tiny_model("qwen3_moe"), {EXPERT: EXPERT_RECORD})
     (mixture / "refusal.txt").write_text(f"{EXPERT}: compressed experts are not served")
-    random_checkpoint(out / "odd", plan=((57, {}), *PLAN[1:]))
 
 
 def _write_served(out: Path, name: str, model: Any) -> None:
