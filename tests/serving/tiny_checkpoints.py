@@ -195,8 +195,7 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def write_all(out: Path) -> None:
-    """Writes OUT/served/NAME with expected.json, OUT/refused/NAME with refusal.txt, and OUT/odd,
-    whose width two processes do not divide."""
+    """Writes OUT/served/NAME with expected.json, and OUT/refused/NAME with refusal.txt."""
     for name, (family, changes) in SERVED.items():
         _write_served(out, name, random_checkpoint(out / "served" / name, family, **changes))
     name = "llama-attention"
@@ -208,7 +207,6 @@ def write_all(out: Path) -> None:
     mixture = out / "refused" / "mixture"
     save_random(mixture, tiny_model("qwen3_moe"), {EXPERT: EXPERT_RECORD})
     (mixture / "refusal.txt").write_text(f"{EXPERT}: compressed experts are not served")
-    random_checkpoint(out / "odd", plan=((57, {}), *PLAN[1:]))
 
 
 def _write_served(out: Path, name: str, model: Any) -> None:
