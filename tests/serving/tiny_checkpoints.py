@@ -18,6 +18,7 @@ import lrcompress
 from lrcompress.layers.ffn_layouts import find_ffns
 from lrcompress.layers.lowrank import PivotedLinear, rebuild
 from lrcompress.methods.types import LinearSpec
+from tests import tiny
 from tests.serving.damage import READ_FROM_CONFIG, SEEN_IN_FILES, SEEN_IN_THE_MODEL
 from tests.tiny import FAMILIES, byte_tokenizer, tiny_model
 
@@ -27,6 +28,7 @@ Records = dict[str, dict[str, Any]]
 WIDTH, HEADS, KEY_HEADS, HEAD_DIM, BLOCKS = 128, 4, 2, 32, 4
 SIZES: dict[str, Any] = {
     "hidden_size": WIDTH,
+    "intermediate_size": 176,  # of which recurrent_gemma takes half
     "n_embd": WIDTH,
     "d_model": WIDTH,
     "word_embed_proj_dim": WIDTH,
@@ -40,7 +42,10 @@ SIZES: dict[str, Any] = {
     "n_layers": BLOCKS,
     "num_layers": BLOCKS,
     "attention_types": [[["global", "local"], BLOCKS // 2]],
-    "layer_types": ["conv", "full_attention"] * (BLOCKS // 2),
+    "global_head_dim": HEAD_DIM,
+    # the width of the states of a mamba is that of its heads together, 2 x hidden_size
+    "mamba_d_head": HEAD_DIM,
+    "mamba_d_ssm": 2 * WIDTH,
 }
 # every family has them; without, some have ends of text that the vocabulary has not
 SPECIAL_TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
@@ -86,8 +91,19 @@ def random_checkpoint(out: Path, family: str = "llama", plan: Plan = PLAN, **cha
 
 def small_model(family: str = "llama", **changes: Any) -> Any:
     """A dense model that vLLM can run, with `changes` of its config."""
-    sizes = {key: size for key, size in SIZES.items() if key in FAMILIES[family]}
-    return tiny_model(family, **(sizes | SPECIAL_TOKENS | changes))
+    keys = FAMILIES[family]
+    sizes = {key: size for key, size in SIZES.items() if key in keys}
+    return tiny_model(family, **(sizes | _per_block(keys) | SPECIAL_TOKENS | changes))
+
+
+def _per_block(keys: dict[str, Any]) -> dict[str, Any]:
+    """Lists with a value for each block of tests/tiny.py, repeated for the blocks here."""
+    lists = {key: values for key, values in keys.items() if isinstance(values, list)}
+    return {
+        key: values * (BLOCKS // len(values))
+        for key, values in lists.items()
+        if len(values) == tiny.BLOCKS
+    }
 
 
 def save_random(out: Path, model: Any, changed: Records) -> Any:
@@ -153,7 +169,16 @@ def expectation(model: Any) -> dict[str, Any]:
 
 
 # families of which vLLM knows no architecture
-NOT_IN_VLLM = ("codegen", "gpt_neo", "mpt", "openai-gpt", "xglm")
+NOT_IN_VLLM = (
+    "bamba",
+    "codegen",
+    "gpt_neo",
+    "mpt",
+    "openai-gpt",
+    "recurrent_gemma",
+    "xglm",
+    "zamba",
+)
 # without shared keys, which vLLM would believe of any config that has the number
 EQUAL_HEADS = {"num_key_value_heads": HEADS}
 # name of the folder -> family and changes of its config
@@ -170,8 +195,7 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def write_all(out: Path) -> None:
-    """Writes OUT/served/NAME with expected.json, OUT/refused/NAME with refusal.txt, and OUT/odd,
-    whose width two processes do not divide."""
+    """Writes OUT/served/NAME with expected.json, and OUT/refused/NAME with refusal.txt."""
     for name, (family, changes) in SERVED.items():
         _write_served(out, name, random_checkpoint(out / "served" / name, family, **changes))
     name = "llama-attention"
@@ -183,7 +207,6 @@ def write_all(out: Path) -> None:
     mixture = out / "refused" / "mixture"
     save_random(mixture, tiny_model("qwen3_moe"), {EXPERT: EXPERT_RECORD})
     (mixture / "refusal.txt").write_text(f"{EXPERT}: compressed experts are not served")
-    random_checkpoint(out / "odd", plan=((57, {}), *PLAN[1:]))
 
 
 def _write_served(out: Path, name: str, model: Any) -> None:

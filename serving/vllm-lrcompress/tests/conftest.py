@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+CHECKPOINTS = Path(os.environ["LRCOMPRESS_CHECKPOINTS"])
 os.environ |= {
+    "VLLM_CACHE_ROOT": f"{CHECKPOINTS}-cache",  # not that of the user
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -21,8 +23,6 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-
-CHECKPOINTS = Path(os.environ["LRCOMPRESS_CHECKPOINTS"])
 
 
 @contextmanager

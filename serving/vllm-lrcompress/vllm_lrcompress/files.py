@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -155,15 +156,27 @@ def _check_count(
     if not record.exists():
         return
     saved = _read_json(record).get("saved", {}).get("parameters")
-    uncounted = {
-        f"{r.name}.{path}"
-        for r in records.values()
-        if r.rank is not None
-        for path in ("weight", "order")
-    }
+    uncounted = _uncounted(records, tensors)
     stored = sum(math.prod(t.shape) for name, t in tensors.items() if name not in uncounted)
     if saved not in (None, stored):
         raise CheckpointError(
             f"{folder}: the files hold {stored} numbers and lrcompress.json says {saved}, so a "
             f"tensor is missing or changed: {INTACT}, or ask `lrcompress verify` what differs"
         )
+
+
+def _uncounted(
+    records: Mapping[str, LinearRecord], tensors: Mapping[str, StoredTensor]
+) -> set[str]:
+    """Guards and orders. Blocks that share a layer have these each, and its record names one."""
+    low_rank = {_unnumbered(r.name) for r in records.values() if r.rank is not None}
+    return {
+        name
+        for name, tensor in tensors.items()
+        if _unnumbered(name.rpartition(".")[0]) in low_rank
+        and (name.endswith(".order") or (name.endswith(".weight") and tensor.shape == (1,)))
+    }
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"\d+", "", name)
