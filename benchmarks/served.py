@@ -45,12 +45,15 @@ ENVIRONMENT = {
 
 @contextmanager
 def server(vllm: Path, folder: Path, dtype: str, length: int, port: int) -> Iterator[str]:
-    """The address of a server of `folder`, which is stopped afterwards."""
+    """The address of a server of `folder`, which is stopped afterwards.
+
+    Without torch.compile, which takes minutes where each block has widths of its own.
+    """
     command = [vllm, "serve", folder, "--served-model-name", "model", "--dtype", dtype]
     options = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(length)]
     log = Path(tempfile.gettempdir(), f"vllm-{dtype}.log").open("w")  # noqa: SIM115
     process = subprocess.Popen(
-        [*command, *options, "--no-enable-prefix-caching"],
+        [*command, *options, "--enforce-eager", "--no-enable-prefix-caching"],
         env=os.environ | ENVIRONMENT,
         stdout=log,
         stderr=log,

@@ -28,7 +28,6 @@ Records = dict[str, dict[str, Any]]
 WIDTH, HEADS, KEY_HEADS, HEAD_DIM, BLOCKS = 128, 4, 2, 32, 4
 SIZES: dict[str, Any] = {
     "hidden_size": WIDTH,
-    "intermediate_size": 176,  # of which recurrent_gemma takes half
     "n_embd": WIDTH,
     "d_model": WIDTH,
     "word_embed_proj_dim": WIDTH,
