@@ -24,6 +24,8 @@ from lrcompress.training.trainer import BlockDataset, EarlyStopping, TextTrainer
 
 STATE_FILE = "trainer_state.json"
 
+# relative fall of the held-out loss that the order of its sums can make
+ROUNDING = 1e-6
 MakeTrainer = Callable[..., TextTrainer]  # a subclass, or one with some arguments set
 
 
@@ -144,7 +146,7 @@ class TrainingLoop:
         before = losses[0][1]
         best_step = state.best_global_step  # None if only the first loss, or none, was finite
         diverged, limit = self.early_stopping.diverged, self.time_limit
-        if best_step is None or before is None or not after < before:
+        if best_step is None or before is None or not after < (1 - ROUNDING) * before:
             outcome = f"diverged: {diverged}" if diverged else "gained nothing on held-out text"
             first = "not finite" if before is None else f"{before:.4g}"
             raise InputError(
