@@ -179,7 +179,7 @@ NOT_IN_VLLM = (
     "xglm",
     "zamba",
 )
-# families whose log-probabilities differ in vLLM
+# families whose log-probabilities differ in vLLM: refused
 DIFFERENT_IN_VLLM = ("gemma3n_text",)
 # without shared keys, which vLLM would believe of any config that has the number
 EQUAL_HEADS = {"num_key_value_heads": HEADS}
@@ -210,6 +210,9 @@ def write_all(out: Path) -> None:
         folder = shutil.copytree(out / "served" / "llama", out / "refused" / damage.__name__)
         damage(folder)
         (folder / "refusal.txt").write_text(refusal)
+    for family in DIFFERENT_IN_VLLM:
+        random_checkpoint(out / "refused" / family, family)
+        (out / "refused" / family / "refusal.txt").write_text(f"{family} is not served")
     mixture = out / "refused" / "mixture"
     save_random(mixture, tiny_model("qwen3_moe"), {EXPERT: EXPERT_RECORD})
     (mixture / "refusal.txt").write_text(f"{EXPERT}: compressed experts are not served")
