@@ -21,7 +21,7 @@ from vllm_lrcompress.records import CheckpointError, read_records
 
 # models whose 2-D weights vLLM transposes by their names, which a changed linear has not turned
 TRANSPOSED = ("gpt2",)
-# models whose log-probabilities in vLLM 0.32 are not those of transformers
+# models whose log-probabilities in vLLM 0.32 are not those of transformers, dense ones either
 DIFFERENT = ("gemma3n", "gemma3n_text")
 
 
