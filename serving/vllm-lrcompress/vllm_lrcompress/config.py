@@ -21,6 +21,8 @@ from vllm_lrcompress.records import CheckpointError, read_records
 
 # models whose 2-D weights vLLM transposes by their names, which a changed linear has not turned
 TRANSPOSED = ("gpt2",)
+# models whose log-probabilities in vLLM 0.32 are not those of transformers, dense ones either
+DIFFERENT = ("gemma3n", "gemma3n_text")
 
 
 class LowRankConfig(QuantizationConfig):
@@ -57,7 +59,13 @@ class LowRankConfig(QuantizationConfig):
 
         Of other places (a hub id) the layers check each tensor as it arrives.
         """
-        self.transposed = getattr(hf_config, "model_type", None) in TRANSPOSED
+        model_type = getattr(hf_config, "model_type", None)
+        if model_type in DIFFERENT:
+            raise CheckpointError(
+                f"{model_type} is not served, because vLLM computes other log-probabilities than "
+                "transformers: use the checkpoint with transformers"
+            )
+        self.transposed = model_type in TRANSPOSED
         if Path(model_name).is_dir():
             check_folder(Path(model_name), self.records)
 
