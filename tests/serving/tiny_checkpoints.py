@@ -193,6 +193,7 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "biogpt": ("biogpt", EQUAL_HEADS),
     "falcon": ("falcon", {"ffn_hidden_size": 4 * WIDTH}),  # vLLM knows no other
     "gpt_neox": ("gpt_neox", EQUAL_HEADS),
+    "lfm2": ("lfm2", {"conv_dim": WIDTH}),  # which configs of real models have
     "opt": ("opt", EQUAL_HEADS),
     "persimmon": ("persimmon", EQUAL_HEADS),
     "llama-biases": ("llama", {"mlp_bias": True, "attention_bias": True}),

@@ -21,6 +21,8 @@ from vllm_lrcompress.records import CheckpointError, read_records
 
 # models whose 2-D weights vLLM transposes by their names, which a changed linear has not turned
 TRANSPOSED = ("gpt2",)
+# what vLLM calls fused linears, for model classes that do not say what they fuse, such as stablelm
+FUSED = {"gate_up_proj": ["gate_proj", "up_proj"], "qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 # models whose log-probabilities in vLLM 0.32 are not those of transformers, dense ones either
 DIFFERENT = ("gemma3n", "gemma3n_text")
 
@@ -92,7 +94,12 @@ class LowRankConfig(QuantizationConfig):
         parent, _, last = prefix.rpartition(".")
         if prefix in self.modules:
             return [prefix]
-        return [f"{parent}.{name}" for name in self.packed_modules_mapping.get(last, [last])]
+        packed = self.packed_modules_mapping.get(last, [last])
+        if packed == [last] and any(
+            f"{parent}.{name}" in self.modules for name in FUSED.get(last, ())
+        ):
+            packed = FUSED[last]
+        return [f"{parent}.{name}" for name in packed]
 
 
 class QuantizedLowRankConfig(LowRankConfig):
