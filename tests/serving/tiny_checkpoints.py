@@ -193,7 +193,8 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "biogpt": ("biogpt", EQUAL_HEADS),
     "falcon": ("falcon", {"ffn_hidden_size": 4 * WIDTH}),  # vLLM knows no other
     "gpt_neox": ("gpt_neox", EQUAL_HEADS),
-    "lfm2": ("lfm2", {"conv_dim": WIDTH}),  # which configs of real models have
+    # sizes that configs of real models have beside hidden_size
+    "lfm2": ("lfm2", {"conv_dim": WIDTH, "block_dim": WIDTH}),
     "opt": ("opt", EQUAL_HEADS),
     "persimmon": ("persimmon", EQUAL_HEADS),
     "llama-biases": ("llama", {"mlp_bias": True, "attention_bias": True}),
