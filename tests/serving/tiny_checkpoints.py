@@ -180,7 +180,7 @@ NOT_IN_VLLM = (
     "zamba",
 )
 # families whose log-probabilities differ in vLLM: refused
-DIFFERENT_IN_VLLM = ("gemma3n_text",)
+DIFFERENT_IN_VLLM = ("gemma3n_text", "lfm2")
 # without shared keys, which vLLM would believe of any config that has the number
 EQUAL_HEADS = {"num_key_value_heads": HEADS}
 # name of the folder -> family and changes of its config
@@ -193,8 +193,6 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "biogpt": ("biogpt", EQUAL_HEADS),
     "falcon": ("falcon", {"ffn_hidden_size": 4 * WIDTH}),  # vLLM knows no other
     "gpt_neox": ("gpt_neox", EQUAL_HEADS),
-    # sizes that configs of real models have beside hidden_size
-    "lfm2": ("lfm2", {"conv_dim": WIDTH, "block_dim": WIDTH}),
     "opt": ("opt", EQUAL_HEADS),
     "persimmon": ("persimmon", EQUAL_HEADS),
     "llama-biases": ("llama", {"mlp_bias": True, "attention_bias": True}),

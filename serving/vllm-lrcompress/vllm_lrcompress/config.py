@@ -23,8 +23,9 @@ from vllm_lrcompress.records import CheckpointError, read_records
 TRANSPOSED = ("gpt2",)
 # what vLLM calls fused linears, for model classes that do not say what they fuse, such as stablelm
 FUSED = {"gate_up_proj": ["gate_proj", "up_proj"], "qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-# models whose log-probabilities in vLLM 0.32 are not those of transformers, dense ones either
-DIFFERENT = ("gemma3n", "gemma3n_text")
+# models whose log-probabilities in vLLM 0.32 are not those of transformers; of gemma3n, dense ones
+# either
+DIFFERENT = ("gemma3n", "gemma3n_text", "lfm2")
 
 
 class LowRankConfig(QuantizationConfig):
@@ -64,8 +65,8 @@ class LowRankConfig(QuantizationConfig):
         model_type = getattr(hf_config, "model_type", None)
         if model_type in DIFFERENT:
             raise CheckpointError(
-                f"{model_type} is not served, because vLLM computes other log-probabilities than "
-                "transformers: use the checkpoint with transformers"
+                f"{model_type} is not served, because its log-probabilities in vLLM are not those "
+                "in transformers: use the checkpoint with transformers"
             )
         self.transposed = model_type in TRANSPOSED
         if Path(model_name).is_dir():
