@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lrcompress
+from lrcompress.checkpoint.export.gguf_families import FAMILIES as GGUF_FAMILIES
 from lrcompress.methods.targets import TARGETS, Target
 from tests.conftest import invoke
 from tests.tiny import byte_tokenizer, logits, saved_model, tiny_model
@@ -195,3 +196,8 @@ def test_streaming_gives_the_shapes_of_memory(
         record = json.loads((tmp_path / name / "lrcompress.json").read_text())
         shapes.append([linear["shape"] for linear in record["linears"]])
     assert shapes[0] == shapes[1]
+
+
+def test_gguf_leaves_widths_of_their_own_to_the_families_that_can_be_exported_so() -> None:
+    exported = {name for name, family in GGUF_FAMILIES.items() if family.per_block_width}
+    assert TARGETS["gguf"].own_widths == exported

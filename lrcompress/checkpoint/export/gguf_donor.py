@@ -57,7 +57,7 @@ def _read_errors_explained(name: str) -> Iterator[None]:
     """Turns errors of reading a damaged GGUF file into one InputError."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # the reader trusts lengths and types in the file
         reason = " ".join(str(error).split())[:200] or type(error).__name__
