@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from lrcompress.layers.bfloat16_linears import bfloat16_linears
 from lrcompress.layers.model_state import evaluation_mode
 from lrcompress.layers.nonfinite import explain_nonfinite
 from lrcompress.layers.token_ids import check_token_ids
@@ -47,7 +48,12 @@ def sampled_blocks(
     count = documents_per_block * num_samples
     generator = torch.Generator().manual_seed(seed)
     starts = range(0, count, DOCUMENTS_PER_BATCH)
-    with evaluation_mode(model), _plain_decoding(model), torch.random.fork_rng():
+    with (
+        evaluation_mode(model),
+        bfloat16_linears(model),
+        _plain_decoding(model),
+        torch.random.fork_rng(),
+    ):
         torch.manual_seed(seed)
         batches = [
             _write(model, min(DOCUMENTS_PER_BATCH, count - start), length, bos, generator)
