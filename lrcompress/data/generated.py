@@ -68,7 +68,7 @@ def sampled_blocks(
 
 
 def _first_tokens(model: Any, count: int, bos: int | None, generator: torch.Generator) -> Tensor:
-    """A random token for each of `count` documents, after `bos` if there is one; (count, 1 or 2)."""
+    """A random token for each document, after `bos` if there is one; (count, 1 or 2)."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     start = torch.randint(vocabulary, (count, 1), generator=generator)
     if bos is not None:
