@@ -2,11 +2,11 @@
 
     python benchmarks/served.py DIR --python .venv-serve/bin/python [--text pydoc:test]
 
-Runs in the environment of lrcompress and starts vLLM's server of DIR by the Python of its own, on the
-loopback address and one thread: once in float32, for the greedy continuations of five prompts and the
-log-probabilities of the text's tokens, and once in bfloat16, for its perplexity. Exits with 1 where
-a continuation differs, a log-probability by more than 1e-3, or the perplexity by more than 0.5 %
-from that of transformers in float32.
+Runs in the environment of lrcompress and starts vLLM's server of DIR by the Python of its own, on
+the loopback address and one thread: once in float32, for the greedy continuations of five prompts
+and the log-probabilities of the text's tokens, and once in bfloat16, for its perplexity. Exits with
+1 where a continuation differs, a log-probability by more than 1e-3, or the perplexity by more than
+0.5 % from that of transformers in float32.
 """
 
 from __future__ import annotations
