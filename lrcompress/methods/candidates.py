@@ -143,7 +143,7 @@ def _curves(
         rank_errors = [float("nan")] * len(ranks)
         if errors and ranks:
             weight, statistics = ffn.weights[linear.name], ffn.statistics[linear.name]
-            rank_errors = method.error_curve(weight, statistics)[ranks].tolist()
+            rank_errors = method.error_curve(weight, statistics).cpu()[ranks].tolist()
         yield _curve(linear, ranks, rank_errors, grid, narrowed)
 
 

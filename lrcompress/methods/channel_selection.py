@@ -68,14 +68,16 @@ def _choose(
 ) -> tuple[Tensor, list[float]]:
     """Up to CHANNELS_PER_UPDATE channels of `pool` with their gains, greedy and exact in the pool.
 
-    Stops where a channel outside the pool may gain more than the best in the pool.
+    Stops where a channel outside the pool may gain more than the best in the pool. Every step asks
+    for values of small matrices: they are copied to the CPU once.
     """
     rows = D[pool]
     images = R @ rows.T
-    residual, S, pool_floor = rows[:, pool].clone(), images.T @ images, floor[pool]
+    residual, S = rows[:, pool].clone().cpu(), (images.T @ images).cpu()
+    pool_floor, pool = floor[pool].cpu(), pool.cpu()
     chosen: list[int] = []
     chosen_gains: list[float] = []
-    free = torch.ones(len(pool), dtype=torch.bool, device=D.device)
+    free = torch.ones(len(pool), dtype=torch.bool)
     for _ in range(min(CHANNELS_PER_UPDATE, len(pool))):
         diagonal = residual.diagonal()
         usable = free & (diagonal > pool_floor)
