@@ -16,6 +16,8 @@ import argparse
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,35 +41,28 @@ def write_model(folder: Path, shape: str) -> None:
     save_random_model(shapes[shape], folder)
 
 
-def time_decode(models: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds of one token for each sequence, of every model below `models`, in turns."""
+def time_decode(models: Path, arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Seconds of one token for each sequence, of every model below `models`, in turns.
+
+    Gives the rows of one path and batch size at a time; what cannot be captured comes last.
+    """
     import torch
 
     from lrcompress.benchmark.timer import run_alternating, seconds_per_call
     from lrcompress.runtime.progress import silent
 
     loaded = {name: load(models / name, arguments.device) for name in model_names(models)}
-    device, rows = torch.device(arguments.device), []
+    device, repeats = torch.device(arguments.device), arguments.repeats
     paths = (EAGER, GRAPH) if device.type == "cuda" else (EAGER,)
-    for batch_size in map(int, arguments.batch_size.split(",")):
-        for path in paths:
-            steps = WARM_UP + CALLS * (arguments.repeats + 1)
-            runs = {
-                name: decode_step(model, batch_size, arguments.prompt_length, steps)
-                for name, model in loaded.items()
-            }
-            if path == GRAPH:
-                runs = {name: captured(run) for name, run in runs.items()}
-            seconds = run_alternating(
-                runs,
-                arguments.repeats,
-                lambda run: seconds_per_call(run, device, CALLS),
-                silent,
-                "",
-            )
-            setting = {"batch_size": batch_size, "path": path}
-            rows += [setting | {"name": name, "seconds": s} for name, s in seconds.items()]
-    return rows
+    for path, batch_size in product(paths, map(int, arguments.batch_size.split(","))):
+        steps, length = WARM_UP + CALLS * (repeats + 1), arguments.prompt_length
+        runs = {name: decode_step(m, batch_size, length, steps) for name, m in loaded.items()}
+        if path == GRAPH:
+            runs = {name: captured(run) for name, run in runs.items()}
+        timed = partial(seconds_per_call, device=device, calls=CALLS)
+        seconds = run_alternating(runs, repeats, timed, silent, "")
+        setting = {"batch_size": batch_size, "path": path}
+        yield [setting | {"name": name, "seconds": values} for name, values in seconds.items()]
 
 
 def model_names(folder: Path) -> list[str]:
@@ -260,8 +255,10 @@ def run_model(arguments: argparse.Namespace) -> None:
 
 
 def run_graphs(arguments: argparse.Namespace) -> None:
-    rows = time_decode(arguments.folder, arguments)
-    arguments.out.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    finished: list[dict[str, Any]] = []
+    for rows in time_decode(arguments.folder, arguments):
+        finished += rows
+        arguments.out.write_text(json.dumps(finished, indent=1) + "\n", "utf-8")
 
 
 def run_start(arguments: argparse.Namespace) -> None:
