@@ -173,7 +173,8 @@ def bench_table(bench: Mapping[str, Any]) -> str:
         peak = timing["peak"]
         rows.append([*cells, "" if peak is None else f"{peak / 2**20:,.0f}"])
     titles = ["pass", "model", "ms", "speed-up", "ideal", "peak MiB"]
-    return f"{bench['title']}\n\n{table(titles, rows)}"
+    title = Path(bench["title"]).name  # a model is named by its folder, not by where that is
+    return f"{title}\n\n{table(titles, rows)}"
 
 
 def graph_table(timings: Sequence[Mapping[str, Any]]) -> str:
@@ -202,7 +203,8 @@ def scale_table(cases: Mapping[str, Any]) -> str:
         rows.append(["all", f"{sum(seconds.values()):,.1f}"])
         peak = case["gpu_memory"]
         memory = "" if peak is None else f", at most {peak / 2**30:.1f} GiB of the GPU"
-        blocks = f"{case['shape']['blocks']} blocks"
+        count = case["shape"]["blocks"]
+        blocks = "1 block" if count == 1 else f"{count} blocks"
         parts.append(f"{name}, {blocks}{memory}\n\n{table(['stage', 'seconds'], rows)}")
     return "\n\n".join(parts)
 

@@ -35,7 +35,7 @@ def timing(name: str, median: float, **more: Any) -> dict[str, Any]:
 
 SPEEDUP = {"ratio": 2.5, "low": 2.25, "high": 2.75, "ideal": 3.125}
 BENCH = {
-    "title": "FFN",
+    "title": "/somewhere/FFN",
     "timings": [
         timing("dense", 0.005),
         timing("pivoted 0.32", 0.002, speedup=SPEEDUP, peak=3 * 2**20),
@@ -97,7 +97,7 @@ def test_tables_have_the_results_of_every_part_and_the_errors(
         "| 8 | CUDA graph | dense | 5 |  |",
         "| 8 | CUDA graph | pivoted | 2 | 2.50 |",
         "**Failed**: not finished in 200 s",  # what it had finished is shown
-        "8B, auto, 1 blocks, at most 2.5 GiB of the GPU",
+        "8B, auto, 1 block, at most 2.5 GiB of the GPU",
         "| second moments | 1.2 |",
         "| all | 3.8 |",
         "**Failed**: RuntimeError: no kernel",
