@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from lrcompress.layers.bfloat16_linears import bfloat16_linears
 from lrcompress.layers.model_state import evaluation_mode
 from lrcompress.layers.nonfinite import explain_nonfinite
 from lrcompress.layers.token_ids import check_token_ids
 from lrcompress.runtime.errors import InputError, NotFiniteError
 from lrcompress.runtime.progress import Progress
 
-DOCUMENTS_PER_BATCH = 64
+# at most; a step costs nearly the same for few documents as for many
+DOCUMENTS_PER_BATCH = 128
 # tokens of a document at most: each further token of a longer document costs more time
 MAX_DOCUMENT_LENGTH = 256
 MIN_BLOCK_LENGTH = 8
@@ -45,22 +47,28 @@ def sampled_blocks(
         )
     documents_per_block = -(-seq_len // length)
     count = documents_per_block * num_samples
+    batches = torch.arange(count).tensor_split(-(-count // DOCUMENTS_PER_BATCH))
     generator = torch.Generator().manual_seed(seed)
-    starts = range(0, count, DOCUMENTS_PER_BATCH)
-    with evaluation_mode(model), _plain_decoding(model), torch.random.fork_rng():
+    steps = len(batches) * length
+    tokens = iter(progress(range(steps), "Writing calibration text", steps))
+    sampling = _InverseTransformSampling(tokens)
+    with (
+        evaluation_mode(model),
+        bfloat16_linears(model),
+        _plain_decoding(model),
+        torch.random.fork_rng(),
+    ):
         torch.manual_seed(seed)
-        batches = [
-            _write(model, min(DOCUMENTS_PER_BATCH, count - start), length, bos, generator)
-            for start in progress(starts, "Writing calibration text", len(starts))
-        ]
-    packed = torch.cat(batches).view(num_samples, documents_per_block * length)
+        starts = (_first_tokens(model, len(batch), bos, generator) for batch in batches)
+        documents = torch.cat([_continued(model, start, length, sampling) for start in starts])
+    for _ in tokens:  # the first ones were not sampled
+        pass
+    packed = documents.view(num_samples, documents_per_block * length)
     return packed[:, :seq_len].contiguous()
 
 
-def _write(
-    model: Any, count: int, length: int, bos: int | None, generator: torch.Generator
-) -> Tensor:
-    """`count` documents of `length` tokens, (count, length)."""
+def _first_tokens(model: Any, count: int, bos: int | None, generator: torch.Generator) -> Tensor:
+    """A random token for each document, after `bos` if there is one; (count, 1 or 2)."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     start = torch.randint(vocabulary, (count, 1), generator=generator)
     if bos is not None:
@@ -71,12 +79,16 @@ def _write(
         raise NotFiniteError(
             f"the model's logits are not finite, {explain_nonfinite(model, start)}"
         )
-    mask = torch.ones_like(start)
+    return start
+
+
+def _continued(model: Any, start: Tensor, length: int, sampling: LogitsProcessor) -> Tensor:
+    """Documents (count, length) that begin with `start` (count, 1 or 2)."""
     documents: Tensor = model.generate(
         input_ids=start,
-        attention_mask=mask,
+        attention_mask=torch.ones_like(start),
         max_length=length,
-        logits_processor=LogitsProcessorList([_InverseTransformSampling()]),
+        logits_processor=LogitsProcessorList([sampling]),
     )
     return documents.cpu()
 
@@ -85,10 +97,15 @@ class _InverseTransformSampling(LogitsProcessor):  # type: ignore[misc]
     """Draws each next token from the softmax of its logits, and leaves that token the highest.
 
     One random number a row, looked up in the cumulative distribution, is several times faster than
-    `torch.multinomial`, which draws one for each entry of the vocabulary.
+    `torch.multinomial`, which draws one for each entry of the vocabulary. Every token is one of the
+    `steps` of a progress display.
     """
 
+    def __init__(self, steps: Iterator[int]) -> None:
+        self.steps = steps
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        next(self.steps)
         cumulative = scores.softmax(-1).cumsum(-1)  # (documents, vocabulary)
         # of float32 sums the last is not exactly 1
         drawn = torch.rand_like(cumulative[:, -1:]) * cumulative[:, -1:]

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
-
-# width of hidden states from which on bfloat16 products pay for the conversion of weights
-BFLOAT16_MINIMUM_WIDTH = 512
 
 
 @contextmanager
@@ -40,29 +36,6 @@ def in_float32(block: nn.Module) -> Iterator[None]:
     finally:
         for tensor, dtype in original_dtypes:
             tensor.data = tensor.data.to(dtype)
-
-
-@contextmanager
-def bfloat16_products(model: Any, wanted: bool = True) -> Iterator[None]:
-    """Inside, if `wanted`, a wide float32 model on a CPU multiplies bfloat16 and sums float32.
-
-    This is for passes whose results are means over many tokens, shrunk and damped afterwards: other
-    text moves them far more. It takes half the time where the CPU has instructions
-    for it; elsewhere, and for other models, nothing changes.
-    """
-    width = int(getattr(model.config.get_text_config(decoder=True), "hidden_size", 0))
-    is_wide = width >= BFLOAT16_MINIMUM_WIDTH
-    is_float32 = model.dtype == torch.float32 and model.device.type == "cpu"
-    if wanted and is_wide and is_float32 and torch.cpu._is_avx512_bf16_supported():
-        with torch.autocast("cpu", torch.bfloat16):
-            yield
-    else:
-        yield
-
-
-def exact_products() -> torch.autocast:
-    """Inside, nothing is rounded to bfloat16, as in hooks that sum what a model computes."""
-    return torch.autocast("cpu", enabled=False)
 
 
 @contextmanager

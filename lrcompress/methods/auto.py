@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from lrcompress.methods.linalg import energies, error_curve, nested_grams, to_float64
+from lrcompress.methods.narrowing import down_of, rows_of
 from lrcompress.methods.nystrom import Nystrom
 from lrcompress.methods.svd import FisherSVD
-from lrcompress.methods.types import FFN, ChannelOrder
+from lrcompress.methods.types import FFN, ChannelOrder, LinearSpec, NarrowedCurves
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,37 @@ class Auto(FisherSVD):
             output_shrinkage=self.output_shrinkage,
         )
 
-    def order(self, ffn: FFN) -> ChannelOrder:
-        return self._nystrom().order(ffn)
+    def order(self, ffn: FFN, widths: Collection[int] = ()) -> ChannelOrder:
+        return self._nystrom().order(ffn, widths)
+
+    def narrowed_curves(self, ffn: FFN, order: ChannelOrder) -> NarrowedCurves:
+        """As `error_curve` of each linear after `narrow`, from products that all widths share.
+
+        Dampings are left out where they would take products of their own: down_proj's, which are
+        small beside the shrinkage, and the dependence of the others on the width. Gate and up have
+        their curves at the full width too.
+        """
+        down, _ = down_of(ffn)
+        curves = {width: {down.name: error_curve(energies(g))} for width, g in order.grams.items()}
+        curves[down.in_features] = {}
+        for linear in ffn.linears:
+            if linear is not down:
+                for width, gram in self._grams(ffn, linear, order):
+                    full_rank = linear.narrowed(width).full_rank
+                    curves[width][linear.name] = error_curve(energies(gram)[:full_rank])
+        return curves
+
+    def _grams(
+        self, ffn: FFN, linear: LinearSpec, order: ChannelOrder
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Lᵀ W_Jᵀ G_JJ W_J L (in, in) of gate or up for the channels J of each width; X = L Lᵀ."""
+        statistics = ffn.statistics[linear.name]
+        widths = [*sorted(order.grams), len(order.channels)]
+        scaled = self.metric(statistics).scale(to_float64(ffn.weights[linear.name]).T).T
+        bounds = zip([0, *widths], widths, strict=False)
+        groups = [rows_of(linear, order.channels[start:end]) for start, end in bounds]
+        metric = self.output_metric(statistics).matrix
+        return zip(widths, nested_grams(scaled, metric, groups), strict=True)
 
     def narrow(self, ffn: FFN, channels: Tensor) -> FFN:
         return self._nystrom().narrow(ffn, channels)

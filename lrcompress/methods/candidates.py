@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lrcompress.methods.costs import FormCosts
@@ -87,12 +88,17 @@ def list_candidates(
     """
     if not grid.truncates(method) and ffn.down is None:
         raise InputError(_cannot_narrow(ffn, method))
+    shapes: list[WidthOption] = []
+    channels: Tensor | None = None
+    errors_of_ranks: Mapping[str, Tensor] = {}
     if method.narrows and ffn.down is not None:
-        shapes, channels = _narrowed_shapes(ffn, method, grid, errors)
-    else:
-        shapes, channels = [], None
-    full = WidthOption(None, 0.0, tuple(_curves(ffn, method, grid, errors, narrowed=False)))
-    return Candidates(ffn.name, ffn.linears, (full, *shapes)), channels
+        shapes, channels, errors_of_ranks = _narrowed_shapes(ffn, method, grid, errors)
+    full = None
+    if grid.truncates(method):
+        full = _errors(ffn, method, errors_of_ranks, errors)
+    curves = _curves(ffn.linears, full, grid, narrowed=False)
+    options = (WidthOption(None, 0.0, tuple(curves)), *shapes)
+    return Candidates(ffn.name, ffn.linears, options), channels
 
 
 def _cannot_narrow(ffn: FFN, method: Method) -> str:
@@ -112,22 +118,25 @@ def _cannot_narrow(ffn: FFN, method: Method) -> str:
 
 def _narrowed_shapes(
     ffn: FFN, method: Method, grid: CandidateGrid, errors: bool
-) -> tuple[list[WidthOption], Tensor]:
+) -> tuple[list[WidthOption], Tensor, Mapping[str, Tensor]]:
+    """The widths below the full one, the channels in their order, and what errors at the full
+    width came with them, by linear."""
     assert ffn.down is not None
-    with stage("choices_of_channels"):
-        order = method.order(ffn)
     full_width = ffn.down.in_features
-    combined = {_nearest_multiple(s * full_width, grid.multiple) for s in COMBINED_WIDTH_SHARES}
+    widths = grid.widths(ffn.linears, full_width)
+    combined: set[int] = set()
+    if grid.truncates(method) and errors:
+        combined = {_nearest_multiple(s * full_width, grid.multiple) for s in COMBINED_WIDTH_SHARES}
+        combined.intersection_update(widths)
+    with stage("choices_of_channels"):
+        order = method.order(ffn, combined)
+    errors_of_ranks = method.narrowed_curves(ffn, order) if combined else {}
     shapes = []
-    for width in grid.widths(ffn.linears, full_width):
-        if grid.truncates(method) and errors and width in combined:
-            narrowed = method.narrow(ffn, order.channels[:width])
-            curves = _curves(narrowed, method, grid, errors, narrowed=True)
-        else:
-            linears = (linear.narrowed(width) for linear in ffn.linears)
-            curves = (_curve(linear, (), (), grid, narrowed=True) for linear in linears)
+    for width in widths:
+        linears = [linear.narrowed(width) for linear in ffn.linears]
+        curves = _curves(linears, errors_of_ranks.get(width), grid, narrowed=True)
         shapes.append(WidthOption(width, float(order.errors[width]), tuple(curves)))
-    return shapes, order.channels
+    return shapes, order.channels, errors_of_ranks.get(full_width, {})
 
 
 def _nearest_multiple(value: float, multiple: int) -> int:
@@ -135,16 +144,33 @@ def _nearest_multiple(value: float, multiple: int) -> int:
 
 
 def _curves(
-    ffn: FFN, method: Method, grid: CandidateGrid, errors: bool, narrowed: bool
+    linears: Sequence[LinearSpec],
+    errors: Mapping[str, Tensor] | None,
+    grid: CandidateGrid,
+    narrowed: bool,
 ) -> Iterator[RankCurve]:
-    """The curve of each linear of `ffn`, which may already be `narrowed`."""
-    for linear in ffn.linears:
-        ranks = grid.ranks(linear, narrowed) if grid.truncates(method) else []
-        rank_errors = [float("nan")] * len(ranks)
-        if errors and ranks:
-            weight, statistics = ffn.weights[linear.name], ffn.statistics[linear.name]
-            rank_errors = method.error_curve(weight, statistics).cpu()[ranks].tolist()
+    """The curve of each linear, with its `errors` by rank; dense alone where they are None."""
+    for linear in linears:
+        ranks = [] if errors is None else grid.ranks(linear, narrowed)
+        rank_errors = [] if errors is None else errors[linear.name].cpu()[ranks].tolist()
         yield _curve(linear, ranks, rank_errors, grid, narrowed)
+
+
+def _errors(
+    ffn: FFN, method: Method, known: Mapping[str, Tensor], wanted: bool
+) -> dict[str, Tensor]:
+    """The error curve of each linear, `known` or not.
+
+    NaN unless `wanted`, which saves decompositions.
+    """
+    errors = dict(known)
+    for linear in ffn.linears:
+        name = linear.name
+        if not wanted:
+            errors[name] = torch.full((linear.full_rank + 1,), torch.nan)
+        elif name not in errors:
+            errors[name] = method.error_curve(ffn.weights[name], ffn.statistics[name])
+    return errors
 
 
 def _curve(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -9,76 +11,126 @@ from lrcompress.methods.linalg import to_float64
 from lrcompress.methods.types import ChannelOrder
 
 # channels chosen between two updates of the full matrices, and candidates from which they are
-# chosen: among the candidates every step is exact, so only a channel outside can be missed
-CHANNELS_PER_UPDATE = 32
-POOL_SIZE = 96
+# chosen: among the candidates every step is exact, so only a channel outside can be missed. Wide
+# matrices are read less often with more of both.
+CHANNELS_PER_UPDATE, POOL_SIZE = 32, 96
+WIDTH_OF_THESE = 6144
 # a channel with a smaller residual, relative to its second moment, is already reconstructed
 RESIDUAL_TOLERANCE = 1e-9
 # chosen channels are cut out of the matrices when the others are fewer than this share
 COMPACT_BELOW = 0.8
 
 
-def order_channels(second_moment: Tensor, root: Tensor) -> ChannelOrder:
+def order_channels(
+    second_moment: Tensor, root: Tensor, widths: Collection[int] = ()
+) -> ChannelOrder:
     """All channels in a greedy order: the one that lowers the error most comes first.
 
     `second_moment` C = E h hᵀ has shape (width, width), and `root` R (out, width) is the root of
-    the metric M = RᵀR = W_downᵀ G W_down, whose products are cheaper than those of M. With the
-    channels J kept and the others reconstructed from them, the error is tr(M D), where D is the
-    residual C - C_J C_JJ⁻¹ C_Jᵀ. Keeping channel j as well lowers the error by exactly
-    (D M D)_jj / D_jj (pivoted Cholesky in the metric M). D is updated for several channels at once.
+    the metric M = RᵀR = W_downᵀ G W_down. With the channels J kept and the others reconstructed
+    from them, the error is tr(M D), where D is the residual C - C_J C_JJ⁻¹ C_Jᵀ. Keeping channel j
+    as well lowers the error by exactly (D M D)_jj / D_jj (pivoted Cholesky in the metric M). At
+    `widths` the order has the Gram matrices R C_J C_JJ⁻¹ C_Jᵀ Rᵀ.
     """
-    D, R = to_float64(second_moment).clone(), to_float64(root)
-    floor = RESIDUAL_TOLERANCE * D.diagonal().clamp_min(torch.finfo(D.dtype).tiny)
-    RD = R @ D
-    dmd = RD.square().sum(0)  # diag(D M D)
-    channels = torch.arange(len(D), device=D.device)  # the channel of each row of D
-    remaining = torch.ones(len(D), dtype=torch.bool, device=D.device)
+    residual = _Residual(to_float64(second_moment).clone(), to_float64(root))
     order: list[Tensor] = []
-    errors = [float((R * RD).sum())]
-    while bool(remaining.any()):
-        pool, best_outside = _pool(D, dmd, remaining, floor)
-        chosen, gains = _choose(D, R, pool, floor, best_outside)
+    errors, gram, grams = [residual.error], residual.F.new_zeros(len(root), len(root)), {}
+    while bool(residual.remaining.any()):
+        until_width = [width - len(errors) + 1 for width in widths if width >= len(errors)]
+        chosen, gains = residual.choose(min(until_width, default=len(second_moment)))
         if not len(chosen):
             break
-        order.append(channels[chosen])
+        order.append(residual.channels[chosen])
         for gain in gains:
             errors.append(max(errors[-1] - gain, 0.0))
-        remaining[chosen] = False
-        dmd = _project_out(D, R, dmd, chosen)
-        if int(remaining.sum()) < COMPACT_BELOW * len(D):  # rows of chosen channels are zero
-            D, R = D[remaining][:, remaining], R[:, remaining]
-            dmd, floor, channels = dmd[remaining], floor[remaining], channels[remaining]
-            remaining = remaining[remaining]
-    rest = channels[remaining]  # the chosen channels reconstruct these without error
+        image = residual.project_out(chosen)
+        if widths:
+            gram.addmm_(image, image.T)
+        if len(errors) - 1 in widths:
+            grams[len(errors) - 1] = gram.clone()
+    rest = residual.channels[residual.remaining]  # the others reconstruct these without error
     tail = [errors[-1]] * (len(rest) - 1) + [0.0] if len(rest) else []
     errors = [*errors, *tail] if tail else [*errors[:-1], 0.0]
-    return ChannelOrder(torch.cat([*order, rest]), torch.tensor(errors, dtype=torch.float64))
+    return ChannelOrder(
+        channels=torch.cat([*order, rest]),
+        errors=torch.tensor(errors, dtype=torch.float64),
+        grams={width: grams.get(width, gram) for width in widths},
+    )
 
 
-def _pool(D: Tensor, dmd: Tensor, remaining: Tensor, floor: Tensor) -> tuple[Tensor, float]:
-    """The channels with the largest gains, and the largest gain of a channel outside this pool."""
-    gains = torch.where(D.diagonal() > floor, dmd / D.diagonal().clamp_min(floor), 0.0)
-    top = torch.where(remaining, gains, -1.0).topk(min(POOL_SIZE + 1, len(gains)))
-    pool = top.indices[:POOL_SIZE]
-    return pool[remaining[pool]], float(top.values[-1])
+class _Residual:
+    """What the channels chosen so far do not reconstruct.
+
+    Of the `channels` (n,) that are still in the matrices, those in `remaining` are not chosen. D
+    (n, n) is the residual of the second moment, F = R D (out, n) its image, and `dmd` (n,) the
+    diagonal of D M D, the squared norms of the columns of F.
+    """
+
+    def __init__(self, C: Tensor, R: Tensor) -> None:
+        self.D, self.F = C, R @ C
+        self.error = float((R * self.F).sum())
+        self.dmd = self.F.square().sum(0)
+        self.floor = RESIDUAL_TOLERANCE * C.diagonal().clamp_min(torch.finfo(C.dtype).tiny)
+        self.channels = torch.arange(len(C), device=C.device)
+        self.remaining = torch.ones(len(C), dtype=torch.bool, device=C.device)
+        self.steps = max(1, round(len(C) / WIDTH_OF_THESE))
+
+    def choose(self, most: int) -> tuple[Tensor, list[float]]:
+        """The next channels with their gains, at most `most`; none where nothing is left to gain.
+
+        They come from a pool of those with the largest gains.
+        """
+        size, diagonal = self.steps * POOL_SIZE, self.D.diagonal()
+        gains = torch.where(diagonal > self.floor, self.dmd / diagonal.clamp_min(self.floor), 0.0)
+        top = torch.where(self.remaining, gains, -1.0).topk(min(size + 1, len(gains)))
+        pool = top.indices[:size]
+        pool = pool[self.remaining[pool]]
+        count = min(most, self.steps * CHANNELS_PER_UPDATE)
+        return _choose(self.D, self.F, pool, self.floor, float(top.values[-1]), count)
+
+    def project_out(self, chosen: Tensor) -> Tensor:
+        """Subtracts from D and F what `chosen` reconstruct; returns R Q (out, chosen).
+
+        Q Qᵀ = D_J D_JJ⁻¹ D_Jᵀ for the chosen J: D becomes D - Q Qᵀ, and F becomes F - R Q Qᵀ.
+        """
+        D, F = self.D, self.F
+        sizes = D.diagonal()[chosen].sqrt()  # scaling by these keeps Cholesky accurate
+        rows, images = D[chosen] / sizes[:, None], F[:, chosen] / sizes
+        lower = torch.linalg.cholesky(rows[:, chosen] / sizes)
+        Q = torch.linalg.solve_triangular(lower, rows, upper=False).T
+        image: Tensor = torch.linalg.solve_triangular(lower, images.T, upper=False).T
+        self.dmd -= ((2 * (F.T @ image) - Q @ (image.T @ image)) * Q).sum(1)
+        self.dmd.clamp_min_(0)
+        D.addmm_(Q, Q.T, alpha=-1)
+        F.addmm_(image, Q.T, alpha=-1)
+        self.remaining[chosen] = False
+        self._compact()
+        return image
+
+    def _compact(self) -> None:
+        """Cuts the chosen channels out, whose rows are zero, once they are many."""
+        left = self.remaining
+        if 0 < int(left.sum()) < COMPACT_BELOW * len(left):
+            self.D, self.F = self.D[left][:, left], self.F[:, left]
+            self.dmd, self.floor = self.dmd[left], self.floor[left]
+            self.channels, self.remaining = self.channels[left], left[left]
 
 
 def _choose(
-    D: Tensor, R: Tensor, pool: Tensor, floor: Tensor, best_outside: float
+    D: Tensor, F: Tensor, pool: Tensor, floor: Tensor, best_outside: float, count: int
 ) -> tuple[Tensor, list[float]]:
-    """Up to CHANNELS_PER_UPDATE channels of `pool` with their gains, greedy and exact in the pool.
+    """Up to `count` channels of `pool` with their gains, greedy and exact in the pool.
 
     Stops where a channel outside the pool may gain more than the best in the pool. Every step asks
     for values of small matrices: they are copied to the CPU once.
     """
-    rows = D[pool]
-    images = R @ rows.T
-    residual, S = rows[:, pool].clone().cpu(), (images.T @ images).cpu()
+    images = F[:, pool]
+    residual, S = D[pool][:, pool].cpu(), (images.T @ images).cpu()
     pool_floor, pool = floor[pool].cpu(), pool.cpu()
     chosen: list[int] = []
     chosen_gains: list[float] = []
     free = torch.ones(len(pool), dtype=torch.bool)
-    for _ in range(min(CHANNELS_PER_UPDATE, len(pool))):
+    for _ in range(min(count, len(pool))):
         diagonal = residual.diagonal()
         usable = free & (diagonal > pool_floor)
         if not bool(usable.any()):
@@ -96,23 +148,6 @@ def _choose(
         S += torch.outer(d, d * s[j]).sub_(outer).sub_(outer.T)
         residual -= torch.outer(d, d * pivot)
     return torch.tensor(chosen, device=D.device, dtype=torch.long), chosen_gains
-
-
-def _project_out(D: Tensor, R: Tensor, dmd: Tensor, chosen: Tensor) -> Tensor:
-    """Subtracts from D, in place, what `chosen` reconstructs; returns the new diag(D M D).
-
-    With Q Qᵀ = D_J D_JJ⁻¹ D_Jᵀ the residual becomes D - Q Qᵀ. The new diag(D M D) follows from
-    V = D M Q, without a product of two full matrices.
-    """
-    sizes = D.diagonal()[chosen].sqrt()  # scaling by these keeps Cholesky accurate
-    rows = D[chosen] / sizes[:, None]
-    block = rows[:, chosen] / sizes
-    Q = torch.linalg.solve_triangular(torch.linalg.cholesky(block), rows, upper=False).T
-    RQ = R @ Q
-    V, inner = D @ (R.T @ RQ), RQ.T @ RQ
-    D.addmm_(Q, Q.T, alpha=-1)
-    updated: Tensor = dmd - 2 * (V * Q).sum(1) + ((Q @ inner) * Q).sum(1)
-    return updated.clamp_min(0)
 
 
 def fold_into_down(weight: Tensor, second_moment: Tensor, channels: Tensor, ridge: float) -> Tensor:

@@ -5,18 +5,17 @@ Everything computes in float64, on the device of the input where that device has
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
 from lrcompress.methods.types import Factors
 
-# diagonal entries of a pivoted QR below this share of the first count as zero
-RANK_TOLERANCE = 1e-13
+# pivots are exchanged, at most this often, until no coefficient is larger
+COEFFICIENT_LIMIT, MAX_EXCHANGES = 1.5, 64
 # the randomized range finder is cheaper than a full eigh from this size on, up to this share of
 # the full rank
 RANDOMIZED_MINIMUM = 1024
@@ -202,8 +201,37 @@ def spectrum(
 ) -> Tensor:
     """All energies of `decompose`, descending, without the terms: a third of the work."""
     W, column_metric, row_metric, _ = _sides(weight, input_metric, output_metric)
-    energies: Tensor = torch.linalg.eigvalsh(_gram(W, column_metric, row_metric))
-    return energies.flip(0).clamp_min(0)
+    return energies(_gram(W, column_metric, row_metric))
+
+
+def energies(gram: Tensor) -> Tensor:
+    """Eigenvalues (n,) of a PSD matrix (n, n), descending and >= 0."""
+    values: Tensor = torch.linalg.eigvalsh(gram)
+    return values.flip(0).clamp_min(0)
+
+
+def error_curve(spectrum: Tensor) -> Tensor:
+    """Squared error (n + 1,) of truncation at every rank 0 .. n, from all n energies."""
+    tails = spectrum.flip(0).cumsum(0).flip(0)
+    return torch.cat([tails, tails.new_zeros(1)])
+
+
+def nested_grams(W: Tensor, metric: Tensor, groups: Sequence[Tensor]) -> Iterator[Tensor]:
+    """W_Jᵀ M_JJ W_J (in, in), J being the rows of the first 1, 2, ... of `groups`.
+
+    W has shape (out, in) and M (out, out). All of them together take the products of the last one.
+    These are computed in float32 and summed in float64: each entry is then exact relative to the
+    norms of its two columns, however different these are.
+    """
+    gram, W = W.new_zeros(W.shape[1], W.shape[1], dtype=torch.float64), W.float()
+    for index, rows in enumerate(groups):
+        image = metric[rows][:, rows].float() @ W[rows] / 2
+        if index:
+            before = torch.cat(list(groups[:index]))
+            image += metric[rows][:, before].float() @ W[before]
+        half = (W[rows].T @ image).to(gram.dtype)
+        gram = gram + half + half.T
+        yield gram
 
 
 def _sides(
@@ -239,27 +267,51 @@ class Pivoted:
 def pivot(A: Tensor, B: Tensor, scale: Tensor | None = None) -> Pivoted:
     """Converts A (r, in) and B (out, r) to the pivoted form, which has r(out + in - r) numbers.
 
-    The pivots come from a rank-revealing QR of A with column pivoting, which keeps the coefficients
-    small (PIFA, arXiv 2505.02443, stores rows in the same way). `scale` (in,) holds the positive
+    The pivots make the volume of their columns of A large, which keeps the coefficients small
+    (PIFA, arXiv 2505.02443, stores rows in the same way). `scale` (in,) holds the positive
     sizes of the inputs. With it, coefficients are small relative to these sizes and large inputs
     become pivots, so that rounding the stored numbers changes the outputs little.
     """
-    rank = A.shape[0]
-    sizes = torch.ones(A.shape[1]) if scale is None else scale
-    sizes = to_float64(sizes).cpu()
-    factor = (to_float64(A).cpu() * sizes).numpy()
-    R, order = scipy.linalg.qr(factor, mode="r", pivoting=True)
-    diagonal = abs(R.diagonal())
-    true_rank = int((diagonal > RANK_TOLERANCE * diagonal[0]).sum())
-    scaled = np.zeros((rank, A.shape[1] - rank))
-    scaled[:true_rank] = scipy.linalg.solve_triangular(
-        R[:true_rank, :true_rank], R[:true_rank, rank:]
-    )
-    permutation = torch.from_numpy(order.astype("int64"))
-    pivots, others = permutation[:rank], permutation[rank:]
-    columns = to_float64(B).cpu() @ to_float64(A).cpu()[:, pivots]
-    coefficients = torch.from_numpy(scaled) * sizes[pivots, None] / sizes[others]
-    return Pivoted(columns, coefficients, permutation)
+    rank, A = len(A), to_float64(A)
+    sizes = A.new_ones(A.shape[1]) if scale is None else to_float64(scale).to(A.device)
+    coefficients, order = _interpolation(A * sizes)
+    pivots, others = order[:rank], order[rank:]
+    columns = to_float64(B).to(A.device) @ A[:, pivots]
+    return Pivoted(columns, coefficients * sizes[pivots, None] / sizes[others], order)
+
+
+def _interpolation(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Z (r, n - r) and an order (n,) of the columns of A (r, n), with r pivots first.
+
+    A_others = A_pivots Z. LU with partial pivoting chooses the pivots. Then, as long as a
+    coefficient is above the limit, its column takes the place of its pivot (maxvol; Goreinov et al.
+    2010, "How to find a good submatrix"). This holds for A of any rank, because the factor that Z
+    comes from has ones on its diagonal.
+    """
+    rank = len(A)
+    factors, swaps, _ = torch.linalg.lu_factor_ex(A.T)
+    order = torch.arange(A.shape[1])
+    for row, swapped in enumerate((swaps - 1).tolist()):
+        order[[row, swapped]] = order[[swapped, row]]
+    lower, rest = factors[:rank].T, factors[rank:].T
+    Z = torch.linalg.solve_triangular(lower, rest, upper=True, unitriangular=True)
+    for _ in range(MAX_EXCHANGES if Z.numel() else 0):
+        pivot_index, column = divmod(int(Z.abs().argmax()), Z.shape[1])
+        if abs(float(Z[pivot_index, column])) <= COEFFICIENT_LIMIT:
+            break
+        _exchange(Z, pivot_index, column)
+        order[[pivot_index, rank + column]] = order[[rank + column, pivot_index]]
+    return Z, order.to(A.device)
+
+
+def _exchange(Z: Tensor, pivot_index: int, column: int) -> None:
+    """The coefficients, in place, after `column` and the pivot have changed places."""
+    coefficient = float(Z[pivot_index, column])
+    row, change = Z[pivot_index] / coefficient, Z[:, column].clone()
+    Z.addr_(change, row, alpha=-1)
+    Z[pivot_index] = row
+    Z[:, column] = -change / coefficient
+    Z[pivot_index, column] = 1 / coefficient
 
 
 def is_randomized(size: int, rank: int) -> bool:

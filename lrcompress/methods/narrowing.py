@@ -30,7 +30,7 @@ def keep_channels(ffn: FFN, channels: Tensor) -> FFN:
             weights[name] = weights[name][:, channels]
             statistics[name] = _inputs(statistics[name], channels)
             continue
-        rows, bias = _rows(linear, channels), biases[name]
+        rows, bias = rows_of(linear, channels), biases[name]
         weights[name] = weights[name][rows]
         biases[name] = None if bias is None else bias[rows]
         statistics[name] = _outputs(statistics[name], rows)
@@ -43,7 +43,7 @@ def keep_channels(ffn: FFN, channels: Tensor) -> FFN:
     )
 
 
-def _rows(linear: LinearSpec, channels: Tensor) -> Tensor:
+def rows_of(linear: LinearSpec, channels: Tensor) -> Tensor:
     """Rows of the weight of `linear` that compute `channels`: two for each in a fused gate_up."""
     if linear.role != "gate_up":
         return channels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,7 +12,14 @@ from lrcompress.methods.channel_selection import fold_into_down, order_channels
 from lrcompress.methods.linalg import WeightedNorm, shrunk, to_float64, with_outliers
 from lrcompress.methods.narrowing import down_of, keep_channels
 from lrcompress.methods.svd import OUTPUT_SHRINKAGE, SHRINKAGE, check_shrinkage
-from lrcompress.methods.types import FFN, ChannelOrder, Decomposition, Statistic, Statistics
+from lrcompress.methods.types import (
+    FFN,
+    ChannelOrder,
+    Decomposition,
+    NarrowedCurves,
+    Statistic,
+    Statistics,
+)
 from lrcompress.runtime.errors import InputError
 
 
@@ -49,11 +57,14 @@ class Nystrom:
     def error_curve(self, weight: Tensor, statistics: Statistics) -> Tensor:
         raise TypeError("nystrom leaves linears at full rank")
 
+    def narrowed_curves(self, ffn: FFN, order: ChannelOrder) -> NarrowedCurves:
+        raise TypeError("nystrom leaves linears at full rank")
+
     def decompose(self, weight: Tensor, statistics: Statistics, rank: int) -> Decomposition:
         raise TypeError("nystrom leaves linears at full rank")
 
-    def order(self, ffn: FFN) -> ChannelOrder:
-        """All channels of `ffn`, in the order in which they are kept."""
+    def order(self, ffn: FFN, widths: Collection[int] = ()) -> ChannelOrder:
+        """All channels of `ffn`, in the order in which they are kept, with Grams at `widths`."""
         down, statistics = down_of(ffn)
         root = to_float64(ffn.weights[down.name])
         if self.two_sided:
@@ -61,7 +72,7 @@ class Nystrom:
             gradient_moment = to_float64(statistics.gradient_moment)
             root = WeightedNorm(shrunk(gradient_moment, self.output_shrinkage)).scale(root)
         moment = with_outliers(self._shrunk_moment(statistics), statistics.outlier_moment)
-        return order_channels(moment, root)
+        return order_channels(moment, root, widths)
 
     def _shrunk_moment(self, statistics: Statistics) -> Tensor:
         assert statistics.second_moment is not None

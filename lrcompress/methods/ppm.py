@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +11,14 @@ from torch import Tensor
 
 from lrcompress.methods.linalg import to_float64, with_outliers
 from lrcompress.methods.narrowing import down_of, keep_channels
-from lrcompress.methods.types import FFN, ChannelOrder, Decomposition, Statistic, Statistics
+from lrcompress.methods.types import (
+    FFN,
+    ChannelOrder,
+    Decomposition,
+    NarrowedCurves,
+    Statistic,
+    Statistics,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,10 @@ class PPM:
     def decompose(self, weight: Tensor, statistics: Statistics, rank: int) -> Decomposition:
         raise TypeError("ppm leaves linears at full rank")
 
-    def order(self, ffn: FFN) -> ChannelOrder:
+    def narrowed_curves(self, ffn: FFN, order: ChannelOrder) -> NarrowedCurves:
+        raise TypeError("ppm leaves linears at full rank")
+
+    def order(self, ffn: FFN, widths: Collection[int] = ()) -> ChannelOrder:
         """All channels of `ffn`, the most important first; the errors are NaN."""
         channels = importance(ffn).argsort(descending=True, stable=True)
         errors = torch.full((len(channels) + 1,), torch.nan, dtype=torch.float64)

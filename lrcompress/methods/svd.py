@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -15,12 +16,13 @@ from lrcompress.methods.linalg import (
     WeightedNorm,
     damped,
     decompose,
+    error_curve,
     shrunk,
     spectrum,
     to_float64,
     with_outliers,
 )
-from lrcompress.methods.types import FFN, ChannelOrder, Statistic, Statistics
+from lrcompress.methods.types import FFN, ChannelOrder, NarrowedCurves, Statistic, Statistics
 from lrcompress.runtime.errors import InputError
 
 # defaults for the moments of inputs and of output gradients, tuned on text that no report uses
@@ -45,7 +47,10 @@ class ScaledSVD:
         """The output metric G (out, out); None for the identity."""
         return None
 
-    def order(self, ffn: FFN) -> ChannelOrder:
+    def order(self, ffn: FFN, widths: Collection[int] = ()) -> ChannelOrder:
+        raise TypeError(f"{type(self).__name__} keeps all channels")
+
+    def narrowed_curves(self, ffn: FFN, order: ChannelOrder) -> NarrowedCurves:
         raise TypeError(f"{type(self).__name__} keeps all channels")
 
     def narrow(self, ffn: FFN, channels: Tensor) -> FFN:
@@ -53,9 +58,9 @@ class ScaledSVD:
 
     def error_curve(self, weight: Tensor, statistics: Statistics) -> Tensor:
         """Squared error in the metrics at every rank 0 .. min(out, in); float64."""
-        energies = spectrum(weight, self.metric(statistics), self.output_metric(statistics))
-        tails = energies.flip(0).cumsum(0).flip(0)
-        return torch.cat([tails, tails.new_zeros(1)])
+        return error_curve(
+            spectrum(weight, self.metric(statistics), self.output_metric(statistics))
+        )
 
     def decompose(self, weight: Tensor, statistics: Statistics, rank: int) -> TruncatedSVD:
         """The SVD of W (out, in) in the metrics: its factors are optimal at their rank.

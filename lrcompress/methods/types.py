@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -151,11 +151,18 @@ class ChannelOrder:
     """Intermediate channels (width,) in the order in which they are kept.
 
     `errors` (width + 1,) holds at k the estimated loss when the first k channels are kept and the
-    others are reconstructed from them; NaN where the method estimates none.
+    others are reconstructed from them; NaN where the method estimates none. `grams` has, by the
+    widths that were asked for, the Gram matrix (out, out) of down_proj with the channels of that
+    width: its eigenvalues are the energies of down_proj in the method's metric.
     """
 
     channels: Tensor
     errors: Tensor
+    grams: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+# width -> name of a linear -> squared errors at every rank 0 .. min(out, in) of the narrowed linear
+NarrowedCurves = Mapping[int, Mapping[str, "Tensor"]]
 
 
 class Decomposition(Protocol):
@@ -198,8 +205,19 @@ class Method(Protocol):
         """A decomposition of W (out, in) that serves at least `rank`."""
         ...
 
-    def order(self, ffn: FFN) -> ChannelOrder:
-        """All channels of `ffn`, in the order in which they are kept."""
+    def order(self, ffn: FFN, widths: Collection[int] = ()) -> ChannelOrder:
+        """All channels of `ffn`, in the order in which they are kept.
+
+        `widths` are those at which `narrowed_curves` will be asked for.
+        """
+        ...
+
+    def narrowed_curves(self, ffn: FFN, order: ChannelOrder) -> NarrowedCurves:
+        """The error curve of each linear of `ffn` at the widths that `order` was asked for.
+
+        At the full width there may be those that the others give for nothing. Only methods that
+        both narrow and truncate need it.
+        """
         ...
 
     def narrow(self, ffn: FFN, channels: Tensor) -> FFN:

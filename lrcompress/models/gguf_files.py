@@ -1,7 +1,10 @@
-"""Checks of a GGUF file before transformers reads it: a whole model, with its description."""
+"""GGUF files: checked before transformers reads them, and parsed once for all that it asks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,29 @@ from lrcompress.runtime.errors import InputError
 
 # metadata without which transformers takes the sizes of its default model of the architecture
 SIZE_KEYS = ("block_count", "embedding_length")
+
+
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Inside, a GGUF file is parsed once, and the tensor names of its architecture listed once.
+
+    transformers parses the file for the config, the weights and the tokenizer, which takes seconds
+    each time because the vocabulary is read entry by entry, and lists the names for every module.
+    """
+    if find_spec("gguf") is None:
+        yield
+        return
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    originals = {name: getattr(gguf, name) for name in names}
+    for name, original in originals.items():
+        setattr(gguf, name, cache(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gguf, name, original)
 
 
 def check_gguf(file: Path) -> None:
@@ -21,7 +47,7 @@ def check_gguf(file: Path) -> None:
         raise InputError(f"GGUF file {str(file)!r} needs gguf: pip install 'lrcompress[gguf]'")
     from gguf import GGUFReader
 
-    reader = GGUFReader(file)
+    reader = GGUFReader(str(file))  # as transformers names it
     count = _metadata(reader, "split.count") or 1
     if count > 1:
         number = _metadata(reader, "split.no") + 1

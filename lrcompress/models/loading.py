@@ -13,7 +13,7 @@ from transformers.utils import CONFIG_NAME
 
 from lrcompress.config import ModelSettings
 from lrcompress.models.architecture import model_class
-from lrcompress.models.gguf_files import check_gguf
+from lrcompress.models.gguf_files import check_gguf, parsed_once
 from lrcompress.models.preflight import ADAPTER_FILE, check_folder, meta_model
 from lrcompress.models.stored_weights import check_tensors
 from lrcompress.runtime.errors import InputError, MachineError, machine_fault_reason
@@ -161,7 +161,7 @@ def load(
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     location = locate(source, gguf_file)
-    with _load_errors_explained(location.name if gguf_file else source):
+    with _load_errors_explained(location.name if gguf_file else source), parsed_once():
         model = _model_from_pretrained(
             location, dtype, placement or _placement(device), trust_remote_code
         )

@@ -40,7 +40,8 @@ INTENDED = {
     "compression.calibration.moments.measure_errors": "tokens, once a sample",
     "evaluation.perplexity.scored_logits": "tokens, once a window",
     "evaluation.perplexity.perplexity": "the loss, once a window",
-    "data.generated._write": "tokens that were written, once a batch",
+    "data.generated._first_tokens": "the first tokens, once a text",
+    "data.generated._continued": "tokens that were written, once a batch",
     "layers.block_runner.BlockRunner._run_base": "tokens, once a sample",
     "compression.replace_layers._sampled": "the spectrum of a report, once a linear",
     "compression.calibration.token_sums.TokenSums.outlier_share": "a number of the report",
@@ -61,9 +62,11 @@ INTENDED = {
     # choices: the plan is made on the CPU
     "compression.planning.Planning.candidates": "the order of channels, once an FFN",
     "methods.candidates._curves": "errors by rank, once a linear and width",
-    "methods.channel_selection.order_channels": "how many channels are left, once in 32 channels",
-    "methods.channel_selection._pool": "once in 32 channels",
-    "methods.channel_selection._choose": "small matrices and the choice, once in 32 channels",
+    "methods.channel_selection.order_channels": "whether channels are left, once an update",
+    "methods.channel_selection._Residual.__init__": "the error without channels, once an FFN",
+    "methods.channel_selection._Residual.choose": "the largest gain outside, once an update",
+    "methods.channel_selection._Residual._compact": "how many are left, once an update",
+    "methods.channel_selection._choose": "small matrices and the choice, once an update",
     "methods.channel_selection.fold_into_down": "the kept channels, once an FFN and width",
     "methods.narrowing.keep_channels": "the kept channels, once an FFN",
     "methods.narrowing._block": "the kept channels, once a moment",
@@ -75,11 +78,11 @@ INTENDED = {
     "methods.linalg.decompose": "the total energy, once a decomposition",
     "methods.linalg.TruncatedSVD.error": "once a decomposition",
     "methods.svd.DiagonalSVD.metric": "whether a moment is zero, once a linear",
-    "methods.linalg.pivot": "scipy finds pivots",
+    "methods.linalg._interpolation": "the order of pivots, and two numbers an exchange",
+    "methods.linalg._exchange": "a number an exchange",
     "compression.replace_layers._input_sizes": "whether inputs are zero, once a linear",
     "compression.replace_layers.fill": "pivots, once a linear",
     "compression.anchored.RidgeFit.weight": "whether inputs are zero, once a linear",
-    "training.trainable._column_sizes": "pivots, once a linear",
     # experts
     "layers.experts.Experts.forward": "how many tokens each expert gets, which splits them",
     # benchmarks, outside of what is timed
@@ -136,7 +139,7 @@ def test_factorizing_gives_the_same_on_a_second_device(case: dict[str, Any]) -> 
 
 def test_text_that_the_model_writes() -> None:
     with second_device() as transfers:
-        factorized({"method": "svd", "ranks": "loss_aware", "calibration": "self"}, moved)
+        factorized({"method": "whitened", "calibration": "self"}, moved)
     assert hidden(transfers) == set()
 
 

@@ -10,7 +10,7 @@ from lrcompress.methods.auto import Auto
 from lrcompress.methods.channel_selection import fold_into_down, order_channels
 from lrcompress.methods.linalg import shrunk
 from lrcompress.methods.nystrom import Nystrom
-from lrcompress.methods.types import FFN, LinearSpec, Statistics
+from lrcompress.methods.types import FFN, LinearSpec, Role, Statistics
 
 
 def moments(width: int, out: int, samples: int = 2000) -> tuple[Tensor, Tensor]:
@@ -45,17 +45,18 @@ def test_errors_are_those_of_the_channels(width: int) -> None:
         assert float(order.errors[count]) == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
-def tiny_ffn(width: int, out: int) -> FFN:
+def tiny_ffn(width: int, out: int, role: Role = "up") -> FFN:
     generator = torch.Generator().manual_seed(1)
-    up = LinearSpec("up", 0, "up", out, width, False, "x", "ffn")
+    rows = 2 * width if role == "gate_up" else width
+    up = LinearSpec("up", 0, role, out, rows, False, "x", "ffn")
     down = LinearSpec("down", 0, "down", width, out, False, "h", "ffn")
     g = torch.randn(500, out, generator=generator, dtype=torch.float64)
     g = g @ torch.randn(out, out, generator=generator, dtype=torch.float64)
     measured = {
-        "up": Statistics(torch.eye(out).double(), torch.eye(width).double()),
+        "up": Statistics(torch.eye(out).double(), torch.eye(rows).double()),
         "down": Statistics(moments(width, out)[0], g.T @ g / 500),
     }
-    shapes = {"up": (width, out), "down": (out, width)}
+    shapes = {"up": (rows, out), "down": (out, width)}
     weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return FFN("ffn", (up, down), weights, {"up": None, "down": None}, measured, True)
 
@@ -118,3 +119,35 @@ def test_constant_and_silent_channels() -> None:
     assert int(order.channels[-1]) == 3
     fold = fold_into_down(torch.eye(len(C)), C, order.channels[:10], 1e-6)
     assert bool(fold.isfinite().all())
+
+
+def test_grams_are_those_of_the_folded_weight() -> None:
+    C, root = moments(150, 16)
+    order = order_channels(C, root, widths={20, 75, 110})
+    assert set(order.grams) == {20, 75, 110}
+    for width, gram in order.grams.items():
+        channels = order.channels[:width]
+        folded = fold_into_down(root, C, channels, 1e-14)
+        expected = folded @ C[channels][:, channels] @ folded.T
+        torch.testing.assert_close(gram, expected, rtol=1e-8, atol=1e-8)
+        lost = float(order.errors[0]) - float(gram.trace())
+        assert float(order.errors[width]) == pytest.approx(lost, rel=1e-6)
+
+
+@pytest.mark.parametrize("role", ["up", "gate_up"])
+def test_curves_at_narrower_widths_are_those_of_the_narrowed_ffn(role: Role) -> None:
+    """Products that all widths share differ from those of each by small dampings alone."""
+    ffn, method = tiny_ffn(24, 8, role), Auto(shrinkage=0.2, output_shrinkage=0.6)
+    order = method.order(ffn, widths={8, 16})
+    curves = method.narrowed_curves(ffn, order)
+    for width in (8, 16):
+        narrowed = method.narrow(ffn, order.channels[:width])
+        for linear in narrowed.linears:
+            expected = method.error_curve(
+                narrowed.weights[linear.name], narrowed.statistics[linear.name]
+            )
+            curve = curves[width][linear.name]
+            assert len(curve) == linear.full_rank + 1
+            torch.testing.assert_close(curve, expected, rtol=0.05, atol=0.01 * float(expected[0]))
+    full = method.error_curve(ffn.weights["up"], ffn.statistics["up"])
+    torch.testing.assert_close(curves[24]["up"], full, rtol=1e-4, atol=1e-5 * float(full[0]))

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from gguf import GGUFWriter
 
+from lrcompress.checkpoint.export.gguf_file import export_gguf
+from lrcompress.models.loading import load
 from tests.conftest import SMALL, invoke, refusal
+from tests.gguf_models import write_donor
+from tests.tiny import tiny_model
 
 WIDTH, INNER, BLOCKS, VOCABULARY = 32, 88, 2, 64
 
@@ -82,3 +87,20 @@ def test_a_file_that_lacks_weights_is_named(tmp_path: Path) -> None:
 def test_a_whole_file_is_read(shard: tuple[int, int] | None, tmp_path: Path) -> None:
     result = invoke("inspect", gguf_file(tmp_path / "whole.gguf", shard))
     assert f"{3 * BLOCKS * WIDTH * INNER:,} of them" in result.output
+
+
+def test_a_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, file = tiny_model(), tmp_path / "dense.gguf"
+    donor = write_donor(tmp_path / "donor.gguf", model.config, "llama")
+    export_gguf(model, None, file, {}, like=str(donor), type="f32")
+    parsed: list[str] = []
+
+    class CountingReader(gguf.GGUFReader):
+        def __init__(self, path: str) -> None:
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", CountingReader)
+    load(file)
+    assert parsed == [str(file)]
+    assert gguf.GGUFReader is CountingReader

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lrcompress.compression.calibration.outliers import OutlierRows, outlier_rows
 from lrcompress.compression.calibration.probes import Probe, ProbeErrors, held_out
 from lrcompress.compression.calibration.token_sums import TokenSums
+from lrcompress.layers.bfloat16_linears import bfloat16_linears
 from lrcompress.layers.block_runner import (
     Forward,
     replaced_forwards,
@@ -24,9 +25,7 @@ from lrcompress.layers.block_runner import (
 )
 from lrcompress.layers.ffn_layouts import find_blocks
 from lrcompress.layers.model_state import (
-    bfloat16_products,
     evaluation_mode,
-    exact_products,
     only_trainable,
 )
 from lrcompress.layers.moe import unpacked
@@ -70,8 +69,7 @@ class MomentCollector:
         def add_input(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = _by_token(arguments[0])
             norms = x.norm(dim=1)
-            with exact_products():
-                scales = self.input_sums.add(group, x, norms)
+            scales = self.input_sums.add(group, x, norms)
             self.input_outliers.add(group, outlier_rows(x, 1 - scales.square(), norms))
 
         return add_input
@@ -88,8 +86,7 @@ class MomentCollector:
         def add_gradient(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             def add(gradient: Tensor) -> None:
                 g, x = _by_token(gradient), _by_token(arguments[0])
-                with exact_products():
-                    scales = self.gradient_sums.add(spec.name, g, g.norm(dim=1))
+                scales = self.gradient_sums.add(spec.name, g, g.norm(dim=1))
                 weights = (scales.square().reciprocal() - 1) / self.readers[spec.input_group]
                 rows = outlier_rows(x, weights, x.norm(dim=1))
                 self.gradient_outliers.add(spec.input_group, rows)
@@ -261,7 +258,7 @@ def measure_moments(
     samples, length = tokens.shape
     gradient_samples = min(gradient_samples, samples)
     collector, indices = MomentCollector(linears, gradient_samples > 0), shard_of(range(samples))
-    with unpacked(model), evaluation_mode(model), bfloat16_products(model, gradient_samples > 0):
+    with unpacked(model), evaluation_mode(model), bfloat16_linears(model, gradient_samples > 0):
         for index in progress(indices, "Calibrating", len(indices)):
             batch = tokens[index][None].to(model.device)
             with stage("gradients" if index < gradient_samples else "second_moments"):
@@ -281,7 +278,7 @@ def measure_errors(
     Each list has an entry per held-out sample of `tokens` (samples, length).
     """
     samples, errors = held_out(len(tokens)), ProbeErrors(probes)
-    with unpacked(model), evaluation_mode(model), bfloat16_products(model):
+    with unpacked(model), evaluation_mode(model), bfloat16_linears(model):
         for index in progress(samples, "Probing", len(samples)):
             errors.start_sample()
             batch = tokens[index][None].to(model.device)

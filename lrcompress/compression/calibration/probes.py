@@ -18,7 +18,6 @@ from statistics import geometric_mean
 
 from torch import Tensor, nn
 
-from lrcompress.layers.model_state import exact_products
 from lrcompress.methods.linalg import to_float64
 from lrcompress.methods.plan import Candidates, WidthOption
 from lrcompress.methods.types import FFN, LinearSpec, Method
@@ -106,8 +105,7 @@ class ProbeErrors:
             if not output.requires_grad:
                 return
             h = arguments[0].detach().flatten(0, -2).float()
-            with exact_products():
-                lost = h @ probe.change.T.to(h.device)
+            lost = h @ probe.change.T.to(h.device)
 
             def add(g: Tensor) -> None:
                 products = (g.flatten(0, -2).float() * lost).sum(-1)

@@ -17,8 +17,8 @@ from torch import Tensor
 from lrcompress.compression.calibration.moments import MomentCollector, MomentStatistics
 from lrcompress.compression.calibration.probes import Probe, ProbeErrors, held_out
 from lrcompress.compression.streaming.block_store import Activations
+from lrcompress.layers.bfloat16_linears import bfloat16_linears
 from lrcompress.layers.block_runner import BlockRunner
-from lrcompress.layers.model_state import bfloat16_products
 from lrcompress.methods.types import LinearSpec
 from lrcompress.models.offload import OffloadedModel
 from lrcompress.runtime.distributed import run_on_all, shard_of, world_size
@@ -54,22 +54,22 @@ class BlockMoments:
 
     def _products(self) -> AbstractContextManager[None]:
         """The precision of passes, as `measure_moments` chooses it."""
-        return bfloat16_products(self.source.model, self.gradient_samples > 0)
+        return bfloat16_linears(self.source.model, self.gradient_samples > 0)
 
     def run(self, progress: Progress) -> None:
         """Runs the forward pass, if a backward pass or another process needs it, then the other."""
         if self.gradient_samples or world_size() > 1:
-            with stage("second_moments"), self._products():
+            with stage("second_moments"):
                 run_on_all(lambda: self._forward(progress))
         if self.gradient_samples:
-            with stage("gradients"), self._products():
+            with stage("gradients"):
                 run_on_all(lambda: self._backward(progress))
 
     def reach(self, index: int) -> None:
         """Computes the hidden states in front of block number `index`, if they are not there."""
         samples = range(len(self.tokens))
         start = next(i for i in range(index, -1, -1) if i == 0 or self._is_reached(i))
-        with stage("second_moments"), self._products():
+        with stage("second_moments"):
             if start == 0:
                 self._embed(samples)
             for block in range(start, index):
@@ -86,7 +86,9 @@ class BlockMoments:
     def _embed(self, samples: Sequence[int]) -> None:
         for sample in samples:
             if not self.hidden.has(0, sample):
-                self.hidden.write(0, sample, self.blocks.embedded(self.tokens[sample]))
+                with self._products():
+                    states = self.blocks.embedded(self.tokens[sample])
+                self.hidden.write(0, sample, states)
 
     @torch.no_grad()
     def _advance(self, index: int, samples: Sequence[int]) -> None:
@@ -114,7 +116,8 @@ class BlockMoments:
         for sample in samples:
             if not self.gradients.has(blocks - 1, sample):
                 states, tokens = self._states(blocks, sample), self.tokens[sample]
-                gradient = self.blocks.score_gradient(states, tokens, seed=sample)
+                with self._products():
+                    gradient = self.blocks.score_gradient(states, tokens, seed=sample)
                 self.gradients.write(blocks - 1, sample, gradient)
         steps = range(blocks - 1, self.first_block, -1)
         for index in progress(steps, "Running blocks backwards", len(steps)):
@@ -132,11 +135,11 @@ class BlockMoments:
 
     @contextmanager
     def _resident(self, index: int, samples: Sequence[int]) -> Iterator[None]:
-        """Reads the block's weights, unless `samples` is empty."""
+        """Reads the block's weights for passes of `samples`, unless there are none."""
         if not samples:
             yield
             return
-        with self.source.resident(index):
+        with self.source.resident(index), self._products():
             yield
 
     def moments(self, index: int) -> MomentStatistics:

@@ -7,7 +7,7 @@ import torch
 
 import lrcompress
 from lrcompress.compression.calibration.moments import measure_moments
-from lrcompress.layers import model_state
+from lrcompress.layers import bfloat16_linears
 from lrcompress.layers.block_runner import sample_score_gradients
 from lrcompress.layers.ffn_layouts import select
 from lrcompress.runtime.errors import InputError
@@ -124,7 +124,7 @@ def test_products_in_bfloat16_hardly_move_moments(monkeypatch: pytest.MonkeyPatc
     model, sample = tiny_model(), tokens(2, 64)
     linears = select(model)
     exact = measure_moments(model, linears, sample, gradient_samples=2)
-    monkeypatch.setattr(model_state, "BFLOAT16_MINIMUM_WIDTH", 1)
+    monkeypatch.setattr(bfloat16_linears, "MINIMUM_WIDTH", 1)
     rounded = measure_moments(model, linears, sample, gradient_samples=2)
     for spec in linears:
         a, b = exact.statistics(spec), rounded.statistics(spec)

@@ -14,7 +14,7 @@ from lrcompress.compression.streaming.block_compressor import BlockCompressor
 from lrcompress.compression.streaming.block_moments import BlockMoments
 from lrcompress.compression.streaming.block_store import Activations, BlockFiles
 from lrcompress.compression.streaming.factorize import StreamingCompressor
-from lrcompress.layers import model_state
+from lrcompress.layers import bfloat16_linears
 from lrcompress.layers.block_runner import BlockRunner
 from lrcompress.models.loading import load
 from tests.conftest import interrupt, invoke, small_recipe
@@ -78,7 +78,7 @@ def test_the_same_bit_for_bit(tmp_path: Path, family: str, flags: tuple[str, ...
 def test_the_same_bit_for_bit_with_products_in_bfloat16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_state, "BFLOAT16_MINIMUM_WIDTH", 1)
+    monkeypatch.setattr(bfloat16_linears, "MINIMUM_WIDTH", 1)
     check_same(saved_model(tmp_path / "dense"), tmp_path, "--keep-ratio", "0.6")
 
 
