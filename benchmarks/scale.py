@@ -2,12 +2,14 @@
 
     python benchmarks/scale.py OUT [--sizes 135M,360M] [--methods auto,nystrom,whitened]
                                [--ways memory,streaming] [--growth width,depth,tokens]
+                               [--blocks N] [--samples 16] [--length 512] [--device cpu]
 
 Models are llamas with random weights; 3B and 8B are some of their blocks. Each case is a process
 of its own, whose costs are the `stages` of its lrcompress.json. OUT/scale.json keeps finished
-cases, so that further calls add to them, and OUT/scale.md shows all. CPU seconds change less than
-wall seconds while other programs run. Predictions are marked as such: the measured cost of a stage
-times the ratio of its operations, or operations over the speed of a GPU.
+cases, so that further calls add to them, and OUT/scale.md shows all; each device needs its own OUT.
+CPU seconds change less than wall seconds while other programs run. Predictions are marked as
+such: the measured cost of a stage times the ratio of its operations, or operations over the speed
+of a GPU.
 """
 
 from __future__ import annotations
@@ -75,6 +77,7 @@ WHOLE = {
     "8B": Shape(4096, 14336, 32, 8, 32, 128256),
     "70B": Shape(8192, 28672, 64, 8, 80, 128256),
     "moe": Shape(512, 704, 8, 8, 6, 49152, experts=8),
+    "tiny": Shape(64, 192, 4, 4, 2, 512),
 }
 # blocks that are measured of models that do not fit
 SOME_BLOCKS = {"3B": 3, "8B": 2}
@@ -97,10 +100,15 @@ class Case:
     samples: int = 16
     gradients: int = 4
     length: int = 512
+    device: str = "cpu"
 
     @property
     def key(self) -> str:
-        return f"{self.name}, {self.method}, {self.way}, {self.samples} samples"
+        whole = WHOLE.get(self.name, self.shape)
+        usual = SOME_BLOCKS.get(self.name, whole.blocks)
+        blocks = "" if self.shape.blocks == usual else f", {self.shape.blocks} blocks"
+        place = "" if self.device == "cpu" else f", {self.device}"
+        return f"{self.name}, {self.method}, {self.way}, {self.samples} samples{blocks}{place}"
 
 
 def cases(sizes: Iterable[str], methods: Sequence[str], ways: Sequence[str]) -> Iterator[Case]:
@@ -130,6 +138,22 @@ def growth_cases(axes: Iterable[str]) -> Iterator[Case]:
             yield Case(f"{axis} {value}", shape, samples=samples, gradients=samples // 4)
 
 
+def adapted(case: Case, arguments: argparse.Namespace) -> Case:
+    """`case` on the device of the command line; cases of --growth keep their sizes."""
+    case = replace(case, device=arguments.device)
+    if case.name not in WHOLE:
+        return case
+    blocks = min(case.shape.blocks, arguments.blocks or case.shape.blocks)
+    samples = arguments.samples
+    return replace(
+        case,
+        shape=replace(case.shape, blocks=blocks),
+        samples=samples,
+        gradients=samples // 4,
+        length=arguments.length,
+    )
+
+
 def save_random_model(shape: Shape, folder: Path) -> None:
     """Writes a model with random float32 weights, in shards."""
     common: dict[str, Any] = {
@@ -153,6 +177,19 @@ def save_random_model(shape: Shape, folder: Path) -> None:
     byte_tokenizer().save_pretrained(folder)
 
 
+# a process knows best what it took of a GPU
+WRITE_GPU_MEMORY = """
+import runpy, sys, torch
+from pathlib import Path
+file, *sys.argv = sys.argv[1:]
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+finally:
+    if torch.cuda.is_initialized():
+        Path(file).write_text(str(torch.cuda.max_memory_allocated()))
+"""
+
+
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """The costs of `case` by stage; its model is written to `folder` unless it is there."""
     dense, out = folder / "dense", folder / f"{case.method}-{case.way}-{case.samples}"
@@ -165,12 +202,13 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         "num-samples": case.samples,
         "gradient-samples": case.gradients,
         "seq-len": case.length,
-        "device": "cpu",
+        "device": case.device,
         "out": out,
     }
     flags = [word for key, value in arguments.items() for word in (f"--{key}", str(value))]
     way = "--streaming" if case.way == "streaming" else "--no-streaming"
-    words = ["-m", "lrcompress", "factorize", str(dense), *flags, way]
+    peak = folder / "peak"
+    words = ["-c", WRITE_GPU_MEMORY, str(peak), "lrcompress", "factorize", str(dense), *flags, way]
     process = subprocess.run([sys.executable, *words], check=False, capture_output=True)
     if process.returncode:
         raise SystemExit(process.stderr.decode())
@@ -184,6 +222,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         "gradients": case.gradients,
         "length": case.length,
         "threads": torch.get_num_threads(),
+        "device": case.device,
+        "gpu_memory": int(peak.read_text()) if peak.exists() else None,
         "stages": stages,
     }
 
@@ -320,7 +360,9 @@ def prediction_table(rows: Sequence[Mapping[str, Any]], gpu: GPU) -> str:
     measured = [
         r for r in rows if r["name"] in WHOLE and (r["method"], r["way"]) == ("auto", "memory")
     ]
-    dense = [row for row in measured if not row["shape"]["experts"]]
+    dense = [
+        row for row in measured if not row["shape"]["experts"] and row.get("device", "cpu") == "cpu"
+    ]
     if not dense:
         return ""
     largest = max(dense, key=lambda row: Shape(**row["shape"]).width)
@@ -367,6 +409,10 @@ def main() -> None:
     parser.add_argument("--methods", default="auto,nystrom,whitened")
     parser.add_argument("--ways", default="memory,streaming")
     parser.add_argument("--growth", default="width,depth,tokens")
+    parser.add_argument("--blocks", type=int, help="measure at most so many of each of --sizes")
+    parser.add_argument("--samples", type=int, default=16, help="of the models of --sizes")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--gpu-flops", type=float, default=300e12, help="default: a third of H100's"
     )
@@ -382,6 +428,7 @@ def main() -> None:
     file = arguments.out / "scale.json"
     rows: dict[str, dict[str, Any]] = json.loads(file.read_text("utf-8")) if file.exists() else {}
     asked = [*cases(sizes, methods, ways), *growth_cases(axes)]
+    asked = [adapted(case, arguments) for case in asked]
     missing = [case for case in asked if case.key not in rows]
     for _, group in groupby(missing, lambda case: case.shape):
         with tempfile.TemporaryDirectory(dir=arguments.out) as folder:

@@ -192,7 +192,7 @@ def _input_sizes(statistics: Statistics) -> Tensor | None:
 
 def _sampled(energies: Tensor) -> tuple[tuple[int, float], ...]:
     """Some singular values with their numbers, evenly spread, from the first to the last."""
-    values = energies.clamp_min(0).sqrt()
+    values = energies.cpu().clamp_min(0).sqrt()
     numbers = torch.linspace(0, len(values) - 1, min(len(values), SPECTRUM_POINTS)).round().long()
     return tuple((int(n) + 1, float(f"{float(values[n]):.4g}")) for n in numbers)
 

@@ -152,7 +152,7 @@ def _curves(
     """The curve of each linear, with its `errors` by rank; dense alone where they are None."""
     for linear in linears:
         ranks = [] if errors is None else grid.ranks(linear, narrowed)
-        rank_errors = [] if errors is None else errors[linear.name][ranks].tolist()
+        rank_errors = [] if errors is None else errors[linear.name].cpu()[ranks].tolist()
         yield _curve(linear, ranks, rank_errors, grid, narrowed)
 
 

@@ -121,13 +121,15 @@ def _choose(
 ) -> tuple[Tensor, list[float]]:
     """Up to `count` channels of `pool` with their gains, greedy and exact in the pool.
 
-    Stops where a channel outside the pool may gain more than the best in the pool.
+    Stops where a channel outside the pool may gain more than the best in the pool. Every step asks
+    for values of small matrices: they are copied to the CPU once.
     """
     images = F[:, pool]
-    residual, S, pool_floor = D[pool][:, pool], images.T @ images, floor[pool]
+    residual, S = D[pool][:, pool].cpu(), (images.T @ images).cpu()
+    pool_floor, pool = floor[pool].cpu(), pool.cpu()
     chosen: list[int] = []
     chosen_gains: list[float] = []
-    free = torch.ones(len(pool), dtype=torch.bool, device=D.device)
+    free = torch.ones(len(pool), dtype=torch.bool)
     for _ in range(min(count, len(pool))):
         diagonal = residual.diagonal()
         usable = free & (diagonal > pool_floor)

@@ -56,8 +56,8 @@ def _column_sizes(layer: LowRankLinear) -> Tensor | None:
     """
     if not isinstance(layer, PivotedLinear):
         return None
-    sizes = torch.ones(layer.in_features)
-    sizes[layer.order[: layer.rank].long().cpu()] = PIVOT_PREFERENCE
+    sizes = torch.ones(layer.in_features, device=layer.order.device)
+    sizes[layer.order[: layer.rank].long()] = PIVOT_PREFERENCE
     return sizes
 
 

@@ -31,9 +31,8 @@ def norm_limit(norms: Tensor) -> Tensor:
     Tokens with a zero vector do not count: behind the last block that reads a token, its gradient
     is zero. Infinity where all are zero.
     """
-    norms = norms[norms > 0]
-    limit: Tensor = OUTLIER_NORM * norms.median() if len(norms) else norms.new_tensor(torch.inf)
-    return limit
+    limit: Tensor = OUTLIER_NORM * norms.where(norms > 0, torch.nan).nanmedian()
+    return limit.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def clip_scales(norms: Tensor) -> Tensor:
@@ -89,9 +88,9 @@ class OutlierRows:
 
     def all_gather(self) -> None:
         """Adds the rows of all processes to those of this one, in the order of their ranks."""
-        parts = distributed.all_gather({key: rows.cpu() for key, rows in self.rows.items()})
-        if len(parts) == 1:
+        if distributed.world_size() == 1:
             return
+        parts = distributed.all_gather({key: rows.cpu() for key, rows in self.rows.items()})
         devices: Mapping[str, torch.device] = {k: rows.device for k, rows in self.rows.items()}
         self.rows = {}
         for part in parts:
