@@ -32,19 +32,24 @@ class FootprintInputs:
     gradient_samples: int
 
     def footprint(self) -> Footprint:
+        return Footprint(self.memory(resident()), self.disk())
+
+    def memory(self, libraries: int) -> int:
+        """`libraries` are the bytes that the process holds before the start."""
         steps = self.steps
-        in_blocks = sum(map(weight_bytes, steps.blocks))
-        outside = weight_bytes(steps.model) - in_blocks
+        outside = weight_bytes(steps.model) - sum(map(weight_bytes, steps.blocks))
         activations = max(steps.activations(), steps.logits())
-        memory = (
-            resident()
+        return (
+            libraries
             + ALLOWANCE
             + outside
             + 2 * steps.largest_block
             + 2 * max(steps.moments_by_block())  # sums, and means of them
             + max(activations, steps.algebra(), steps.training())
         )
-        return Footprint(memory, self._activations_on_disk() + in_blocks)
+
+    def disk(self) -> int:
+        return self._activations_on_disk() + sum(map(weight_bytes, self.steps.blocks))
 
     def _activations_on_disk(self) -> int:
         """Hidden states in front of blocks, gradients, and the streams of sequential stages."""
