@@ -8,7 +8,7 @@ loss on it give the true Fisher matrix, not the empirical one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def sampled_blocks(
     count = documents_per_block * num_samples
     generator = torch.Generator().manual_seed(seed)
     starts = range(0, count, DOCUMENTS_PER_BATCH)
-    with evaluation_mode(model), _plain_decoding(model), _forked_rng():
+    with evaluation_mode(model), _plain_decoding(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         batches = [
             _write(model, min(DOCUMENTS_PER_BATCH, count - start), length, bos, generator)
@@ -79,11 +79,6 @@ def _write(
         logits_processor=LogitsProcessorList([_InverseTransformSampling()]),
     )
     return documents.cpu()
-
-
-def _forked_rng() -> AbstractContextManager[None]:
-    """Afterwards random numbers go on as before; torch warns of several GPUs that are not named."""
-    return torch.random.fork_rng(range(torch.accelerator.device_count()))
 
 
 class _InverseTransformSampling(LogitsProcessor):  # type: ignore[misc]
