@@ -85,6 +85,7 @@ RECORD: dict[str, Any] = {
         "second_moments": {"seconds": 1234.56, "cpu_seconds": 2345.67, "memory": 3 * 2**30},
         "pivots": {"seconds": 0.25, "cpu_seconds": 0.5, "memory": None},
     },
+    "memory": {"estimated": 7 * 2**29, "measured": 3 * 2**30},
     "refined": [
         {"block": 0, "before": 0.5, "after": 0.25}, {"block": 1, "before": 0.5, "after": 0.5},
     ],

@@ -385,7 +385,7 @@ def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 # what differs in the records of two runs of the same settings
-RUN_SPECIFIC = ("seconds", "stages", "recipe", "saved")
+RUN_SPECIFIC = ("seconds", "stages", "memory", "recipe", "saved")
 
 
 def flip_a_bit(file: Path) -> None:

@@ -21,7 +21,7 @@ from lrcompress.reporting.differences import Differences
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.non_inferiority import EVERY, Failure, Limits
 from lrcompress.reporting.report import FORMATS, Report, to_json
-from lrcompress.reporting.stage_table import stage_sentence
+from lrcompress.reporting.stage_table import memory_sentence, stage_sentence
 from lrcompress.reporting.tables import table as metric_table
 from lrcompress.runtime.sanitize import printable
 from lrcompress.workflows.sweep import report as sweep_report
@@ -53,7 +53,7 @@ def show_factorization(record: Mapping[str, Any], out: object) -> None:
         )
     for note in record["notes"]:
         _print_line(f"Note: {note}.")
-    if costs := stage_sentence(record):
+    for costs in filter(None, (stage_sentence(record), memory_sentence(record))):
         _print_line(costs)
     _print_line(f"Wrote {out} ({record['saved']['bytes'] / 1e6:,.1f} MB of weights).")
 

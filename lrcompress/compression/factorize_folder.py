@@ -9,18 +9,20 @@ from lrcompress.checkpoint import fingerprints
 from lrcompress.checkpoint.folder import save_checkpoint
 from lrcompress.checkpoint.record import record_of
 from lrcompress.compression.factorize import factorize_model
+from lrcompress.compression.footprint import MemoryEstimate, gibibytes
 from lrcompress.compression.result import Factorization
 from lrcompress.compression.streaming.factorize import StreamingCompressor
 from lrcompress.config.recipe import Recipe
-from lrcompress.models.loading import load_model
+from lrcompress.models.loading import load_model, shapes_of
 from lrcompress.models.offload import OffloadedModel
+from lrcompress.models.placement import device_for, free_memory
 from lrcompress.reporting.provenance import provenance_of
 from lrcompress.runtime import distributed, locks
 from lrcompress.runtime.atomic_io import discard
 from lrcompress.runtime.distributed import run_on_all, run_on_main
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, ShowMessage, show_nothing, silent
-from lrcompress.runtime.stage_costs import recording, stage
+from lrcompress.runtime.stage_costs import expect_memory, recording, stage
 
 
 def factorize_to(
@@ -32,7 +34,7 @@ def factorize_to(
 ) -> dict[str, Any]:
     """Loads, factorizes and saves to the folder `out`; returns what lrcompress.json holds.
 
-    `say` receives a sentence on the memory and disk that streaming needs, before it starts.
+    `say` receives a sentence on the memory, and on the disk if it streams, before it starts.
     Under torchrun every process calls this function, and the main process writes. Raises
     InputError if `out` exists, unless `replace` allows replacing an older result there.
     """
@@ -45,11 +47,13 @@ def factorize_to(
     ):
         if recipe.factorize.streaming:
             return _streamed(recipe, out, progress, replace, say)
-        return _in_memory(recipe, out, progress, replace)
+        return _in_memory(recipe, out, progress, replace, say)
 
 
-def _in_memory(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> dict[str, Any]:
-    device = run_on_all(lambda: distributed.local_device(recipe.model.device))
+def _in_memory(
+    recipe: Recipe, out: Path, progress: Progress, replace: bool, say: ShowMessage
+) -> dict[str, Any]:
+    device = run_on_all(lambda: _device(recipe, say))
     with stage("loading"):
         model, tokenizer = run_on_all(lambda: load_model(recipe.model, device=device))
     # keeps refined blocks until the whole model is saved
@@ -70,6 +74,26 @@ def _in_memory(recipe: Recipe, out: Path, progress: Progress, replace: bool) -> 
     )
     run_on_main(lambda: discard(work, out))
     return saved
+
+
+def _device(recipe: Recipe, say: ShowMessage) -> str:
+    """Says how much memory the run will take, and returns the device that has it.
+
+    Raises InputError where none has.
+    """
+    device = distributed.local_device(recipe.model.device)
+    if (model := shapes_of(recipe.model)) is None:
+        return device
+    estimate = MemoryEstimate.of(model, recipe)
+    expect_memory(estimate.total)
+    say(f"Factorizing in memory takes {estimate}.")
+    device = device_for(device, estimate.total, estimate.least)
+    if (free := free_memory(device)) < estimate.total:
+        say(
+            f"Only {gibibytes(free)} are free, so the run may fail: --streaming takes less, and so "
+            "do --dtype bfloat16 and a shorter --seq-len."
+        )
+    return device
 
 
 def _streamed(

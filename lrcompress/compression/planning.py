@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 from lrcompress.compression.calibration.moments import MomentStatistics
@@ -306,9 +307,18 @@ def selected_keep_ratio(
 
 
 def check_weights(model: nn.Module, linears: Iterable[LinearSpec]) -> None:
-    """Raises InputError where a weight is offloaded, or has NaN or infinity."""
+    """Raises InputError where a weight is offloaded, or has NaN or infinity.
+
+    And where the linears of one FFN are on several devices.
+    """
+    devices: dict[str, torch.device] = {}
     for spec in linears:
         weight = dense_weight(model.get_submodule(spec.name))
+        if (device := devices.setdefault(spec.ffn, weight.device)) != weight.device:
+            raise InputError(
+                f"{spec.ffn} is spread over {device} and {weight.device}: load the model with a "
+                "device_map that keeps each block on one device"
+            )
         if weight.is_meta:
             raise InputError(
                 f"the weights of {spec.name} are offloaded: load the model on --device cpu"

@@ -31,15 +31,24 @@ def bfloat16_linears(model: Any, wanted: bool = True) -> Iterator[None]:
     nothing changes. Weights are frozen inside: copies of them are made at their first use. Enter
     it where the weights that will be used are in memory.
     """
-    linears = list(_plain_linears(model)) if wanted and _is_faster(model) else []
+    is_wanted = wanted and model.device.type == "cpu" and _is_faster(model)
+    linears = list(_plain_linears(model)) if is_wanted else []
     with replaced_forwards(linears, lambda index, _: _Bfloat16Product(linears[index])):
         yield
 
 
+def copied_bytes(model: Any) -> int:
+    """Bytes of the copies of all weights of `model`, which may be on the meta device, on a CPU."""
+    if not _is_faster(model):
+        return 0
+    return sum(linear.weight.numel() for linear in _plain_linears(model)) * torch.bfloat16.itemsize
+
+
 def _is_faster(model: Any) -> bool:
+    """Whether a CPU like this one multiplies the weights of `model` faster in bfloat16."""
     width = int(getattr(model.config.get_text_config(decoder=True), "hidden_size", 0))
-    on_cpu = model.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return on_cpu and model.dtype == torch.float32 and width >= MINIMUM_WIDTH
+    is_supported = bool(torch.cpu._is_avx512_bf16_supported())
+    return is_supported and model.dtype == torch.float32 and width >= MINIMUM_WIDTH
 
 
 def _plain_linears(model: nn.Module) -> Iterator[nn.Linear]:

@@ -185,10 +185,9 @@ def score_gradient(
     Logits are computed for TOKENS_PER_CHUNK tokens at a time: those of a whole sample would be the
     largest tensors of a calibration. `tuple_length` is that of what blocks return.
     """
-    generator, blocks = (
-        torch.Generator(hidden.device).manual_seed(seed),
-        list(find_blocks(model)[1]),
-    )
+    # on several devices, accelerate returns the logits to that of the tokens
+    generator = torch.Generator(model.device).manual_seed(seed)
+    blocks = list(find_blocks(model)[1])
     gradient = torch.empty_like(hidden)
     for start in range(0, hidden.shape[1], TOKENS_PER_CHUNK):
         part = slice(start, start + TOKENS_PER_CHUNK)

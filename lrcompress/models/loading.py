@@ -152,8 +152,8 @@ def load(
     """Loads (model, tokenizer) from a folder, a .gguf file or a hub id.
 
     A GGUF file is de-quantized into an ordinary model. `device` is a torch device or `auto`: GPUs
-    where there are any (accelerate spreads a model over several where one is too small), else the
-    CPU. `placement` holds arguments of from_pretrained that replace `device`. The tokenizer is None
+    where there are any (accelerate spreads the blocks of a model over all of them), else the CPU.
+    `placement` holds arguments of from_pretrained that replace `device`. The tokenizer is None
     where the folder has none. Only safetensors and GGUF weights are read. Raises InputError where
     the model is missing, unsupported, incomplete or damaged.
     """
@@ -251,6 +251,24 @@ def skeleton(source: str, gguf_file: str | None = None, trust_remote_code: bool 
     config = load_config(source, gguf_file, trust_remote_code)
     with _load_errors_explained(source):
         return meta_model(config, trust_remote_code)
+
+
+def shapes_of(settings: ModelSettings) -> Any | None:
+    """MODEL on the meta device, in the dtype in which it will be loaded.
+
+    None where it runs its own code, and where it cannot be loaded, for reasons that `load` gives.
+    """
+    if settings.trust_remote_code:
+        return None
+    try:
+        location = locate(settings.source, settings.gguf_file)
+        with _load_errors_explained(location.name):
+            if not location.gguf_file:
+                check_folder(location.path, False)
+            model = skeleton(settings.source, settings.gguf_file)
+    except (InputError, MachineError):
+        return None
+    return model if settings.dtype == "auto" else model.to(torch_dtype(settings.dtype))
 
 
 def load_model(settings: ModelSettings, **overrides: Any) -> Loaded:

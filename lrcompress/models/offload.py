@@ -49,7 +49,7 @@ class OffloadedModel:
         device = distributed.local_device(source.device)
         if device == "auto":
             device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        device_map = dict.fromkeys(_names_outside(meta_model, prefix), checked_device(device))
+        device_map = dict.fromkeys(names_outside(meta_model, prefix), checked_device(device))
         placement = {
             "device_map": device_map | {prefix: "disk"},
             "offload_folder": str(work / f"converted-{distributed.rank()}"),
@@ -105,7 +105,7 @@ def _set(block: nn.Module, name: str, parameter: nn.Parameter) -> None:
     block.get_submodule(parent).register_parameter(child, parameter)
 
 
-def _names_outside(model: nn.Module, prefix: str) -> Iterator[str]:
+def names_outside(model: nn.Module, prefix: str) -> Iterator[str]:
     """Names of the modules and parameters that together hold all weights outside the blocks."""
     parent, path = model, ""
     for step in prefix.split("."):

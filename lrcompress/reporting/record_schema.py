@@ -135,6 +135,13 @@ class StageRecord(TypedDict):
     memory: Count | None
 
 
+class MemoryRecord(TypedDict):
+    __pydantic_config__ = ALLOW_EXTRA  # type: ignore[misc]
+
+    estimated: Count
+    measured: Count | None
+
+
 class ModelRecord(TypedDict, total=False):
     """lrcompress.json; docs/checkpoint.md describes each field."""
 
@@ -153,6 +160,7 @@ class ModelRecord(TypedDict, total=False):
     probed: dict[str, CountOrFloat]
     notes: list[str]
     stages: dict[str, StageRecord]
+    memory: MemoryRecord
     linears: list[LinearRecord]
     refined: list[RefinedBlockRecord]
     served: dict[str, list[ServedSpeedRecord]]

@@ -26,7 +26,7 @@ from lrcompress.reporting.remarks import remarks
 from lrcompress.reporting.render import nonfinite_to_text, render
 from lrcompress.reporting.served import served_tables
 from lrcompress.reporting.significance import Comparison, comparisons
-from lrcompress.reporting.stage_table import stage_rows
+from lrcompress.reporting.stage_table import memory_sentence, stage_rows
 from lrcompress.reporting.tables import table
 from lrcompress.runtime.atomic_io import replace_text
 
@@ -98,6 +98,7 @@ def _template_values(report: Report) -> dict[str, Any]:
         "training": training(report.record),
         "calibration": by_block(report.record),
         "stages": stage_rows(report.record),
+        "memory": memory_sentence(report.record),
         "record": {**report.record, "notes": [names.shorten(note) for note in notes]},
     }
 

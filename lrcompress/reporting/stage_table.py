@@ -36,3 +36,12 @@ def stage_sentence(record: Mapping[str, Any]) -> str:
     longest = sorted((name for name in seconds if seconds[name] >= 1), key=lambda n: -seconds[n])
     parts = [f"{name.replace('_', ' ')} {seconds[name]:,.0f}" for name in longest]
     return f"Seconds: {', '.join(parts)}." if parts else ""
+
+
+def memory_sentence(record: Mapping[str, Any]) -> str:
+    """The peak of memory beside its estimate, in GiB; empty where either is unknown."""
+    memory = record.get("memory") or {}
+    if not memory.get("estimated") or not memory.get("measured"):
+        return ""
+    measured, estimated = (memory[key] / 2**30 for key in ("measured", "estimated"))
+    return f"Memory at its peak: {measured:,.1f} GiB; {estimated:,.1f} GiB were estimated."

@@ -46,6 +46,11 @@ def world_size() -> int:
     return 1 if MAIN_RUNS_ALONE.get() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def processes_here() -> int:
+    """The number of processes that share the memory of this machine."""
+    return 1 if world_size() == 1 else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def rank() -> int:
     """The number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
@@ -138,7 +143,7 @@ def local_device(device: str) -> str:
         )
     if not torch.cuda.is_available():
         return "cpu"
-    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus, processes = torch.cuda.device_count(), processes_here()
     if processes > gpus:
         raise InputError(
             f"{processes} processes on a machine with {gpus} GPUs: use --nproc-per-node {gpus}"

@@ -1,4 +1,4 @@
-"""Resident memory of this process, now and at its peak; from Linux' /proc."""
+"""Resident memory of this process, now and at its peak, from Linux' /proc; what is available."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 RESET_PEAK = "5"  # written to clear_refs, it sets VmHWM back to VmRSS
@@ -54,6 +56,11 @@ def _note_peak() -> None:
 def resident() -> int:
     """Bytes of memory that the process holds now; 0 outside Linux."""
     return (_status("VmRSS:") or 0) if STATUS.is_file() else 0
+
+
+def available() -> int:
+    """Bytes of memory and swap that processes of this machine can still take."""
+    return int(psutil.virtual_memory().available + psutil.swap_memory().free)
 
 
 def _status(field: str) -> int | None:

@@ -46,9 +46,13 @@ class StageCost:
 
 @dataclass
 class StageCosts:
-    """The costs of each stage that has run, in this process."""
+    """The costs of each stage that has run, in this process.
+
+    `expected_memory` are the bytes that were estimated before the start; None where none were.
+    """
 
     by_stage: dict[StageName, StageCost] = field(default_factory=dict)
+    expected_memory: int | None = None
     _running: list[StageName] = field(default_factory=list)
     _charged: tuple[float, float] = (0.0, 0.0)
 
@@ -84,6 +88,12 @@ class StageCosts:
             if name in self.by_stage
         }
 
+    def memory(self) -> dict[str, int | None]:
+        """For lrcompress.json: the `estimated` and the `measured` peak, in bytes."""
+        peaks = [cost.memory for cost in self.by_stage.values() if cost.memory is not None]
+        measured = _gpu_peak() or max(peaks, default=None)
+        return {"estimated": self.expected_memory, "measured": measured}
+
 
 def _rounded(value: float | None) -> float | None:
     return round(value, 2) if isinstance(value, float) else value
@@ -94,6 +104,14 @@ def _wait_for_gpu() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def _gpu_peak() -> int:
+    """The most bytes that torch held on all GPUs; 0 where none is used."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return sum(map(torch.cuda.max_memory_reserved, range(torch.cuda.device_count())))
 
 
 RECORDER: ContextVar[StageCosts | None] = ContextVar("stage_costs", default=None)
@@ -111,9 +129,17 @@ def recording() -> Iterator[StageCosts]:
 
 
 def stages_until_now() -> dict[str, Any]:
-    """The field `stages` of lrcompress.json; nothing where stages are not recorded."""
-    costs = RECORDER.get()
-    return {} if costs is None else {"stages": costs.to_dict()}
+    """The fields `stages` and `memory` of lrcompress.json; those that are recorded."""
+    if (costs := RECORDER.get()) is None:
+        return {}
+    memory = {} if costs.expected_memory is None else {"memory": costs.memory()}
+    return {"stages": costs.to_dict()} | memory
+
+
+def expect_memory(size: int) -> None:
+    """Records the bytes that the work is estimated to take, inside `recording`."""
+    if (costs := RECORDER.get()) is not None:
+        costs.expected_memory = size
 
 
 @contextmanager

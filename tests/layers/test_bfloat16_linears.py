@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lrcompress.layers import bfloat16_linears as module
-from lrcompress.layers.bfloat16_linears import bfloat16_linears
+from lrcompress.layers.bfloat16_linears import bfloat16_linears, copied_bytes
 from tests.tiny import tiny_model
 
 HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
@@ -82,3 +82,11 @@ def test_narrow_models_and_other_types_stay_exact(model: Any) -> None:
     for exact in (narrow, double):
         with bfloat16_linears(exact):
             assert all("forward" not in vars(layer) for layer in exact.modules())
+
+
+def test_bytes_of_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(hidden_size=module.MINIMUM_WIDTH, intermediate_size=8)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    assert copied_bytes(model) == 2 * linears
+    assert copied_bytes(model.bfloat16()) == 0

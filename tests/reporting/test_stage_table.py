@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lrcompress.reporting.report import Report, html, markdown
-from lrcompress.reporting.stage_table import stage_rows, stage_sentence
+from lrcompress.reporting.stage_table import memory_sentence, stage_rows, stage_sentence
 from tests.samples import RECORD
 
 
@@ -27,3 +27,10 @@ def test_reports_show_them() -> None:
     assert "| second moments | 1,234.6 | 2,345.7 | 3,072 |" in markdown(report)
     assert "<td>second moments</td><td>1,234.6</td>" in html(report)
     assert "Where the time went" not in markdown(Report("title", (), record={}))
+
+
+def test_the_peak_stands_beside_its_estimate() -> None:
+    sentence = "Memory at its peak: 3.0 GiB; 3.5 GiB were estimated."
+    assert memory_sentence(RECORD) == sentence
+    assert memory_sentence({"memory": {"estimated": 5, "measured": None}}) == ""
+    assert memory_sentence({}) == ""

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from lrcompress.runtime.stage_costs import recording, stage, stages_until_now
+from lrcompress.runtime.stage_costs import expect_memory, recording, stage, stages_until_now
 
 
 def test_an_inner_stage_is_not_charged_to_the_outer_one() -> None:
@@ -54,3 +54,16 @@ def test_nothing_is_recorded_outside() -> None:
     with recording() as outer, stage("loading"), recording() as inner:
         assert inner is outer
         assert list(stages_until_now()["stages"]) == ["loading"]
+
+
+def test_the_estimate_stands_beside_the_highest_peak() -> None:
+    expect_memory(1)
+    with recording() as costs:
+        with stage("loading"):
+            assert "memory" not in stages_until_now()
+        expect_memory(5)
+        costs.by_stage["loading"].memory = 3
+        with stage("text"):
+            pass
+        costs.by_stage["text"].memory = 7
+        assert stages_until_now()["memory"] == {"estimated": 5, "measured": 7}

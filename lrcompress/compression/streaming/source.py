@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lrcompress.compression.calibration.moments import MomentStatistics
 from lrcompress.compression.calibration.session import CalibrationSession
+from lrcompress.compression.footprint import WorkSpace
 from lrcompress.compression.planning import ModelCandidates, Planning, check_weights, ffns_of
 from lrcompress.compression.streaming.block_moments import BlockMoments
 from lrcompress.compression.streaming.block_store import BlockFiles
@@ -20,6 +21,7 @@ from lrcompress.models.offload import OffloadedModel
 from lrcompress.runtime.distributed import run_on_all, shard_of, world_size
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, ShowMessage
+from lrcompress.runtime.stage_costs import expect_memory
 
 
 @dataclass
@@ -59,7 +61,9 @@ class StreamingSource:
         Raises InputError where the text would have to be written by the model.
         """
         is_sequential = self.recipe.factorize.sequential == "anchored" or self.recipe.refine.enabled
-        self.say(f"Streaming needs {self._footprint(needs_moments or is_sequential)}.")
+        footprint = self._footprint(needs_moments or is_sequential)
+        self.say(f"Streaming needs {footprint}.")
+        expect_memory(footprint.memory)
         if needs_moments:
             calibration = self.recipe.calibration
             samples = calibration.gradient_samples if self.planning.needs_gradients else 0
@@ -76,15 +80,16 @@ class StreamingSource:
                 "the whole model: name a text with --calibration, such as pydoc or FILE.txt"
             )
         samples, length = self.session.tokens.shape if reads_text else (0, 0)
-        inputs = FootprintInputs(
+        steps = WorkSpace(
             model=self.offloaded.model,
             linears=self.linears,
-            planning=self.planning,
-            recipe=self.recipe,
+            settings=self.recipe.factorize,
+            refined=self.recipe.refine.enabled,
             samples=samples,
             length=length,
         )
-        return inputs.footprint()
+        gradient_samples = self.recipe.calibration.gradient_samples
+        return FootprintInputs(steps, self.planning, gradient_samples).footprint()
 
     def candidates(self, moments: MomentStatistics | None) -> ModelCandidates:
         """The candidates of all blocks; `moments` are ignored, each block's are measured here."""
