@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lrcompress.methods.linalg import energies, error_curve, nested_grams, to_float64
-from lrcompress.methods.narrowing import down_of, rows_of
+from lrcompress.methods.narrowing import rows_of
 from lrcompress.methods.nystrom import Nystrom
 from lrcompress.methods.svd import FisherSVD
 from lrcompress.methods.types import FFN, ChannelOrder, LinearSpec, NarrowedCurves
@@ -47,14 +48,13 @@ class Auto(FisherSVD):
         small beside the shrinkage, and the dependence of the others on the width. Gate and up have
         their curves at the full width too.
         """
-        down, _ = down_of(ffn)
-        curves = {width: {down.name: error_curve(energies(g))} for width, g in order.grams.items()}
-        curves[down.in_features] = {}
+        curves = defaultdict[int, dict[str, Tensor]](dict)
         for linear in ffn.linears:
-            if linear is not down:
-                for width, gram in self._grams(ffn, linear, order):
-                    full_rank = linear.narrowed(width).full_rank
-                    curves[width][linear.name] = error_curve(energies(gram)[:full_rank])
+            is_down = linear is ffn.down
+            grams = order.grams.items() if is_down else self._grams(ffn, linear, order)
+            for width, gram in grams:
+                full_rank = linear.narrowed(width).full_rank
+                curves[width][linear.name] = error_curve(energies(gram)[:full_rank])
         return curves
 
     def _grams(

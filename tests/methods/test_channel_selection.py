@@ -138,9 +138,9 @@ def test_grams_are_those_of_the_folded_weight() -> None:
 def test_curves_at_narrower_widths_are_those_of_the_narrowed_ffn(role: Role) -> None:
     """Products that all widths share differ from those of each by small dampings alone."""
     ffn, method = tiny_ffn(24, 8, role), Auto(shrinkage=0.2, output_shrinkage=0.6)
-    order = method.order(ffn, widths={8, 16})
+    order = method.order(ffn, widths={4, 8, 16})
     curves = method.narrowed_curves(ffn, order)
-    for width in (8, 16):
+    for width in (4, 8, 16):
         narrowed = method.narrow(ffn, order.channels[:width])
         for linear in narrowed.linears:
             expected = method.error_curve(
