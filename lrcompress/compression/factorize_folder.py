@@ -9,10 +9,11 @@ from lrcompress.checkpoint import fingerprints
 from lrcompress.checkpoint.folder import save_checkpoint
 from lrcompress.checkpoint.record import record_of
 from lrcompress.compression.factorize import factorize_model
-from lrcompress.compression.footprint import MemoryEstimate, gibibytes
+from lrcompress.compression.footprint import MemoryEstimate
 from lrcompress.compression.result import Factorization
 from lrcompress.compression.streaming.factorize import StreamingCompressor
 from lrcompress.config.recipe import Recipe
+from lrcompress.models.gguf_files import parsed_once
 from lrcompress.models.loading import load_model, shapes_of
 from lrcompress.models.offload import OffloadedModel
 from lrcompress.models.placement import device_for, free_memory
@@ -21,6 +22,7 @@ from lrcompress.runtime import distributed, locks
 from lrcompress.runtime.atomic_io import discard
 from lrcompress.runtime.distributed import run_on_all, run_on_main
 from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.memory import gibibytes
 from lrcompress.runtime.progress import Progress, ShowMessage, show_nothing, silent
 from lrcompress.runtime.stage_costs import expect_memory, recording, stage
 
@@ -53,8 +55,8 @@ def factorize_to(
 def _in_memory(
     recipe: Recipe, out: Path, progress: Progress, replace: bool, say: ShowMessage
 ) -> dict[str, Any]:
-    device = run_on_all(lambda: _device(recipe, say))
-    with stage("loading"):
+    with stage("loading"), parsed_once():
+        device = run_on_all(lambda: _device(recipe, say))
         model, tokenizer = run_on_all(lambda: load_model(recipe.model, device=device))
     # keeps refined blocks until the whole model is saved
     work = out.with_name(f".{out.name}.refine")
@@ -79,12 +81,11 @@ def _in_memory(
 def _device(recipe: Recipe, say: ShowMessage) -> str:
     """Says how much memory the run will take, and returns the device that has it.
 
-    Raises InputError where none has.
+    Raises MachineError where none has.
     """
     device = distributed.local_device(recipe.model.device)
-    if (model := shapes_of(recipe.model)) is None:
+    if (estimate := _estimate(recipe)) is None:
         return device
-    estimate = MemoryEstimate.of(model, recipe)
     expect_memory(estimate.total)
     say(f"Factorizing in memory takes {estimate}.")
     device = device_for(device, estimate.total, estimate.least)
@@ -94,6 +95,15 @@ def _device(recipe: Recipe, say: ShowMessage) -> str:
             "do --dtype bfloat16 and a shorter --seq-len."
         )
     return device
+
+
+def _estimate(recipe: Recipe) -> MemoryEstimate | None:
+    """None where the model cannot be factorized, for a reason that the run then gives."""
+    try:
+        model = shapes_of(recipe.model)
+        return None if model is None else MemoryEstimate.of(model, recipe)
+    except InputError:
+        return None
 
 
 def _streamed(

@@ -20,6 +20,7 @@ from lrcompress.layers.ffn_layouts import find_blocks, select
 from lrcompress.layers.model_info import sequence_length, weight_bytes
 from lrcompress.layers.moe import unpacked
 from lrcompress.methods.types import LinearSpec
+from lrcompress.runtime.memory import gibibytes
 
 # bytes of a number
 FLOAT32, FLOAT64 = 4, 8
@@ -92,10 +93,9 @@ class WorkSpace:
         length = min(self.length, MAX_DOCUMENT_LENGTH)
         documents = min(DOCUMENTS_PER_BATCH, self.samples * -(-self.length // length))
         states = documents * length
-        heads = int(getattr(self._config, "num_key_value_heads", 0) or 0)
-        heads = heads or int(self._config.num_attention_heads)
-        share = heads / int(self._config.num_attention_heads)
-        width = int(share * int(self._config.hidden_size))
+        heads = int(self._config.num_attention_heads)
+        head = getattr(self._config, "head_dim", None) or int(self._config.hidden_size) // heads
+        width = int(head) * int(getattr(self._config, "num_key_value_heads", None) or heads)
         cache = 2 * len(self.blocks) * states * width * int(self.model.dtype.itemsize)
         return cache + self._logits(documents)
 
@@ -160,7 +160,8 @@ class MemoryEstimate:
         # of the moments of one block, means are made
         algebra = max(sums) + layers + max(steps.algebra(), steps.training())
         # passes come first; the allocator keeps some of the memory that they free
-        copies = copied_bytes(steps.model) if steps.needs_gradients else 0
+        multiplies = steps.needs_gradients or (steps.length and SELF in recipe.calibration.data)
+        copies = copied_bytes(steps.model) if multiplies else 0
         more = max(passes + copies - algebra, 0)
         return cls(weight_bytes(steps.model), sum(sums), passes + ALLOWANCE + more, algebra)
 
@@ -192,10 +193,6 @@ class MemoryEstimate:
         }
         listed = ", ".join(f"{gibibytes(size)} for {name}" for name, size in parts.items())
         return f"about {gibibytes(self.total)} of memory: {listed}"
-
-
-def gibibytes(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB"
 
 
 def _work_space(model: Any, linears: Sequence[LinearSpec], recipe: Recipe) -> WorkSpace:

@@ -314,14 +314,14 @@ def check_weights(model: nn.Module, linears: Iterable[LinearSpec]) -> None:
     devices: dict[str, torch.device] = {}
     for spec in linears:
         weight = dense_weight(model.get_submodule(spec.name))
+        if weight.is_meta:
+            raise InputError(
+                f"the weights of {spec.name} are offloaded: load the model on --device cpu"
+            )
         if (device := devices.setdefault(spec.ffn, weight.device)) != weight.device:
             raise InputError(
                 f"{spec.ffn} is spread over {device} and {weight.device}: load the model with a "
                 "device_map that keeps each block on one device"
-            )
-        if weight.is_meta:
-            raise InputError(
-                f"the weights of {spec.name} are offloaded: load the model on --device cpu"
             )
         if not bool(weight.isfinite().all()):
             raise InputError(f"the weight of {spec.name} is not finite: get an intact copy")

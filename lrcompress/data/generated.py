@@ -56,7 +56,7 @@ def sampled_blocks(
         evaluation_mode(model),
         bfloat16_linears(model),
         _plain_decoding(model),
-        torch.random.fork_rng(range(torch.accelerator.device_count())),
+        torch.random.fork_rng(range(torch.cuda.device_count())),
     ):
         torch.manual_seed(seed)
         starts = (_first_tokens(model, len(batch), bos, generator) for batch in batches)

@@ -20,7 +20,7 @@ from lrcompress.layers.block_runner import replaced_forwards
 
 # width of hidden states from which on the products are faster by more than the conversions cost
 MINIMUM_WIDTH = 512
-FORWARD = nn.Linear.forward
+LINEAR_FORWARD = nn.Linear.forward
 
 
 @contextmanager
@@ -37,11 +37,15 @@ def bfloat16_linears(model: Any, wanted: bool = True) -> Iterator[None]:
         yield
 
 
-def copied_bytes(model: Any) -> int:
-    """Bytes of the copies of all weights of `model`, which may be on the meta device, on a CPU."""
+def copied_bytes(model: Any, part: nn.Module | None = None) -> int:
+    """Bytes of the copies of the weights in `part` of `model`, on a CPU; None stands for all.
+
+    The model may be on the meta device.
+    """
     if not _is_faster(model):
         return 0
-    return sum(linear.weight.numel() for linear in _plain_linears(model)) * torch.bfloat16.itemsize
+    linears = _plain_linears(model if part is None else part)
+    return sum(linear.weight.numel() for linear in linears) * torch.bfloat16.itemsize
 
 
 def _is_faster(model: Any) -> bool:
@@ -54,7 +58,10 @@ def _is_faster(model: Any) -> bool:
 def _plain_linears(model: nn.Module) -> Iterator[nn.Linear]:
     """Linears with the forward pass of their class, which accelerate and quantizers replace."""
     for module in model.modules():
-        if type(module) is nn.Linear and getattr(module.forward, "__func__", None) is FORWARD:
+        if (
+            type(module) is nn.Linear
+            and getattr(module.forward, "__func__", None) is LINEAR_FORWARD
+        ):
             yield module
 
 

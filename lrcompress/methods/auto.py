@@ -39,15 +39,22 @@ class Auto(FisherSVD):
         )
 
     def order(self, ffn: FFN, widths: Collection[int] = ()) -> ChannelOrder:
-        return self._nystrom().order(ffn, widths)
+        return self._nystrom().order(ffn, widths if _shares_products(ffn) else ())
 
-    def narrowed_curves(self, ffn: FFN, order: ChannelOrder) -> NarrowedCurves:
+    def narrowed_curves(
+        self, ffn: FFN, order: ChannelOrder, widths: Collection[int]
+    ) -> NarrowedCurves:
         """As `error_curve` of each linear after `narrow`, from products that all widths share.
 
         Dampings are left out where they would take products of their own: down_proj's, which are
         small beside the shrinkage, and the dependence of the others on the width. Gate and up have
-        their curves at the full width too.
+        their curves at the full width too. An FFN narrower than its hidden states has smaller
+        matrices at every width, and shares nothing.
         """
+        if not _shares_products(ffn):
+            return {
+                width: self._curves(self.narrow(ffn, order.channels[:width])) for width in widths
+            }
         curves = defaultdict[int, dict[str, Tensor]](dict)
         for linear in ffn.linears:
             is_down = linear is ffn.down
@@ -56,6 +63,12 @@ class Auto(FisherSVD):
                 full_rank = linear.narrowed(width).full_rank
                 curves[width][linear.name] = error_curve(energies(gram)[:full_rank])
         return curves
+
+    def _curves(self, ffn: FFN) -> dict[str, Tensor]:
+        return {
+            linear.name: self.error_curve(ffn.weights[linear.name], ffn.statistics[linear.name])
+            for linear in ffn.linears
+        }
 
     def _grams(
         self, ffn: FFN, linear: LinearSpec, order: ChannelOrder
@@ -71,3 +84,9 @@ class Auto(FisherSVD):
 
     def narrow(self, ffn: FFN, channels: Tensor) -> FFN:
         return self._nystrom().narrow(ffn, channels)
+
+
+def _shares_products(ffn: FFN) -> bool:
+    """Whether the widths of `ffn` share their products: the FFN is wider than its hidden states."""
+    down = ffn.down
+    return down is not None and down.in_features >= down.out_features

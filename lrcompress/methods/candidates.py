@@ -95,7 +95,7 @@ def list_candidates(
         shapes, channels, errors_of_ranks = _narrowed_shapes(ffn, method, grid, errors)
     full = None
     if grid.truncates(method):
-        full = _errors(ffn, method, errors_of_ranks, errors)
+        full = _errors(ffn, method, grid, errors_of_ranks, errors)
     curves = _curves(ffn.linears, full, grid, narrowed=False)
     options = (WidthOption(None, 0.0, tuple(curves)), *shapes)
     return Candidates(ffn.name, ffn.linears, options), channels
@@ -130,7 +130,7 @@ def _narrowed_shapes(
         combined.intersection_update(widths)
     with stage("choices_of_channels"):
         order = method.order(ffn, combined)
-    errors_of_ranks = method.narrowed_curves(ffn, order) if combined else {}
+    errors_of_ranks = method.narrowed_curves(ffn, order, combined) if combined else {}
     shapes = []
     for width in widths:
         linears = [linear.narrowed(width) for linear in ffn.linears]
@@ -157,16 +157,16 @@ def _curves(
 
 
 def _errors(
-    ffn: FFN, method: Method, known: Mapping[str, Tensor], wanted: bool
+    ffn: FFN, method: Method, grid: CandidateGrid, known: Mapping[str, Tensor], wanted: bool
 ) -> dict[str, Tensor]:
     """The error curve of each linear, `known` or not.
 
-    NaN unless `wanted`, which saves decompositions.
+    NaN unless `wanted` and where no rank is considered, which saves decompositions.
     """
     errors = dict(known)
     for linear in ffn.linears:
         name = linear.name
-        if not wanted:
+        if not (wanted and grid.ranks(linear)):
             errors[name] = torch.full((linear.full_rank + 1,), torch.nan)
         elif name not in errors:
             errors[name] = method.error_curve(ffn.weights[name], ffn.statistics[name])

@@ -11,10 +11,10 @@ from lrcompress.methods.linalg import to_float64
 from lrcompress.methods.types import ChannelOrder
 
 # channels chosen between two updates of the full matrices, and candidates from which they are
-# chosen: among the candidates every step is exact, so only a channel outside can be missed. Wide
-# matrices are read less often with more of both.
+# chosen: among the candidates every step is exact, so only a channel outside can be missed. Both
+# are multiplied in FFNs of a multiple of this width, whose matrices are then read less often.
 CHANNELS_PER_UPDATE, POOL_SIZE = 32, 96
-WIDTH_OF_THESE = 6144
+WIDTH_PER_MULTIPLE = 6144
 # a channel with a smaller residual, relative to its second moment, is already reconstructed
 RESIDUAL_TOLERANCE = 1e-9
 # chosen channels are cut out of the matrices when the others are fewer than this share
@@ -73,7 +73,7 @@ class _Residual:
         self.floor = RESIDUAL_TOLERANCE * C.diagonal().clamp_min(torch.finfo(C.dtype).tiny)
         self.channels = torch.arange(len(C), device=C.device)
         self.remaining = torch.ones(len(C), dtype=torch.bool, device=C.device)
-        self.steps = max(1, round(len(C) / WIDTH_OF_THESE))
+        self.steps = max(1, round(len(C) / WIDTH_PER_MULTIPLE))
 
     def choose(self, most: int) -> tuple[Tensor, list[float]]:
         """The next channels with their gains, at most `most`; none where nothing is left to gain.

@@ -1,6 +1,7 @@
 """Numerics: square roots of moments, truncated SVD in weighted norms, and pivoted factors.
 
-Everything computes in float64, on the device of the input where that device has float64.
+Everything computes in float64, on the device of the input where that device has float64; only
+the products of `nested_grams` are in float32.
 """
 
 from __future__ import annotations

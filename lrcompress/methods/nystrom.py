@@ -57,7 +57,9 @@ class Nystrom:
     def error_curve(self, weight: Tensor, statistics: Statistics) -> Tensor:
         raise TypeError("nystrom leaves linears at full rank")
 
-    def narrowed_curves(self, ffn: FFN, order: ChannelOrder) -> NarrowedCurves:
+    def narrowed_curves(
+        self, ffn: FFN, order: ChannelOrder, widths: Collection[int]
+    ) -> NarrowedCurves:
         raise TypeError("nystrom leaves linears at full rank")
 
     def decompose(self, weight: Tensor, statistics: Statistics, rank: int) -> Decomposition:

@@ -50,7 +50,9 @@ class PPM:
     def decompose(self, weight: Tensor, statistics: Statistics, rank: int) -> Decomposition:
         raise TypeError("ppm leaves linears at full rank")
 
-    def narrowed_curves(self, ffn: FFN, order: ChannelOrder) -> NarrowedCurves:
+    def narrowed_curves(
+        self, ffn: FFN, order: ChannelOrder, widths: Collection[int]
+    ) -> NarrowedCurves:
         raise TypeError("ppm leaves linears at full rank")
 
     def order(self, ffn: FFN, widths: Collection[int] = ()) -> ChannelOrder:

@@ -50,7 +50,9 @@ class ScaledSVD:
     def order(self, ffn: FFN, widths: Collection[int] = ()) -> ChannelOrder:
         raise TypeError(f"{type(self).__name__} keeps all channels")
 
-    def narrowed_curves(self, ffn: FFN, order: ChannelOrder) -> NarrowedCurves:
+    def narrowed_curves(
+        self, ffn: FFN, order: ChannelOrder, widths: Collection[int]
+    ) -> NarrowedCurves:
         raise TypeError(f"{type(self).__name__} keeps all channels")
 
     def narrow(self, ffn: FFN, channels: Tensor) -> FFN:

@@ -212,8 +212,10 @@ class Method(Protocol):
         """
         ...
 
-    def narrowed_curves(self, ffn: FFN, order: ChannelOrder) -> NarrowedCurves:
-        """The error curve of each linear of `ffn` at the widths that `order` was asked for.
+    def narrowed_curves(
+        self, ffn: FFN, order: ChannelOrder, widths: Collection[int]
+    ) -> NarrowedCurves:
+        """The error curve of each linear of `ffn` at each of `widths`, which `order` was asked for.
 
         At the full width there may be those that the others give for nothing. Only methods that
         both narrow and truncate need it.

@@ -15,6 +15,7 @@ from lrcompress.config import ModelSettings
 from lrcompress.models.architecture import model_class
 from lrcompress.models.gguf_files import check_gguf, parsed_once
 from lrcompress.models.preflight import ADAPTER_FILE, check_folder, meta_model
+from lrcompress.models.safetensors_headers import stored_tensors, weight_files
 from lrcompress.models.stored_weights import check_tensors
 from lrcompress.runtime.errors import InputError, MachineError, machine_fault_reason
 from lrcompress.runtime.packages import package_folder
@@ -268,7 +269,21 @@ def shapes_of(settings: ModelSettings) -> Any | None:
             model = skeleton(settings.source, settings.gguf_file)
     except (InputError, MachineError):
         return None
-    return model if settings.dtype == "auto" else model.to(torch_dtype(settings.dtype))
+    if settings.dtype != "auto":
+        return model.to(torch_dtype(settings.dtype))
+    if model.config.dtype is None and not location.gguf_file and Path(location.path).is_dir():
+        return model.to(_stored_dtype(Path(location.path)))
+    return model
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that `auto` takes where a config names none: that of the first float weight."""
+    from transformers.modeling_utils import str_to_torch_dtype
+
+    stored = stored_tensors(weight_files(folder)).values()
+    name = next((tensor.dtype for tensor in stored if tensor.is_float), "F32")
+    dtype: torch.dtype = str_to_torch_dtype[name]
+    return dtype
 
 
 def load_model(settings: ModelSettings, **overrides: Any) -> Loaded:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from lrcompress.models.loading import checked_device
 from lrcompress.runtime import distributed, memory
-from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.errors import MachineError
+from lrcompress.runtime.memory import gibibytes
 
 
 def device_for(device: str, total: int, least: int) -> str:
@@ -14,15 +17,15 @@ def device_for(device: str, total: int, least: int) -> str:
 
     `device` is a torch device, or `auto`. Without a GPU that stands for the CPU, and otherwise for
     the GPU with the most free memory; where `total` is more than that and there are several, it
-    stays `auto`, by which accelerate spreads the blocks over all of them. Raises InputError where
-    not even `least` fits.
+    stays `auto`, by which accelerate spreads the blocks over all of them. Raises MachineError where
+    not even `least` fits, except where the system makes more swap when it is needed.
     """
     if device == "auto":
         device = _automatic(total)
-    if least > (room := free_memory(device)):
-        raise InputError(
-            f"factorizing in memory takes at least {_gibibytes(least)} for weights and moments, "
-            f"and {_place(device)} {_gibibytes(room)} free: {_remedy(device, least)}"
+    if least > (room := free_memory(device)) and (_is_gpu(device) or sys.platform == "linux"):
+        raise MachineError(
+            f"factorizing in memory takes at least {gibibytes(least)} for weights and moments, "
+            f"and {_place(device)} {gibibytes(room)} free: {_remedy(device, least)}"
         )
     return device
 
@@ -42,8 +45,13 @@ def free_memory(device: str) -> int:
     if device == "auto" and (gpus := _gpus()):
         return sum(map(free_memory, gpus))
     if device != "auto" and torch.device(checked_device(device)).type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     return memory.available() // distributed.processes_here()
+
+
+def _is_gpu(device: str) -> bool:
+    return device.startswith("cuda") or (device == "auto" and bool(_gpus()))
 
 
 def _place(device: str) -> str:
@@ -65,7 +73,3 @@ def _remedy(device: str, least: int) -> str:
     if device.startswith(("cuda", "auto")) and _gpus() and least <= free_memory("cpu"):
         remedies.append("--device cpu")
     return ", or ".join(remedies)
-
-
-def _gibibytes(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB"

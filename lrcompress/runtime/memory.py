@@ -1,4 +1,4 @@
-"""Resident memory of this process, now and at its peak, from Linux' /proc; what is available."""
+"""Memory of this process, now and at its peak, from Linux' /proc; and what is free for it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+# the limit of a container's memory, by control groups of version 2
+CGROUP = Path("/sys/fs/cgroup")
 RESET_PEAK = "5"  # written to clear_refs, it sets VmHWM back to VmRSS
 
 
@@ -59,8 +61,21 @@ def resident() -> int:
 
 
 def available() -> int:
-    """Bytes of memory and swap that processes of this machine can still take."""
-    return int(psutil.virtual_memory().available + psutil.swap_memory().free)
+    """Bytes of memory and swap that this process can still take, within its container."""
+    machine = int(psutil.virtual_memory().available + psutil.swap_memory().free)
+    try:
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        statistics = dict(
+            line.split() for line in (CGROUP / "memory.stat").read_text().splitlines()
+        )
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return machine
+    return min(machine, limit - used + int(statistics.get("inactive_file", 0)))
+
+
+def gibibytes(size: int) -> str:
+    """`size` (bytes) as words."""
+    return f"{size / 2**30:,.1f} GiB"
 
 
 def _status(field: str) -> int | None:

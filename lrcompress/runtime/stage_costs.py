@@ -114,13 +114,23 @@ def _gpu_peak() -> int:
     return sum(map(torch.cuda.max_memory_reserved, range(torch.cuda.device_count())))
 
 
+def _reset_gpu_peak() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+
+
 RECORDER: ContextVar[StageCosts | None] = ContextVar("stage_costs", default=None)
 
 
 @contextmanager
 def recording() -> Iterator[StageCosts]:
     """Inside, stages are recorded; where they are already, the same costs go on."""
-    costs = RECORDER.get() or StageCosts()
+    costs = RECORDER.get()
+    if costs is None:
+        costs = StageCosts()
+        _reset_gpu_peak()
     token = RECORDER.set(costs)
     try:
         yield costs

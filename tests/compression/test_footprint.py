@@ -12,13 +12,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrcompress.compression.calibration.moments import measure_moments
-from lrcompress.compression.footprint import LIBRARIES, MemoryEstimate, WorkSpace, gibibytes
+from lrcompress.compression.footprint import LIBRARIES, MemoryEstimate, WorkSpace
 from lrcompress.compression.planning import Planning
 from lrcompress.compression.serving import Serving
 from lrcompress.compression.streaming.footprint import FootprintInputs
 from lrcompress.config.recipe import Recipe
 from lrcompress.layers.ffn_layouts import find_ffns
 from lrcompress.layers.model_info import weight_bytes
+from lrcompress.runtime.memory import gibibytes
 from lrcompress.runtime.progress import silent
 from tests.conftest import SMALL, invoke
 from tests.tiny import BLOCKS, EXPERTS, INNER, WIDTH, tiny_model, tokens

@@ -134,12 +134,12 @@ def test_grams_are_those_of_the_folded_weight() -> None:
         assert float(order.errors[width]) == pytest.approx(lost, rel=1e-6)
 
 
-@pytest.mark.parametrize("role", ["up", "gate_up"])
-def test_curves_at_narrower_widths_are_those_of_the_narrowed_ffn(role: Role) -> None:
+@pytest.mark.parametrize(("role", "hidden"), [("up", 8), ("gate_up", 8), ("up", 40)])
+def test_curves_at_narrower_widths_are_those_of_the_narrowed_ffn(role: Role, hidden: int) -> None:
     """Products that all widths share differ from those of each by small dampings alone."""
-    ffn, method = tiny_ffn(24, 8, role), Auto(shrinkage=0.2, output_shrinkage=0.6)
+    ffn, method = tiny_ffn(24, hidden, role), Auto(shrinkage=0.2, output_shrinkage=0.6)
     order = method.order(ffn, widths={4, 8, 16})
-    curves = method.narrowed_curves(ffn, order)
+    curves = method.narrowed_curves(ffn, order, {4, 8, 16})
     for width in (4, 8, 16):
         narrowed = method.narrow(ffn, order.channels[:width])
         for linear in narrowed.linears:
@@ -149,5 +149,9 @@ def test_curves_at_narrower_widths_are_those_of_the_narrowed_ffn(role: Role) -> 
             curve = curves[width][linear.name]
             assert len(curve) == linear.full_rank + 1
             torch.testing.assert_close(curve, expected, rtol=0.05, atol=0.01 * float(expected[0]))
+    assert bool(order.grams) == (hidden < 24)
+    if hidden > 24:  # nothing is shared, so nothing is there for nothing
+        assert 24 not in curves
+        return
     full = method.error_curve(ffn.weights["up"], ffn.statistics["up"])
     torch.testing.assert_close(curves[24]["up"], full, rtol=1e-4, atol=1e-5 * float(full[0]))

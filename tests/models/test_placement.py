@@ -8,7 +8,7 @@ import torch
 from lrcompress.models import placement
 from lrcompress.models.placement import device_for
 from lrcompress.runtime import memory
-from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.errors import MachineError
 
 GIB = 2**30
 
@@ -19,6 +19,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {"cuda:0": 30 * GIB, "cuda:1": 40 * GIB}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     monkeypatch.setattr(placement, "checked_device", lambda device: device)
     monkeypatch.setattr(memory, "available", lambda: 50 * GIB)
 
@@ -55,7 +57,7 @@ def test_without_gpus_auto_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_fits_nowhere_is_refused(device: str, least: int, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(MachineError, match=message):
         device_for(device, 2 * least * GIB, least * GIB)
 
 
@@ -64,7 +66,7 @@ def test_processes_share_the_memory_and_not_the_gpus(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert device_for("cpu", 30 * GIB, 25 * GIB) == "cpu"
-    with pytest.raises(InputError, match=r"for each of 2 processes 25\.0 GiB free"):
+    with pytest.raises(MachineError, match=r"for each of 2 processes 25\.0 GiB free"):
         device_for("cpu", 30 * GIB, 26 * GIB)
-    with pytest.raises(InputError, match="or start it without torchrun, which spreads"):
+    with pytest.raises(MachineError, match="or start it without torchrun, which spreads"):
         device_for("cuda:1", 45 * GIB, 41 * GIB)

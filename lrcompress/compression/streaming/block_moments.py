@@ -113,12 +113,12 @@ class BlockMoments:
     def _backward(self, progress: Progress) -> None:
         samples = self._with_gradients(shard_of(range(len(self.tokens))))
         blocks = self.source.count
-        for sample in samples:
-            if not self.gradients.has(blocks - 1, sample):
-                states, tokens = self._states(blocks, sample), self.tokens[sample]
-                with self._products():
+        with self._products():
+            for sample in samples:
+                if not self.gradients.has(blocks - 1, sample):
+                    states, tokens = self._states(blocks, sample), self.tokens[sample]
                     gradient = self.blocks.score_gradient(states, tokens, seed=sample)
-                self.gradients.write(blocks - 1, sample, gradient)
+                    self.gradients.write(blocks - 1, sample, gradient)
         steps = range(blocks - 1, self.first_block, -1)
         for index in progress(steps, "Running blocks backwards", len(steps)):
             missing = [sample for sample in samples if not self.gradients.has(index - 1, sample)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lrcompress.compression.calibration.probes import held_out
 from lrcompress.compression.footprint import ALLOWANCE, FLOAT32, WorkSpace
 from lrcompress.compression.planning import Planning
+from lrcompress.layers.bfloat16_linears import copied_bytes
 from lrcompress.layers.model_info import weight_bytes
 from lrcompress.runtime.memory import resident
 
@@ -44,9 +45,18 @@ class FootprintInputs:
             + ALLOWANCE
             + outside
             + 2 * steps.largest_block
+            + self._bfloat16_copies()
             + 2 * max(steps.moments_by_block())  # sums, and means of them
             + max(activations, steps.algebra(), steps.training())
         )
+
+    def _bfloat16_copies(self) -> int:
+        """Copies of the linears outside the blocks and of those in one."""
+        if not self.steps.needs_gradients:
+            return 0
+        model = self.steps.model
+        by_block = [copied_bytes(model, block) for block in self.steps.blocks]
+        return copied_bytes(model) - sum(by_block) + max(by_block)
 
     def disk(self) -> int:
         return self._activations_on_disk() + sum(map(weight_bytes, self.steps.blocks))

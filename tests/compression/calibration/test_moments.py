@@ -125,10 +125,11 @@ def test_products_in_bfloat16_hardly_move_moments(monkeypatch: pytest.MonkeyPatc
     linears = select(model)
     exact = measure_moments(model, linears, sample, gradient_samples=2)
     monkeypatch.setattr(bfloat16_linears, "MINIMUM_WIDTH", 1)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     rounded = measure_moments(model, linears, sample, gradient_samples=2)
     for spec in linears:
         a, b = exact.statistics(spec), rounded.statistics(spec)
         for x, y in ((a.second_moment, b.second_moment), (a.gradient_moment, b.gradient_moment)):
             assert x is not None
             assert y is not None
-            assert float((x - y).norm() / x.norm()) < 0.1
+            assert 0 < float((x - y).norm() / x.norm()) < 0.1

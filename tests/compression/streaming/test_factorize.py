@@ -79,6 +79,7 @@ def test_the_same_bit_for_bit_with_products_in_bfloat16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bfloat16_linears, "MINIMUM_WIDTH", 1)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     check_same(saved_model(tmp_path / "dense"), tmp_path, "--keep-ratio", "0.6")
 
 
