@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,29 +33,54 @@ def order_channels(
     `widths` the order has the Gram matrices R C_J C_JJ⁻¹ C_Jᵀ Rᵀ.
     """
     residual = _Residual(to_float64(second_moment).clone(), to_float64(root))
+    grams, errors = _Grams(widths, residual.F), [residual.error]
     order: list[Tensor] = []
-    errors, gram, grams = [residual.error], residual.F.new_zeros(len(root), len(root)), {}
     while bool(residual.remaining.any()):
         until_width = [width - len(errors) + 1 for width in widths if width >= len(errors)]
         chosen, gains = residual.choose(min(until_width, default=len(second_moment)))
         if not len(chosen):
             break
         order.append(residual.channels[chosen])
-        for gain in gains:
-            errors.append(max(errors[-1] - gain, 0.0))
-        image = residual.project_out(chosen)
-        if widths:
-            gram.addmm_(image, image.T)
-        if len(errors) - 1 in widths:
-            grams[len(errors) - 1] = gram.clone()
+        errors += _errors_after(errors[-1], gains)
+        grams.add(residual.project_out(chosen), width=len(errors) - 1)
     rest = residual.channels[residual.remaining]  # the others reconstruct these without error
-    tail = [errors[-1]] * (len(rest) - 1) + [0.0] if len(rest) else []
-    errors = [*errors, *tail] if tail else [*errors[:-1], 0.0]
+    errors += [errors[-1]] * len(rest)
     return ChannelOrder(
         channels=torch.cat([*order, rest]),
-        errors=torch.tensor(errors, dtype=torch.float64),
-        grams={width: grams.get(width, gram) for width in widths},
+        errors=torch.tensor([*errors[:-1], 0.0], dtype=torch.float64),
+        grams=grams.by_width(),
     )
+
+
+def _errors_after(error: float, gains: Sequence[float]) -> Iterator[float]:
+    """The error after each of `gains` was taken from `error`."""
+    for gain in gains:
+        error = max(error - gain, 0.0)
+        yield error
+
+
+class _Grams:
+    """Sums of (R Q)(R Q)ᵀ over the channels chosen so far, kept at `widths`.
+
+    `images` has the rows of R.
+    """
+
+    def __init__(self, widths: Collection[int], images: Tensor) -> None:
+        self.widths = widths
+        size = len(images) if widths else 0
+        self._sum = images.new_zeros(size, size)
+        self._by_width: dict[int, Tensor] = {}
+
+    def add(self, image: Tensor, width: int) -> None:
+        """Adds `image` R Q (out, chosen) of the channels that make up `width`."""
+        if self.widths:
+            self._sum.addmm_(image, image.T)
+        if width in self.widths:
+            self._by_width[width] = self._sum.clone()
+
+    def by_width(self) -> dict[int, Tensor]:
+        """That of all chosen channels where a width was not reached: the others add nothing."""
+        return {width: self._by_width.get(width, self._sum) for width in self.widths}
 
 
 class _Residual:
