@@ -141,7 +141,7 @@ class Compressor:
             check_target(self.model, linears, settings)
             _join_tied(self.model, linears)
         if (weight := next(nonfinite_weights(self.model), None)) is not None:
-            raise InputError(f"{weight} is not finite: get an intact copy")
+            raise InputError(f"{weight} is not finite: use another copy or an earlier checkpoint")
         if settings.sequential == "anchored" and not _falls_back(settings, linears):
             _refuse_experts(linears)
         return CalibrationSession(

@@ -324,7 +324,10 @@ def check_weights(model: nn.Module, linears: Iterable[LinearSpec]) -> None:
                 "device_map that keeps each block on one device"
             )
         if not bool(weight.isfinite().all()):
-            raise InputError(f"the weight of {spec.name} is not finite: get an intact copy")
+            raise InputError(
+                f"the weight of {spec.name} is not finite: use another copy or an earlier "
+                "checkpoint"
+            )
 
 
 def by_ffn(linears: Iterable[LinearSpec]) -> list[tuple[LinearSpec, ...]]:

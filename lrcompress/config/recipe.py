@@ -216,6 +216,8 @@ def _read_values(path: Path) -> dict[str, Any]:
         raise InputError(f"recipe {str(path)!r} does not exist: give a YAML file")
     try:
         values = read_yaml(path.read_text("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise InputError(f"recipe {str(path)!r} is not UTF-8 text: convert it") from None
     except ValueError as error:
         raise InputError(f"recipe {str(path)!r} is not YAML of plain values: {error}") from None
     if not isinstance(values, dict):

@@ -20,7 +20,7 @@ def explain_nonfinite(model: Any, tokens: Tensor) -> str:
     """
     weight = next(nonfinite_weights(model), None)
     if weight is not None:
-        return f"because {weight} is not finite: get an intact copy"
+        return f"because {weight} is not finite: use another copy or an earlier checkpoint"
     module = _first_overflow(model, tokens)
     where = "" if module is None else f", first in the output of {module}"
     return f"because a value overflows the precision of the model{where}: use --dtype float32"
@@ -37,7 +37,10 @@ def nonfinite_weights(model: nn.Module) -> Iterator[str]:
 def check_weights_finite(label: str, model: nn.Module) -> None:
     """Raises InputError with the first weight of the model `label` that has NaN or infinity."""
     if (weight := next(nonfinite_weights(model), None)) is not None:
-        raise InputError(f"{weight} of the {label} model is not finite: get an intact copy")
+        raise InputError(
+            f"{weight} of the {label} model is not finite: use another copy or an earlier "
+            "checkpoint"
+        )
 
 
 @contextmanager

@@ -212,22 +212,33 @@ def _ranks(linears: Linears) -> Picture:
     roles = _roles_of(linears)
     ranks = [linear["rank"] for linear in linears if linear["rank"] is not None]
     span = f"ranks {min(ranks)} to {max(ranks)}" if ranks else "no linear has a lower rank"
-    energies = [1 - (linear["relative_error"] or 0.0) for linear in linears]
+    energies = [_energy_kept(linear) for linear in linears if linear["form"] != "narrowed"]
     title = "Rank, and energy kept, by block and role"
     return draw(
         name="ranks",
         section="ranks",
         title=title,
-        text=f"{title}: {span}; energy kept {min(energies):.4f} to {max(energies):.4f}.",
+        text=f"{title}: {span}; energy kept {_range(energies)}.",
         paint=partial(_draw_ranks, linears, roles),
         size=(WIDTH, 1.6 + 0.7 * len(roles)),
+    )
+
+
+def _energy_kept(linear: Mapping[str, Any]) -> float:
+    """The share of the energy of W that low rank keeps; NaN for narrowed linears."""
+    return np.nan if linear["form"] == "narrowed" else 1 - (linear["relative_error"] or 0.0)
+
+
+def _range(values: Sequence[float]) -> str:
+    return (
+        f"{min(values):.4f} to {max(values):.4f}" if values else "is not that of narrowed linears"
     )
 
 
 def _draw_ranks(linears: Linears, roles: Sequence[str], figure: Figure) -> None:
     panels: dict[str, Any] = {
         "rank": lambda linear: linear["rank"] or min(linear["shape"]),
-        "energy kept": lambda linear: 1 - (linear["relative_error"] or 0.0),
+        "energy kept": _energy_kept,
     }
     for axes, (name, value) in zip(figure.subplots(2, sharex=True), panels.items(), strict=True):
         image = axes.imshow(_grid(linears, roles, value), aspect="auto", interpolation="none")

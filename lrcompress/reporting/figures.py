@@ -116,10 +116,17 @@ def legend(figure: Figure) -> None:
 
 
 def plain_log_ticks(axis: Axis) -> None:
-    """Labels a logarithmic axis by plain numbers, at 1, 2 and 5 times powers of ten where it spans
-    less than two decades."""
+    """Labels a logarithmic axis by plain numbers, the closer together the less it spans."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
+    if high > 100 * low:
+        labelled = [1.0]
+    else:
+        labelled = (
+            [1.0, 2.0, 5.0]
+            if high > 8 * low
+            else [1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0]
+        )
+    axis.set_major_locator(LogLocator(subs=labelled))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
 

@@ -135,3 +135,10 @@ def test_set_overrides_keys(tmp_path: Path) -> None:
         read_recipe(file, ["factorize.rank"])
     with pytest.raises(InputError, match="is not a section"):
         read_recipe(file, ["model.source.deep=1"])
+
+
+def test_a_recipe_in_another_encoding_is_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes("model: {source: café}".encode("latin-1"))
+    with pytest.raises(InputError, match=r"recipe\.yaml' is not UTF-8 text: convert it$"):
+        read_recipe(file)

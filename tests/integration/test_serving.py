@@ -27,9 +27,7 @@ COMMANDS = [
     for line in block.splitlines()
 ]
 QUICK = ("--batch-size", "1", "--prompt-length", "8", "--new-tokens", "4", "--repeats", "3")
-# shown in a sentence, not in a block
-GGUF_BENCH = "lrcompress bench serve small.gguf --baseline MODEL.gguf"
-# the page shows `factorize --for` and `export --to gguf`
+GGUF_BENCH = "lrcompress bench serve small.gguf --baseline dense.gguf"
 
 
 def _section(title: str) -> list[str]:
@@ -61,7 +59,7 @@ def test_the_page_shows_five_commands_for_each_engine() -> None:
     assert programs.count("curl") == 3
     for server in ("VLLM/bin/vllm", "llama-server", "ollama"):
         assert server in programs
-    assert GGUF_BENCH in PAGE
+    assert GGUF_BENCH in COMMANDS
 
 
 def test_vllm(environment: Path, dense: Path) -> None:
@@ -97,17 +95,18 @@ def dense_gguf(environment: Path, dense: Path) -> Path:
 
 def test_llama_cpp(environment: Path, dense_gguf: Path) -> None:
     order(environment)
-    for line in _section("llama.cpp"):
-        _run(line, *(SMALL if line.startswith("factorize") else ()))
     server = program(environment / "llama-server")
-    _run(GGUF_BENCH.removeprefix("lrcompress "), "--server", server, *QUICK)
+    options = {"factorize": SMALL, "bench": ("--server", server, *QUICK)}
+    for line in _section("llama.cpp"):
+        _run(line, *options.get(line.split()[0], ()))
 
 
 def test_a_real_server(environment: Path, dense_gguf: Path) -> None:
     """llama.cpp itself, by xllamacpp in this environment, answers what is asked of it."""
     out = environment / "report"
     options = ("--python", sys.executable, "--threads", 1, "--out", out, *QUICK)
-    _run(GGUF_BENCH.removeprefix("lrcompress ").replace("small", "MODEL"), *options)
+    bench = GGUF_BENCH.removeprefix("lrcompress ")
+    _run(bench.replace("small", "MODEL").replace("dense", "MODEL"), *options)
     metrics = json.loads((out / "metrics.json").read_text("utf-8"))["metrics"]
     assert len(metrics) == 6
     assert all(metric["value"] > 0 for metric in metrics)

@@ -25,7 +25,7 @@ def test_the_sentence_names_long_stages_only() -> None:
 def test_reports_show_them() -> None:
     report = Report("title", (), record=RECORD)
     assert "| second moments | 1,234.6 | 2,345.7 | 3,072 |" in markdown(report)
-    assert "<td>second moments</td><td>1,234.6</td>" in html(report)
+    assert '<td>second moments</td><td data-head="seconds">1,234.6</td>' in html(report)
     assert "Where the time went" not in markdown(Report("title", (), record={}))
 
 

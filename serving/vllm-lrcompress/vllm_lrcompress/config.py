@@ -23,8 +23,8 @@ from vllm_lrcompress.records import CheckpointError, read_records
 TRANSPOSED = ("gpt2",)
 # what vLLM calls fused linears, for model classes that do not say what they fuse, such as stablelm
 FUSED = {"gate_up_proj": ["gate_proj", "up_proj"], "qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-# models whose log-probabilities in vLLM 0.32 are not those of transformers; of gemma3n, dense ones
-# either
+# models whose log-probabilities in vLLM 0.32 are not those of transformers, those of dense ones
+# neither; lfm2 passes its queries to vLLM's rotary kernel for CPUs in a shape that it misreads
 DIFFERENT = ("gemma3n", "gemma3n_text", "lfm2")
 
 
