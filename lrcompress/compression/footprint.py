@@ -155,15 +155,17 @@ class MemoryEstimate:
     def _of_steps(cls, steps: WorkSpace, recipe: Recipe) -> Self:
         sums = steps.moments_by_block()
         passes = cls._passes(steps, recipe)
-        numbers = sum(linear.dense_parameters for linear in steps.linears)
-        layers = numbers * int(steps.model.dtype.itemsize)
+        parameters = sum(linear.dense_parameters for linear in steps.linears)
+        new_layers = parameters * int(steps.model.dtype.itemsize)
         # of the moments of one block, means are made
-        algebra = max(sums) + layers + max(steps.algebra(), steps.training())
+        algebra = max(sums) + new_layers + max(steps.algebra(), steps.training())
         # passes come first; the allocator keeps some of the memory that they free
         multiplies = steps.needs_gradients or (steps.length and SELF in recipe.calibration.data)
         copies = copied_bytes(steps.model) if multiplies else 0
-        more = max(passes + copies - algebra, 0)
-        return cls(weight_bytes(steps.model), sum(sums), passes + ALLOWANCE + more, algebra)
+        beyond_algebra = max(passes + copies - algebra, 0)
+        return cls(
+            weight_bytes(steps.model), sum(sums), passes + ALLOWANCE + beyond_algebra, algebra
+        )
 
     @staticmethod
     def _passes(steps: WorkSpace, recipe: Recipe) -> int:
