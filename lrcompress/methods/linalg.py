@@ -221,18 +221,32 @@ def nested_grams(W: Tensor, metric: Tensor, groups: Sequence[Tensor]) -> Iterato
     """W_Jᵀ M_JJ W_J (in, in), J being the rows of the first 1, 2, ... of `groups`.
 
     W has shape (out, in) and M (out, out). All of them together take the products of the last one.
-    These are computed in float32 and summed in float64: each entry is then exact relative to the
-    norms of its two columns, however different these are.
+    These are computed in float32 and summed in float64. M is scaled to a diagonal of ones, and the
+    columns of W to one norm: so each entry is exact relative to its columns, however large or
+    different these are.
     """
-    gram, W = W.new_zeros(W.shape[1], W.shape[1], dtype=torch.float64), W.float()
+    sizes = _nonzero(metric.diagonal().sqrt())
+    scaled = W * sizes[:, None]
+    norms = _nonzero(scaled.norm(dim=0))
+    V = (scaled / norms).float()
+
+    def correlations(rows: Tensor, columns: Tensor) -> Tensor:
+        return (metric[rows][:, columns] / sizes[rows, None] / sizes[columns]).float()
+
+    gram = W.new_zeros(W.shape[1], W.shape[1])
     for index, rows in enumerate(groups):
-        image = metric[rows][:, rows].float() @ W[rows] / 2
+        image = correlations(rows, rows) @ V[rows] / 2
         if index:
             before = torch.cat(list(groups[:index]))
-            image += metric[rows][:, before].float() @ W[before]
-        half = (W[rows].T @ image).to(gram.dtype)
+            image += correlations(rows, before) @ V[before]
+        half = (V[rows].T @ image).to(gram.dtype)
         gram = gram + half + half.T
-        yield gram
+        yield gram * norms[:, None] * norms
+
+
+def _nonzero(sizes: Tensor) -> Tensor:
+    """`sizes` to divide by: 1 where they are zero."""
+    return torch.where(sizes > 0, sizes, 1.0)
 
 
 def _sides(

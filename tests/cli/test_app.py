@@ -351,6 +351,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None
+    assert "of memory" in process.stderr.readline()
     assert "Calibrating" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
