@@ -111,7 +111,7 @@ class _Residual:
         pool = top.indices[:size]
         pool = pool[self.remaining[pool]]
         count = min(most, self.steps * CHANNELS_PER_UPDATE)
-        return _choose(self.D, self.F, pool, self.floor, float(top.values[-1]), count)
+        return _choose(self, pool, float(top.values[-1]), count)
 
     def project_out(self, chosen: Tensor) -> Tensor:
         """Subtracts from D and F what `chosen` reconstruct; returns R Q (out, chosen).
@@ -142,16 +142,16 @@ class _Residual:
 
 
 def _choose(
-    D: Tensor, F: Tensor, pool: Tensor, floor: Tensor, best_outside: float, count: int
+    before: _Residual, pool: Tensor, best_outside: float, count: int
 ) -> tuple[Tensor, list[float]]:
     """Up to `count` channels of `pool` with their gains, greedy and exact in the pool.
 
     Stops where a channel outside the pool may gain more than the best in the pool. Every step asks
     for values of small matrices: they are copied to the CPU once.
     """
-    images = F[:, pool]
+    D, images = before.D, before.F[:, pool]
     residual, S = D[pool][:, pool].cpu(), (images.T @ images).cpu()
-    pool_floor, pool = floor[pool].cpu(), pool.cpu()
+    pool_floor, pool = before.floor[pool].cpu(), pool.cpu()
     chosen: list[int] = []
     chosen_gains: list[float] = []
     free = torch.ones(len(pool), dtype=torch.bool)

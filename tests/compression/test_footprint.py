@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrcompress.compression.calibration.moments import measure_moments
-from lrcompress.compression.footprint import LIBRARIES, MemoryEstimate, WorkSpace
+from lrcompress.compression.footprint import ALLOWANCE, LIBRARIES, MemoryEstimate, WorkSpace
 from lrcompress.compression.planning import Planning
 from lrcompress.compression.serving import Serving
 from lrcompress.compression.streaming.footprint import FootprintInputs
@@ -22,7 +22,18 @@ from lrcompress.layers.model_info import weight_bytes
 from lrcompress.runtime.memory import gibibytes
 from lrcompress.runtime.progress import silent
 from tests.conftest import SMALL, invoke
-from tests.tiny import BLOCKS, EXPERTS, INNER, WIDTH, tiny_model, tokens
+from tests.tiny import (
+    BLOCKS,
+    EXPERTS,
+    FAMILIES,
+    INNER,
+    MIXTURES,
+    MORE_MIXTURES,
+    SHARED_FFNS,
+    WIDTH,
+    tiny_model,
+    tokens,
+)
 
 DOCS = Path(__file__).parents[2] / "docs" / "devices.md"
 
@@ -44,6 +55,17 @@ def test_weights_and_moments_are_exact(family: str) -> None:
     sums = (*moments.input_sums.sums.values(), *moments.gradient_sums.sums.values())
     assert estimate(model).moments == sum(tensor.nbytes for tensor in sums)
     assert estimate(model).weights == weight_bytes(model)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES, *SHARED_FFNS, *MORE_MIXTURES])
+def test_every_family_has_an_estimate(family: str) -> None:
+    """The default, whose text the model writes, needs heads and vocabulary of the config."""
+    recipe = Recipe(model={"source": "any"}, factorize={"keep_ratio": 0.8})
+    model = tiny_model(family)
+    memory = MemoryEstimate.of(model, recipe)
+    assert memory.weights == weight_bytes(model)
+    assert memory.moments > 0
+    assert memory.activations > ALLOWANCE
 
 
 def test_every_expert_has_moments() -> None:
