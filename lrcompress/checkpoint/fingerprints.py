@@ -26,7 +26,7 @@ Stage = Literal["benchmark", "evaluate", "factorize", "finetune", "pretrain", "t
 STAGES: dict[Stage, int] = {
     "benchmark": 1,
     "evaluate": 2,
-    "factorize": 7,
+    "factorize": 8,
     "finetune": 1,
     "pretrain": 1,
     "tasks": 4,

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from lrcompress.compression.calibration.activations import block_activations, kept_blocks
 from lrcompress.config import FactorizeSettings
 from lrcompress.config.recipe import Recipe
 from lrcompress.data.corpora import SELF
@@ -74,11 +75,9 @@ class WorkSpace:
     def _config(self) -> Any:
         return self.model.config.get_text_config(decoder=True)
 
-    def activations(self) -> int:
-        """Activations of one sample in a block, kept for a backward pass."""
-        widths = sum(sum(p.shape) for p in self.blocks[0].parameters() if p.ndim == 2)
-        inside: int = self.length * widths * 2 * FLOAT32
-        return inside + self.length**2 * int(self._config.num_attention_heads) * FLOAT32
+    def activations(self, blocks: int = 1) -> int:
+        """Activations of one sample in `blocks` blocks, kept for a backward pass."""
+        return blocks * block_activations(self.model, self.length)
 
     def logits(self) -> int:
         """Logits of some tokens of a sample, with their gradients."""
@@ -154,26 +153,27 @@ class MemoryEstimate:
     @classmethod
     def _of_steps(cls, steps: WorkSpace, recipe: Recipe) -> Self:
         sums = steps.moments_by_block()
-        passes = cls._passes(steps, recipe)
+        multiplies = steps.needs_gradients or (steps.length and SELF in recipe.calibration.data)
+        copies = copied_bytes(steps.model) if multiplies else 0
+        passes = cls._passes(steps, recipe) + copies
         parameters = sum(linear.dense_parameters for linear in steps.linears)
         new_layers = parameters * int(steps.model.dtype.itemsize)
         # of the moments of one block, means are made
         algebra = max(sums) + new_layers + max(steps.algebra(), steps.training())
-        # passes come first; the allocator keeps some of the memory that they free
-        multiplies = steps.needs_gradients or (steps.length and SELF in recipe.calibration.data)
-        copies = copied_bytes(steps.model) if multiplies else 0
-        beyond_algebra = max(passes + copies - algebra, 0)
-        return cls(
-            weight_bytes(steps.model), sum(sums), passes + ALLOWANCE + beyond_algebra, algebra
-        )
+        # passes come first; what they free is used again
+        beyond_passes = max(algebra - passes, 0)
+        return cls(weight_bytes(steps.model), sum(sums), passes + ALLOWANCE, beyond_passes)
 
     @staticmethod
     def _passes(steps: WorkSpace, recipe: Recipe) -> int:
         """Activations and logits of the calibration, and the inputs of all blocks."""
         if not steps.length:
             return 0
-        inputs = 2 * len(steps.blocks) * steps.sample_states if steps.needs_gradients else 0
-        passes = steps.activations() + steps.logits() + inputs
+        passes = steps.activations() + steps.logits()
+        if steps.needs_gradients:
+            kept = kept_blocks(steps.model, steps.length)
+            # a block that is computed again has its own activations then
+            passes += steps.activations(kept) + 2 * len(steps.blocks) * steps.sample_states
         return max(passes, steps.writing()) if SELF in recipe.calibration.data else passes
 
     @property
@@ -190,7 +190,7 @@ class MemoryEstimate:
             "weights": self.weights,
             "moments": self.moments,
             "activations and logits": self.activations,
-            "linear algebra and new layers": self.algebra,
+            "what linear algebra and new layers take beyond that": self.algebra,
             "libraries": self.libraries,
         }
         listed = ", ".join(f"{gibibytes(size)} for {name}" for name, size in parts.items())

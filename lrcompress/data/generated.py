@@ -7,6 +7,7 @@ loss on it give the true Fisher matrix, not the empirical one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -106,11 +107,40 @@ class _InverseTransformSampling(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         next(self.steps)
-        cumulative = scores.softmax(-1).cumsum(-1)  # (documents, vocabulary)
-        # of float32 sums the last is not exactly 1
-        drawn = torch.rand_like(cumulative[:, -1:]) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, drawn, right=True).clamp(max=scores.shape[-1] - 1)
-        return torch.zeros_like(scores).scatter_(-1, tokens, 1.0)
+        # in place: new tensors of this size take as long as what is computed
+        weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+        tokens = _drawn(weights, torch.rand_like(weights[:, :1]))
+        return weights.zero_().scatter_(-1, tokens, 1.0)
+
+
+def _drawn(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The columns (rows, 1) of `weights` (rows, columns) where their running sum passes a share
+    `uniform` (rows, 1) of the whole sum.
+
+    Running sums are slow: first one over sums of groups, then one inside the group that was drawn.
+    """
+    groups = weights.view(len(weights), -1, _group_size(weights.shape[-1]))
+    sums = groups.sum(-1)
+    group, rest = _passed(sums, uniform * sums.sum(-1, keepdim=True))
+    inside = groups.take_along_dim(group[..., None], 1)[:, 0]
+    column: Tensor = group * groups.shape[-1] + _passed(inside, rest)[0]
+    return column
+
+
+def _passed(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns (rows, 1) in which the running sum of `weights` passes `target` (rows, 1), and
+    what `target` is above the sum before them."""
+    cumulative = weights.cumsum(-1)
+    columns = torch.searchsorted(cumulative, target, right=True)
+    # of rounded sums the last can be below the target
+    columns = columns.clamp(max=weights.shape[-1] - 1)
+    before = cumulative.take_along_dim(columns, -1) - weights.take_along_dim(columns, -1)
+    return columns, target - before
+
+
+def _group_size(columns: int) -> int:
+    """The largest divisor of `columns` that is at most its root."""
+    return max(size for size in range(1, math.isqrt(columns) + 1) if columns % size == 0)
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from lrcompress.data import generated
 from lrcompress.data.generated import sampled_blocks
 from lrcompress.runtime.progress import silent
 from tests.tiny import tiny_model
@@ -26,3 +28,16 @@ def test_tokens_are_drawn_from_the_models_softmax() -> None:
     entropy = -(probabilities * probabilities.clamp(min=1e-300).log()).sum(-1).mean()
     surprise = -(drawn * probabilities.clamp(min=1e-300).log()).sum(-1).mean()
     assert abs(float(surprise - entropy)) < 0.05
+
+
+@pytest.mark.parametrize("columns", [257, 96, 1])  # a prime, and two with groups
+def test_a_share_of_the_sum_falls_into_its_column(columns: int) -> None:
+    weights = torch.rand(3, columns, generator=torch.Generator().manual_seed(0))
+    weights[:, ::3] = 0 if columns > 1 else 1
+    edges = torch.cat([torch.zeros(3, 1), weights.cumsum(-1)], dim=-1)
+    middles = (edges[:, 1:] + edges[:, :-1]) / 2
+    for column in weights[0].nonzero().flatten().tolist():
+        share = middles[:, column : column + 1] / edges[:, -1:]
+        assert generated._drawn(weights, share).flatten().tolist() == [column] * 3
+    last = int(weights[0].nonzero().max())
+    assert generated._drawn(weights, torch.full((3, 1), 1 - 1e-7)).flatten().tolist() == [last] * 3

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lrcompress.compression.calibration.activations import kept_blocks
 from lrcompress.compression.calibration.outliers import OutlierRows, outlier_rows
 from lrcompress.compression.calibration.probes import Probe, ProbeErrors, held_out
 from lrcompress.compression.calibration.token_sums import TokenSums
@@ -250,10 +251,10 @@ def measure_moments(
     """Runs `tokens` (samples, length) through the model, one sample at a time.
 
     In the first `gradient_samples` of them the forward pass is followed by a backward pass from
-    `score_gradient`. Blocks are checkpointed; parameters get no gradients and stay as they
-    are. Several processes share the samples, and all get the sums. With gradients, products may be
-    in bfloat16; without, the moments may be whitened with hardly any damping, which reads digits
-    that bfloat16 does not have.
+    `score_gradient`. Blocks whose activations take too much memory are checkpointed; parameters get
+    no gradients and stay as they are. Several processes share the samples, and all get the sums.
+    With gradients, products may be in bfloat16; without, the moments may be whitened with hardly
+    any damping, which reads digits that bfloat16 does not have.
     """
     samples, length = tokens.shape
     gradient_samples = min(gradient_samples, samples)
@@ -297,7 +298,8 @@ def _forward_backward(
     model: Any, sample: Tensor, observer: MomentCollector | ProbeErrors, seed: int
 ) -> None:
     blocks = list(find_blocks(model)[1])
-    with _gradients_of_activations(model), replaced_forwards(blocks, _checkpointed):
+    recomputed = blocks[: len(blocks) - kept_blocks(model, sample.shape[1])]
+    with _gradients_of_activations(model), replaced_forwards(recomputed, _checkpointed):
         # checkpointing repeats the forward pass during the backward pass: then without hooks
         with observer.hooks(model), _output_of(blocks[-1]) as outputs:
             model.base_model(input_ids=sample, use_cache=False)  # without the head

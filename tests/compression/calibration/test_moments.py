@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import lrcompress
+from lrcompress.compression.calibration import activations
+from lrcompress.compression.calibration.activations import block_activations, kept_blocks
 from lrcompress.compression.calibration.moments import measure_moments
 from lrcompress.layers import bfloat16_linears
-from lrcompress.layers.block_runner import sample_score_gradients
-from lrcompress.layers.ffn_layouts import select
+from lrcompress.layers.block_runner import BlockRunner, sample_score_gradients
+from lrcompress.layers.ffn_layouts import find_blocks, select
 from lrcompress.runtime.errors import InputError
 from tests.tiny import byte_tokenizer, tiny_model, tokens
 
@@ -102,6 +104,44 @@ def test_gradient_moment_of_every_linear(family: str, trained: bool) -> None:
             statistics.gradient_moment.double(), g.T @ g / 40, rtol=1e-4, atol=1e-6
         )
         torch.testing.assert_close(statistics.second_moment, plain.statistics(spec).second_moment)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_moments_do_not_depend_on_which_activations_are_kept(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(family)
+    linears, sample = select(model), tokens(2, 20)
+    blocks = len(find_blocks(model)[1])
+    assert kept_blocks(model, 20) == blocks > 1
+    kept = measure_moments(model, linears, sample, gradient_samples=2)
+    for count in (blocks - 1, 0):
+        monkeypatch.setattr(activations, "KEPT_BYTES", count * block_activations(model, 20))
+        assert kept_blocks(model, 20) == count
+        recomputed = measure_moments(model, linears, sample, gradient_samples=2)
+        for name, moment in kept.gradient_sums.sums.items():
+            assert torch.equal(recomputed.gradient_sums.sums[name], moment)
+        for name, moment in kept.input_sums.sums.items():
+            assert torch.equal(recomputed.input_sums.sums[name], moment)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_no_more_activations_are_kept_than_estimated(attention: str) -> None:
+    model = tiny_model("llama", attn_implementation=attention)
+    length = 256
+    embedded = model.get_input_embeddings()(tokens(1, length)).detach().requires_grad_(True)
+    arguments = BlockRunner(model, tokens(2, length)).arguments[0]
+    model.requires_grad_(False)
+    storages: dict[int, int] = {}
+
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        output = model.model.layers[0](embedded, *arguments[0], **arguments[1])
+    del output
+    assert 0.5 < sum(storages.values()) / block_activations(model, length) <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
