@@ -98,6 +98,12 @@ class WorkSpace:
         cache = 2 * len(self.blocks) * states * width * int(self.model.dtype.itemsize)
         return cache + self._logits(documents)
 
+    def writing_model(self) -> int:
+        """The whole model while it writes."""
+        if not self.length:
+            return 0
+        return weight_bytes(self.model) + copied_bytes(self.model) + self.writing()
+
     def moments_by_block(self) -> list[int]:
         """The sums of x xᵀ, and of g gᵀ where gradients are measured."""
         method = self.settings.build_method()
@@ -148,7 +154,7 @@ class MemoryEstimate:
         settings = recipe.factorize
         with unpacked(model):
             linears = select(model, settings.include, settings.exclude, settings.dense_first)
-            return cls._of_steps(_work_space(model, linears, recipe), recipe)
+            return cls._of_steps(work_space(model, linears, recipe), recipe)
 
     @classmethod
     def _of_steps(cls, steps: WorkSpace, recipe: Recipe) -> Self:
@@ -197,7 +203,8 @@ class MemoryEstimate:
         return f"about {gibibytes(self.total)} of memory: {listed}"
 
 
-def _work_space(model: Any, linears: Sequence[LinearSpec], recipe: Recipe) -> WorkSpace:
+def work_space(model: Any, linears: Sequence[LinearSpec], recipe: Recipe) -> WorkSpace:
+    """The steps that `recipe` asks for; without a number of samples, those of the default."""
     settings, calibration = recipe.factorize, recipe.calibration
     requires = settings.build_method().requires
     reads_text = requires or settings.sequential == "anchored" or recipe.refine.enabled

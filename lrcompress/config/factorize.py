@@ -97,8 +97,8 @@ class FactorizeSettings(Section):
     )
     streaming: bool = Field(
         False,
-        description="Hold only one block in memory at a time, for models larger than memory; an "
-        "interrupted command resumes.",
+        description="Hold only one block and its moments in memory at a time, which takes much "
+        "less; an interrupted command resumes.",
     )
     rank_multiple: int = Field(8, ge=1, description="Ranks and widths are multiples of this.")
     include: NameList = Field(

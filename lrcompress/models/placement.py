@@ -65,7 +65,7 @@ def _place(device: str) -> str:
 
 def _remedy(device: str, least: int) -> str:
     """What takes less memory of `device`."""
-    remedies = ["use --streaming, which holds one block at a time, with a text as --calibration"]
+    remedies = ["use --streaming, which holds one block and its moments at a time"]
     if device.startswith("cuda") and least <= free_memory("auto"):
         is_shared = distributed.world_size() > 1
         start = "start it without torchrun" if is_shared else "--device auto"

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrcompress.compression.calibration.moments import measure_moments
-from lrcompress.compression.footprint import ALLOWANCE, LIBRARIES, MemoryEstimate, WorkSpace
+from lrcompress.compression.footprint import ALLOWANCE, LIBRARIES, MemoryEstimate, work_space
 from lrcompress.compression.planning import Planning
 from lrcompress.compression.serving import Serving
 from lrcompress.compression.streaming.footprint import FootprintInputs
@@ -130,8 +130,12 @@ def memory_of(size: str, command: str) -> int:
         return MemoryEstimate.of(model, recipe).total
     linears = find_ffns(model).linears
     serving = Serving.of(model, linears, recipe.factorize, silent)
-    steps = WorkSpace(model, linears, recipe.factorize, False, 50, 1024)
-    return FootprintInputs(steps, Planning.of(recipe.factorize, 0.8, serving), 8).memory(LIBRARIES)
+    steps, planning = (
+        work_space(model, linears, recipe),
+        Planning.of(recipe.factorize, 0.8, serving),
+    )
+    writes_text = "calibration" not in flags
+    return FootprintInputs(steps, planning, 8, writes_text).memory(LIBRARIES)
 
 
 def test_the_table_in_docs_has_the_numbers_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def test_without_gpus_auto_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         ("auto", 71, r"71\.0 GiB .* the 2 GPUs have together 70\.0 GiB free: use --streaming"),
         ("cuda:0", 65, r"cuda:0 has 30\.0 GiB free: .* or --device auto, which spreads .* GPUs$"),
         ("cuda:0", 45, r"cuda:0 has 30\.0 GiB free: .* or --device cpu$"),
-        ("cpu", 51, r"this machine has 50\.0 GiB free: use --streaming, .* as --calibration$"),
+        ("cpu", 51, r"this machine has 50\.0 GiB free: use --streaming, .* at a time$"),
     ],
 )
 def test_what_fits_nowhere_is_refused(device: str, least: int, message: str) -> None:

@@ -51,11 +51,12 @@ class CalibrationSession:
         check_predicts_next_token(self.model, "calibration")
         started = time.perf_counter()
         with stage("text"):
-            text = run_on_main(
-                lambda: calibration_tokens(self.model, self.tokenizer, self.settings, self.progress)
-            )
+            text = run_on_main(lambda: self._read_text(self.model))
         self.text_seconds = time.perf_counter() - started
         return text
+
+    def _read_text(self, model: Any) -> tuple[Tensor, Fingerprint]:
+        return calibration_tokens(model, self.tokenizer, self.settings, self.progress)
 
     @property
     def tokens(self) -> Tensor:

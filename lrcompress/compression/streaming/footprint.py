@@ -26,24 +26,31 @@ class Footprint:
 
 @dataclass(frozen=True)
 class FootprintInputs:
-    """What a footprint depends on; `steps` have no samples where no text is read."""
+    """What a footprint depends on; `steps` have no samples where no text is read.
+
+    `writes_text` tells whether the model writes text, for which all of it is in memory.
+    """
 
     steps: WorkSpace
     planning: Planning
     gradient_samples: int
+    writes_text: bool = False
 
     def footprint(self) -> Footprint:
         return Footprint(self.memory(resident()), self.disk())
 
     def memory(self, libraries: int) -> int:
         """`libraries` are the bytes that the process holds before the start."""
+        writing = self.steps.writing_model() if self.writes_text else 0
+        return libraries + ALLOWANCE + max(writing, self._streaming())
+
+    def _streaming(self) -> int:
+        """The weights outside the blocks, two blocks and their moments, and one sample."""
         steps = self.steps
         outside = weight_bytes(steps.model) - sum(map(weight_bytes, steps.blocks))
         activations = max(steps.activations(), steps.logits())
         return (
-            libraries
-            + ALLOWANCE
-            + outside
+            outside
             + 2 * steps.largest_block
             + self._bfloat16_copies()
             + 2 * max(steps.moments_by_block())  # sums, and means of them

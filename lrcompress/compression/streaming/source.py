@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from lrcompress.compression.calibration.moments import MomentStatistics
-from lrcompress.compression.calibration.session import CalibrationSession
-from lrcompress.compression.footprint import WorkSpace
+from lrcompress.compression.footprint import work_space
 from lrcompress.compression.planning import ModelCandidates, Planning, check_weights, ffns_of
 from lrcompress.compression.streaming.block_moments import BlockMoments
 from lrcompress.compression.streaming.block_store import BlockFiles
 from lrcompress.compression.streaming.footprint import Footprint, FootprintInputs
+from lrcompress.compression.streaming.streamed_calibration import StreamedCalibration
 from lrcompress.config.recipe import Recipe
 from lrcompress.data.corpora import SELF
 from lrcompress.methods.types import LinearSpec
 from lrcompress.models.offload import OffloadedModel
 from lrcompress.runtime.distributed import run_on_all, shard_of, world_size
-from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, ShowMessage
 from lrcompress.runtime.stage_costs import expect_memory
 
@@ -42,11 +41,13 @@ class StreamingSource:
 
     def __post_init__(self) -> None:
         self.files = BlockFiles(self.work)
-        self.session = CalibrationSession(
-            self.offloaded.model,
-            self.offloaded.tokenizer,
+        self.steps = work_space(self.offloaded.model, self.linears, self.recipe)
+        self.session = StreamedCalibration(
+            self.recipe,
+            self.offloaded,
             self.linears,
-            self.recipe.calibration,
+            self.steps.writing_model(),
+            self.work,
             self.progress,
         )
         self._block_moments: BlockMoments | None = None
@@ -56,10 +57,7 @@ class StreamingSource:
         return tuple(spec for spec in self.linears if spec.block == index)
 
     def calibrate(self, needs_moments: bool) -> None:
-        """Says the footprint, then runs the passes from which moments of any block follow.
-
-        Raises InputError where the text would have to be written by the model.
-        """
+        """Says the footprint, then runs the passes from which moments of any block follow."""
         is_sequential = self.recipe.factorize.sequential == "anchored" or self.recipe.refine.enabled
         footprint = self._footprint(needs_moments or is_sequential)
         self.say(f"Streaming needs {footprint}.")
@@ -73,23 +71,17 @@ class StreamingSource:
             self._block_moments.run(self.progress)
 
     def _footprint(self, reads_text: bool) -> Footprint:
-        """Reads the calibration text, if any stage will, to know its size."""
-        if reads_text and SELF in self.recipe.calibration.data:
-            raise InputError(
-                "--streaming cannot calibrate on text that the model writes, as every token takes "
-                "the whole model: name a text with --calibration, such as pydoc or FILE.txt"
-            )
-        samples, length = self.session.tokens.shape if reads_text else (0, 0)
-        steps = WorkSpace(
-            model=self.offloaded.model,
-            linears=self.linears,
-            settings=self.recipe.factorize,
-            refined=self.recipe.refine.enabled,
-            samples=samples,
-            length=length,
-        )
+        """Reads the calibration text, if any stage will, to know its size.
+
+        Text that the model writes has the size that was asked for.
+        """
+        writes_text = reads_text and SELF in self.recipe.calibration.data
+        steps = self.steps
+        if not writes_text:
+            samples, length = self.session.tokens.shape if reads_text else (0, 0)
+            steps = replace(steps, samples=samples, length=length)
         gradient_samples = self.recipe.calibration.gradient_samples
-        return FootprintInputs(steps, self.planning, gradient_samples).footprint()
+        return FootprintInputs(steps, self.planning, gradient_samples, writes_text).footprint()
 
     def candidates(self, moments: MomentStatistics | None) -> ModelCandidates:
         """The candidates of all blocks; `moments` are ignored, each block's are measured here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrcompress.checkpoint import folder as checkpoint_folder
+from lrcompress.compression.streaming import streamed_calibration
 from lrcompress.compression.streaming.block_compressor import BlockCompressor
 from lrcompress.compression.streaming.block_moments import BlockMoments
 from lrcompress.compression.streaming.block_store import Activations, BlockFiles
@@ -29,21 +31,29 @@ from tests.tiny import (
     tiny_model,
 )
 
-TEXT = ("--calibration", "pydoc", "--num-samples", "9", "--seq-len", "64")
+SIZE = ("--num-samples", "9", "--seq-len", "64")
+TEXT = ("--calibration", "pydoc", *SIZE)
+SELF_TEXT = ("--calibration", "self", *TEXT)
 GRADIENTS = ("--gradient-samples", "2")
 
 
-def factorized(dense: Path, out: Path, *flags: str) -> Path:
-    result = invoke("factorize", dense, "--out", out, *TEXT, *GRADIENTS, *flags)
+def factorized(dense: Path, out: Path, *flags: str, text: tuple[str, ...] = TEXT) -> Path:
+    result = invoke("factorize", dense, "--out", out, *text, *GRADIENTS, *flags)
     assert result.exit_code == 0, result.output
     return out
 
 
-def check_same(dense: Path, folder: Path, *flags: str, but: tuple[str, ...] = ()) -> None:
+def check_same(
+    dense: Path,
+    folder: Path,
+    *flags: str,
+    but: tuple[str, ...] = (),
+    text: tuple[str, ...] = TEXT,
+) -> None:
     """Every tensor, the config, and the record but for the files and what `but` names."""
     folders = (
-        factorized(dense, folder / "plain", *flags),
-        factorized(dense, folder / "streamed", "--streaming", *flags),
+        factorized(dense, folder / "plain", *flags, text=text),
+        factorized(dense, folder / "streamed", "--streaming", *flags, text=text),
     )
     plain, streamed = map(saved_weights, folders)
     assert plain.keys() == streamed.keys()
@@ -81,6 +91,37 @@ def test_the_same_bit_for_bit_with_products_in_bfloat16(
     monkeypatch.setattr(bfloat16_linears, "MINIMUM_WIDTH", 1)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     check_same(saved_model(tmp_path / "dense"), tmp_path, "--keep-ratio", "0.6")
+
+
+@pytest.mark.parametrize("text", [SIZE, SELF_TEXT], ids=["alone", "beside another text"])
+def test_the_whole_model_writes_the_text(tmp_path: Path, text: tuple[str, ...]) -> None:
+    check_same(saved_model(tmp_path / "dense"), tmp_path, "--keep-ratio", "0.6", text=text)
+
+
+def test_text_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, out = saved_model(tmp_path / "dense"), tmp_path / "out"
+    flags = ("--keep-ratio", "0.6", "--streaming")
+    with monkeypatch.context() as patch:
+        interrupt(patch, BlockFiles, "write_candidates", 1)
+        result = invoke("factorize", dense, "--out", out, *SIZE, *GRADIENTS, *flags)
+        assert result.exit_code == 130
+    monkeypatch.setattr(streamed_calibration, "load_model", None)  # it would be called to write
+    again = factorized(dense, out, *flags, text=SIZE)
+    monkeypatch.undo()
+    undisturbed = factorized(dense, tmp_path / "undisturbed", *flags, text=SIZE)
+    assert saved_record(again) == saved_record(undisturbed)
+
+
+def test_a_model_that_does_not_fit_to_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = saved_model(tmp_path / "dense")
+    monkeypatch.setattr(streamed_calibration, "free_memory", lambda _: 2**16)
+    flags = ("--keep-ratio", "0.6", "--streaming")
+    result = invoke("factorize", dense, "--out", tmp_path / "out", *SIZE, *flags)
+    assert result.exit_code == 1
+    assert re.search(r"whole model .* 0\.\d GiB, and 0\.0 GiB are free: name a text", result.output)
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_and_tied_embeddings(tmp_path: Path) -> None:
@@ -159,7 +200,6 @@ def test_an_interrupted_run_goes_on(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--keep-ratio", "0.6"), "name a text with --calibration"),
         (("--max-perplexity-increase", "1%", *TEXT), "with streaming use keep_ratio"),
         (("--rank", "500", *TEXT), "rank 500 does not fit"),
     ],
