@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from lrcompress.config.base import Section
-from lrcompress.config.field_types import CHAT_TEMPLATE_TEXT, NameList
+from lrcompress.config.field_types import CHAT_TEMPLATE_TEXT, LossOn, NameList
 
 
 class ModelSettings(Section):
@@ -36,6 +36,11 @@ class CalibrationSettings(Section):
         json_schema_extra={"flag": "calibration"},
     )
     chat_template: str = Field("auto", description=CHAT_TEMPLATE_TEXT)
+    loss_on: LossOn = Field(
+        "all",
+        description="Tokens whose predictions have gradients: all, or those of the answers in "
+        "conversations, as the chat template tells them.",
+    )
     num_samples: int | None = Field(
         None,
         ge=1,

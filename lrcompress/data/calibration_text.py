@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from lrcompress.data.packing import (
     bos_token,
     fingerprint,
     interleave,
-    token_blocks,
+    labelled_blocks,
 )
 from lrcompress.layers.model_info import sequence_length
 from lrcompress.layers.token_ids import check_token_ids
@@ -24,10 +25,22 @@ from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, silent
 
 
-def calibration_tokens(
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token blocks and their labels (samples, length), and the fingerprint of the tokens.
+
+    The label of a token is the token, or IGNORED where its prediction does not count.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    fingerprint: Fingerprint
+
+
+def calibration_text(
     model: Any, tokenizer: Any, settings: CalibrationSettings, progress: Progress = silent
-) -> tuple[Tensor, Fingerprint]:
-    """Calibration tokens for `model`, shape (num_samples, seq_len), and their fingerprint.
+) -> CalibrationText:
+    """The text on which `model` is calibrated.
 
     Several texts give equal numbers of samples, which alternate. Where the settings have no number
     of samples, a text that is too short for its share of the default gives what it has. Raises
@@ -39,16 +52,17 @@ def calibration_tokens(
             "its folder (in Python: pass tokenizer=), or use --method svd, which reads no text"
         )
     length = sequence_length(model, settings.seq_len)
-    blocks = interleave(
-        [
-            sampled_blocks(model, bos_token(tokenizer), count, length, settings.seed, progress)
-            if spec == SELF
-            else _text_blocks(spec, tokenizer, settings, count, length)
-            for spec, count in _sample_counts(settings)
-        ]
-    )
-    check_token_ids(model, blocks)
-    return blocks, fingerprint(settings.data, blocks, settings.seed)
+    texts: list[tuple[Tensor, Tensor]] = []
+    for spec, count in _sample_counts(settings):
+        if spec == SELF:
+            bos = bos_token(tokenizer)
+            written = sampled_blocks(model, bos, count, length, settings.seed, progress)
+            texts.append((written, written))
+        else:
+            texts.append(_text_blocks(spec, tokenizer, settings, count, length))
+    tokens, labels = (interleave(blocks) for blocks in zip(*texts, strict=True))
+    check_token_ids(model, tokens)
+    return CalibrationText(tokens, labels, fingerprint(settings.data, tokens, settings.seed))
 
 
 def read_blocks(model: Any, tokenizer: Any, settings: CalibrationSettings) -> list[Tensor]:
@@ -58,7 +72,7 @@ def read_blocks(model: Any, tokenizer: Any, settings: CalibrationSettings) -> li
     """
     length = sequence_length(model, settings.seq_len)
     texts = [
-        _text_blocks(spec, tokenizer, settings, count, length)
+        _text_blocks(spec, tokenizer, settings, count, length)[0]
         for spec, count in _sample_counts(settings)
         if spec != SELF
     ]
@@ -79,8 +93,10 @@ def _sample_counts(settings: CalibrationSettings) -> list[tuple[str, int]]:
 
 def _text_blocks(
     spec: str, tokenizer: Any, settings: CalibrationSettings, count: int, length: int
-) -> Tensor:
-    """`count` blocks of one text, (samples, length); or fewer where the user gave no number."""
-    chat = ChatFormat.from_setting(tokenizer, settings.chat_template)
-    packing = Packing(count, length, settings.seed, allow_fewer=settings.num_samples is None)
-    return token_blocks(read_corpus(spec, "calibration", chat), tokenizer, packing)
+) -> tuple[Tensor, Tensor]:
+    """`count` blocks of one text and their labels, (samples, length) each; or fewer where the user
+    gave no number."""
+    loss_on = settings.loss_on
+    chat = ChatFormat.from_setting(tokenizer, settings.chat_template, loss_on)
+    packing = Packing(count, length, settings.seed, settings.num_samples is None, loss_on)
+    return labelled_blocks(read_corpus(spec, "calibration", chat), tokenizer, packing)

@@ -10,7 +10,7 @@ import torch
 import lrcompress
 from lrcompress.compression.replace_layers import LinearResult
 from lrcompress.config import CalibrationSettings
-from lrcompress.data.calibration_text import calibration_tokens
+from lrcompress.data.calibration_text import calibration_text
 from lrcompress.layers.block_runner import sample_score_gradients
 from lrcompress.layers.lowrank import LowRankLinear, compressed_layers
 from lrcompress.methods.types import OutlierShares
@@ -87,7 +87,7 @@ def _share(samples: list[torch.Tensor]) -> float:
 def _expected_shares(model: Any, names: list[str]) -> dict[str, OutlierShares]:
     """Of the inputs on 8 samples and of the gradients on 2; one sample is held out."""
     settings = CalibrationSettings(data=["pydoc"], **TEXT)
-    samples, _ = calibration_tokens(model, byte_tokenizer(), settings)
+    samples = calibration_text(model, byte_tokenizer(), settings).tokens
     inputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     gradients: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     for name in names:

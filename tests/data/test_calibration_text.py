@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lrcompress.config import CalibrationSettings
-from lrcompress.data.calibration_text import calibration_tokens
+from lrcompress.data.calibration_text import calibration_text
 from lrcompress.data.packing import Fingerprint
 from lrcompress.runtime.errors import InputError
 from tests.tiny import byte_tokenizer, tiny_model
@@ -17,7 +17,9 @@ from tests.tiny import byte_tokenizer, tiny_model
 
 def text(bos: bool = False, **settings: Any) -> tuple[torch.Tensor, Fingerprint]:
     checked = CalibrationSettings(**{"num_samples": 5, "seq_len": 16} | settings)
-    return calibration_tokens(tiny_model(), byte_tokenizer(bos), checked)
+    made = calibration_text(tiny_model(), byte_tokenizer(bos), checked)
+    assert torch.equal(made.labels, made.tokens)
+    return made.tokens, made.fingerprint
 
 
 def test_several_texts_take_turns(tmp_path: Path) -> None:
@@ -69,10 +71,10 @@ def test_the_model_writes_its_own_text(bos: bool) -> None:
 def test_writing_leaves_the_random_state_alone() -> None:
     model, settings = tiny_model(), CalibrationSettings(data=["self"], num_samples=1, seq_len=16)
     before = torch.random.get_rng_state()
-    calibration_tokens(model, byte_tokenizer(), settings)
+    calibration_text(model, byte_tokenizer(), settings)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_no_tokenizer_is_refused() -> None:
     with pytest.raises(InputError, match="no tokenizer"):
-        calibration_tokens(tiny_model(), None, CalibrationSettings())
+        calibration_text(tiny_model(), None, CalibrationSettings())

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from lrcompress.config import CalibrationSettings, FinetuneSettings
-from lrcompress.data.calibration_text import calibration_tokens
+from lrcompress.data.calibration_text import calibration_text
 from lrcompress.data.conversations import ChatFormat, with_template
 from lrcompress.data.corpora import read_corpus
 from lrcompress.data.packing import IGNORED, encode, encode_with_labels
@@ -172,16 +172,33 @@ def test_training_labels_answers_alone(tmp_path: Path) -> None:
     assert torch.equal(whole.labels, whole.tokens)
 
 
+def test_gradients_of_calibration_are_of_answers(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps({"messages": MESSAGES}) + "\n" for _ in range(40)))
+    settings = CalibrationSettings(
+        data=("self", str(file)), num_samples=4, seq_len=64, loss_on="answers"
+    )
+    text = calibration_text(tiny_model(), tokenizer(), settings)
+    written, read = slice(0, None, 2), slice(1, None, 2)
+    assert torch.equal(text.labels[written], text.tokens[written])  # the model only answers
+    counts = text.labels[read] != IGNORED
+    assert torch.equal(text.labels[read][counts], text.tokens[read][counts])
+    answer = MESSAGES[-1]["content"]
+    decoded = byte_tokenizer().decode(text.labels[read][counts])
+    assert answer in decoded
+    assert MESSAGES[0]["content"] not in decoded
+
+
 def test_calibration_and_finetuning_read_conversations(tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     file.write_text("".join(json.dumps({"messages": MESSAGES}) + "\n" for _ in range(40)))
     expected = ("<s>" + RENDERED) + "<s>"  # and EOS, which is <s> too
     stream = encode(tokenizer(), expected)
     settings = CalibrationSettings(data=(str(file),), num_samples=2, seq_len=len(stream))
-    blocks, _ = calibration_tokens(tiny_model(), tokenizer(), settings)
+    blocks = calibration_text(tiny_model(), tokenizer(), settings).tokens
     assert blocks.tolist() == [stream, stream]
     plain = settings.model_copy(update={"chat_template": "none"})
-    blocks, _ = calibration_tokens(tiny_model(), tokenizer(template=None), plain)
+    blocks = calibration_text(tiny_model(), tokenizer(template=None), plain).tokens
     assert "Hi?\n\nYo." in byte_tokenizer().decode(blocks[0])
     training = FinetuneSettings(
         data=(str(file),), max_steps=1, held_out=1, train_length=len(stream), batch_size=1

@@ -17,6 +17,7 @@ from lrcompress.compression.calibration.activations import kept_blocks
 from lrcompress.compression.calibration.outliers import OutlierRows, outlier_rows
 from lrcompress.compression.calibration.probes import Probe, ProbeErrors, held_out
 from lrcompress.compression.calibration.token_sums import TokenSums
+from lrcompress.data.packing import IGNORED
 from lrcompress.layers.bfloat16_linears import bfloat16_linears
 from lrcompress.layers.block_runner import (
     Forward,
@@ -247,12 +248,14 @@ def measure_moments(
     tokens: Tensor,
     gradient_samples: int = 0,
     progress: Progress = silent,
+    labels: Tensor | None = None,
 ) -> MomentStatistics:
     """Runs `tokens` (samples, length) through the model, one sample at a time.
 
     In the first `gradient_samples` of them the forward pass is followed by a backward pass from
     `score_gradient`. Blocks whose activations take too much memory are checkpointed; parameters get
     no gradients and stay as they are. Several processes share the samples, and all get the sums.
+    With `labels`, only predictions of tokens that these do not ignore have gradients.
     With gradients, products may be in bfloat16; without, the moments may be whitened with hardly
     any damping, which reads digits that bfloat16 does not have.
     """
@@ -264,7 +267,7 @@ def measure_moments(
             batch = tokens[index][None].to(model.device)
             with stage("gradients" if index < gradient_samples else "second_moments"):
                 if index < gradient_samples:
-                    _forward_backward(model, batch, collector, seed=index)
+                    _forward_backward(model, batch, collector, index, labels)
                 else:
                     _forward(model, batch, collector)
     collector.all_reduce(model.device)
@@ -272,18 +275,23 @@ def measure_moments(
 
 
 def measure_errors(
-    model: Any, probes: Sequence[Probe], tokens: Tensor, progress: Progress = silent
+    model: Any,
+    probes: Sequence[Probe],
+    tokens: Tensor,
+    progress: Progress = silent,
+    labels: Tensor | None = None,
 ) -> dict[str, list[float]]:
     """Mean over tokens of each probe's (gᵀ D h)², by the name of its linear.
 
-    Each list has an entry per held-out sample of `tokens` (samples, length).
+    Each list has an entry per held-out sample of `tokens` (samples, length). `labels` as in
+    `measure_moments`.
     """
     samples, errors = held_out(len(tokens)), ProbeErrors(probes)
     with unpacked(model), evaluation_mode(model), bfloat16_linears(model):
         for index in progress(samples, "Probing", len(samples)):
             errors.start_sample()
             batch = tokens[index][None].to(model.device)
-            _forward_backward(model, batch, errors, seed=index)
+            _forward_backward(model, batch, errors, index, labels)
     return errors.means(tokens.shape[1])
 
 
@@ -295,8 +303,14 @@ def _forward(model: Any, sample: Tensor, collector: MomentCollector) -> None:
 
 @torch.enable_grad()
 def _forward_backward(
-    model: Any, sample: Tensor, observer: MomentCollector | ProbeErrors, seed: int
+    model: Any,
+    sample: Tensor,
+    observer: MomentCollector | ProbeErrors,
+    index: int,
+    labels: Tensor | None,
 ) -> None:
+    """Runs `sample` (1, length), which is number `index` of the text and has that row of `labels`
+    (samples, length)."""
     blocks = list(find_blocks(model)[1])
     recomputed = blocks[: len(blocks) - kept_blocks(model, sample.shape[1])]
     with _gradients_of_activations(model), replaced_forwards(recomputed, _checkpointed):
@@ -305,8 +319,21 @@ def _forward_backward(
             model.base_model(input_ids=sample, use_cache=False)  # without the head
         hidden = outputs[0] if isinstance(outputs[0], Tensor) else outputs[0][0]
         length = tuple_length(outputs[0])
-        gradient = score_gradient(model, hidden.detach(), sample, seed, length)
-        hidden.backward(gradient)
+        gradient = score_gradient(model, hidden.detach(), sample, index, length)
+        hidden.backward(of_counted(gradient, labels, index))
+
+
+def of_counted(gradient: Tensor, labels: Tensor | None, index: int) -> Tensor:
+    """`gradient` (1, length, width) of the hidden states that predict tokens which count.
+
+    It is zero where row `index` of `labels` (samples, length) ignores the next token, and behind
+    the last one. Without labels all count.
+    """
+    if labels is None:
+        return gradient
+    counts = (labels[index] != IGNORED).roll(-1)
+    counts[-1] = False
+    return gradient * counts[:, None].to(gradient)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from lrcompress.compression.calibration.moments import (
 )
 from lrcompress.compression.calibration.probes import Probe, held_out
 from lrcompress.config import CalibrationSettings
-from lrcompress.data.calibration_text import calibration_tokens
+from lrcompress.data.calibration_text import CalibrationText, calibration_text
 from lrcompress.data.packing import Fingerprint
 from lrcompress.layers.model_info import check_predicts_next_token
 from lrcompress.methods.types import LinearSpec
@@ -47,7 +47,7 @@ class CalibrationSession:
         self._moments: dict[bool, MomentStatistics] = {}
 
     @cached_property
-    def _text(self) -> tuple[Tensor, Fingerprint]:
+    def _text(self) -> CalibrationText:
         check_predicts_next_token(self.model, "calibration")
         started = time.perf_counter()
         with stage("text"):
@@ -55,18 +55,23 @@ class CalibrationSession:
         self.text_seconds = time.perf_counter() - started
         return text
 
-    def _read_text(self, model: Any) -> tuple[Tensor, Fingerprint]:
-        return calibration_tokens(model, self.tokenizer, self.settings, self.progress)
+    def _read_text(self, model: Any) -> CalibrationText:
+        return calibration_text(model, self.tokenizer, self.settings, self.progress)
 
     @property
     def tokens(self) -> Tensor:
         """Token ids (num_samples, seq_len)."""
-        return self._text[0]
+        return self._text.tokens
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The labels (num_samples, seq_len) where not all tokens count; None otherwise."""
+        return None if self.settings.loss_on == "all" else self._text.labels
 
     @property
     def fingerprint(self) -> Fingerprint | None:
         """The fingerprint of the text; None while no stage has read it."""
-        return self._text[1] if "_text" in vars(self) else None
+        return self._text.fingerprint if "_text" in vars(self) else None
 
     def moments(self, gradients: bool) -> MomentStatistics:
         """Moments of all samples; with `gradients`, of those that are not held out for probes."""
@@ -76,7 +81,7 @@ class CalibrationSession:
                 tokens = tokens[: held_out(len(tokens)).start]
             samples = self.settings.gradient_samples if gradients else 0
             self._moments[gradients] = measure_moments(
-                self.model, self.linears, tokens, samples, self.progress
+                self.model, self.linears, tokens, samples, self.progress, labels=self.labels
             )
             self.moment_seconds[gradients] = time.perf_counter() - started
         return self._moments[gradients]
@@ -85,4 +90,6 @@ class CalibrationSession:
         """The cost of each probe on every held-out sample, by the name of its linear."""
         tokens = self.tokens
         with stage("probes"):
-            return run_on_main(lambda: measure_errors(self.model, probes, tokens, self.progress))
+            return run_on_main(
+                lambda: measure_errors(self.model, probes, tokens, self.progress, self.labels)
+            )

@@ -14,7 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lrcompress.compression.calibration.moments import MomentCollector, MomentStatistics
+from lrcompress.compression.calibration.moments import (
+    MomentCollector,
+    MomentStatistics,
+    of_counted,
+)
 from lrcompress.compression.calibration.probes import Probe, ProbeErrors, held_out
 from lrcompress.compression.streaming.block_store import Activations
 from lrcompress.layers.bfloat16_linears import bfloat16_linears
@@ -31,6 +35,7 @@ class BlockMoments:
 
     The first `gradient_samples` get a backward pass, and so do those held out for probes. Hidden
     states and gradients are kept in the folder `work`, and not computed again if they are there.
+    `labels` are as in `measure_moments`.
     Several processes share the samples.
     """
 
@@ -41,8 +46,9 @@ class BlockMoments:
         tokens: Tensor,
         gradient_samples: int,
         work: Path,
+        labels: Tensor | None = None,
     ) -> None:
-        self.source, self.linears, self.tokens = source, linears, tokens
+        self.source, self.linears, self.tokens, self.labels = source, linears, tokens, labels
         count = len(tokens)
         self.held_out = held_out(count) if gradient_samples else range(count, count)
         self.gradient_samples = min(gradient_samples, self.held_out.start)
@@ -118,7 +124,8 @@ class BlockMoments:
                 if not self.gradients.has(blocks - 1, sample):
                     states, tokens = self._states(blocks, sample), self.tokens[sample]
                     gradient = self.blocks.score_gradient(states, tokens, seed=sample)
-                    self.gradients.write(blocks - 1, sample, gradient)
+                    counted = of_counted(gradient, self.labels, sample)
+                    self.gradients.write(blocks - 1, sample, counted)
         steps = range(blocks - 1, self.first_block, -1)
         for index in progress(steps, "Running blocks backwards", len(steps)):
             missing = [sample for sample in samples if not self.gradients.has(index - 1, sample)]

@@ -66,7 +66,12 @@ class StreamingSource:
             calibration = self.recipe.calibration
             samples = calibration.gradient_samples if self.planning.needs_gradients else 0
             self._block_moments = BlockMoments(
-                self.offloaded, self.linears, self.session.tokens, samples, self.work
+                self.offloaded,
+                self.linears,
+                self.session.tokens,
+                samples,
+                self.work,
+                self.session.labels,
             )
             self._block_moments.run(self.progress)
 

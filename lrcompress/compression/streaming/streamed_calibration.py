@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor
 
 from lrcompress.compression.calibration.session import CalibrationSession
 from lrcompress.config.recipe import Recipe
+from lrcompress.data.calibration_text import CalibrationText
 from lrcompress.data.corpora import SELF
-from lrcompress.data.packing import Fingerprint, fingerprint
+from lrcompress.data.packing import fingerprint
 from lrcompress.methods.types import LinearSpec
 from lrcompress.models.loading import load_model
 from lrcompress.models.offload import OffloadedModel
@@ -44,17 +44,20 @@ class StreamedCalibration(CalibrationSession):
         super().__init__(model, tokenizer, linears, recipe.calibration, progress)
         self.source, self.writing_bytes, self.file = recipe.model, writing_bytes, work / TEXT_FILE
 
-    def _read_text(self, model: Any) -> tuple[Tensor, Fingerprint]:
+    def _read_text(self, model: Any) -> CalibrationText:
         """Raises MachineError where the whole model does not fit in memory."""
         if SELF not in self.settings.data:
             return super()._read_text(model)
         if self.file.is_file():
-            tokens = load_file(self.file)["tokens"]
-            return tokens, fingerprint(self.settings.data, tokens, self.settings.seed)
+            blocks = load_file(self.file)
+            identity = fingerprint(self.settings.data, blocks["tokens"], self.settings.seed)
+            return CalibrationText(**blocks, fingerprint=identity)
         whole, _ = load_model(self.source, device=self._writing_device())
         text = super()._read_text(whole)
         with writing_state(f"the calibration text in {str(self.file.parent)!r}"):
-            replace_tensors(self.file, {"tokens": text[0]})
+            # a safetensors file wants tensors that share no memory
+            blocks = {"tokens": text.tokens, "labels": text.labels.clone()}
+            replace_tensors(self.file, blocks)
         return text
 
     def _writing_device(self) -> str:

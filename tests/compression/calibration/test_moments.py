@@ -9,6 +9,7 @@ import lrcompress
 from lrcompress.compression.calibration import activations
 from lrcompress.compression.calibration.activations import block_activations, kept_blocks
 from lrcompress.compression.calibration.moments import measure_moments
+from lrcompress.data.packing import IGNORED
 from lrcompress.layers import bfloat16_linears
 from lrcompress.layers.block_runner import BlockRunner, sample_score_gradients
 from lrcompress.layers.ffn_layouts import find_blocks, select
@@ -123,6 +124,25 @@ def test_moments_do_not_depend_on_which_activations_are_kept(
             assert torch.equal(recomputed.gradient_sums.sums[name], moment)
         for name, moment in kept.input_sums.sums.items():
             assert torch.equal(recomputed.input_sums.sums[name], moment)
+
+
+def test_only_predictions_of_labels_have_gradients() -> None:
+    model, sample = tiny_model(), tokens(2, 20)
+    linears = select(model)
+    labels = sample.clone()
+    labels[0, 5:] = IGNORED
+    labels[1] = IGNORED
+    moments = measure_moments(model, linears, sample, gradient_samples=2, labels=labels)
+    whole = measure_moments(model, linears, sample, gradient_samples=2, labels=sample)
+    last = max(spec.block for spec in linears)
+    for spec in linears:
+        moment, all_of_it = moments.gradient_moment(spec), whole.gradient_moment(spec)
+        assert moment is not None
+        assert all_of_it is not None
+        assert 0 < float(moment.trace()) < float(all_of_it.trace())
+        if spec.block == last and spec.role == "down":  # behind it, no token reads another
+            assert torch.linalg.matrix_rank(moment) <= 4
+            assert torch.linalg.matrix_rank(all_of_it) > 4
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 from pathlib import Path
 
@@ -96,6 +97,20 @@ def test_the_same_bit_for_bit_with_products_in_bfloat16(
 @pytest.mark.parametrize("text", [SIZE, SELF_TEXT], ids=["alone", "beside another text"])
 def test_the_whole_model_writes_the_text(tmp_path: Path, text: tuple[str, ...]) -> None:
     check_same(saved_model(tmp_path / "dense"), tmp_path, "--keep-ratio", "0.6", text=text)
+
+
+def test_gradients_of_answers_are_the_same(tmp_path: Path) -> None:
+    dense, chats = saved_model(tmp_path / "dense"), tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "?" * 14}, {"role": "assistant", "content": "Yes. " * 8}]
+    chats.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(40)))
+    text = ("--calibration", str(chats), "--chat-template", "none", *SIZE)
+    answers = ("--keep-ratio", "0.6", "--loss-on", "answers")
+    check_same(dense, tmp_path, *answers, text=text)
+    whole = factorized(dense, tmp_path / "whole", "--keep-ratio", "0.6", text=text)
+    first, second = saved_weights(tmp_path / "plain"), saved_weights(whole)
+    assert first.keys() != second.keys() or any(
+        not torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def test_text_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
