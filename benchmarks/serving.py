@@ -169,7 +169,7 @@ def tokens_per_second(connection: Connection, workload: tuple[int, int, int]) ->
 def measure(
     out: Path, rounds: int, threads: int, compiled: bool
 ) -> dict[str, dict[str, list[float]]]:
-    """Workload -> form -> tokens per second of each round."""
+    """Workload -> form -> tokens per second of each round; written to OUT after each."""
     context = multiprocessing.get_context("spawn")
     connections: dict[str, Connection] = {}
     for form in FORMS:
@@ -188,6 +188,7 @@ def measure(
                 speed = tokens_per_second(connections[form], workload)
                 if turn >= 0:
                     speeds[name][form].append(speed)
+        (out / "serving.json").write_text(json.dumps(speeds, indent=2))
     for connection in connections.values():
         connection.send(None)
     return speeds
@@ -238,7 +239,6 @@ def main() -> None:
         write(options.out, options.keep, options.hidden, options.width)
         return
     speeds = measure(options.out, options.rounds, options.threads, options.compile)
-    (options.out / "serving.json").write_text(json.dumps(speeds, indent=2))
     click.echo(table(speeds, json.loads((options.out / "sizes.json").read_text())))
 
 
