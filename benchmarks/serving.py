@@ -198,11 +198,16 @@ def table(speeds: dict[str, dict[str, list[float]]], sizes: dict[str, int]) -> s
     lines = ["| workload | form | tokens/s | over dense | overhead |", "|---|---|---|---|---|"]
     for name, forms in speeds.items():
         for form, values in forms.items():
-            ratios = [value / dense for value, dense in zip(values, forms["dense"], strict=True)]
+            ratios = over_dense(form, forms)
             cost = overhead(form, forms, sizes)
             shown = "" if cost is None else f"{cost:,.0f}"
             lines.append(f"| {name} | {form} | {spread(values)} | {spread(ratios)} | {shown} |")
     return "\n".join(lines)
+
+
+def over_dense(form: str, speeds: dict[str, list[float]]) -> list[float]:
+    """The ratio of each round."""
+    return [value / dense for value, dense in zip(speeds[form], speeds["dense"], strict=True)]
 
 
 def overhead(form: str, speeds: dict[str, list[float]], sizes: dict[str, int]) -> float | None:
@@ -211,7 +216,7 @@ def overhead(form: str, speeds: dict[str, list[float]], sizes: dict[str, int]) -
     The narrowed model against the dense one tells the time of a parameter; None where it is no
     faster, and for these two forms.
     """
-    times = {name: 1 / statistics.median(values) for name, values in speeds.items()}
+    times = {name: 1 / statistics.median(over_dense(name, speeds)) for name in speeds}
     if form in ("dense", "narrowed") or times["narrowed"] >= times["dense"]:
         return None
     per_parameter = (times["dense"] - times["narrowed"]) / (sizes["dense"] - sizes["narrowed"])
