@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGUFReader, GGUFWriter
+from torch import Tensor, nn
+from torch.nn import functional
 
 from lrcompress.layers.ffn_layouts import find_ffns
 from lrcompress.layers.lowrank import NarrowedLinear, dense_weight, install
@@ -157,7 +159,7 @@ class LlamaCpp:
         parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         self.server = xllamacpp.Server(parameters)
 
-    def logprobs(self, prompt: Sequence[int], vocabulary: int = 257) -> torch.Tensor:
+    def logprobs(self, prompt: Sequence[int], vocabulary: int = 257) -> Tensor:
         """Log-probabilities (vocabulary,) of the token after `prompt`."""
         answer = self._complete(prompt, n_predict=1, n_probs=vocabulary, logit_bias=[[LETTER, 100]])
         (position,) = answer["logprobs"]["content"]
@@ -176,18 +178,39 @@ class LlamaCpp:
         return self.server.handle_completions(request)["choices"][0]
 
 
-def largest_difference(model: Any, file: Path) -> float:
+class TabledGelu(nn.Module):
+    """GELU as llama.cpp computes it on a CPU: from a table of all numbers of float16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        entries = functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x.abs() < 10, entries, x.relu())
+
+
+def with_tabled_gelu(model: Any) -> Any:
+    """`model` with TabledGelu in the place of every GELU."""
+    for name, module in list(model.named_modules()):
+        if "gelu" in type(module).__name__.lower():
+            model.set_submodule(name, TabledGelu())
+    return model
+
+
+def differences(model: Any, file: Path, lengths: Sequence[int] = (1, 7, 40)) -> list[float]:
     """The largest difference of log-probabilities between `model` and llama.cpp, for likely tokens
     after prompts of several lengths."""
-    llama, (prompt, *_) = LlamaCpp(file), tokens(1, 40)
+    llama, (prompt, *_) = LlamaCpp(file), tokens(1, max(lengths))
     with torch.no_grad():
         expected = model(input_ids=prompt[None]).logits[0].log_softmax(-1)
-    differences = list[float]()
-    for length in (1, 7, 40):
+    largest = list[float]()
+    for length in lengths:
         likely = expected[length - 1] > -12
         answer = llama.logprobs(prompt[:length].tolist())
-        differences.append(float((answer - expected[length - 1])[likely].abs().max()))
-    return max(differences)
+        largest.append(float((answer - expected[length - 1])[likely].abs().max()))
+    return largest
+
+
+def largest_difference(model: Any, file: Path) -> float:
+    """The largest of `differences`."""
+    return max(differences(model, file))
 
 
 def architecture_of(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Reads and writes lrcompress.json, the record of a checkpoint, and the model card made from it."""
+"""Reads and writes lrcompress.json, the record of a checkpoint, and its model card beside it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import TypeAdapter, ValidationError
-
+from lrcompress.checkpoint.model_card import model_card
 from lrcompress.config import ModelSettings
 from lrcompress.layers import model_info
 from lrcompress.models.loading import Loaded, load_model, locate
-from lrcompress.reporting.metric import Metric, Summary
-from lrcompress.reporting.provenance import training
+from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.record_schema import validate_record
-from lrcompress.reporting.render import json_text, render
-from lrcompress.reporting.served import served_tables
+from lrcompress.reporting.render import json_text
 from lrcompress.reporting.significance import Comparison
-from lrcompress.reporting.tables import table
 from lrcompress.runtime.atomic_io import replace_text
-from lrcompress.runtime.errors import InputError, validation_reason
+from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.paths import user_path
 from lrcompress.runtime.safe_parsing import read_object
 
@@ -49,30 +45,9 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
     Raises InputError where the metrics or comparisons in `record` are damaged.
     """
-    card = _card(folder, record)
+    card = model_card(folder, record)
     replace_text(folder / RECORD, json_text(record))
     replace_text(folder / CARD, card)
-
-
-def _card(folder: Path, record: Mapping[str, Any]) -> str:
-    try:
-        metrics = TypeAdapter(list[Summary]).validate_python(record.get("metrics", ()))
-        compared = TypeAdapter(list[Comparison]).validate_python(record.get("comparisons", ()))
-    except ValidationError as error:
-        raise InputError(
-            f"the metrics of {str(folder / RECORD)!r} are damaged ({validation_reason(error)}): "
-            "remove them"
-        ) from None
-    return render(
-        "card.md.jinja",
-        escape=False,
-        title=_title(record),
-        record=record,
-        table=table(metrics),
-        served=served_tables(record),
-        training=training(record),
-        comparisons=compared,
-    )
 
 
 def drop_measured(record: dict[str, Any]) -> None:
@@ -109,12 +84,6 @@ def check_writable_checkpoint(source: str) -> None:
         )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{source!r} cannot be written to: leave out --write-card")
-
-
-def _title(record: Mapping[str, Any]) -> str:
-    dense = record.get("pretrained") or record.get("quantized")
-    kind = "Low-rank" if record.get("counts") or not dense else "Dense"
-    return f"{kind} {record.get('source') or record.get('trained_from') or 'causal language model'}"
 
 
 def record_of(settings: ModelSettings) -> dict[str, Any] | None:

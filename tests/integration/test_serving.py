@@ -9,17 +9,21 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from transformers import AutoConfig
 
+from lrcompress.benchmark.serving.server_process import deadline, free_ports
 from tests.benchmark.serving.fake_server import order, program, serve
 from tests.conftest import SMALL, invoke
 from tests.gguf_models import write_donor
 
+REPOSITORY = Path.cwd()
 PAGE = Path("docs/serving.md").read_text("utf-8")
 COMMANDS = [
     line.split("  #")[0].strip()
@@ -111,6 +115,26 @@ def test_a_real_server(environment: Path, dense_gguf: Path) -> None:
     assert len(metrics) == 6
     assert all(metric["value"] > 0 for metric in metrics)
     assert metrics[0]["conditions"]["version"].startswith("xllamacpp ")
+
+
+def test_xllamacpp_serves_until_ctrl_c(environment: Path, dense_gguf: Path) -> None:
+    (line,) = (line for line in COMMANDS if "xllamacpp_server.py" in line)
+    _, script, model, _, _ = line.split()
+    dense_gguf.rename(model)
+    port = str(free_ports(1)[0])
+    command = [sys.executable, REPOSITORY / script, model, "--port", port, "--threads", "1"]
+    log = environment / "log"
+    with log.open("w") as output, subprocess.Popen(command, stderr=output) as process:
+        for _ in deadline(60):
+            if f"{model} is served at http://127.0.0.1:{port}" in log.read_text("utf-8"):
+                break
+            assert process.poll() is None, log.read_text("utf-8")
+        body = json.dumps({"prompt": "The sea is", "max_tokens": 4}).encode()
+        with urlopen(f"http://127.0.0.1:{port}/v1/completions", body) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 4
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == -signal.SIGINT
+    assert "Traceback" not in log.read_text("utf-8")
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")

@@ -180,7 +180,7 @@ NOT_IN_VLLM = (
     "zamba",
 )
 # families whose log-probabilities differ in vLLM: refused
-DIFFERENT_IN_VLLM = ("gemma3n_text", "lfm2")
+DIFFERENT_IN_VLLM = ("gemma3n_text",)
 # without shared keys, which vLLM would believe of any config that has the number
 EQUAL_HEADS = {"num_key_value_heads": HEADS}
 # name of the folder -> family and changes of its config

@@ -139,15 +139,21 @@ class LlamaCpp(Engine):
         return str(Path(location.name).absolute())
 
     def python_command(self, python: str, request: ServerRequest) -> list[str]:
-        """xllamacpp has a server and no command line, so a script of ours starts it."""
+        """xllamacpp has a server and no program, so a script of ours starts it."""
         if request.arguments:
             raise InputError(
                 f"--arguments {' '.join(request.arguments)!r} are for a program, and xllamacpp has "
                 "no command line: give llama-server by --server, or leave them out"
             )
-        script = str(Path(xllamacpp_server.__file__))
-        numbers = (request.port, self._context(request), request.parallel, request.threads or 0)
-        return [python, script, request.model, *map(str, numbers)]
+        options = {
+            "--port": request.port,
+            "--context": self._context(request),
+            "--parallel": request.parallel,
+        }
+        if request.threads is not None:
+            options["--threads"] = request.threads
+        pairs = [str(part) for option in options.items() for part in option]
+        return [python, str(xllamacpp_server.__file__), request.model, *pairs]
 
     def program_command(self, program: str, request: ServerRequest) -> list[str]:
         options = {

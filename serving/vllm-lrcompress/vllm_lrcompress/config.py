@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm import ModelRegistry
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import (
@@ -23,9 +24,8 @@ from vllm_lrcompress.records import CheckpointError, read_records
 TRANSPOSED = ("gpt2",)
 # what vLLM calls fused linears, for model classes that do not say what they fuse, such as stablelm
 FUSED = {"gate_up_proj": ["gate_proj", "up_proj"], "qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-# models whose log-probabilities in vLLM 0.32 are not those of transformers, those of dense ones
-# neither; lfm2 passes its queries to vLLM's rotary kernel for CPUs in a shape that it misreads
-DIFFERENT = ("gemma3n", "gemma3n_text", "lfm2")
+# models whose log-probabilities in vLLM 0.32 are not those of transformers, dense ones included
+DIFFERENT = ("gemma3n", "gemma3n_text")
 
 
 class LowRankConfig(QuantizationConfig):
@@ -116,3 +116,4 @@ class QuantizedLowRankConfig(LowRankConfig):
 def register() -> None:
     register_quantization_config("lowrank")(LowRankConfig)
     register_quantization_config("lowrank_torchao")(QuantizedLowRankConfig)
+    ModelRegistry.register_model("Lfm2ForCausalLM", "vllm_lrcompress.lfm2:Lfm2ForCausalLM")

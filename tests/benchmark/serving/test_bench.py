@@ -328,10 +328,11 @@ def test_arguments_for_xllamacpp_are_refused() -> None:
     from lrcompress.benchmark.serving.engines import LlamaCpp, ServerRequest
     from lrcompress.runtime.errors import InputError
 
-    request = ServerRequest("x.gguf", 80, 192, 32, 2, None, ())
-    *_, script, model, port, context, parallel, threads = LlamaCpp().python_command("py", request)
+    request = ServerRequest("x.gguf", 80, 192, 32, 2, 3, ())
+    python, script, model, *options = LlamaCpp().python_command("py", request)
     assert Path(script).is_file()
-    assert (model, port, context, parallel, threads) == ("x.gguf", "80", "6144", "32", "0")
+    assert (python, model) == ("py", "x.gguf")
+    assert " ".join(options) == "--port 80 --context 6144 --parallel 32 --threads 3"
     with pytest.raises(InputError, match="xllamacpp has no command line"):
         LlamaCpp().python_command("py", ServerRequest("x", 80, 192, 32, 2, None, ("-ngl", "9")))
 

@@ -11,14 +11,21 @@ import pytest
 
 from lrcompress.checkpoint.export.gguf_families import DECI, FAMILIES
 from lrcompress.checkpoint.export.gguf_file import export_gguf
-from tests.gguf_models import FIXED, architecture_of, largest_difference, narrow, write_donor
+from tests.gguf_models import (
+    FIXED,
+    architecture_of,
+    differences,
+    largest_difference,
+    narrow,
+    with_tabled_gelu,
+    write_donor,
+)
 from tests.tiny import byte_tokenizer, tiny_model
 
-# llama.cpp reads GELU from a table in float16
 WITH_GELU = (
     *("gemma", "gemma2", "gemma3_text", "phi", "gpt2", "starcoder2", "gpt_neox", "bloom", "mpt"),
 )
-TOLERANCES = dict.fromkeys(WITH_GELU, 5e-3) | {"nemotron": 1e-4}  # squares, so large numbers
+TOLERANCES = {"nemotron": 1e-4}  # squares, so large numbers
 
 
 def _exported(model: Any, family: str, folder: Path) -> Path:
@@ -28,12 +35,28 @@ def _exported(model: Any, family: str, folder: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - WITH_GELU))
 def test_one_width_keeps_the_architecture(family: str, tmp_path: Path) -> None:
     model = narrow(tiny_model(family, **FIXED.get(family, {})), (40, 40))
     file = _exported(model, family, tmp_path)
     assert architecture_of(file) == FAMILIES[family].architecture
     assert largest_difference(model, file) < TOLERANCES.get(family, 1e-5)
+
+
+@pytest.mark.parametrize("family", WITH_GELU)
+def test_families_with_gelu(family: str, tmp_path: Path) -> None:
+    """llama.cpp reads GELU from a table in float16, and so does the model that it is compared with.
+
+    Where an activation lies between two entries, rounding in float32 decides which one is read.
+    This changes the log-probabilities of some prompts; at others no activation lies so.
+    """
+    model = narrow(tiny_model(family, **FIXED.get(family, {})), (40, 40))
+    file = _exported(model, family, tmp_path)
+    assert architecture_of(file) == FAMILIES[family].architecture
+    lengths = (7, 12, 20, 25, 30, 33, 36, 38, 40)
+    ascending = sorted(differences(with_tabled_gelu(model), file, lengths))
+    assert ascending[2] < 1e-5
+    assert ascending[-1] < 5e-3
 
 
 @pytest.mark.parametrize(
