@@ -19,7 +19,7 @@ from lrcompress.data.packing import (
     token_blocks,
 )
 from lrcompress.layers.model_info import sequence_length
-from lrcompress.layers.token_ids import check_token_ids
+from lrcompress.layers.token_ids import check_token_ids, notice_missing_rows
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, silent
 
@@ -48,6 +48,7 @@ def calibration_tokens(
         ]
     )
     check_token_ids(model, blocks)
+    notice_missing_rows(model, tokenizer)
     return blocks, fingerprint(settings.data, blocks, settings.seed)
 
 
