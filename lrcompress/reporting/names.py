@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lrcompress.reporting.metric import Metric, Summary, title
+from lrcompress.reporting.provenance import Text
 from lrcompress.reporting.significance import Comparison
 
 # characters; a longer path pushes numbers out of view
@@ -53,6 +54,10 @@ class ShortNames:
         if data := conditions.get("data"):
             conditions["data"] = self.shorten(str(data))
         return replace(metric, model=self.shorten(metric.model), conditions=conditions)
+
+    def text(self, text: Text) -> Text:
+        """`text` with the short names of its model and of the text."""
+        return replace(text, data=self.shorten(text.data), model=self.shorten(text.model))
 
     def comparison(self, comparison: Comparison) -> Comparison:
         """`comparison` with the short names of its models and text."""

@@ -39,15 +39,25 @@ class Report:
     metrics: tuple[Metric, ...]
     details: Differences = field(default_factory=Differences)
     record: Mapping[str, Any] = field(default_factory=dict)
-    """lrcompress.json of the last model, where it has one: its texts, training and ranks."""
+    """lrcompress.json of one model, where it has one: its texts, training and ranks."""
     notes: tuple[str, ...] = ()
     """Sentences without a full stop, besides those that follow from `metrics`."""
     listed: tuple[Text, ...] = ()
     """Texts that neither `metrics` nor `record` name, such as those of other records."""
+    record_of: str = ""
+    """What that model is called in `metrics`; empty for the last one."""
 
     @property
     def texts(self) -> tuple[Text, ...]:
-        return tuple(dict.fromkeys((*self.listed, *texts(self.metrics, self.record))))
+        own = texts(self.metrics, self.record, self.described)
+        # reports of older versions list texts without their models
+        named = {replace(text, model=""): text for text in own}
+        return tuple(dict.fromkeys((*(named.get(text, text) for text in self.listed), *own)))
+
+    @property
+    def described(self) -> str:
+        """The model of `record`."""
+        return self.record_of or (self.metrics[-1].model if self.metrics else "")
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -94,7 +104,8 @@ def _template_values(report: Report) -> dict[str, Any]:
         "comparisons": [names.comparison(comparison) for comparison in report.comparisons],
         "details": report.details.comparable().renamed(names.shorten, names.shorten),
         "served": served_tables(report.record),
-        "texts": [replace(text, data=names.shorten(text.data)) for text in report.texts],
+        "texts": [names.text(text) for text in report.texts],
+        "described": names.shorten(report.described),
         "training": training(report.record),
         "calibration": by_block(report.record),
         "stages": stage_rows(report.record),
@@ -121,6 +132,7 @@ def to_json(report: Report) -> str:
         comparisons=report.comparisons,
         details=report.details,
         texts=report.texts,
+        record_of=report.described,
         training=record.pop("finetuned", None),
         factorization={k: v for k, v in record.items() if k not in HELD_ELSEWHERE} or None,
         samples=tuple(
@@ -149,6 +161,7 @@ def read(folder: Path) -> Report:
         metrics=metrics,
         details=evaluation.details,
         record=record,
+        record_of=evaluation.record_of,
         notes=tuple(note for note in evaluation.notes if note not in remarks(metrics)),
         listed=evaluation.texts,
     )

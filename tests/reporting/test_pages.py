@@ -192,9 +192,9 @@ def test_tables_sort_by_number_and_back(page: Page) -> None:
 def test_the_report_shows_all_that_was_found(page: Page) -> None:
     headings = page.locator("h2").all_inner_texts()
     assert headings == [
-        "Is the difference real?", "Token by token", "Block by block", "Refinement",
-        "Continuations", "How it was measured", "Texts", "Training", "Where the time went", "Ranks",
-        "Calibration by block",
+        "Is the difference real?", "Token by token", "Block by block", "Refinement: low",
+        "Continuations", "How it was measured", "Texts", "Training: low",
+        "Where the time went: low", "Ranks: low", "Calibration by block: low",
     ]  # fmt: skip
     drawn = evaluation_figures.pictures(METRICS, DETAILS, RECORD)
     assert page.locator("figure").count() == len(list(drawn))
