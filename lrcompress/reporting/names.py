@@ -18,6 +18,11 @@ MAX_PATH = 24
 PATH = re.compile(r"(?:^|(?<=\s))(?:~?[/\\]|[A-Za-z]:[/\\]|\S+[/\\]\S+[/\\]).*$", re.DOTALL)
 
 
+def separate(data: str) -> list[str]:
+    """The texts in the name of several, which has commas between them."""
+    return re.split(r",\s*", data)
+
+
 @dataclass(frozen=True)
 class ShortNames:
     """Distinct short forms of long paths."""

@@ -19,8 +19,8 @@ from lrcompress.reporting.figures import Picture
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.metric import title as title_of
 from lrcompress.reporting.metrics_json import Evaluation, Samples
-from lrcompress.reporting.names import ShortNames
-from lrcompress.reporting.provenance import Text, texts, training
+from lrcompress.reporting.names import ShortNames, separate
+from lrcompress.reporting.provenance import Text, TrainingSummary, texts, training
 from lrcompress.reporting.record_schema import validate_record
 from lrcompress.reporting.remarks import remarks
 from lrcompress.reporting.render import nonfinite_to_text, render
@@ -72,7 +72,7 @@ class Report:
     def names(self) -> ShortNames:
         """Of models and texts, as pages show them."""
         sources = self.title.rpartition(": ")[0].split(", ")
-        data = (data for text in self.texts for data in text.data.split(", "))
+        data = (data for text in self.texts for data in separate(text.data))
         return ShortNames.of_metrics(self.metrics, *sources, *data)
 
     @cached_property
@@ -105,13 +105,20 @@ def _template_values(report: Report) -> dict[str, Any]:
         "details": report.details.comparable().renamed(names.shorten, names.shorten),
         "served": served_tables(report.record),
         "texts": [names.text(text) for text in report.texts],
+        "separate": separate,
         "described": names.shorten(report.described),
-        "training": training(report.record),
+        "training": _training(report),
         "calibration": by_block(report.record),
         "stages": stage_rows(report.record),
         "memory": memory_sentence(report.record),
         "record": {**report.record, "notes": [names.shorten(note) for note in notes]},
     }
+
+
+def _training(report: Report) -> TrainingSummary | None:
+    """The training, with the short names of its texts."""
+    summary = training(report.record)
+    return summary and replace(summary, text=report.names.shorten(summary.text))
 
 
 # fields of a record that metrics.json holds elsewhere

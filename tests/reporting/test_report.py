@@ -172,6 +172,25 @@ def test_reports_show_calibration_by_block(tmp_path: Path) -> None:
     assert "Calibration by block" not in report.markdown(unknown) + report.html(unknown)
 
 
+def test_every_one_of_several_texts_has_its_short_name() -> None:
+    data = [f"/home/someone/texts/with/long/names/{name}.txt" for name in ("first", "second")]
+    settings = {**RECORD["finetuned"]["settings"], "data": data}
+    record = {**RECORD, "finetuned": {**RECORD["finetuned"], "settings": settings}}
+    content = Report("title", METRICS, record=record)
+    assert "| training | low | first.txt,second.txt |" in report.markdown(content)
+    assert "on first.txt, second.txt; losses" in report.markdown(content)
+    html = report.html(content)
+    assert "/home" not in html.replace(f'title="{data[0]}"', "").replace(
+        f'title="{data[1]}"', ""
+    ).replace(f"<dd>{data[0]}</dd>", "").replace(f"<dd>{data[1]}</dd>", "")
+    made = [replace(point, text=f"8 x 64 tokens of {','.join(data)}") for point in points()]
+    swept = SweepReport("model", tuple(made))
+    assert "Calibrated on 8 x 64 tokens of first.txt,second.txt. " in sweep_report.markdown(swept)
+    page = sweep_report.html(swept)
+    for path in data:
+        assert f'<span class="short" title="{path}">{path.rpartition("/")[2]}</span>' in page
+
+
 LONG = "low /home/someone/models/with/long/names/keep-0.6"
 
 
