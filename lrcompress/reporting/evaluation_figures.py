@@ -24,7 +24,7 @@ from lrcompress.reporting.figures import (
     legend,
     plain_log_ticks,
 )
-from lrcompress.reporting.intervals import CONFIDENCE, score_interval
+from lrcompress.reporting.intervals import CONFIDENCE, normal_quantile, score_interval
 from lrcompress.reporting.metric import Metric, title
 from lrcompress.reporting.provenance import TRAININGS
 from lrcompress.reporting.task_groups import places
@@ -129,7 +129,7 @@ def _arms(score: Metric) -> tuple[float, float]:
     """Of the 95 % interval of a score: its distances below and above the value."""
     error = ((score.high or 0.0) - (score.low or 0.0)) / 2
     interval = score_interval(
-        score.value, error, score.samples, CONFIDENCE, is_pooled=bool(score.parts)
+        score.value, error, score.samples, normal_quantile(CONFIDENCE), is_pooled=bool(score.parts)
     )
     assert interval is not None
     return max(score.value - interval.low, 0.0), max(interval.high - score.value, 0.0)

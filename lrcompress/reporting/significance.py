@@ -227,7 +227,8 @@ def _newcombe_interval(gains: Any, weights: Any, confidence: float) -> tuple[flo
     """
     won, lost = (weights[mask].sum() / weights.sum() for mask in (gains > 0, gains < 0))
     count = weights.sum() ** 2 / (weights**2).sum()
-    wins, losses = (wilson_interval(share, count, confidence) for share in (won, lost))
+    z = normal_quantile(confidence)
+    wins, losses = (wilson_interval(share, count, z) for share in (won, lost))
     anticorrelation = 0.0
     if max(won, lost) < 1:
         anticorrelation = math.sqrt(won * lost / ((1 - won) * (1 - lost)))
