@@ -25,7 +25,7 @@ Stage = Literal["benchmark", "evaluate", "factorize", "finetune", "pretrain", "t
 # which equal inputs give other results: older results are then computed again.
 STAGES: dict[Stage, int] = {
     "benchmark": 1,
-    "evaluate": 2,
+    "evaluate": 3,
     "factorize": 8,
     "finetune": 1,
     "pretrain": 1,

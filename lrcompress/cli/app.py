@@ -87,7 +87,7 @@ def _show(report: Report, out: Path | None, max_loss: Mapping[str, float], as_js
     if not max_loss:
         return
     failed = non_inferiority.non_inferiority_failures(report.metrics, max_loss)
-    display.show_verdict(failed, max_loss, err=as_json)
+    display.show_verdict(report.metrics, failed, max_loss, err=as_json)
     if failed:
         click.get_current_context().exit(MAX_LOSS_EXCEEDED)
 

@@ -18,9 +18,11 @@ from lrcompress.cli.stdout import print_json
 from lrcompress.models.inspection import Inspection
 from lrcompress.reporting import projection
 from lrcompress.reporting.differences import Differences
+from lrcompress.reporting.intervals import ROUNDING
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.non_inferiority import EVERY, Failure, Limits
 from lrcompress.reporting.report import FORMATS, Report, to_json
+from lrcompress.reporting.significance import ALPHA, MIN_SAMPLES, Comparison
 from lrcompress.reporting.stage_table import memory_sentence, stage_sentence
 from lrcompress.reporting.tables import table as metric_table
 from lrcompress.runtime.sanitize import printable
@@ -168,16 +170,33 @@ def _show_details(details: Differences) -> None:
             _print_line(f"  {label}: {text!r}")
 
 
-def show_verdict(failed: Sequence[Failure], limits: Limits, err: bool = False) -> None:
-    """Says whether every loss is shown to be within `limits`; lists the `failed` ones.
+def show_verdict(
+    metrics: Sequence[Metric], failed: Sequence[Failure], limits: Limits, err: bool = False
+) -> None:
+    """Says whether every loss of the last model in `metrics` is shown to be within `limits`.
 
-    With `err` it goes to stderr, so that stdout stays JSON.
+    Lists the `failed` ones. With `err` it goes to stderr, so that stdout stays JSON.
     """
     for failure in failed:
-        loss = f"{failure.comparison.worst:.2%} (95 % interval)"
-        _print_line(f"{failure.comparison.metric}: may have lost {loss}.", err=err)
+        _print_line(f"{_failure_text(failure.comparison)}.", err=err)
     verdict = "FAIL: it is not" if failed else "PASS: it is"
-    _print_line(f"{verdict} shown that the loss is at most {_limits_text(limits)}.", err=err)
+    _print_line(
+        f"{verdict} shown that {metrics[-1].model} lost at most {_limits_text(limits)}, against "
+        f"{metrics[0].model}.",
+        err=err,
+    )
+
+
+def _failure_text(comparison: Comparison) -> str:
+    """Why a loss is not shown to be small: what it may be, or that there are too few samples."""
+    subject = f"{comparison.metric}: {comparison.model}"
+    if comparison.samples < MIN_SAMPLES:
+        return f"{subject} has {comparison.samples} windows or items, and {MIN_SAMPLES} are needed"
+    text = f"{subject} may have lost {comparison.worst:.2%}, by the 95 % interval of this row alone"
+    if comparison.confidence - (1 - ALPHA) < ROUNDING:
+        return text
+    confidence = f"{100 * comparison.confidence:.4g} %"
+    return f"{text} (the interval above has {confidence}: it is adjusted for all rows)"
 
 
 def _limits_text(limits: Limits) -> str:

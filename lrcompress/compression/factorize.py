@@ -38,6 +38,7 @@ from lrcompress.layers.model_info import plain_model
 from lrcompress.layers.model_state import in_float32
 from lrcompress.layers.moe import unpacked
 from lrcompress.layers.nonfinite import nonfinite_weights
+from lrcompress.layers.token_ids import notice_missing_rows
 from lrcompress.methods.types import LinearSpec
 from lrcompress.models.hf_quantizer import record_layout
 from lrcompress.runtime import distributed
@@ -144,6 +145,8 @@ class Compressor:
             raise InputError(f"{weight} is not finite: use another copy or an earlier checkpoint")
         if settings.sequential == "anchored" and not _falls_back(settings, linears):
             _refuse_experts(linears)
+        if not settings.build_method().requires:  # other methods read text, which is checked
+            notice_missing_rows(self.model, self.tokenizer)
         return CalibrationSession(
             self.model, self.tokenizer, linears, self.calibration_settings, self.progress
         )

@@ -20,7 +20,7 @@ from lrcompress.data.packing import (
     labelled_blocks,
 )
 from lrcompress.layers.model_info import sequence_length
-from lrcompress.layers.token_ids import check_token_ids
+from lrcompress.layers.token_ids import check_token_ids, notice_missing_rows
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.progress import Progress, silent
 
@@ -62,6 +62,7 @@ def calibration_text(
             texts.append(_text_blocks(spec, tokenizer, settings, count, length))
     tokens, labels = (interleave(blocks) for blocks in zip(*texts, strict=True))
     check_token_ids(model, tokens)
+    notice_missing_rows(model, tokenizer)
     return CalibrationText(tokens, labels, fingerprint(settings.data, tokens, settings.seed))
 
 

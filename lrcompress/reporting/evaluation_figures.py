@@ -24,13 +24,12 @@ from lrcompress.reporting.figures import (
     legend,
     plain_log_ticks,
 )
+from lrcompress.reporting.intervals import CONFIDENCE, normal_quantile, score_interval
 from lrcompress.reporting.metric import Metric, title
 from lrcompress.reporting.provenance import TRAININGS
 from lrcompress.reporting.task_groups import places
 from lrcompress.runtime.paths import unique_file_names
 
-# half of a 95 % interval, in standard errors
-NORMAL_95 = 1.96
 # panels and rows of figures, in the order of the forward pass
 ROLES = ("gate", "up", "gate_up", "down")
 
@@ -109,13 +108,12 @@ def _draw_tasks(
         rows = [row for row, name in enumerate(names) if (name, model) in score_of]
         scores = [score_of[names[row], model] for row in rows]
         positions = [row + (index - (len(models) - 1) / 2) * height for row in rows]
-        # `low` lies one standard error below the score
-        half_widths = [NORMAL_95 * (score.value - (score.low or 0.0)) for score in scores]
+        arms = [_arms(score) for score in scores]
         axes.barh(
             positions,
             [score.value for score in scores],
             height,
-            xerr=half_widths,
+            xerr=np.transpose(arms),
             label=model,
             color=COLOURS[index % len(COLOURS)],
             ecolor=INK,
@@ -125,6 +123,16 @@ def _draw_tasks(
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     legend(figure)
+
+
+def _arms(score: Metric) -> tuple[float, float]:
+    """Of the 95 % interval of a score: its distances below and above the value."""
+    error = ((score.high or 0.0) - (score.low or 0.0)) / 2
+    interval = score_interval(
+        score.value, error, score.samples, normal_quantile(CONFIDENCE), is_pooled=bool(score.parts)
+    )
+    assert interval is not None
+    return max(score.value - interval.low, 0.0), max(interval.high - score.value, 0.0)
 
 
 def _positions(name: str, changes: Sequence[TokenChange]) -> Picture:

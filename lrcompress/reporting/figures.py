@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # names of models and texts may contain $
 }
-# inches: narrow, so that its text can be read on a phone, where the whole figure shrinks to fit
-WIDTH = 6.0
+# inches of a figure, and of the one for phones, where the whole figure shrinks to the screen
+WIDTH, NARROW = 6.0, 4.2
+NO_DATE: Any = {"Date": None, "Creator": None}
 # inches that an entry of a legend takes, with the space around it, and each character of its label
 LEGEND_HANDLE, LEGEND_CHARACTER = 0.7, 0.085
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
@@ -60,6 +62,8 @@ class Picture:
     """The text alternative: what the picture shows, in words."""
     svg: str
     """An element to put into an HTML page."""
+    narrow: str
+    """The same for a phone, in which the type is larger against the picture."""
     png: bytes
 
     @property
@@ -81,21 +85,34 @@ def draw(
 
     Equal drawings give equal bytes.
     """
-    style: Any = STYLE | {"svg.hashsalt": name}
-    with mpl.rc_context(style):
-        figure = Figure(size)
-        paint(figure)
-        svg, png = io.StringIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    svg, png = io.StringIO(), io.BytesIO()
+    with _painted(name, paint, size) as figure:
+        figure.savefig(svg, format="svg", metadata=NO_DATE)
         figure.savefig(png, format="png", dpi=144, facecolor="white", metadata={"Software": None})
+    narrow = io.StringIO()
+    with _painted(f"narrow {name}", paint, (NARROW, size[1])) as figure:
+        figure.savefig(narrow, format="svg", metadata=NO_DATE)
     return Picture(
         name=name,
         section=section,
         title=title,
         text=text,
         svg=_inline_svg(svg.getvalue(), text),
+        narrow=_inline_svg(narrow.getvalue(), text),
         png=png.getvalue(),
     )
+
+
+@contextmanager
+def _painted(
+    name: str, paint: Callable[[Figure], None], size: tuple[float, float]
+) -> Iterator[Figure]:
+    """The figure; ids in its SVG depend on `name`."""
+    style: Any = STYLE | {"svg.hashsalt": name}
+    with mpl.rc_context(style):
+        figure = Figure(size)
+        paint(figure)
+        yield figure
 
 
 def legend(figure: Figure) -> None:

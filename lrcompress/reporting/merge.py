@@ -61,15 +61,14 @@ def merge_reports(reports: Mapping[str, Report]) -> Report:
 
 
 def _merge_distinct(reports: Mapping[str, Report]) -> Report:
-    models, last = _distinct_models(reports), list(reports.values())[-1]
+    models = _distinct_models(reports)
+    titles = {
+        folder: {m.label: m.title for m in models if folder in m.folders} for folder in reports
+    }
     details = _merge_details(
-        [
-            report.details.renamed(
-                {m.label: m.title for m in models if folder in m.folders}.__getitem__
-            )
-            for folder, report in reports.items()
-        ]
+        [report.details.renamed(titles[folder].__getitem__) for folder, report in reports.items()]
     )
+    last_folder, last = list(reports.items())[-1]
     return Report(
         title=f"{', '.join(reports)}: comparison",
         metrics=tuple(
@@ -79,8 +78,13 @@ def _merge_distinct(reports: Mapping[str, Report]) -> Report:
         ),
         details=details,
         record={key: value for key, value in last.record.items() if key != "notes"},
+        record_of=titles[last_folder].get(last.described, last.described),
         notes=tuple(dict.fromkeys(_notes(reports, details))),
-        listed=tuple(text for report in reports.values() for text in report.texts),
+        listed=tuple(
+            replace(text, model=titles[folder].get(text.model, text.model))
+            for folder, report in reports.items()
+            for text in report.texts
+        ),
     )
 
 

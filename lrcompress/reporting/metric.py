@@ -34,9 +34,11 @@ class Summary:
     conditions: Mapping[str, object] = field(default_factory=dict)
     """How it was measured; `data` is the text or the file of questions."""
     low: Number | None = None
-    """The slowest run of a speed, one standard error below a score; null where unknown."""
+    """The slowest run of a speed. Of a score the value less one standard error, or, where it is a
+    share of right answers, the lower end of Wilson's interval of the same confidence, 68.27 %. Null
+    where unknown."""
     high: Number | None = None
-    """The fastest run of a speed, one standard error above a score; null where unknown."""
+    """The fastest run of a speed, and the upper end of a score, as `low`; null where unknown."""
     rounds: Sequence[Number] | None = field(default=None, kw_only=True)
     """Of a served model's speed, the value in each round; models of one run took turns, so that
     they are compared round by round. Null for other metrics."""

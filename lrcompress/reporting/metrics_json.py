@@ -60,11 +60,12 @@ class Evaluation:
     texts: tuple[Text, ...]
     """What the models were calibrated, trained and evaluated on."""
     training: Mapping[str, Any] | None
-    """`finetuned` of the last model's lrcompress.json (docs/checkpoint.md), or null."""
+    """`finetuned` of the lrcompress.json (docs/checkpoint.md) of the model `record_of`, or null."""
     factorization: Mapping[str, Any] | None
-    """The rest of the last model's lrcompress.json, without fields that are elsewhere in this file,
-    or null."""
+    """The rest of that lrcompress.json, without fields that are elsewhere in this file, or null."""
     samples: tuple[Samples, ...]
+    record_of: str = ""
+    """The model that `training` and `factorization` describe; empty for the last one."""
 
 
 Content = TypeVar("Content")

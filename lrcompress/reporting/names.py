@@ -9,12 +9,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lrcompress.reporting.metric import Metric, Summary, title
+from lrcompress.reporting.provenance import Text
 from lrcompress.reporting.significance import Comparison
 
 # characters; a longer path pushes numbers out of view
 MAX_PATH = 24
 # from the first word that is an absolute path, or has two separators, to the end
 PATH = re.compile(r"(?:^|(?<=\s))(?:~?[/\\]|[A-Za-z]:[/\\]|\S+[/\\]\S+[/\\]).*$", re.DOTALL)
+
+
+def separate(data: str) -> list[str]:
+    """The texts in the name of several, which has commas between them."""
+    return re.split(r",\s*", data)
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,10 @@ class ShortNames:
         if data := conditions.get("data"):
             conditions["data"] = self.shorten(str(data))
         return replace(metric, model=self.shorten(metric.model), conditions=conditions)
+
+    def text(self, text: Text) -> Text:
+        """`text` with the short names of its model and of the text."""
+        return replace(text, data=self.shorten(text.data), model=self.shorten(text.model))
 
     def comparison(self, comparison: Comparison) -> Comparison:
         """`comparison` with the short names of its models and text."""

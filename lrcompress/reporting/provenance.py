@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lrcompress.reporting.metric import PUBLISHED, Summary
@@ -24,12 +24,18 @@ class Text:
     """Of an evaluation those that were predicted, of a training those of its whole text."""
     sha256: str
     """Of the tokens: equal hashes mean equal tokens."""
+    model: str = ""
+    """What the model that was made from it is called in this report; empty for an evaluation, whose
+    text all models met."""
 
 
-def texts(metrics: Sequence[Summary], record: Mapping[str, Any] | None) -> tuple[Text, ...]:
-    """Each text once: of calibration and training from `record` (lrcompress.json), of evaluation
-    from `metrics`."""
-    found_texts = [text for part in history(record or {}) for text in _recorded_texts(part)]
+def texts(
+    metrics: Sequence[Summary], record: Mapping[str, Any] | None, model: str = ""
+) -> tuple[Text, ...]:
+    """Each text once: of calibration and training from `record`, the lrcompress.json of `model`, of
+    evaluation from `metrics`."""
+    recorded = [text for part in history(record or {}) for text in _recorded_texts(part)]
+    found_texts = [replace(text, model=model) for text in recorded]
     for metric in metrics:
         if sha256 := metric.conditions.get("sha256"):
             data, tokens = str(metric.conditions["data"]), int(str(metric.conditions["tokens"]))

@@ -19,8 +19,8 @@ from lrcompress.reporting.figures import Picture
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.metric import title as title_of
 from lrcompress.reporting.metrics_json import Evaluation, Samples
-from lrcompress.reporting.names import ShortNames
-from lrcompress.reporting.provenance import Text, texts, training
+from lrcompress.reporting.names import ShortNames, separate
+from lrcompress.reporting.provenance import Text, TrainingSummary, texts, training
 from lrcompress.reporting.record_schema import validate_record
 from lrcompress.reporting.remarks import remarks
 from lrcompress.reporting.render import nonfinite_to_text, render
@@ -39,15 +39,25 @@ class Report:
     metrics: tuple[Metric, ...]
     details: Differences = field(default_factory=Differences)
     record: Mapping[str, Any] = field(default_factory=dict)
-    """lrcompress.json of the last model, where it has one: its texts, training and ranks."""
+    """lrcompress.json of one model, where it has one: its texts, training and ranks."""
     notes: tuple[str, ...] = ()
     """Sentences without a full stop, besides those that follow from `metrics`."""
     listed: tuple[Text, ...] = ()
     """Texts that neither `metrics` nor `record` name, such as those of other records."""
+    record_of: str = ""
+    """What that model is called in `metrics`; empty for the last one."""
 
     @property
     def texts(self) -> tuple[Text, ...]:
-        return tuple(dict.fromkeys((*self.listed, *texts(self.metrics, self.record))))
+        own = texts(self.metrics, self.record, self.described)
+        # reports of older versions list texts without their models
+        named = {replace(text, model=""): text for text in own}
+        return tuple(dict.fromkeys((*(named.get(text, text) for text in self.listed), *own)))
+
+    @property
+    def described(self) -> str:
+        """The model of `record`."""
+        return self.record_of or (self.metrics[-1].model if self.metrics else "")
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -62,7 +72,7 @@ class Report:
     def names(self) -> ShortNames:
         """Of models and texts, as pages show them."""
         sources = self.title.rpartition(": ")[0].split(", ")
-        data = (data for text in self.texts for data in text.data.split(", "))
+        data = (data for text in self.texts for data in separate(text.data))
         return ShortNames.of_metrics(self.metrics, *sources, *data)
 
     @cached_property
@@ -94,13 +104,21 @@ def _template_values(report: Report) -> dict[str, Any]:
         "comparisons": [names.comparison(comparison) for comparison in report.comparisons],
         "details": report.details.comparable().renamed(names.shorten, names.shorten),
         "served": served_tables(report.record),
-        "texts": [replace(text, data=names.shorten(text.data)) for text in report.texts],
-        "training": training(report.record),
+        "texts": [names.text(text) for text in report.texts],
+        "separate": separate,
+        "described": names.shorten(report.described),
+        "training": _training(report),
         "calibration": by_block(report.record),
         "stages": stage_rows(report.record),
         "memory": memory_sentence(report.record),
         "record": {**report.record, "notes": [names.shorten(note) for note in notes]},
     }
+
+
+def _training(report: Report) -> TrainingSummary | None:
+    """The training, with the short names of its texts."""
+    summary = training(report.record)
+    return summary and replace(summary, text=report.names.shorten(summary.text))
 
 
 # fields of a record that metrics.json holds elsewhere
@@ -121,6 +139,7 @@ def to_json(report: Report) -> str:
         comparisons=report.comparisons,
         details=report.details,
         texts=report.texts,
+        record_of=report.described,
         training=record.pop("finetuned", None),
         factorization={k: v for k, v in record.items() if k not in HELD_ELSEWHERE} or None,
         samples=tuple(
@@ -149,6 +168,7 @@ def read(folder: Path) -> Report:
         metrics=metrics,
         details=evaluation.details,
         record=record,
+        record_of=evaluation.record_of,
         notes=tuple(note for note in evaluation.notes if note not in remarks(metrics)),
         listed=evaluation.texts,
     )

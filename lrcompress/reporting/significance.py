@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from lrcompress.reporting.differences import MAX_EXPONENT
-from lrcompress.reporting.intervals import Interval
+from lrcompress.reporting.intervals import normal_quantile, wilson_interval
 from lrcompress.reporting.metric import PUBLISHED, Metric, title
 from lrcompress.reporting.tables import comparable
 from lrcompress.reporting.task_groups import places
@@ -149,18 +149,13 @@ class _PairedTest:
         if self.is_binary:
             return _newcombe_interval(self.gains, self.weights, confidence)
         low, high = self._bootstrapped
-        stretch = _normal_quantile(confidence) / _normal_quantile(1 - ALPHA)
+        stretch = normal_quantile(confidence) / normal_quantile(1 - ALPHA)
         middle = self.difference
         return middle - stretch * (middle - low), middle + stretch * (high - middle)
 
     @cached_property
     def _bootstrapped(self) -> tuple[float, float]:
         return _bootstrap_interval(self.gains, self.weights, self.difference)
-
-
-def _normal_quantile(confidence: float) -> float:
-    """Of a two-sided interval: its half-width in standard errors."""
-    return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
 def _compare(tests: Sequence[_PairedTest]) -> Iterator[Comparison]:
@@ -232,7 +227,8 @@ def _newcombe_interval(gains: Any, weights: Any, confidence: float) -> tuple[flo
     """
     won, lost = (weights[mask].sum() / weights.sum() for mask in (gains > 0, gains < 0))
     count = weights.sum() ** 2 / (weights**2).sum()
-    wins, losses = (_wilson_interval(share, count, confidence) for share in (won, lost))
+    z = normal_quantile(confidence)
+    wins, losses = (wilson_interval(share, count, z) for share in (won, lost))
     anticorrelation = 0.0
     if max(won, lost) < 1:
         anticorrelation = math.sqrt(won * lost / ((1 - won) * (1 - lost)))
@@ -243,15 +239,6 @@ def _newcombe_interval(gains: Any, weights: Any, confidence: float) -> tuple[flo
     low = won - lost - distance(won - wins.low, losses.high - lost)
     high = won - lost + distance(wins.high - won, lost - losses.low)
     return float(max(low, -1.0)), float(min(high, 1.0))
-
-
-def _wilson_interval(share: float, count: float, confidence: float) -> Interval:
-    """The interval of a share of `count` items, which may be no whole number (Wilson 1927)."""
-    z = _normal_quantile(confidence)
-    scale = 1 + z**2 / count
-    centre = (share + z**2 / (2 * count)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return Interval(share, max(centre - half, 0.0), min(centre + half, 1.0))
 
 
 def _mcnemar(gains: Any) -> float:
@@ -307,7 +294,7 @@ def _samples_needed(result: Comparison, half_width: float) -> int | None:
     no width."""
     if half_width == 0:
         return None
-    z_level = _normal_quantile(result.confidence)
+    z_level = normal_quantile(result.confidence)
     detectable = (z_level + NormalDist().inv_cdf(POWER)) / z_level * half_width
     size, gap = abs(result.difference), NEGLIGIBLE - abs(result.difference)
     # an interval that has to be this many times narrower takes the square of that in samples

@@ -62,7 +62,7 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
-def check_keys(text: str) -> None:
+def check_keys(text: str | bytes) -> None:
     """Raises ValueError for a YAML text with a key twice in one mapping.
 
     The text may have tags, such as lm-eval's `!function`: no objects are made.

@@ -14,8 +14,10 @@ from transformers import AutoTokenizer
 import lrcompress
 from lrcompress.config import FinetuneSettings
 from lrcompress.data.training_text import training_text
-from lrcompress.layers.token_ids import check_token_ids
+from lrcompress.layers.token_ids import check_token_ids, notice_missing_rows
 from lrcompress.runtime.errors import InputError
+from lrcompress.runtime.notices import notice
+from tests.conftest import SMALL, invoke
 from tests.tiny import byte_tokenizer, copied_model, saved_model, tiny_model
 
 ROWS, TEXT = 257, "all of it and the rest of it. " * 60
@@ -85,6 +87,32 @@ def refused(tmp_path: Path) -> dict[str, Callable[[], object]]:
 def test_every_use_of_text_refuses_them(use: str, refused: dict[str, Callable[[], object]]) -> None:
     with pytest.raises(InputError, match=r"the tokenizer gives token 25[78], and the embedding"):
         refused[use]()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [("--method", "svd"), ("--method", "svd", "--streaming"), ("--calibration", "self", *SMALL)],
+)
+def test_factorize_without_a_text_tells_of_them(
+    settings: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    notice.cache_clear()
+    folder = saved_model(tmp_path / "model")
+    keep = ("--keep-ratio", "0.6", *settings)
+    assert invoke("factorize", folder, "--out", tmp_path / "silent", *keep).exit_code == 0
+    assert "embedding" not in caplog.text
+    _more_tokens().save_pretrained(folder)
+    assert invoke("factorize", folder, "--out", tmp_path / "small", *keep).exit_code == 0
+    assert "has none: 'the', 'and'. Text with them will be refused" in caplog.text
+
+
+def test_an_embedding_larger_than_the_tokenizer_is_no_fault(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    notice.cache_clear()
+    notice_missing_rows(tiny_model(vocab_size=320), _more_tokens())
+    notice_missing_rows(tiny_model(), None)
+    assert not caplog.text
 
 
 def test_a_larger_tokenizer_whose_tokens_do_not_occur_is_no_fault(tmp_path: Path) -> None:

@@ -121,6 +121,9 @@ def test_two_reports_become_one_comparison(
     for page in ("report.md", "report.html"):
         assert "speeds are left out" in (out / page).read_text()
     assert f"training and ranks of {folders[0]} are left out" in result.stdout
+    assert joined.described == "factorized second"
+    calibrated = [text.model for text in joined.texts if text.use == "calibration"]
+    assert calibrated == ["factorized first", "factorized second"]
     assert invoke("report", out, "--json").stdout == (out / "metrics.json").read_text()
 
 
@@ -130,6 +133,18 @@ def models(evaluated: Report) -> tuple[str, ...]:
 
 def metric(model: str, value: float, name: str = "task acc", **more: Any) -> Metric:
     return Metric(model, name, value, "", True, more, samples=[[value, 1]] * 8)
+
+
+def test_the_model_of_the_record_keeps_its_name_in_another_place() -> None:
+    calibration = {"data": "c.txt", "tokens": 8, "sha256": "1"}
+    last, first = metric("low", 0.5), metric("dense", 0.5, q=1)
+    one = Report("a", (first, last), record={"calibration": {**calibration, "sha256": "2"}})
+    two = Report("b", (first, metric("other", 0.25)))
+    three = Report("c", (first, last), record={"calibration": calibration})
+    merged = merge_reports({"one": one, "two": two, "three": three})
+    assert models(merged) == ("dense", "low", "other")
+    assert merged.described == "low"
+    assert [(text.model, text.sha256) for text in merged.texts] == [("low", "2"), ("low", "1")]
 
 
 def test_only_equal_numbers_of_quality_make_one_model() -> None:

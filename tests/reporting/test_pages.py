@@ -69,7 +69,7 @@ def test_what_comes_from_outside_is_text(page: Page) -> None:
 
 
 def test_every_figure_has_words_and_a_size(page: Page) -> None:
-    figures = page.locator("figure svg")
+    figures = page.locator("figure .broad svg")
     assert figures.count() >= 1
     for figure in figures.all():
         assert figure.get_attribute("role") == "img"
@@ -104,7 +104,20 @@ def test_nothing_is_wider_than_a_phone(page: Page) -> None:
     page.set_viewport_size(PHONE)  # type: ignore[arg-type]
     page.evaluate("document.querySelectorAll('details').forEach(e => { e.open = true })")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert page.locator("figure svg, .cards td, h1, p").evaluate_all(IN_VIEW)
+    assert page.locator("figure > div, .cards td, h1, p").evaluate_all(IN_VIEW)
+
+
+@pytest.mark.parametrize("page", ALL, indirect=True)
+def test_figures_can_be_read_on_a_phone(page: Page) -> None:
+    """They take the whole width, and their type is not smaller than 12 pixels."""
+    page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+    shrunk = (
+        """all => all.map(svg => svg.getBoundingClientRect().width / svg.viewBox.baseVal.width)"""
+    )
+    svgs = page.locator("figure .narrow svg")
+    assert all(10.5 * scale >= 12 for scale in svgs.evaluate_all(shrunk))
+    assert svgs.evaluate_all(IN_VIEW)
+    assert not page.locator("figure .broad").first.is_visible()
 
 
 @pytest.mark.parametrize("page", LARGE, indirect=True)
@@ -192,9 +205,9 @@ def test_tables_sort_by_number_and_back(page: Page) -> None:
 def test_the_report_shows_all_that_was_found(page: Page) -> None:
     headings = page.locator("h2").all_inner_texts()
     assert headings == [
-        "Is the difference real?", "Token by token", "Block by block", "Refinement",
-        "Continuations", "How it was measured", "Texts", "Training", "Where the time went", "Ranks",
-        "Calibration by block",
+        "Is the difference real?", "Token by token", "Block by block", "Refinement: low",
+        "Continuations", "How it was measured", "Texts", "Training: low",
+        "Where the time went: low", "Ranks: low", "Calibration by block: low",
     ]  # fmt: skip
     drawn = evaluation_figures.pictures(METRICS, DETAILS, RECORD)
     assert page.locator("figure").count() == len(list(drawn))

@@ -160,7 +160,7 @@ def test_reports_show_calibration_by_block(tmp_path: Path) -> None:
         "| 0 | 12.5 % | 0.0 % | 75.0 % | 2.5 |\n| 1 | 50.0 % | 99.8 % | 62.5 % | 0.8 |" in markdown
     )
     assert "<td>0</td><td>12.5 %</td><td>0.0 %</td><td>75.0 %</td><td>2.5</td>" in html
-    section = html[html.index("<h2>Calibration by block</h2>") :]
+    section = html[html.index("<h2>Calibration by block: ") :]
     assert '<figure id="outliers">' in section
     assert '<figure id="probes">' in section
     report.write(tmp_path, content)
@@ -170,6 +170,50 @@ def test_reports_show_calibration_by_block(tmp_path: Path) -> None:
         del linear["input_outlier_share"], linear["gradient_outlier_share"]
     unknown = Report("title", METRICS, DETAILS, {**RECORD, "linears": older, "probed": {}})
     assert "Calibration by block" not in report.markdown(unknown) + report.html(unknown)
+
+
+def test_every_one_of_several_texts_has_its_short_name() -> None:
+    data = [f"/home/someone/texts/with/long/names/{name}.txt" for name in ("first", "second")]
+    settings = {**RECORD["finetuned"]["settings"], "data": data}
+    record = {**RECORD, "finetuned": {**RECORD["finetuned"], "settings": settings}}
+    content = Report("title", METRICS, record=record)
+    assert "| training | low | first.txt,second.txt |" in report.markdown(content)
+    assert "on first.txt, second.txt; losses" in report.markdown(content)
+    html = report.html(content)
+    assert "/home" not in html.replace(f'title="{data[0]}"', "").replace(
+        f'title="{data[1]}"', ""
+    ).replace(f"<dd>{data[0]}</dd>", "").replace(f"<dd>{data[1]}</dd>", "")
+    made = [replace(point, text=f"8 x 64 tokens of {','.join(data)}") for point in points()]
+    swept = SweepReport("model", tuple(made))
+    assert "Calibrated on 8 x 64 tokens of first.txt,second.txt. " in sweep_report.markdown(swept)
+    page = sweep_report.html(swept)
+    for path in data:
+        assert f'<span class="short" title="{path}">{path.rpartition("/")[2]}</span>' in page
+
+
+LONG = "low /home/someone/models/with/long/names/keep-0.6"
+
+
+def test_sections_on_one_model_name_it(tmp_path: Path) -> None:
+    metrics = tuple(replace(m, model=LONG) if m.model == "low" else m for m in METRICS)
+    content = Report("title", metrics, record=RECORD)
+    markdown, html = report.markdown(content), report.html(content)
+    short = content.names.shorten(LONG)
+    named = f'<span class="short" title="{LONG}">{short.replace("/", "/<wbr>")}</span>'
+    for section in ("Where the time went", "Ranks", "Calibration by block", "Training"):
+        assert f"\n## {section}: {short}\n" in markdown
+        assert f"<h2>{section}: {named}</h2>" in html
+    assert f"| training | {short} | train.txt |" in markdown
+    assert "| evaluation | all | t.txt |" in markdown
+    assert f'<td>training</td><td class="words" data-head="model">{named}</td>' in html
+    report.write(tmp_path, content)
+    assert report.markdown(report.read(tmp_path)) == markdown
+    older = json.loads((tmp_path / "metrics.json").read_text())
+    del older["record_of"]
+    for text in older["texts"]:
+        del text["model"]
+    (tmp_path / "metrics.json").write_text(json.dumps(older))
+    assert report.markdown(report.read(tmp_path)) == markdown
 
 
 @pytest.mark.parametrize("share", ["1.5", "-0.25", '"most"', '"NaN"'])

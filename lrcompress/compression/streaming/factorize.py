@@ -33,6 +33,7 @@ from lrcompress.config.recipe import Recipe
 from lrcompress.layers.experts import fused_experts
 from lrcompress.layers.ffn_layouts import select
 from lrcompress.layers.lowrank import rebuild, tied_modules
+from lrcompress.layers.token_ids import notice_missing_rows
 from lrcompress.methods.plan import Plan
 from lrcompress.methods.types import LinearSpec
 from lrcompress.models.offload import OffloadedModel
@@ -67,6 +68,8 @@ class StreamingCompressor:
         keep_ratio = selected_keep_ratio(model, self.linears, settings)
         serving = Serving.of(model, self.linears, settings, progress)
         self.planning = Planning.of(settings, keep_ratio, serving)
+        if not self.planning.method.requires:  # other methods read text, which is checked
+            notice_missing_rows(model, offloaded.tokenizer)
         self.files = BlockFiles(work)
         self.source = StreamingSource(
             recipe=recipe,

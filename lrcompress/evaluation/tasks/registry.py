@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,15 @@ from yaml import YAMLError
 from lrcompress.data.corpora import EMBEDDED, read_corpus
 from lrcompress.data.files import TextFiles, find_files, suffix
 from lrcompress.evaluation.tasks.local_datasets import reading_copies
+from lrcompress.evaluation.tasks.sibling_modules import make_importable
+from lrcompress.evaluation.tasks.task_files import (
+    GroupFolder,
+    TaskFile,
+    did_you_mean,
+    used_modules,
+)
 from lrcompress.runtime.errors import InputError
 from lrcompress.runtime.paths import user_path
-from lrcompress.runtime.safe_parsing import check_keys
 
 # fields of a JSONL row that make a file a multiple-choice task
 CHOICE_FIELDS = {"query", "choices", "gold"}
@@ -99,6 +104,8 @@ def resolve(
     if data_dir is not None and not Path(data_dir).is_dir():
         raise InputError(f"data directory {str(data_dir)!r} does not exist: name a folder")
     specs = {name: _local_spec(name) for name in names}
+    files_of_tasks = [spec for spec in specs.values() if isinstance(spec, TaskFile)]
+    make_importable([module for file in files_of_tasks for module in used_modules(file)])
     built_in = [name for name, spec in specs.items() if spec is None]
     manager = _task_manager(bool(built_in))
     _check_names(manager, built_in)
@@ -122,14 +129,15 @@ def _task_manager(include_built_in: bool) -> Any:
     return TaskManager(include_defaults=include_built_in)
 
 
-def _load_file(file: Path) -> Mapping[str, Mapping[str, Any]]:
+def _load_file(file: TaskFile) -> Mapping[str, Mapping[str, Any]]:
     """The tasks and groups of a YAML file. The tasks of a group are looked up in its folder too."""
-    if not re.search("^group:", file.read_text("utf-8-sig"), re.MULTILINE):
-        return _task_manager(False).load([str(file)])  # type: ignore[no-any-return]
+    if not file.is_group:
+        return _task_manager(False).load([str(file.path)])  # type: ignore[no-any-return]
     from lm_eval.tasks import TaskManager
 
-    path = file.absolute()
+    path = file.path.absolute()
     manager = TaskManager(include_path=str(path.parent))
+    GroupFolder.of(file).check_parts(manager.all_tasks)
     # by its name: lm-eval loads the path of a group as if its list of tasks were the name
     names = [name for name, entry in manager.task_index.items() if entry.yaml_path == path]
     return manager.load(names or [str(path)])  # type: ignore[no-any-return]
@@ -139,11 +147,9 @@ def _check_names(manager: Any, names: Sequence[str]) -> None:
     """Raises InputError where a name is not one of lm-eval's tasks or groups."""
     for name in names:
         if name not in manager.all_tasks:
-            close = get_close_matches(name, manager.all_tasks, 3)
-            hint = f", did you mean {', '.join(close)}?" if close else ""
             raise InputError(
-                f"task {name!r} is unknown{hint} (give an lm-eval task, FILE.yaml, FILE.jsonl or "
-                "a text)"
+                f"task {name!r} is unknown{did_you_mean(name, manager.all_tasks)} (give an lm-eval "
+                "task, FILE.yaml, FILE.jsonl or a text)"
             )
 
 
@@ -158,14 +164,14 @@ def _question_files(names: Sequence[str], data_dir: str | Path | None) -> dict[s
 def _load(
     manager: Any,
     name: str,
-    spec: Path | dict[str, Any] | None,
+    spec: TaskFile | dict[str, Any] | None,
     seeds: Seeds,
     data_dir: str | Path | None,
 ) -> Mapping[str, Mapping[str, Any]]:
     """The tasks and groups of one name."""
     seeds.start()  # lm-eval may draw the order of choices while it loads a task
     with explained(name):
-        if isinstance(spec, Path):
+        if isinstance(spec, TaskFile):
             return _load_file(spec)
         if spec is not None or data_dir is None:
             return manager.load([spec or name])  # type: ignore[no-any-return]
@@ -182,7 +188,7 @@ def _union(loaded: Mapping[str, Mapping[str, Any]], kind: str) -> dict[str, Any]
             if name in union:
                 raise InputError(
                     f"task {name!r} is given twice, as {requested_as[name]!r} and {request!r}: "
-                    "leave one out, or rename a file"
+                    "leave one out, or give one another name (that of its file, in YAML its 'task')"
                 )
             union[name], requested_as[name] = task, request
     return union
@@ -202,19 +208,20 @@ def explained(name: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
     if isinstance(error, ModuleNotFoundError):
-        return f"{reason}: install it, or name its folder in PYTHONPATH"
+        return f"{reason}: install it, put it beside the task, or name its folder in PYTHONPATH"
     is_bare = not reason or isinstance(error, KeyError)  # whose text is the key alone
     return f"{type(error).__name__} {reason}".rstrip() if is_bare else reason
 
 
-def _local_spec(name: str) -> Path | dict[str, Any] | None:
-    """The path of a YAML file, or a task's config; None for a built-in task."""
+def _local_spec(name: str) -> TaskFile | dict[str, Any] | None:
+    """A YAML file, or a task's config; None for a built-in task."""
     if name.endswith((".yaml", ".yml")):
         if not user_path(name).is_file():
             raise InputError(f"task file {name!r} does not exist")
         with explained(name):
-            check_keys(user_path(name).read_text("utf-8"))
-        return user_path(name)
+            file = TaskFile.read(user_path(name))
+        file.check()
+        return file
     if name.partition(":")[0] == EMBEDDED:
         return _rolling(name)
     files = find_files(name) if re.search(r"[^\w-]", name) else None  # a folder can be named piqa

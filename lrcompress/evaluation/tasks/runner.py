@@ -29,6 +29,7 @@ from lrcompress.evaluation.tasks.sample_logs import Logs
 from lrcompress.evaluation.tasks.task_code import UntrackedCodeError
 from lrcompress.layers.nonfinite import checked_logits
 from lrcompress.models.loading import Loaded
+from lrcompress.reporting.intervals import score_interval
 from lrcompress.reporting.metric import Metric
 from lrcompress.reporting.remarks import PROMPTS_CUT, RESAMPLES
 from lrcompress.reporting.tables import QUESTIONS
@@ -263,36 +264,43 @@ def _metric(
     label: str, task: str, record: TaskRecord, key: str, conditions: Mapping[str, object]
 ) -> Metric:
     """The metric that lm-eval stores as `key`, which is "NAME,FILTER"."""
-    name, filter_name = key.split(",", 1)
-    value = float(record["results"][key])
-    error = record["results"].get(f"{name}_stderr,{filter_name}")
-    low, high = (value - error, value + error) if isinstance(error, float) else (None, None)
+    name = key.partition(",")[0]
     resamples = record["resamples"].get(name)
-    return Metric(
+    metric = Metric(
         model=label,
         name=_metric_name(task, key),
-        value=value,
+        value=float(record["results"][key]),
         unit="",
         higher_is_better=bool(record["higher_is_better"].get(name, True)),
         conditions={**conditions, **({RESAMPLES: resamples} if resamples else {})},
-        low=low,
-        high=high,
         samples=_item_scores(record, key),
     )
+    return _with_interval(metric, record, key)
+
+
+def _with_interval(metric: Metric, record: TaskRecord, key: str) -> Metric:
+    """`metric` with `low` and `high`, from its samples and lm-eval's standard error."""
+    name, filter_name = key.split(",", 1)
+    error = record["results"].get(f"{name}_stderr,{filter_name}")
+    known = error if isinstance(error, float) else None
+    interval = score_interval(metric.value, known, metric.samples, is_pooled=bool(metric.parts))
+    low, high = (None, None) if interval is None else (interval.low, interval.high)
+    return replace(metric, low=low, high=high)
 
 
 def _of_group(metric: Metric, group: Any, key: str, records: Mapping[str, TaskRecord]) -> Metric:
-    """`metric` of a group with the items of its tasks and the names of its parts."""
+    """`metric` of a group with its interval, the items of its tasks and the names of its parts."""
     samples = {
         task.task_name: _item_scores(records[task.task_name], key)
         for task in group.get_all_tasks()
         if key in records[task.task_name]["results"]
     }
-    return replace(
+    of_group = replace(
         metric,
         samples=group_samples(group, key, samples, metric.value),
         parts=[_metric_name(part, key) for part in parts(group, key, records)],
     )
+    return _with_interval(of_group, records[group.name], key)
 
 
 def _metric_name(task: str, key: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.transforms import Bbox
 
 from lrcompress.reporting.figures import (
     COLOURS,
@@ -21,14 +22,14 @@ from lrcompress.reporting.figures import (
     legend,
     plain_log_ticks,
 )
+from lrcompress.reporting.label_placement import PointLabel, place_labels
 from lrcompress.reporting.metric import SIZES
 from lrcompress.runtime.paths import unique_file_names
 from lrcompress.workflows.sweep.pareto import Front, FrontPoint
 from lrcompress.workflows.sweep.point import DENSE
 
 MARKERS = "os^Dv"  # the next marker, once every colour was used
-# of a variant's keep ratios from their points, in points: other corners for other variants
-RATIO_OFFSETS = ((4, 3), (4, -9), (-16, 3), (-16, -9))
+KNEE_SIZE = 12  # of the circle around the knee, in points
 PALE = 0.45  # opacity of points that are not on the front
 
 
@@ -60,19 +61,25 @@ def _draw(panels: Sequence[Front], figure: Figure) -> None:
     for axes, front in zip(grid, panels, strict=True):
         _draw_front(axes, front)
     legend(figure)
+    figure.draw_without_rendering()  # lays it out, so that the places of points are known
+    for axes, front in zip(grid, panels, strict=True):
+        _label_points(axes, front)
+
+
+def _colours(front: Front) -> dict[str, str]:
+    """Variant -> colour."""
+    variants = dict.fromkeys(point.variant for point in front.points)
+    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(variants)}
 
 
 def _draw_front(axes: Axes, front: Front) -> None:
-    variants = dict.fromkeys(point.variant for point in front.points)
-    for index, variant in enumerate(variants):
+    for index, (variant, colour) in enumerate(_colours(front).items()):
         points = [point for point in front.points if point.variant == variant]
-        round_of_colours, colour = divmod(index, len(COLOURS))
-        marker = MARKERS[round_of_colours % len(MARKERS)]
+        marker = MARKERS[index // len(COLOURS) % len(MARKERS)]
         for on_front in (False, True):
             alike = [point for point in points if point.on_front == on_front]
-            _draw_points(axes, alike, COLOURS[colour], marker, 1 if on_front else PALE)
-        axes.plot([], [], marker, color=COLOURS[colour], markersize=5, label=variant)
-        _write_ratios(axes, points, COLOURS[colour], RATIO_OFFSETS[index % len(RATIO_OFFSETS)])
+            _draw_points(axes, alike, colour, marker, 1 if on_front else PALE)
+        axes.plot([], [], marker, color=colour, markersize=5, label=variant)
     line = [(point.x, point.y) for point in front.leading]
     if len(line) > 1:
         style: Any = {"color": INK, "linewidth": 0.8, "zorder": 1}
@@ -82,7 +89,7 @@ def _draw_front(axes: Axes, front: Front) -> None:
             front.knee.x,
             front.knee.y,
             "o",
-            markersize=12,
+            markersize=KNEE_SIZE,
             fillstyle="none",
             color=INK,
             label="knee",
@@ -116,19 +123,29 @@ def _draw_points(
     )
 
 
-def _write_ratios(
-    axes: Axes, points: Sequence[FrontPoint], colour: str, offset: tuple[int, int]
-) -> None:
-    for point in points:
-        if point.variant != DENSE:
-            axes.annotate(
-                f"{point.keep_ratio:g}",
-                (point.x, point.y),
-                xytext=offset,
-                textcoords="offset points",
-                fontsize="small",
-                color=colour,
-            )
+def _label_points(axes: Axes, front: Front) -> None:
+    """Writes the keep ratio of each point beside it; that of the dense model is no news."""
+    colours = _colours(front)
+    labels = [
+        PointLabel(
+            point.x,
+            point.y,
+            "" if point.variant == DENSE else f"{point.keep_ratio:g}",
+            colours[point.variant],
+            **({"marker": KNEE_SIZE} if point == front.knee else {}),
+        )
+        for point in front.points
+    ]
+    bars = [bar for point in front.points for bar in _bars(point)]
+    place_labels(axes, labels, bars)
+
+
+def _bars(point: FrontPoint) -> Iterator[Bbox]:
+    """The error bars of a point, in the units of the axes."""
+    if point.x_low is not None and point.x_high is not None:
+        yield Bbox([(point.x_low, point.y), (point.x_high, point.y)])
+    if point.y_low is not None and point.y_high is not None:
+        yield Bbox([(point.x, point.y_low), (point.x, point.y_high)])
 
 
 def _error_bar(value: float, low: float | None, high: float | None) -> tuple[float, float]:

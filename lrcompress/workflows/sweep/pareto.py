@@ -60,14 +60,14 @@ class FrontPoint:
     x_high: Number | None
     """Upper end of a speed: the fastest run over the dense model's slowest; null where unknown."""
     y_low: Number | None
-    """Lower end of an accuracy, one standard error below; null where unknown."""
+    """Lower end of a score, as `low` of its metric; null where unknown."""
     y_high: Number | None
-    """Upper end of an accuracy, one standard error above; null where unknown."""
+    """Upper end of a score, as `high` of its metric; null where unknown."""
     on_front: bool
-    """Whether no other point is shown to be at least as good in both and better in one: a speed
-    that is better only within the ranges of both shows nothing."""
+    """Whether no other point is shown to be at least as good in both and better in one: a speed or
+    score that is better only within the intervals of both shows nothing."""
     leads: bool = False
-    """Whether it is on the front of the numbers alone, without their ranges."""
+    """Whether it is on the front of the numbers alone, without their intervals."""
 
     @property
     def label(self) -> str:
@@ -107,7 +107,7 @@ class Front:
         if len(self.on_front) == 1:
             return f"no front: {leading} is best in both"
         others = ", ".join(point.label for point in self.on_front if not point.leads)
-        return leading + (f"; within the ranges of speeds also {others}" if others else "")
+        return leading + (f"; within intervals also {others}" if others else "")
 
 
 def fronts(points: Sequence[SweepPoint]) -> tuple[Front, ...]:
@@ -167,9 +167,11 @@ def _front(points: Sequence[SweepPoint], quality: Metric, cost: Metric) -> Front
         else:
             measured.append((point, x, y))
     goods = [(cost_axis.goodness(x.value), quality_axis.goodness(y.value)) for _, x, y in measured]
-    ranges = [_goodness_range(cost_axis, x) for _, x, _ in measured]
+    ranges = [
+        (_goodness_range(cost_axis, x), _goodness_range(quality_axis, y)) for _, x, y in measured
+    ]
     leads = non_dominated(goods)
-    on_front = not_shown_dominated(goods, ranges)
+    on_front = not_shown_dominated(ranges)
     front_points = tuple(
         FrontPoint(
             variant=point.variant,
@@ -195,11 +197,11 @@ def _front(points: Sequence[SweepPoint], quality: Metric, cost: Metric) -> Front
     )
 
 
-def _goodness_range(axis: FrontAxis, cost: Spread) -> tuple[float, float]:
-    """The goodness of a cost at its worst and at its best."""
-    if cost.low is None or cost.high is None:
-        return axis.goodness(cost.value), axis.goodness(cost.value)
-    ends = axis.goodness(cost.low), axis.goodness(cost.high)
+def _goodness_range(axis: FrontAxis, number: Spread) -> tuple[float, float]:
+    """The goodness of a number at its worst and at its best."""
+    if number.low is None or number.high is None:
+        return axis.goodness(number.value), axis.goodness(number.value)
+    ends = axis.goodness(number.low), axis.goodness(number.high)
     return min(ends), max(ends)
 
 
@@ -240,15 +242,16 @@ def non_dominated(goods: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def not_shown_dominated(
-    goods: Sequence[tuple[float, float]], ranges: Sequence[tuple[float, float]]
+    ranges: Sequence[tuple[tuple[float, float], tuple[float, float]]],
 ) -> list[bool]:
-    """For each of `goods`, pairs of cost and quality, whether none is shown to dominate it.
+    """For each pair of cost and quality, whether no other is shown to dominate it.
 
-    `ranges` are the lowest and the highest goodness of each cost. Another pair is shown to dominate
-    if it does so with its lowest against the highest (Limbourg and Aponte 2005).
+    `ranges` are the lowest and the highest goodness of both; equal ones are those of an exact
+    number. A pair is shown to dominate another if it does so with its lowest goodness against the
+    other's highest (Limbourg and Aponte 2005).
     """
-    least = [(low, quality) for (low, _), (_, quality) in zip(ranges, goods, strict=True)]
-    most = [(high, quality) for (_, high), (_, quality) in zip(ranges, goods, strict=True)]
+    least = [(cost[0], quality[0]) for cost, quality in ranges]
+    most = [(cost[1], quality[1]) for cost, quality in ranges]
     return [not any(a >= x and b >= y and (a, b) != (x, y) for a, b in least) for x, y in most]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from lrcompress.reporting import figures, metrics_json
 from lrcompress.reporting.figures import Picture
 from lrcompress.reporting.metric import PERPLEXITY, SPEEDS, Metric, title
-from lrcompress.reporting.names import ShortNames
+from lrcompress.reporting.names import ShortNames, separate
 from lrcompress.reporting.remarks import remarks
 from lrcompress.reporting.render import render
 from lrcompress.reporting.significance import Comparison, comparisons
@@ -22,7 +22,7 @@ from lrcompress.reporting.task_groups import places
 from lrcompress.runtime.atomic_io import replace_text
 from lrcompress.workflows.sweep import sweep_json
 from lrcompress.workflows.sweep.figures import pictures
-from lrcompress.workflows.sweep.pareto import Front, fronts, over_dense, qualities
+from lrcompress.workflows.sweep.pareto import Front, Spread, fronts, over_dense, qualities
 from lrcompress.workflows.sweep.point import SweepPoint
 from lrcompress.workflows.sweep.sweep_json import Sweep
 
@@ -54,6 +54,12 @@ class SweepReport:
     def calibration(self) -> str:
         """The calibration text in words."""
         return next((point.text for point in self.points if point.text), "no text")
+
+    @property
+    def calibration_parts(self) -> tuple[str, tuple[str, ...]]:
+        """`calibration` up to the first text, and the texts."""
+        words, of, data = self.calibration.partition(" of ")
+        return words + of, tuple(separate(data)) if of else ()
 
     @cached_property
     def perplexities(self) -> Grid:
@@ -103,7 +109,7 @@ class SweepReport:
     def names(self) -> ShortNames:
         """Of the texts, as pages show them."""
         metrics = [metric for point in self.points for metric in point.metrics]
-        return ShortNames.of_metrics(metrics, self.source)
+        return ShortNames.of_metrics(metrics, self.source, *self.calibration_parts[1])
 
     @cached_property
     def shown(self) -> SweepReport:
@@ -114,6 +120,7 @@ class SweepReport:
                 point,
                 metrics=tuple(map(metric, point.metrics)),
                 baseline=tuple(map(metric, point.baseline)),
+                text=self.names.shorten(point.text),
             )
             for point in self.points
         )
@@ -163,9 +170,16 @@ def _speed(point: SweepPoint, dense: SweepPoint, name: str) -> str:
         return "–"
     ratio = over_dense(point, dense, name)
     base = next((metric for metric in point.baseline if metric.name == name), None)
-    ratio_text = "not comparable" if ratio is None else f"{ratio.value:.3g}x"
     against = "" if base is None else f" against {number(base.value)}"
-    return f"{ratio_text} ({number(speed.value)}{against})"
+    return f"{_ratio_text(ratio)}, {number(speed.value)}{against}"
+
+
+def _ratio_text(ratio: Spread | None) -> str:
+    """With the lowest and the highest, where they are known."""
+    if ratio is None:
+        return "not comparable"
+    is_exact = ratio.low is None or ratio.high is None
+    return f"{ratio.value:.3g}x" + ("" if is_exact else f" ({ratio.low:.3g}–{ratio.high:.3g})")
 
 
 def markdown(report: SweepReport) -> str:

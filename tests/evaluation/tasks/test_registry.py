@@ -50,7 +50,10 @@ def test_a_group_file_finds_the_tasks_beside_it(tmp_path: Path) -> None:
     ("code", "reason"),
     [
         ("def prompt(doc)\n    return 1\n", r"expected ':' \(utils.py, line 1\)"),
-        ("import mine_lost\n", "No module named 'mine_lost': install it, or name its folder in"),
+        (
+            "import mine_lost\n",
+            "No module named 'mine_lost': install it, put it beside the task, or name",
+        ),
         ("x = {}['no such']\n", "KeyError 'no such'"),
         ("raise ValueError\n", "ValueError"),
     ],

@@ -78,7 +78,14 @@ def test_numbers_are_those_of_lm_evals_command_line(
         values = theirs["results"][task]
         assert metric["value"] == values[f"{name},none"]
         spread = values[f"{name}_stderr,none"]
-        assert metric["high"] == (None if spread == "N/A" else metric["value"] + spread)
+        if "acc" in name:  # Wilson's interval of one standard error: z = 1
+            share, count = metric["value"], metric["conditions"]["samples"]
+            half = (share * (1 - share) / count + 1 / (4 * count**2)) ** 0.5
+            middle = share + 1 / (2 * count)
+            ends = [(middle + sign * half) / (1 + 1 / count) for sign in (-1, 1)]
+            assert [metric["low"], metric["high"]] == pytest.approx(ends, abs=1e-12)
+        else:
+            assert metric["high"] == (None if spread == "N/A" else metric["value"] + spread)
         seeds = [
             theirs["config"][f"{kind}_seed"] for kind in ("random", "numpy", "torch", "fewshot")
         ]

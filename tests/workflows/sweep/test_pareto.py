@@ -145,7 +145,7 @@ def test_a_speed_that_is_better_within_its_range_dominates_nothing() -> None:
     near = only([dense, _timed(0.9, 12.0, 110, 8), _timed(0.8, 13.0, 105, 8)])
     assert [p.on_front for p in near.points] == [True, True, True]
     assert [p.leads for p in near.points] == [True, True, False]
-    assert near.description == "dense, m at 0.9; within the ranges of speeds also m at 0.8"
+    assert near.description == "dense, m at 0.9; within intervals also m at 0.8"
     far = only([dense, _timed(0.9, 12.0, 125, 4), _timed(0.8, 13.0, 105, 8)])
     assert [p.on_front for p in far.points] == [True, True, False]
     assert far.description == "dense, m at 0.9"
@@ -164,10 +164,37 @@ def test_a_front_of_one_point_is_called_none() -> None:
 def test_without_ranges_nothing_is_dominated_but_by_its_numbers(seed: int) -> None:
     draw = random.Random(seed)
     goods = [(float(draw.randint(0, 9)), float(draw.randint(0, 9))) for _ in range(30)]
-    exact = [(x, x) for x, _ in goods]
-    assert not_shown_dominated(goods, exact) == non_dominated(goods)
-    wide = not_shown_dominated(goods, [(x - 1, x + 1) for x, _ in goods])
-    assert all(w or not n for w, n in zip(wide, non_dominated(goods), strict=True))
+    exact = [((x, x), (y, y)) for x, y in goods]
+    assert not_shown_dominated(exact) == non_dominated(goods)
+    for widths in ((1, 0), (0, 1), (1, 1)):
+        a, b = widths
+        wide = not_shown_dominated([((x - a, x + a), (y - b, y + b)) for x, y in goods])
+        assert all(w or not n for w, n in zip(wide, non_dominated(goods), strict=True))
+
+
+def _scored(ratio: float, parameters: int, score: float, error: float) -> SweepPoint:
+    shared = {"task_version": 1.0}
+    accuracy = Metric("m", "q acc", score, "", True, shared, score - error, score + error)
+    variant = "dense" if ratio == 1 else "m"
+    return point(variant, ratio, size("m", parameters), accuracy)
+
+
+def test_a_score_that_is_better_within_its_interval_dominates_nothing() -> None:
+    near = only([_scored(1, 100, 0.50, 0.02), _scored(0.8, 80, 0.51, 0.02)])
+    assert [p.on_front for p in near.points] == [True, True]
+    assert [p.leads for p in near.points] == [False, True]
+    assert near.description == "m at 0.8; within intervals also dense"
+    far = only([_scored(1, 100, 0.50, 0.02), _scored(0.8, 80, 0.55, 0.02)])
+    assert [p.on_front for p in far.points] == [False, True]
+
+
+def test_speeds_are_shown_with_their_ranges() -> None:
+    dense = point("dense", 1.0, quality("dense", 10.0), speed("dense", 100.0, 5.0))
+    beside = (speed("dense", 50.0, 10.0),)
+    compressed = point("m", 0.5, quality("m", 20.0), speed("m", 60.0, 6.0), baseline=beside)
+    text = markdown(report([dense, compressed]))
+    assert "| m at 0.5 | 1.2x (0.9–1.65), 60 against 50 |" in text
+    assert "| dense | 1x, 100 |" in text
 
 
 def test_parts_of_a_group_have_no_front() -> None:
@@ -206,7 +233,7 @@ def test_speeds_of_other_conditions_are_left_out(changed: dict[str, Any]) -> Non
     beside = (speed("dense", 50.0, **changed),)
     compressed = point("m", 0.5, quality("m", 20.0), speed("m", 60.0, **changed), baseline=beside)
     assert only([dense, compressed]).left_out == ("m at 0.5",)
-    assert "| m at 0.5 | not comparable (60 against 50) |" in markdown(report([dense, compressed]))
+    assert "| m at 0.5 | not comparable, 60 against 50 |" in markdown(report([dense, compressed]))
 
 
 def test_every_quality_meets_every_cost() -> None:
