@@ -111,7 +111,7 @@ def test_a_task_without_the_metric_is_no_part(tmp_path: Path) -> None:
 
 def test_a_loss_can_be_asked_of_the_group(dense: Path, factorized: Path, tmp_path: Path) -> None:
     command = [
-        "eval", dense, "--baseline", factorized, "--perplexity", "", "--no-speed", "--out",
+        "eval", factorized, "--baseline", dense, "--perplexity", "", "--no-speed", "--out",
         tmp_path / "report", "--task-cache", "none", "--context-length", 128, "--tasks",
         write_group(tmp_path, True),
     ]  # fmt: skip

@@ -73,9 +73,9 @@ def test_nothing_is_measured_twice(
             raise KeyboardInterrupt
         return quality(*arguments)
 
-    def calibrated(*arguments: Any) -> Any:
+    def calibrated(*arguments: Any, **keywords: Any) -> Any:
         measured.append("calibration")
-        return measure_moments(*arguments)
+        return measure_moments(*arguments, **keywords)
 
     monkeypatch.setattr(evaluate, "quality", counted)
     monkeypatch.setattr(calibration_session, "measure_moments", calibrated)
