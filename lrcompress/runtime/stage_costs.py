@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from lrcompress.runtime.memory import peak_memory
+from lrcompress.runtime.memory import Memory, peak_memory
 
 StageName = Literal[
     "loading",
@@ -62,6 +62,7 @@ class StageCosts:
         self._charge()
         self._running.append(name)
         cost = self.by_stage.setdefault(name, StageCost())
+        memory = Memory()  # should an interruption come before it is measured
         try:
             with peak_memory() as memory:
                 yield

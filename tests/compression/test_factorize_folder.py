@@ -61,7 +61,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
         "walked": _recipe(opt, method="whitened", streaming=True, **SEQUENTIAL),
         "nowhere": _recipe(folder / "nowhere"),
         "no_rank": _recipe(llama, keep_ratio=None, rank=500),
-        "own_text": _recipe(llama, streaming=True) | {"calibration": {"seq_len": 64}},
+        "own_text": _recipe(llama, streaming=True)
+        | {"calibration": {"seq_len": 64, "num_samples": 4}},
     }
     jobs = [
         {"name": name, "recipe": recipe, "out": str(folder / name)}
@@ -97,13 +98,17 @@ def test_shared_in_memory(jobs: Jobs, name: str) -> None:
     assert not {*main} & {*other}
 
 
-@pytest.mark.parametrize("name", ["streamed", "walked"])
+@pytest.mark.parametrize("name", ["streamed", "walked", "own_text"])
 def test_shared_streaming_is_the_same_bit_for_bit(jobs: Jobs, name: str) -> None:
     alone, shared = jobs.alone(name), jobs.folder / name
     first, second = saved_weights(alone), saved_weights(shared)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert saved_record(alone) == saved_record(shared)
+
+
+@pytest.mark.parametrize("name", ["streamed", "walked"])
+def test_streamed_linears_are_decomposed_once(jobs: Jobs, name: str) -> None:
     main, other = jobs.linears(name)
     assert not {*main} & {*other}
     assert bool(other) == (name == "streamed")  # anchored fits go from block to block
@@ -120,7 +125,7 @@ def test_what_goes_from_block_to_block_is_done_by_the_main_process(jobs: Jobs) -
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("nowhere", "does not exist"), ("no_rank", "rank 500"), ("own_text", "--calibration")],
+    [("nowhere", "does not exist"), ("no_rank", "rank 500")],
 )
 def test_every_process_ends_and_the_main_one_says_why(jobs: Jobs, name: str, words: str) -> None:
     main, other = (jobs.report(name, rank)["error"] for rank in (0, 1))

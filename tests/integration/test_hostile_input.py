@@ -50,7 +50,11 @@ def test_a_card_is_not_written_through_a_link(factorized: Path, tmp_path: Path) 
 
 def test_a_task_file_makes_no_objects(dense: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    for tag in ("!!python/object/apply:os.mkdir [BROKEN]", "!!python/name:os.system", "["):
-        file.write_text(f"task: mine\ndoc_to_text: {tag}\n")
-        assert "cannot be run" in refusal("eval", dense, "--tasks", file, *QUICK_EVAL)
+    for tag, words in (
+        ("!!python/object/apply:os.mkdir [BROKEN]", "cannot be run"),
+        ("!!python/name:os.system", "cannot be run"),
+        ("[", "cannot be read"),
+    ):
+        file.write_text(f"task: mine\ndataset_path: json\ndoc_to_text: {tag}\n")
+        assert words in refusal("eval", dense, "--tasks", file, *QUICK_EVAL)
     assert not Path("BROKEN").exists()

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from lrcompress.runtime import stage_costs
 from lrcompress.runtime.stage_costs import expect_memory, recording, stage, stages_until_now
 
 
@@ -46,6 +47,17 @@ def test_a_stage_that_fails_ends() -> None:
         with stage("saving"):
             pass
     assert costs.by_stage["probes"].seconds < 0.05
+
+
+def test_an_interruption_at_the_start_of_a_stage_stays_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage_costs, "peak_memory", interrupted)
+    with recording(), pytest.raises(KeyboardInterrupt), stage("gradients"):
+        pass
 
 
 def test_nothing_is_recorded_outside() -> None:
