@@ -18,7 +18,12 @@ from lrcompress.data.generated import DOCUMENTS_PER_BATCH, MAX_DOCUMENT_LENGTH
 from lrcompress.layers.bfloat16_linears import copied_bytes
 from lrcompress.layers.block_runner import TOKENS_PER_CHUNK
 from lrcompress.layers.ffn_layouts import find_blocks, select
-from lrcompress.layers.model_info import sequence_length, weight_bytes
+from lrcompress.layers.model_info import (
+    config_number,
+    hidden_size,
+    sequence_length,
+    weight_bytes,
+)
 from lrcompress.layers.moe import unpacked
 from lrcompress.methods.types import LinearSpec
 from lrcompress.runtime.memory import gibibytes
@@ -63,17 +68,12 @@ class WorkSpace:
     @property
     def sample_states(self) -> int:
         """The hidden states of one sample in front of one block."""
-        hidden_size = int(self._config.hidden_size)
-        return self.length * hidden_size * int(self.model.dtype.itemsize)
+        return self.length * hidden_size(self.model) * int(self.model.dtype.itemsize)
 
     @property
     def stream(self) -> int:
         """The hidden states of all samples in front of one block."""
         return self.samples * self.sample_states
-
-    @property
-    def _config(self) -> Any:
-        return self.model.config.get_text_config(decoder=True)
 
     def activations(self, blocks: int = 1) -> int:
         """Activations of one sample in `blocks` blocks, kept for a backward pass."""
@@ -85,16 +85,17 @@ class WorkSpace:
         return self._logits(tokens) if self.needs_gradients else 0
 
     def _logits(self, tokens: int) -> int:
-        return tokens * int(self._config.vocab_size) * LOGITS_COPIES * FLOAT32
+        vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
+        return tokens * vocabulary * LOGITS_COPIES * FLOAT32
 
     def writing(self) -> int:
         """Keys and values, and logits, of the documents that the model writes at a time."""
         length = min(self.length, MAX_DOCUMENT_LENGTH)
         documents = min(DOCUMENTS_PER_BATCH, self.samples * -(-self.length // length))
         states = documents * length
-        heads = int(self._config.num_attention_heads)
-        head = getattr(self._config, "head_dim", None) or int(self._config.hidden_size) // heads
-        width = int(head) * int(getattr(self._config, "num_key_value_heads", None) or heads)
+        heads = config_number(self.model, "num_attention_heads") or 1
+        head = config_number(self.model, "head_dim") or hidden_size(self.model) // heads
+        width = head * (config_number(self.model, "num_key_value_heads") or heads)
         cache = 2 * len(self.blocks) * states * width * int(self.model.dtype.itemsize)
         return cache + self._logits(documents)
 

@@ -27,6 +27,22 @@ def embedding_count(model: Any) -> int:
     return sum(int(weight.numel()) for weight in weights.values())
 
 
+def config_number(model: Any, key: str) -> int:
+    """The value of `key` in the config of the language model, the largest of a list by block.
+
+    0 where it has none: configs with code of their own name things otherwise.
+    """
+    value = getattr(model.config.get_text_config(decoder=True), key, None)
+    numbers = value if isinstance(value, list | tuple) else [value]
+    return max((number for number in numbers if isinstance(number, int)), default=0)
+
+
+def hidden_size(model: Any) -> int:
+    """The width of the hidden states; that of the embedding where the config does not name it."""
+    width = config_number(model, "hidden_size")
+    return width or int(model.get_input_embeddings().weight.shape[1])
+
+
 def maximum_length(model: Any) -> int | None:
     """The maximum sequence length in tokens; None where the config has none."""
     config = model.config.get_text_config(decoder=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,6 +67,22 @@ def test_every_family_has_an_estimate(family: str) -> None:
     assert memory.weights == weight_bytes(model)
     assert memory.moments > 0
     assert memory.activations > ALLOWANCE
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_config_with_other_names_has_an_estimate(attention: str) -> None:
+    """Code of a model's own may call heads otherwise, or list them by block."""
+    recipe = Recipe(model={"source": "any"}, factorize={"keep_ratio": 0.8})
+    model = tiny_model(attn_implementation=attention)
+    known, named = MemoryEstimate.of(model, recipe), dict(vars(model.config))
+    heads = named.pop("num_attention_heads")
+    for keys in ({"num_attention_heads": [1, heads]}, {}):
+        model.config = SimpleNamespace(**named, **keys, _attn_implementation=attention)
+        model.config.get_text_config = lambda decoder, config=model.config: config
+        estimate = MemoryEstimate.of(model, recipe)
+        assert estimate == known if keys else estimate.total > known.weights + known.moments
+        for key in ("hidden_size", "num_key_value_heads", "head_dim"):
+            named.pop(key, None)
 
 
 def test_every_expert_has_moments() -> None:

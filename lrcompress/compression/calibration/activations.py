@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lrcompress.layers.ffn_layouts import find_blocks
+from lrcompress.layers.model_info import config_number
 
 # bytes of activations that are kept
 KEPT_BYTES = 2 * 2**30
@@ -26,7 +27,7 @@ def block_activations(model: Any, length: int) -> int:
     kept = int(TENSORS_PER_FEATURE * features) * length * FLOAT32
     if getattr(model.config, "_attn_implementation", None) != "eager":
         return kept
-    heads = int(model.config.get_text_config(decoder=True).num_attention_heads)
+    heads = config_number(model, "num_attention_heads")
     return kept + 2 * heads * length**2 * FLOAT32  # scores and their softmax
 
 
