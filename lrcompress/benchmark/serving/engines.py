@@ -150,10 +150,8 @@ class LlamaCpp(Engine):
             "--context": self._context(request),
             "--parallel": request.parallel,
         }
-        if request.threads is not None:
-            options["--threads"] = request.threads
-        pairs = [str(part) for option in options.items() for part in option]
-        return [python, str(xllamacpp_server.__file__), request.model, *pairs]
+        script = str(xllamacpp_server.__file__)
+        return [python, script, request.model, *_flags(options, request.threads)]
 
     def program_command(self, program: str, request: ServerRequest) -> list[str]:
         options = {
@@ -163,10 +161,7 @@ class LlamaCpp(Engine):
             "--ctx-size": self._context(request),
             "--parallel": request.parallel,
         }
-        if request.threads is not None:
-            options["--threads"] = request.threads
-        pairs = [str(part) for option in options.items() for part in option]
-        return [program, *pairs, *request.arguments]
+        return [program, *_flags(options, request.threads), *request.arguments]
 
     def _context(self, request: ServerRequest) -> int:
         """Tokens of all requests together, which llama.cpp divides between them."""
@@ -180,3 +175,9 @@ class LlamaCpp(Engine):
 
 
 ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (VLLM(), LlamaCpp())}
+
+
+def _flags(options: Mapping[str, object], threads: int | None) -> list[str]:
+    """`options`, and the number of threads where there is one, for a command line."""
+    given = {**options} if threads is None else {**options, "--threads": threads}
+    return [str(part) for option in given.items() for part in option]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from lrcompress.layers.ffn_layouts import find_blocks
@@ -17,18 +18,17 @@ from lrcompress.layers.model_info import config_number
 KEPT_BYTES = 2 * 2**30
 # tensors kept for each input and output of a linear: 62 MB a block of SmolLM2 with 1,024 tokens
 TENSORS_PER_FEATURE = 1.5
-FLOAT32 = 4
 
 
 def block_activations(model: Any, length: int) -> int:
     """Bytes that a block keeps for the backward pass of one sample of `length` tokens, at most."""
     blocks = find_blocks(model)[1]
     features = max(map(_linear_features, blocks))
-    kept = int(TENSORS_PER_FEATURE * features) * length * FLOAT32
+    kept = int(TENSORS_PER_FEATURE * features) * length * torch.float32.itemsize
     if getattr(model.config, "_attn_implementation", None) != "eager":
         return kept
     heads = config_number(model, "num_attention_heads")
-    return kept + 2 * heads * length**2 * FLOAT32  # scores and their softmax
+    return kept + 2 * heads * length**2 * torch.float32.itemsize  # scores and their softmax
 
 
 def _linear_features(block: nn.Module) -> int:
